@@ -1,0 +1,150 @@
+"""Package-wide settings and logging; the one place that reads ``SPATIAFLOW_*`` environment variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+logger = logging.getLogger("spatiaflow")
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _default_cache() -> Path:
+    import pooch
+
+    return Path(pooch.os_cache("spatiaflow"))
+
+
+@dataclass
+class Settings:
+    """Settings shared by every verb; change one by assignment, or for a while with :meth:`override`.
+
+    Each attribute is read once from the environment variable ``SPATIAFLOW_<NAME>`` when the package is imported.
+
+    Attributes
+    ----------
+    device
+        Where models run: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes.
+    seed
+        Seed of every verb whose ``random_state`` is None.
+    cache_dir
+        Folder of downloaded files.
+    mirror
+        Folder or base URL laid out as ``<dataset>/<file>``; tried before the public address, hash-checked alike.
+    progress
+        Show progress bars.
+    verbosity
+        ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``.
+    """
+
+    device: str = "auto"
+    seed: int = 0
+    cache_dir: Path = field(default_factory=_default_cache)
+    mirror: str | None = None
+    progress: bool = True
+    verbosity: str = "info"
+
+    def __setattr__(self, name: str, value) -> None:
+        if name not in _FIELDS:
+            raise AttributeError(f"settings has no {name!r}; it has {', '.join(_FIELDS)}")
+        object.__setattr__(self, name, _parse(name, value))
+        if name == "verbosity":
+            logger.setLevel(self.verbosity.upper())
+
+    @contextmanager
+    def override(self, **values) -> Iterator[Settings]:
+        """Set some attributes inside a ``with`` block and restore them after it.
+
+        Parameters
+        ----------
+        **values
+            Attributes and their values for the block.
+        """
+        before = {name: getattr(self, name) for name in fields_of(values)}
+        try:
+            for name, value in values.items():
+                setattr(self, name, value)
+            yield self
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def torch_device(self, device: str | None = None):
+        """Return the :class:`torch.device` that a verb should run on.
+
+        Parameters
+        ----------
+        device
+            The verb's own ``device`` argument; None takes :attr:`device`.
+        """
+        import torch
+
+        name = str(device or self.device)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+
+    def __repr__(self) -> str:
+        return "\n".join(["spatiaflow settings", *(f"  {name} = {value!r}" for name, value in asdict(self).items())])
+
+
+_FIELDS = tuple(f.name for f in fields(Settings))
+
+
+def fields_of(values: dict) -> list[str]:
+    """Check that every key names a setting."""
+    for name in values:
+        if name not in _FIELDS:
+            raise AttributeError(f"settings has no {name!r}; it has {', '.join(_FIELDS)}")
+    return list(values)
+
+
+def _parse(name: str, value):
+    if name == "seed":
+        return int(value)
+    if name == "cache_dir":
+        return Path(value).expanduser()
+    if name == "mirror":
+        return str(value) if value else None
+    if name == "progress":
+        if isinstance(value, str):
+            if value.lower() not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
+                raise ValueError(f"settings.progress must be true or false, not {value!r}")
+            return value.lower() in ("1", "true", "yes", "on")
+        return bool(value)
+    if name == "verbosity":
+        if str(value).lower() not in _LEVELS:
+            raise ValueError(f"settings.verbosity must be one of {', '.join(_LEVELS)}, not {value!r}")
+        return str(value).lower()
+    return str(value)
+
+
+def _from_environment() -> Settings:
+    found = {name: os.environ[f"SPATIAFLOW_{name.upper()}"] for name in _FIELDS if f"SPATIAFLOW_{name.upper()}" in os.environ}
+    return Settings(**found)
+
+
+if not logger.handlers:
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.addHandler(_handler)
+    logger.propagate = False
+
+settings = _from_environment()
+
+
+def resolve_seed(random_state: int | None) -> int:
+    """Return the seed a verb uses: its ``random_state``, or :attr:`Settings.seed` when that is None."""
+    return settings.seed if random_state is None else int(random_state)
+
+
+def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
+    """Wrap an iterable in a progress bar that obeys :attr:`Settings.progress`."""
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, desc=description, total=total, unit=unit, disable=not settings.progress, leave=False)
