@@ -2,14 +2,36 @@
 
 from spatiaflow._io._tables import (
     Slide,
+    check_encoder,
     counts,
+    dense,
     features,
+    library_sizes,
     microns_per_unit,
     pitch,
+    same_encoder,
+    shared_genes,
     slides,
+    slot_as_anndata,
     storable,
     unpack,
     write,
 )
 
-__all__ = ["Slide", "counts", "features", "microns_per_unit", "pitch", "slides", "storable", "unpack", "write"]
+__all__ = [
+    "Slide",
+    "check_encoder",
+    "counts",
+    "dense",
+    "features",
+    "library_sizes",
+    "microns_per_unit",
+    "pitch",
+    "same_encoder",
+    "shared_genes",
+    "slides",
+    "slot_as_anndata",
+    "storable",
+    "unpack",
+    "write",
+]

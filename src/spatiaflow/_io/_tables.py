@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from spatiaflow._settings import logger
 
 # pitches that spot arrays have, µm: legacy ST, Visium, Visium HD bins
 KNOWN_PITCHES = (200.0, 100.0, 16.0, 8.0, 2.0)
+ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")  # provenance of features, in uns[features_key]
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
 
 
@@ -252,7 +254,86 @@ def features(table: AnnData, key: str) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
-def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = None):
+def same_encoder(tables: list[AnnData], key: str) -> dict:
+    """Return the provenance of the features at ``key``, which must be the same in all tables."""
+    found = []
+    for table in tables:
+        width = features(table, key).shape[1]
+        stored = table.uns.get(key, {})
+        known = {name: stored[name] for name in ENCODER if name in stored} if isinstance(stored, Mapping) else {}
+        found.append({"key": key, "id": key, "sha256": ""} | {k: _plain(v) for k, v in known.items()} | {"n_features": width})
+    for one in found[1:]:
+        if one != found[0]:
+            raise ValueError(f"obsm[{key!r}] of the slides was made by different encoders: {found[0]} and {one}.")
+    return found[0]
+
+
+def check_encoder(table: AnnData, key: str, expected: dict) -> None:
+    """Refuse features that another encoder made than the one a model was trained with."""
+    if key not in table.obsm:
+        raise KeyError(
+            f"obsm has no {key!r}; it has {_listing(table.obsm)}. The model was trained on features of encoder "
+            f"{expected['id']!r} ({expected['n_features']} columns). Run sf.pp.encode_patches(data, "
+            f"encoder={expected['id']!r}) first, or give features_key=..."
+        )
+    found = same_encoder([table], key)
+    for name in ("n_features", "id", "sha256", "mpp", "patch_um", "standardize"):
+        known = name in found and name in expected and (name != "id" or key in table.uns)
+        if known and found[name] != expected[name]:
+            raise ValueError(
+                f"obsm[{key!r}] was made with {name} {found[name]!r}, but the model was trained with {name} "
+                f"{expected[name]!r} (encoder {expected['id']!r}). Run sf.pp.encode_patches(data, "
+                f"encoder={expected['id']!r}) with the settings of the training slides."
+            )
+
+
+def shared_genes(tables: list[AnnData]) -> list[str]:
+    """Genes that every table measures, in the order of the first."""
+    others = [set(table.var_names) for table in tables[1:]]
+    names = [name for name in tables[0].var_names if all(name in other for other in others)]
+    if not names:
+        raise ValueError("the slides share no gene (var_names); are the identifiers of one kind?")
+    return names
+
+
+def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
+    """Total counts of every row over all genes of the table, float64."""
+    values, _ = counts(table, None, layer)
+    total = np.asarray(values.sum(1), dtype=np.float64).ravel()
+    if (total == 0).any():
+        warnings.warn(f"{int((total == 0).sum())} rows have no counts at all.", UserWarning, stacklevel=3)
+    return total
+
+
+def dense(values) -> np.ndarray:
+    """Return counts as a float64 array."""
+    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+
+
+def slot_as_anndata(table: AnnData, key: str) -> AnnData:
+    """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
+    names = table.uns[key].get("genes") if isinstance(table.uns.get(key), Mapping) else None
+    if key not in table.obsm or names is None:
+        raise KeyError(
+            f"no result {key!r}: it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}. "
+            "Run sf.tl.predict_expression(data, model=...) first."
+        )
+    var = pd.DataFrame(index=pd.Index(np.asarray(names).astype(str)))
+    for name in ("skill", "trusted", "reliability"):
+        if name in table.uns[key]:
+            var[name] = np.asarray(table.uns[key][name])
+    out = AnnData(np.asarray(table.obsm[key]), obs=table.obs.copy(), var=var)
+    if f"{key}_std" in table.obsm:
+        out.layers["std"] = np.asarray(table.obsm[f"{key}_std"])
+    if "spatial" in table.obsm:
+        out.obsm["spatial"] = np.asarray(table.obsm["spatial"])
+    for name in ("spatial", "spatialdata_attrs"):
+        if name in table.uns:
+            out.uns[name] = table.uns[name]
+    return out
+
+
+def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None):
     """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names."""
     if not table.var_names.is_unique:
         duplicated = table.var_names[table.var_names.duplicated()][0]
@@ -265,6 +346,7 @@ def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = N
         if missing:
             raise KeyError(f"{len(missing)} of {len(genes)} genes are not in var_names (first: {_listing(missing[:3])}).")
     chosen = table if genes is None else table[:, list(genes)]
+    chosen = chosen if rows is None or len(rows) == table.n_obs else chosen[rows]
     values = chosen.X if layer is None else chosen.layers[layer]
     if values is None:
         raise ValueError(f"{where} is empty; raw counts are needed.")
@@ -324,6 +406,10 @@ def storable(value):
             return np.asarray(value, dtype=object) if len(value) else np.asarray([], dtype=str)
         return np.asarray(value)
     return str(value)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _listing(names) -> str:

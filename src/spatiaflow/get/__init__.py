@@ -1,1 +1,5 @@
+"""Results as plain AnnData objects."""
 
+from spatiaflow.get._expression import expression
+
+__all__ = ["expression"]

@@ -1,1 +1,33 @@
+"""Scores of predicted expression: arrays in, arrays out, the same numbers in benchmarks, tutorials and figures."""
 
+from spatiaflow.metrics._bootstrap import bootstrap_blocks, paired_pearson_difference, spatial_blocks
+from spatiaflow.metrics._ceiling import noise_ceiling
+from spatiaflow.metrics._correlation import gene_correlation_agreement, pearson, rmse, spearman
+from spatiaflow.metrics._distribution import (
+    crps_ensemble,
+    crps_normal,
+    energy_score,
+    interval_coverage,
+    interval_score,
+    pit,
+)
+from spatiaflow.metrics._spatial import morans_agreement, morans_i
+
+__all__ = [
+    "bootstrap_blocks",
+    "crps_ensemble",
+    "crps_normal",
+    "energy_score",
+    "gene_correlation_agreement",
+    "interval_coverage",
+    "interval_score",
+    "morans_agreement",
+    "morans_i",
+    "noise_ceiling",
+    "paired_pearson_difference",
+    "pearson",
+    "pit",
+    "rmse",
+    "spatial_blocks",
+    "spearman",
+]

@@ -1,1 +1,37 @@
+"""The models, in torch only; each is one file that reads like its paper."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+from spatiaflow.models import _base
+from spatiaflow.models.stflow import PRESETS, Preset, STFlow
+
+__all__ = ["PRESETS", "Preset", "STFlow", "load"]
+
+_KINDS = {"STFlow": STFlow}
+
+
+def load(path: str | Path) -> STFlow:
+    """Load a model written by ``model.save(path)``.
+
+    Parameters
+    ----------
+    path
+        A safetensors file.
+
+    Returns
+    -------
+    The model.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is truncated, corrupted, a pickle, or not a spatiaflow model.
+    """
+    description, tensors = _base.read(path)
+    if description["kind"] not in _KINDS:
+        raise ValueError(f"{str(path)!r} holds a {description['kind']!r}; this version knows {', '.join(_KINDS)}.")
+    return _KINDS[description["kind"]].from_state(description, tensors)

@@ -1,0 +1,203 @@
+"""Sections of the Spatial Transcriptomics arrays that preceded Visium: counts of spots over an H&E image."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from PIL import Image
+from scipy import sparse
+
+from spatiaflow._settings import logger
+from spatiaflow.datasets._fetch import fetch
+
+HER2ST_SECTIONS = ("B4", "C2", "C3", "C4", "C5")
+OLFACTORY_BULB_SECTIONS = ("MOB1", "MOB2", "MOB3")
+SPOT_DIAMETER_UM = 100.0
+HIRES_PIXELS = 2000
+
+
+def her2st(section: str = "C2") -> AnnData:
+    """Load a section of HER2-positive breast cancer, measured by Spatial Transcriptomics over H&E.
+
+    Downloads about 5 MB at the first call. C2 to C5 are serial sections of one donor, B4 is of another. Spots are printed
+    every 200 µm and 100 µm wide. Kept are the spots that lie under tissue (``selected`` in the authors' spot file) and
+    have a row of counts; the others are dropped and their number is logged. No filter is applied to the counts: a few
+    spots hold a handful of molecules.
+
+    Parameters
+    ----------
+    section
+        ``"B4"``, ``"C2"``, ``"C3"``, ``"C4"`` or ``"C5"``.
+
+    Returns
+    -------
+    AnnData of 180 to 283 spots and about 15,700 genes (symbols; the sections' lists differ a little):
+
+    ``.X`` : CSR float32, molecule counts (integers)
+    ``.obs_names`` : ``"<section>_<column>x<row>"``, unique over the sections
+    ``.obs["array_col"]``, ``.obs["array_row"]`` : int, the spot's place on the array
+    ``.obs["library_id"]``, ``.obs["donor"]`` : categories, the section; ``"B"`` or ``"C"``
+    ``.obsm["spatial"]`` : float64 (n_obs, 2), x and y in pixels of the full-resolution image
+    ``.uns["spatial"][section]`` : ``images["hires"]`` (uint8 RGB, at most 2,000 px), ``scalefactors``,
+    and ``metadata`` with ``microns_per_pixel`` (200 µm over the measured pitch of the array, about 0.69) and
+    ``source_image_path``, the full-resolution JPEG in the cache
+    ``.uns["dataset"]`` : dict of ``name``, ``citation``, ``license``
+
+    Raises
+    ------
+    ValueError
+        There is no such section.
+    OSError
+        A file could not be fetched; the message says what to do.
+
+    Notes
+    -----
+    Andersson et al., "Spatial deconvolution of HER2-positive breast cancer delineates tumor-associated cell type
+    interactions", Nature Communications 12, 6012 (2021), https://doi.org/10.1038/s41467-021-26271-2. The repository
+    ``almaan/her2st`` has no licence file; the data are also on Zenodo, record 3957257.
+
+    Examples
+    --------
+    Several sections side by side, told apart by ``library_key="library_id"``:
+
+    >>> import anndata as ad, spatiaflow as sf
+    >>> sections = [sf.datasets.her2st(section) for section in ("C2", "C3")]
+    >>> adata = ad.concat(sections, uns_merge="unique")
+    """
+    _check_section("her2st", section, HER2ST_SECTIONS)
+    counts, spots, image = fetch("her2st", f"{section}.tsv.gz", f"{section}_selection.tsv", f"{section}.jpg")
+    adata = _read_section(section, counts, spots, image, unit_um=200.0)
+    adata.obs["donor"] = pd.Categorical([section[0]] * adata.n_obs)
+    adata.uns["dataset"] = {
+        "name": "her2st",
+        "citation": "Andersson et al. 2021, Nature Communications 12, 6012, https://doi.org/10.1038/s41467-021-26271-2",
+        "license": "not stated: the repository almaan/her2st has no licence file; also on Zenodo, record 3957257",
+    }
+    return adata
+
+
+def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
+    """Load a section of mouse olfactory bulb, measured by Spatial Transcriptomics (2k array) over H&E.
+
+    Downloads about 4 MB at the first call: a small image, 1,905 px wide, and the 1,000 genes that its authors kept. The
+    counts hold all 1,934 spots of the array; kept are those that lie under tissue (``selected`` in the spot file), and
+    the number of the others is logged.
+
+    Parameters
+    ----------
+    section
+        ``"MOB1"``, ``"MOB2"`` or ``"MOB3"``.
+
+    Returns
+    -------
+    AnnData of 379 to 438 spots and 1,000 genes (Ensembl ids with their version), in the slots of :func:`her2st`, without
+    ``.obs["donor"]``. ``microns_per_pixel`` is about 4.39.
+
+    Raises
+    ------
+    ValueError
+        There is no such section.
+    OSError
+        A file could not be fetched; the message says what to do.
+
+    Notes
+    -----
+    The files do not state the scale. Spots stand where column + row is even, 66 columns by 63 rows: the 200 µm lattice
+    of the older array and a second one half a step aside, so one step of the array's coordinates is 100 µm and nearest
+    neighbours are 141 µm apart (the distance that the authors' package uses for its 2k arrays). ``microns_per_pixel``
+    is 100 µm over the measured step, the geometric mean of the two axes (21.6 and 24.1 px: the steps along x are 11 %
+    shorter). The array then measures 6.2 x 6.6 mm and a bulb 2.5 mm, as they should. The width of the spots, drawn as
+    100 µm, is that of the older array; the files do not state it.
+
+    The files come with STUtility: Bergenstråhle, Larsson and Lundeberg, "Seamless integration of image and molecular
+    analysis for spatial transcriptomics workflows", BMC Genomics 21, 482 (2020),
+    https://doi.org/10.1186/s12864-020-06832-3; repository ``jbergenstrahle/STUtility``, MIT.
+    """
+    _check_section("mouse_olfactory_bulb", section, OLFACTORY_BULB_SECTIONS)
+    files = f"{section}.tsv", f"alignment_table_{section}.tsv", f"{section}.jpg"
+    adata = _read_section(section, *fetch("mouse_olfactory_bulb", *files), unit_um=100.0)
+    adata.uns["dataset"] = {
+        "name": "mouse_olfactory_bulb",
+        "citation": "Bergenstråhle et al. 2020, BMC Genomics 21, 482, https://doi.org/10.1186/s12864-020-06832-3",
+        "license": "MIT (repository jbergenstrahle/STUtility)",
+    }
+    return adata
+
+
+def _check_section(dataset: str, section: str, sections: tuple[str, ...]) -> None:
+    if section not in sections:
+        raise ValueError(f"{dataset} has no section {section!r}; it has {', '.join(map(repr, sections))}.")
+
+
+def _read_section(section: str, counts_path: Path, spots_path: Path, image_path: Path, *, unit_um: float) -> AnnData:
+    """Join counts (spots x genes, rows named ``XxY``) and spot positions; ``unit_um`` is one step of X or Y."""
+    counts = pd.read_csv(counts_path, sep="\t", index_col=0)
+    spots = pd.read_csv(spots_path, sep="\t")
+    spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
+    microns_per_pixel = unit_um / _pixels_per_step(spots)
+
+    under_tissue = spots.index[spots["selected"] == 1]
+    kept = under_tissue.intersection(counts.index, sort=False)
+    logger.info(
+        "section %s: %d spots; dropped %d under tissue without counts, and %d with counts but not under tissue",
+        section,
+        len(kept),
+        len(under_tissue) - len(kept),
+        len(counts) - len(kept),
+    )
+    spots = spots.loc[kept]
+    hires, hires_scale = _read_hires(image_path)
+    return AnnData(
+        sparse.csr_matrix(counts.loc[kept].to_numpy(np.float32)),
+        obs=pd.DataFrame(
+            {
+                "array_col": spots["x"].to_numpy(),
+                "array_row": spots["y"].to_numpy(),
+                "library_id": pd.Categorical([section] * len(spots)),
+            },
+            index=[f"{section}_{name}" for name in kept],
+        ),
+        var=pd.DataFrame(index=counts.columns.astype(str)),
+        obsm={"spatial": spots[["pixel_x", "pixel_y"]].to_numpy(np.float64)},
+        uns={
+            "spatial": {
+                section: {
+                    "images": {"hires": hires},
+                    "scalefactors": {
+                        "tissue_hires_scalef": hires_scale,
+                        "spot_diameter_fullres": SPOT_DIAMETER_UM / microns_per_pixel,
+                    },
+                    "metadata": {"microns_per_pixel": microns_per_pixel, "source_image_path": str(image_path)},
+                }
+            }
+        },
+    )
+
+
+def _pixels_per_step(spots: pd.DataFrame) -> float:
+    """Return the pixels of one step of the array: the affine map that fits all spots, geometric mean of its axes.
+
+    A nearest-neighbour distance would be 6 % short: printed spots are off their places, and the nearest of four
+    neighbours is the one that is off towards us.
+    """
+    array = np.column_stack([spots["x"], spots["y"], np.ones(len(spots))])
+    affine = np.linalg.lstsq(array, spots[["pixel_x", "pixel_y"]].to_numpy(), rcond=None)[0]
+    return float(np.sqrt(abs(np.linalg.det(affine[:2]))))
+
+
+def _read_hires(path: Path) -> tuple[np.ndarray, float]:
+    """Return the image as uint8 RGB of at most ``HIRES_PIXELS`` a side, and its scale relative to the file."""
+    with warnings.catch_warnings():
+        # 92 megapixels are above Pillow's guard against hostile files; the sha256 of this one was checked
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    with image:
+        width = image.width
+        image.draft("RGB", (HIRES_PIXELS, HIRES_PIXELS))  # libjpeg decodes at 1/4 size: less time, less memory
+        image.thumbnail((HIRES_PIXELS, HIRES_PIXELS), reducing_gap=None)
+        pixels = np.asarray(image.convert("RGB"))
+    return pixels, pixels.shape[1] / width

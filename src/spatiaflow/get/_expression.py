@@ -1,0 +1,39 @@
+"""Array slots with their gene names, as an AnnData that scanpy, squidpy and spatialdata-plot draw."""
+
+from __future__ import annotations
+
+from anndata import AnnData
+from spatialdata import SpatialData
+
+from spatiaflow import _io
+
+
+def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: str = "table") -> AnnData:
+    """Return an array slot and its gene names as an AnnData.
+
+    Parameters
+    ----------
+    data
+        Object that a verb such as :func:`spatiaflow.tl.predict_expression` wrote into.
+    key
+        The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``.
+    table_key
+        Table of a SpatialData.
+
+    Returns
+    -------
+    AnnData (n_obs x genes): X the values, ``layers["std"]`` where there is one, ``obs``, ``obsm["spatial"]``,
+    ``uns["spatial"]`` and ``uns["spatialdata_attrs"]`` of the source; ``var["skill"]`` and ``var["trusted"]`` where known.
+
+    Raises
+    ------
+    KeyError
+        The slot or its names are missing.
+
+    Examples
+    --------
+    >>> predicted = sf.get.expression(adata)  # doctest: +SKIP
+    >>> sq.pl.spatial_scatter(predicted, color="ERBB2")  # doctest: +SKIP
+    """
+    _, table = _io.unpack(data, table_key)
+    return _io.slot_as_anndata(table, key)

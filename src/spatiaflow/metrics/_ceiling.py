@@ -1,0 +1,72 @@
+"""The best correlation that any prediction could reach, given that counts are a noisy sample."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+
+from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._correlation import constant, pearson
+
+
+def noise_ceiling(
+    counts, *, genes=None, target_sum: float | None = 1e4, n_repeats: int = 10, seed: int = 0
+) -> np.ndarray:
+    """Ceiling of every gene's Pearson correlation, by binomial thinning of the counts.
+
+    Each count is split by Binomial(count, 1/2) into two halves: independent samples of the tissue at half the depth.
+    Both are normalised; the mean over ``n_repeats`` of their correlation r is stepped up to full depth by Spearman and
+    Brown, ``2 r / (1 + r)``: the share of the variance that is not sampling noise. A prediction free of error would
+    correlate with the measurement by the square root of it.
+
+    An estimate, not a bound. Differences of depth between spots are in both halves and count as signal; log1p is not
+    linear in depth, which biases it upwards by up to .05 below 1,000 counts a spot; and genes chosen for their variance
+    in these same counts were partly chosen for their noise: choose them on other slides.
+
+    Parameters
+    ----------
+    counts
+        Raw counts (n, all genes) of one slide, array or sparse: the library size is the sum over all columns.
+    genes
+        Columns to report, by number. None: all.
+    target_sum
+        Counts per spot that a library is scaled to before log1p; None takes log1p of the raw counts.
+    n_repeats
+        Number of random splits.
+    seed
+        Seed of the splits.
+
+    Returns
+    -------
+    Array (len(genes)) in [0, 1]; NaN for a gene whose counts, normalised, do not vary.
+
+    Raises
+    ------
+    ValueError
+        Counts are negative, not integer, NaN or infinite.
+    """
+    counts = sparse.csr_matrix(counts)
+    data = counts.data
+    if not np.isfinite(data).all() or (data < 0).any() or (data != np.round(data)).any():
+        raise ValueError(
+            "counts must be raw counts, non-negative integers; X looks normalised. If they are in a layer, pass it."
+        )
+    if n_repeats < 1:
+        raise ValueError(f"n_repeats must be at least 1, not {n_repeats}.")
+    genes = np.arange(counts.shape[1]) if genes is None else np.asarray(genes, dtype=int)
+    rng, data = np.random.default_rng(seed), data.astype(np.int64)
+
+    def normalised(values) -> np.ndarray:
+        thinned = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+        chosen = thinned[:, genes].toarray().astype(np.float64)
+        if target_sum is not None:
+            chosen *= target_sum / np.maximum(np.asarray(thinned.sum(1), dtype=np.float64), 1)
+        return np.log1p(chosen)
+
+    r = np.zeros(len(genes))
+    for _ in range(n_repeats):
+        half = rng.binomial(data, 0.5)
+        # a half in which the gene is constant, mostly because it is empty, agrees with nothing
+        r += np.nan_to_num(pearson(normalised(half), normalised(data - half))) / n_repeats
+    r = np.clip(r, 0, 1)
+    return np.where(constant(_arrays.table(normalised(data), "counts")), np.nan, np.sqrt(2 * r / (1 + r)))

@@ -1,0 +1,141 @@
+"""Per-gene correlation and error, and how well the correlations between genes are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from spatiaflow.metrics import _arrays
+
+
+def pearson(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+    """Pearson correlation of every gene.
+
+    A gene whose *prediction* is constant scores 0: nothing of its variation was predicted. A gene whose *truth* is
+    constant has nothing to predict and scores NaN: average with :func:`numpy.nanmean`, and say how many were NaN.
+
+    Parameters
+    ----------
+    truth, prediction
+        Arrays (n, genes).
+    library
+        Slide of every row (n). None pools all rows, so that differences between slides count as well.
+
+    Returns
+    -------
+    Array (genes), or with ``library`` a DataFrame of slides x genes, columns numbered as in ``truth``.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, or values are NaN or infinite.
+    """
+    truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
+    return _by_slide(_pearson, truth, prediction, library)
+
+
+def spearman(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+    """Spearman rank correlation of every gene, ties at their mean rank; constants as in :func:`pearson`.
+
+    Parameters
+    ----------
+    truth, prediction
+        Arrays (n, genes).
+    library
+        Slide of every row (n); rows are ranked within their slide. None pools all rows.
+
+    Returns
+    -------
+    Array (genes), or with ``library`` a DataFrame of slides x genes.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, or values are NaN or infinite.
+    """
+    truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
+    return _by_slide(lambda x, y: _pearson(rankdata(x, axis=0), rankdata(y, axis=0)), truth, prediction, library)
+
+
+def rmse(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+    """Root mean squared error of every gene, in the unit of ``truth``.
+
+    Parameters
+    ----------
+    truth, prediction
+        Arrays (n, genes).
+    library
+        Slide of every row (n). None pools all rows.
+
+    Returns
+    -------
+    Array (genes), or with ``library`` a DataFrame of slides x genes.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, or values are NaN or infinite.
+    """
+    truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
+    return _by_slide(lambda x, y: np.sqrt(((x - y) ** 2).mean(0)), truth, prediction, library)
+
+
+def gene_correlation_agreement(truth, prediction) -> dict[str, float]:
+    """How well a prediction keeps the correlations between genes.
+
+    Compares the upper triangles of the two gene-gene Pearson matrices. Genes constant in ``truth`` are left out; a gene
+    constant in ``prediction`` correlates 0 with every other.
+
+    Parameters
+    ----------
+    truth, prediction
+        Arrays (n, genes), at least 3 of the genes varying.
+
+    Returns
+    -------
+    dict with ``"pearson"``, the correlation between the two triangles, and ``"rmse"``, their root mean squared
+    difference.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, values are NaN or infinite, or fewer than 3 genes vary in ``truth``.
+    """
+    truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
+    varies = ~constant(truth)
+    if varies.sum() < 3:
+        raise ValueError(f"only {int(varies.sum())} genes vary in truth; their correlations need at least 3.")
+    upper = np.triu_indices(int(varies.sum()), k=1)
+    measured, predicted = (unit(values[:, varies]) for values in (truth, prediction))
+    measured, predicted = (measured.T @ measured)[upper], (predicted.T @ predicted)[upper]
+    return {
+        "pearson": float(_pearson(measured[:, None], predicted[:, None])[0]),
+        "rmse": float(np.sqrt(np.mean((measured - predicted) ** 2))),
+    }
+
+
+def constant(values: np.ndarray) -> np.ndarray:
+    """Columns that do not vary beyond rounding."""
+    return np.ptp(values, axis=0) <= 1e-12 * np.abs(values).max(0)
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Columns centred and scaled to unit norm; a constant column becomes 0."""
+    flat = constant(values)
+    centred = values - values.mean(0)
+    centred[:, flat] = 0
+    return centred / np.where(flat, 1, np.linalg.norm(centred, axis=0))
+
+
+def _pearson(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    r = np.clip((unit(truth) * unit(prediction)).sum(0), -1, 1)
+    return np.where(constant(truth), np.nan, r)
+
+
+def _by_slide(score, truth, prediction, library):
+    if library is None:
+        return score(truth, prediction)
+    names, codes = _arrays.labels(library, len(truth), "library")
+    rows = (codes == code for code in range(len(names)))
+    return pd.DataFrame([score(truth[chosen], prediction[chosen]) for chosen in rows], index=names)

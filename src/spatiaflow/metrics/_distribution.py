@@ -1,0 +1,197 @@
+"""Scores of predictive distributions: intervals, CRPS, energy score and PIT."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import ndtr
+
+from spatiaflow.metrics import _arrays
+
+
+def interval_coverage(truth, lower, upper) -> np.ndarray:
+    """Share of observations inside their interval, ends included.
+
+    Parameters
+    ----------
+    truth, lower, upper
+        Arrays (n, genes).
+
+    Returns
+    -------
+    Array (genes), in [0, 1]. Coverage alone proves nothing, a constant interval has it too: see :func:`interval_score`.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, values are NaN or infinite, or ``lower`` exceeds ``upper``.
+    """
+    truth, lower, upper = _intervals(truth, lower, upper)
+    return ((truth >= lower) & (truth <= upper)).mean(0)
+
+
+def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
+    """Interval score of every observation: the width, plus ``2 / alpha`` times the distance outside. Lower is better.
+
+    Proper for the central ``1 - alpha`` interval [Gneiting and Raftery 2007, eq. 43].
+
+    Parameters
+    ----------
+    truth, lower, upper
+        Arrays (n, genes).
+    alpha
+        Nominal probability outside of the interval; 0.1 for a 90 % interval.
+
+    Returns
+    -------
+    Array (n, genes), in the unit of ``truth``; ``.mean(0)`` is the score of each gene.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, values are NaN or infinite, ``lower`` exceeds ``upper``, or ``alpha`` is not in (0, 1).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is the probability outside of the interval, in (0, 1); {alpha!r} was given.")
+    truth, lower, upper = _intervals(truth, lower, upper)
+    outside = np.maximum(lower - truth, 0) + np.maximum(truth - upper, 0)
+    return upper - lower + 2 / alpha * outside
+
+
+def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
+    """Continuous ranked probability score of draws, ``E|X - y| - E|X - X'| / 2``. Lower is better.
+
+    Exact, and O(m log m) in the number of draws: the pairwise term is a weighted sum of the sorted draws.
+
+    Parameters
+    ----------
+    truth
+        Array (n, genes).
+    draws
+        Array (n_draws, n, genes).
+    fair
+        Average the pairwise term over distinct pairs: the expected score then does not depend on the number of draws.
+        False scores the empirical distribution itself. A single draw is a point forecast: its absolute error.
+
+    Returns
+    -------
+    Array (n, genes), in the unit of ``truth``; ``.mean(0)`` is the score of each gene.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or values are NaN or infinite.
+    """
+    truth, draws = _arrays.ensemble(truth, draws)
+    m = len(draws)
+    # sum over pairs i < j of x_(j) - x_(i) = sum over i of (2 i - m + 1) x_(i), for i from 0
+    weights = (2 * np.arange(m) - m + 1.0) / _pairs(m, fair)
+    out = np.empty_like(truth)
+    for rows in _arrays.rows_in_chunks(len(truth), m * truth.shape[1]):
+        chunk = np.sort(draws[:, rows].astype(np.float64), axis=0)
+        out[rows] = np.abs(chunk - truth[rows]).mean(0) - np.einsum("m,mng->ng", weights, chunk)
+    return out
+
+
+def crps_normal(truth, mean, std) -> np.ndarray:
+    """Continuous ranked probability score of normal distributions, in closed form. Lower is better.
+
+    Parameters
+    ----------
+    truth, mean, std
+        Arrays (n, genes); where ``std`` is 0 the score is the absolute error.
+
+    Returns
+    -------
+    Array (n, genes), in the unit of ``truth``; ``.mean(0)`` is the score of each gene.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, values are NaN or infinite, or ``std`` is negative.
+    """
+    truth, mean, std = _arrays.tables(truth=truth, mean=mean, std=std)
+    if std.min() < 0:
+        raise ValueError(f"std has negative values (minimum {std.min():g}).")
+    z = np.divide(truth - mean, std, out=np.zeros_like(truth), where=std > 0)
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    score = std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))
+    return np.where(std > 0, score, np.abs(truth - mean))
+
+
+def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
+    """Randomised probability integral transform: uniform on [0, 1] where the draws are right, zeros and ties included.
+
+    The rank of the observation among its draws, ties broken at random, plus a uniform number, over ``n_draws + 1``.
+    A histogram that is U-shaped says too narrow, one with a hump too wide, a slope says biased.
+
+    Parameters
+    ----------
+    truth
+        Array (n, genes).
+    draws
+        Array (n_draws, n, genes).
+    seed
+        Seed of the randomisation.
+
+    Returns
+    -------
+    Array (n, genes) in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or values are NaN or infinite.
+    """
+    truth, draws = _arrays.ensemble(truth, draws)
+    uniform = np.random.default_rng(seed).random(truth.shape)
+    # one draw at a time: no array of the size of the draws
+    below, tied = np.zeros(truth.shape), np.zeros(truth.shape)
+    for draw in draws:
+        below += draw < truth
+        tied += draw == truth
+    return (below + uniform * (tied + 1)) / (len(draws) + 1)
+
+
+def energy_score(truth, draws, *, fair: bool = True) -> np.ndarray:
+    """Energy score, the CRPS of all genes jointly: ``E||X - y|| - E||X - X'|| / 2``. Lower is better.
+
+    Sensitive to the dependence between genes, which no score of single genes sees.
+
+    Parameters
+    ----------
+    truth
+        Array (n, genes).
+    draws
+        Array (n_draws, n, genes), each draw joint over the genes. The cost is quadratic in ``n_draws``.
+    fair
+        As in :func:`crps_ensemble`.
+
+    Returns
+    -------
+    Array (n), in the unit of ``truth``.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or values are NaN or infinite.
+    """
+    truth, draws = _arrays.ensemble(truth, draws)
+    m = len(draws)
+    out = np.empty(len(truth))
+    for rows in _arrays.rows_in_chunks(len(truth), m * truth.shape[1]):
+        chunk = draws[:, rows].astype(np.float64)
+        pairs = sum((np.linalg.norm(chunk[i + 1 :] - chunk[i], axis=-1).sum(0) for i in range(m - 1)), start=0.0)
+        out[rows] = np.linalg.norm(chunk - truth[rows], axis=-1).mean(0) - pairs / _pairs(m, fair)
+    return out
+
+
+def _pairs(m: int, fair: bool) -> float:
+    """What the sum over pairs i < j is divided by to give half the mean pairwise distance."""
+    return max(1, m * (m - 1) if fair else m * m)
+
+
+def _intervals(truth, lower, upper):
+    truth, lower, upper = _arrays.tables(truth=truth, lower=lower, upper=upper)
+    if (lower > upper).any():
+        raise ValueError(f"lower exceeds upper in {int((lower > upper).sum())} places.")
+    return truth, lower, upper

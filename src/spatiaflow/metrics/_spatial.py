@@ -1,0 +1,102 @@
+"""Spatial autocorrelation of genes, and how well a prediction keeps it."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._correlation import constant, pearson, spearman
+
+
+def morans_i(values, xy, *, k: int = 6, graph=None) -> np.ndarray:
+    """Moran's I of every gene on one slide.
+
+    Parameters
+    ----------
+    values
+        Array (n, genes).
+    xy
+        Positions (n, 2), any unit.
+    k
+        Nearest neighbours of each position; every row of weights sums to 1.
+    graph
+        Sparse weights (n, n) to use as they are, in place of the ``k`` neighbours.
+
+    Returns
+    -------
+    Array (genes); NaN for a constant gene. Under no autocorrelation its expectation is ``-1 / (n - 1)``.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, values are NaN or infinite, or there are not more than ``k`` positions.
+    """
+    values = _arrays.table(values, "values")
+    return _morans_i(values, _weights(len(values), xy, k, graph))
+
+
+def morans_agreement(truth, prediction, xy, *, k: int = 6, graph=None) -> dict[str, float]:
+    """How well a prediction keeps each gene's spatial autocorrelation, on one slide.
+
+    Predictions are smoother than counts, which lowers the agreement of level, not that of order: read both. Genes
+    constant in ``truth`` are left out; a constant prediction has I = 0.
+
+    Parameters
+    ----------
+    truth, prediction
+        Arrays (n, genes).
+    xy
+        Positions (n, 2), any unit.
+    k, graph
+        As in :func:`morans_i`.
+
+    Returns
+    -------
+    dict with ``"pearson"`` and ``"spearman"`` between the genes' I in truth and prediction, and
+    ``"mean_abs_difference"`` of I.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, values are NaN or infinite, fewer than 3 genes vary, or positions are not more than ``k``.
+    """
+    truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
+    varies = ~constant(truth)
+    if varies.sum() < 3:
+        raise ValueError(f"only {int(varies.sum())} genes vary in truth; agreement over genes needs at least 3.")
+    weights = _weights(len(truth), xy, k, graph)
+    measured, predicted = (_morans_i(values[:, varies], weights)[:, None] for values in (truth, prediction))
+    predicted = np.nan_to_num(predicted)
+    return {
+        "pearson": float(pearson(measured, predicted)[0]),
+        "spearman": float(spearman(measured, predicted)[0]),
+        "mean_abs_difference": float(np.abs(measured - predicted).mean()),
+    }
+
+
+def _weights(n: int, xy, k: int, graph) -> sparse.csr_matrix:
+    if graph is not None:
+        graph = sparse.csr_matrix(graph)
+        if graph.shape != (n, n):
+            raise ValueError(f"graph must be ({n}, {n}), one row a position; it is {graph.shape}.")
+        return graph
+    xy = np.asarray(xy, dtype=np.float64)
+    if xy.shape != (n, 2) or not np.isfinite(xy).all():
+        raise ValueError(f"xy must hold finite positions ({n}, 2); its shape is {xy.shape}.")
+    if n <= k:
+        raise ValueError(f"{k} neighbours need more than {k} positions; there are {n}.")
+    found = cKDTree(xy).query(xy, k=k + 1)[1]
+    # a position is not its own neighbour; among duplicates it need not come first, and may be missing
+    own = found == np.arange(n)[:, None]
+    own[~own.any(1), -1] = True
+    columns = found[~own].reshape(n, k)
+    return sparse.csr_matrix((np.full(n * k, 1 / k), columns.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
+
+
+def _morans_i(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
+    flat = constant(values)
+    centred = values - values.mean(0)
+    variance = np.where(flat, np.nan, (centred**2).sum(0))
+    return len(values) / weights.sum() * (centred * (weights @ centred)).sum(0) / variance

@@ -1,0 +1,72 @@
+"""Flow matching with endpoint prediction: the linear path, its samplers, and time features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def interpolate(y0: Tensor, y1: Tensor, t: Tensor | float) -> Tensor:
+    """Return y_t = (1 - t) y_0 + t y_1, the straight path from prior to data."""
+    return (1 - t) * y0 + t * y1
+
+
+def velocity(y_t: Tensor, endpoint: Tensor, t: Tensor | float) -> Tensor:
+    """Return the velocity (y_1 - y_t) / (1 - t) that an endpoint predicted at time t < 1 implies."""
+    return (endpoint - y_t) / (1 - t)
+
+
+def schedule(n_steps: int, kind: str = "uniform") -> list[float]:
+    """Return the times at which the network is evaluated.
+
+    Parameters
+    ----------
+    n_steps
+        Number of evaluations.
+    kind
+        ``"uniform"``: s / S for s = 0..S-1 (the paper); ``"released"``: the first S - 1 points of
+        linspace(0.01, 1, S), so one evaluation fewer (the authors' code).
+    """
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1, not {n_steps}.")
+    if kind == "uniform":
+        return [s / n_steps for s in range(n_steps)]
+    if kind == "released":
+        if n_steps < 2:
+            raise ValueError("the released schedule needs n_steps >= 2.")
+        return torch.linspace(0.01, 1, n_steps).tolist()[:-1]
+    raise ValueError(f"schedule must be 'uniform' or 'released', not {kind!r}.")
+
+
+def sample(endpoint: Callable[[Tensor, float], Tensor], y: Tensor, times: list[float]) -> Tensor:
+    """Integrate from prior draws ``y`` by Euler steps and return the last predicted endpoint.
+
+    Parameters
+    ----------
+    endpoint
+        ``endpoint(y_t, t)`` predicts y_1.
+    y
+        Draws from the prior, n x genes.
+    times
+        Increasing evaluation times in [0, 1), from :func:`schedule`.
+    """
+    for t, t_next in zip(times, [*times[1:], None]):
+        y_1 = endpoint(y, t)
+        if t_next is None:
+            return y_1
+        y = y + (t_next - t) * velocity(y, y_1, t)
+    raise ValueError("times is empty.")
+
+
+def time_features(t: Tensor, n: int = 256, scale: float = 1000.0) -> Tensor:
+    """Sinusoidal features (len(t) x n) of times in [0, 1].
+
+    ``scale`` 1000 spreads the phases so that nearby times differ; 1 is the paper's code, whose phases all stay
+    within one radian.
+    """
+    rate = torch.exp(torch.arange(n // 2, device=t.device) * (-math.log(1e4) / (n // 2)))
+    phase = scale * t[:, None] * rate
+    return torch.cat([phase.cos(), phase.sin()], -1)

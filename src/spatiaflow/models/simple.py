@@ -1,0 +1,205 @@
+"""What every network must beat, and is stacked with: ridge regression on histology features, and its smoothed version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import nnls
+
+from spatiaflow.models.spatial import Graph, spatial_graph
+
+ALPHAS = tuple(float(a) for a in np.geomspace(1, 1e6, 13))
+SMOOTHING = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass
+class SlideData:
+    """One slide (or contiguous block of one) as arrays."""
+
+    library_id: str
+    xy: np.ndarray  # n x 2, float64, µm
+    features: np.ndarray  # n x F
+    y: np.ndarray  # n x genes, log-normalised expression
+    counts: np.ndarray  # n x genes
+    library: np.ndarray  # n, total counts over all genes
+    base: np.ndarray | None = None  # n x genes, simple prediction by a model that did not see this slide
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+    def take(self, rows: np.ndarray, library_id: str | None = None) -> SlideData:
+        """Return the given rows as a slide of their own."""
+        base = None if self.base is None else self.base[rows]
+        return SlideData(
+            library_id or self.library_id, self.xy[rows], self.features[rows], self.y[rows], self.counts[rows],
+            self.library[rows], base,
+        )  # fmt: skip
+
+
+def blocks(slide: SlideData, n: int) -> list[SlideData]:
+    """Cut a slide into ``n`` contiguous bands of equal size along its longer axis."""
+    axis = int(np.argmax(np.ptp(slide.xy, axis=0)))
+    order = np.argsort(slide.xy[:, axis], kind="stable")
+    return [slide.take(np.sort(part), f"{slide.library_id}:{i}") for i, part in enumerate(np.array_split(order, n))]
+
+
+def smooth(values: np.ndarray, graph: Graph, weight: float) -> np.ndarray:
+    """Mix every row with the mean of its spatial neighbours: (1 - weight) own + weight neighbours."""
+    index, mask = graph.index.numpy(), graph.mask.numpy()
+    if not weight or not index.shape[1]:
+        return values
+    share = mask / np.maximum(mask.sum(1, keepdims=True), 1)
+    around = np.zeros_like(values)
+    for j in range(index.shape[1]):  # one neighbour at a time: never n x k x genes
+        around += share[:, j : j + 1].astype(values.dtype) * values[index[:, j]]
+    alone = ~mask.any(1)
+    around[alone] = values[alone]
+    return (1 - weight) * values + weight * around
+
+
+def gene_pearson(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Pearson correlation of every column; 0 where the prediction is constant, NaN where the truth is."""
+    a, b = y - y.mean(0), prediction - prediction.mean(0)
+    norm_a, norm_b = np.sqrt((a**2).sum(0)), np.sqrt((b**2).sum(0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (a * b).sum(0) / (norm_a * norm_b)
+    return np.where(norm_a < 1e-9, np.nan, np.where(norm_b < 1e-9, 0.0, r))
+
+
+@dataclass
+class Moments:
+    """Sums that a ridge regression needs; they add over slides, so leaving slides out costs no pass over the data."""
+
+    n: float
+    x: np.ndarray  # F
+    y: np.ndarray  # genes
+    xx: np.ndarray  # F x F
+    xy: np.ndarray  # F x genes
+
+    @classmethod
+    def of(cls, slides: list[SlideData]) -> Moments:
+        """Sum over the rows of some slides."""
+        out = None
+        for s in slides:
+            x, y = s.features.astype(np.float64), s.y.astype(np.float64)
+            one = cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+            out = one if out is None else out + one
+        return out
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    def ridges(self, alphas: tuple[float, ...]) -> list[Ridge]:
+        """Ridge regressions with unpenalised intercept, one eigendecomposition for all penalties."""
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        values, axes = np.linalg.eigh(self.xx - self.n * np.outer(mean_x, mean_x))
+        projected = axes.T @ (self.xy - self.n * np.outer(mean_x, mean_y))
+        out = []
+        for alpha in alphas:
+            coefficients = axes @ (projected / (np.maximum(values, 0) + alpha)[:, None])
+            intercept = mean_y - mean_x @ coefficients
+            out.append(Ridge(coefficients.astype(np.float32), intercept.astype(np.float32), alpha))
+        return out
+
+
+@dataclass
+class Ridge:
+    """Ridge regression from standardised features to log expression, and how much its predictions are smoothed."""
+
+    coefficients: np.ndarray = field(repr=False)  # F x genes
+    intercept: np.ndarray = field(repr=False)  # genes
+    alpha: float = 0.0
+    smoothing: float = 0.0
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Unsmoothed prediction, n x genes."""
+        return features @ self.coefficients + self.intercept
+
+
+def fit_ridge(slides: list[SlideData], alpha: float, smoothing: float = 0.0) -> Ridge:
+    """Fit to all rows of some slides."""
+    (ridge,) = Moments.of(slides).ridges((alpha,))
+    ridge.smoothing = smoothing
+    return ridge
+
+
+def choose_ridge(groups: list[list[SlideData]]) -> tuple[float, float, float]:
+    """Choose penalty and smoothing by leaving one group of slides out; return (alpha, smoothing, mean Pearson)."""
+    scores, moments = np.zeros((len(ALPHAS), len(SMOOTHING))), [Moments.of(group) for group in groups]
+    for i, held_out in enumerate(groups):
+        ridges = _sum(moments, but=i).ridges(ALPHAS)
+        for slide in held_out:
+            graph = slide_graph(slide)
+            for a, ridge in enumerate(ridges):
+                raw = ridge.predict(slide.features)
+                for w, weight in enumerate(SMOOTHING):
+                    scores[a, w] += np.nanmean(gene_pearson(slide.y, smooth(raw, graph, weight)))
+    a, w = np.unravel_index(np.argmax(scores), scores.shape)
+    return ALPHAS[a], SMOOTHING[w], float(scores[a, w] / sum(len(group) for group in groups))
+
+
+def cross_fitted(groups: list[list[SlideData]], alpha: float) -> list[list[np.ndarray]]:
+    """Predict every slide by a ridge that was fitted on the other groups (on its own, when there is only one)."""
+    moments, out = [Moments.of(group) for group in groups], []
+    for i, held_out in enumerate(groups):
+        (ridge,) = (_sum(moments, but=i) if len(groups) > 1 else moments[0]).ridges((alpha,))
+        out.append([ridge.predict(slide.features) for slide in held_out])
+    return out
+
+
+def _sum(moments: list[Moments], but: int) -> Moments:
+    rest = [m for j, m in enumerate(moments) if j != but]
+    return sum(rest[1:], rest[0])
+
+
+def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Non-negative weights of several predictions around the training mean, per gene, shrunk to common weights.
+
+    Parameters
+    ----------
+    y
+        Held-out truth, n x genes.
+    parts
+        Held-out predictions, parts x n x genes.
+    mean
+        Training mean that each row's predictions were made with, n x genes.
+    groups
+        Slide of each row; the shrinkage is the one that predicts left-out slides best.
+
+    Returns
+    -------
+    weights : array, parts x genes
+    """
+    target, parts = (y - mean).astype(np.float64), (parts - mean).astype(np.float64)
+    scale = target.std(0) + 1e-9
+    target, parts = target / scale, parts / scale
+
+    def solve(rows, shrinkage):
+        flat = parts[:, rows].reshape(len(parts), -1).T
+        common, _ = nnls(flat, target[rows].reshape(-1))
+        if np.isinf(shrinkage):
+            return np.repeat(common[:, None], y.shape[1], 1)
+        prior = np.sqrt(shrinkage * rows.sum()) * np.eye(len(parts))
+        return np.stack(
+            [
+                nnls(np.vstack([parts[:, rows, g].T, prior]), np.append(target[rows, g], prior @ common))[0]
+                for g in range(y.shape[1])
+            ],
+            1,
+        )
+
+    choices, names = (0.01, 0.1, 1.0, np.inf), np.unique(groups)
+    error = np.zeros(len(choices))
+    for name in names if len(names) > 1 else []:
+        for c, shrinkage in enumerate(choices):
+            weights = solve(groups != name, shrinkage)
+            rows = groups == name
+            error[c] += ((target[rows] - np.einsum("pg,png->ng", weights, parts[:, rows])) ** 2).sum()
+    best = choices[int(error.argmin())] if len(names) > 1 else np.inf
+    return solve(np.ones(len(y), bool), best)
+
+
+def slide_graph(slide: SlideData, n_neighbors: int = 8) -> Graph:
+    """Neighbours for smoothing."""
+    return spatial_graph(slide.xy, n_neighbors)

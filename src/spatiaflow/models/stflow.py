@@ -1,0 +1,464 @@
+"""STFlow: gene expression of all spots of a slide, jointly, from histology features by flow matching.
+
+Huang et al., ICML 2025 (arXiv 2506.05361), written from the paper. The network of the paper is ``preset="paper"``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+
+from spatiaflow.models import _base
+from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImagePrior, ScalarZINB, ZeroPrior
+from spatiaflow.models.flow import sample, schedule, time_features
+from spatiaflow.models.simple import Ridge, smooth
+from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, spatial_graph
+
+
+@dataclass
+class DenoiserConfig:
+    """Hyper-parameters of the denoiser; the defaults are the paper's."""
+
+    n_features: int
+    n_genes: int
+    width: int = 128
+    n_heads: int = 4
+    n_layers: int = 4
+    n_neighbors: int = 8
+    ties: str = "cut"
+    geometry: str = "frames"
+    dropout: float = 0.2
+    head_dropout: float = 0.2  # on the predicted genes themselves
+    time_scale: float = 1.0
+
+
+class Layer(nn.Module):
+    """Local attention, gated feed-forward, and the head that replaces the expression the next layer compares."""
+
+    def __init__(self, c: DenoiserConfig):
+        super().__init__()
+        self.attention = LocalAttention(c.width, c.n_heads, GEOMETRY[c.geometry][1], c.n_genes, c.dropout)
+        self.context = GatedMLP(2 * c.width, c.width, c.width)
+        self.feed_forward = GatedMLP(c.width, 4 * c.width, c.width)
+        self.dropout = nn.Dropout(c.dropout)
+        self.head = nn.Sequential(
+            nn.Linear(c.width, c.width),
+            nn.GELU(),
+            nn.LayerNorm(c.width),
+            nn.Dropout(c.dropout),
+            nn.Linear(c.width, c.n_genes),
+            nn.Dropout(c.head_dropout),
+        )
+
+    def forward(self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, rows: int = 0) -> tuple[Tensor, Tensor]:
+        """Update all tokens; ``rows`` > 0 works through that many at a time (inference), with the same result."""
+        if not rows:
+            key, value = self.attention.keys(h, y)
+            return self.update(h, y, key, value, graph.index, graph.mask, geometry)
+        parts = [slice(s, s + rows) for s in range(0, len(h), rows)]
+        c = self.attention
+        key, value = h.new_empty(len(h), c.n_heads, c.score.inner.out_features), h.new_empty(len(h), c.n_heads, c.head)
+        for p in parts:
+            key[p], value[p] = c.keys(h[p], y[p])
+        h_new, y_new = torch.empty_like(h), torch.empty_like(y)
+        for p in parts:
+            h_new[p], y_new[p] = self.update(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
+        return h_new, y_new
+
+    def update(self, h, y, key, value, index, mask, geometry) -> tuple[Tensor, Tensor]:
+        h = h + self.dropout(self.context(self.attention.attend(h, y, key, value, index, mask, geometry)))
+        h = h + self.dropout(self.feed_forward(h))
+        return h, self.head(h)
+
+
+class Denoiser(nn.Module):
+    """Predict the endpoint y_1 of the flow from histology features, noisy expression y_t and time t."""
+
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        self.config = config
+        self.image = nn.Linear(config.n_features, config.width)
+        self.time = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+
+    def edges(self, graph: Graph) -> Tensor:
+        """Raw edge features of a graph, n x k x frames x f."""
+        return GEOMETRY[self.config.geometry][0](graph)
+
+    def forward(self, features: Tensor, y: Tensor, t: Tensor, graph: Graph, edges: Tensor) -> Tensor:
+        """Return the predicted endpoint.
+
+        Parameters
+        ----------
+        features, y
+            n x n_features and n x n_genes.
+        t
+            Time of every token, n.
+        graph, edges
+            From :func:`~spatiaflow.models.spatial.spatial_graph` and :meth:`edges`.
+        """
+        tau = self.time(time_features(t, scale=self.config.time_scale))
+        return self.decode(self.image(features) + tau, y, graph, [layer.attention.geometry(edges) for layer in self.layers])
+
+    def decode(self, h: Tensor, y: Tensor, graph: Graph, geometry: list[Tensor], rows: int = 0) -> Tensor:
+        """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads."""
+        total = 0
+        for layer, embedded in zip(self.layers, geometry):
+            h, y = layer(h, y, graph, embedded, rows)
+            total = total + y
+        return total / len(self.layers)
+
+
+@dataclass
+class Preset:
+    """Everything that shapes an STFlow fit; ``PRESETS`` holds the named ones, ``dataclasses.replace`` makes ablations.
+
+    Attributes
+    ----------
+    width, n_heads, n_layers, n_neighbors, ties, geometry, dropout, head_dropout, time_scale
+        The network; see :class:`DenoiserConfig`. ``n_neighbors=0`` removes spatial context; ``geometry="distance"``
+        removes direction.
+    flow
+        False trains the deterministic twin: the same network at t = 0 from a zero start, one pass.
+    prior
+        ``"zero"``, ``"gaussian"``, ``"zinb"`` (the paper's scalar one), ``"counts"`` (NB or ZINB for each gene) or
+        ``"image"`` (ridge prediction, cross-fitted, plus noise).
+    residual
+        The network predicts the difference to the (cross-fitted) ridge prediction.
+    weighted
+        The loss weighs each gene by the inverse of its variance.
+    stack
+        Cross-fit one network for each training slide, average them, and stack them with mean, ridge and smoothed
+        ridge on held-out slides. False: one network, held-out slides only decide when to stop.
+    standardize
+        ``"global"``, ``"slide"`` (each slide by its own mean and deviation; transductive) or ``"choose"`` (by
+        leave-one-slide-out ridge).
+    regions, regions_per_batch
+        Contiguous regions drawn from each slide an epoch, and how many make a batch.
+    """
+
+    width: int = 128
+    n_heads: int = 4
+    n_layers: int = 4
+    n_neighbors: int = 8
+    ties: str = "cut"
+    geometry: str = "frames"
+    dropout: float = 0.2
+    head_dropout: float = 0.2
+    time_scale: float = 1.0
+    flow: bool = True
+    prior: str = "zinb"
+    residual: bool = False
+    weighted: bool = False
+    stack: bool = False
+    standardize: str = "global"
+    n_steps: int = 5
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    regions: int = 10
+    regions_per_batch: int = 2
+    max_epochs: int = 100
+    patience: int = 20
+
+    def denoiser(self, n_features: int, n_genes: int) -> DenoiserConfig:
+        """The network's configuration for given input and output widths."""
+        names = [f.name for f in fields(DenoiserConfig) if f.name not in ("n_features", "n_genes")]
+        return DenoiserConfig(n_features, n_genes, **{name: getattr(self, name) for name in names})
+
+
+PRESETS = {
+    "paper": Preset(),
+    "default": Preset(
+        width=64, n_layers=2, ties="whole", geometry="invariants", head_dropout=0.0, time_scale=1000.0, prior="counts",
+        weighted=True, stack=True, standardize="choose", learning_rate=2e-3, weight_decay=0.05, max_epochs=60,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Prediction:
+    """What :meth:`STFlow.predict` returns; rows as in the features given."""
+
+    mean: np.ndarray  # n x genes, log1p
+    std: np.ndarray  # n x genes
+    ood: np.ndarray  # n, in [0, 1]
+    between_share: float  # share of the between-draw in the total variance
+
+
+def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: str) -> np.ndarray:
+    """Scale features of one slide by training statistics, or by its own with ``mode="slide"``."""
+    if mode == "slide" and len(features) > 1:
+        own = features.std(0)
+        mean, std = features.mean(0), np.where(own < 1e-6, 1.0, own)
+    return ((features - mean) / std).astype(np.float32)
+
+
+@dataclass
+class Familiarity:
+    """How far features lie from the training data: distance to the nearest references, as a training quantile."""
+
+    components: np.ndarray  # F x d, whitened principal axes
+    references: np.ndarray  # m x d
+    quantiles: np.ndarray  # sorted distances of training rows to the references of other slides
+
+    N_NEAREST = 5
+
+    @classmethod
+    def fit(cls, features: list[np.ndarray], n_components: int = 16, n_references: int = 2000) -> Familiarity:
+        """Fit to standardised features, one array a slide."""
+        stacked = np.concatenate(features).astype(np.float64)
+        _, singular, axes = np.linalg.svd(stacked[:: max(1, len(stacked) // 5000)], full_matrices=False)
+        d = min(n_components, int((singular > 1e-6 * singular[0]).sum()))
+        components = axes[:d].T / (singular[:d] / np.sqrt(len(stacked[:: max(1, len(stacked) // 5000)])))
+        slide = np.repeat(np.arange(len(features)), [len(f) for f in features])
+        chosen = np.random.default_rng(0).permutation(len(stacked))[:n_references]
+        points = stacked @ components
+        distances = [
+            cls._distance(points[slide == s], points[chosen[slide[chosen] != s]] if len(features) > 1 else points[chosen])
+            for s in range(len(features))
+        ]
+        return cls(components, points[chosen], np.sort(np.concatenate(distances)))
+
+    @classmethod
+    def _distance(cls, points: np.ndarray, references: np.ndarray) -> np.ndarray:
+        return cKDTree(references).query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0].reshape(
+            len(points), -1
+        ).mean(1)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Quantile in [0, 1] of each row's distance among the training rows'."""
+        distance = self._distance(features @ self.components, self.references)
+        return np.searchsorted(self.quantiles, distance) / len(self.quantiles)
+
+
+class STFlow:
+    """A fitted predictor of expression from histology: networks, simple models, their stack, and the predictive law.
+
+    Made by :func:`spatiaflow.tl.train_stflow` or :func:`spatiaflow.models.load`.
+
+    Attributes
+    ----------
+    genes
+        Names of the predicted genes.
+    encoder
+        Provenance of the features it was trained on.
+    skill
+        Per-gene CRPS skill over the gene's marginal distribution on held-out training slides; at or below 0 the gene
+        is not to be trusted.
+    history
+        Dict of lists, one entry an epoch.
+    card
+        Training data, settings and scores.
+    """
+
+    def __init__(
+        self, *, preset: Preset, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
+        prior, ridge: Ridge, arrays: dict[str, np.ndarray], standardize: str, pitch: float, history: dict, card: dict,
+    ):  # fmt: skip
+        self.preset, self.genes, self.encoder, self.target_sum = preset, list(genes), dict(encoder), target_sum
+        self.networks, self.prior, self.ridge, self.standardize, self.pitch = networks, prior, ridge, standardize, pitch
+        # feature_mean, feature_std (F); mean, weights (3 x genes: ridge, smoothed ridge, network), theta, pi, between,
+        # skill (genes); libraries; inflation (level, slope with the out-of-domain quantile); familiarity's three
+        self.arrays, self.history, self.card = arrays, history, card
+        for network in networks:
+            network.eval()
+
+    @property
+    def skill(self) -> np.ndarray:
+        return self.arrays["skill"]
+
+    def __repr__(self) -> str:
+        return (
+            f"STFlow: {len(self.genes)} genes from {self.encoder.get('n_features')} features of "
+            f"{self.encoder.get('id')!r}, {len(self.networks)} network(s), median skill {np.median(self.skill):.3f}"
+        )
+
+    @cached_property
+    def law(self) -> CountLaw:
+        """The predictive distribution of counts."""
+        return CountLaw(self.arrays["libraries"], self.target_sum, self.arrays["pi"])
+
+    @cached_property
+    def familiarity(self) -> Familiarity:
+        return Familiarity(*(self.arrays[f"familiarity_{name}"] for name in ("components", "references", "quantiles")))
+
+    def predict(
+        self, features: np.ndarray, slides: list[tuple[str, np.ndarray, np.ndarray]], *, n_samples: int = 1,
+        n_steps: int | None = None, seed: int = 0, rows: int = 256, device: str | torch.device = "cpu", progress=iter,
+    ) -> Prediction:  # fmt: skip
+        """Predict every row of ``features``.
+
+        Parameters
+        ----------
+        features
+            n x n_features, raw as the encoder gave them.
+        slides
+            (library id, rows of ``features``, positions in µm) of each slide. Noise depends on the seed, the library id
+            and the order of rows inside the slide only.
+        n_samples
+            Draws from the prior.
+        n_steps
+            Evaluations of the network a draw; the preset's when None.
+        rows
+            Tokens worked on at a time; changes memory, not the result.
+        progress
+            Wraps the list of (slide, network, draw) jobs in a progress bar.
+        """
+        if features.shape[1] != len(self.arrays["feature_mean"]):
+            raise ValueError(
+                f"the model was trained on {len(self.arrays['feature_mean'])} features of encoder "
+                f"{self.encoder.get('id')!r}; these have {features.shape[1]} columns."
+            )
+        deterministic = not self.preset.flow or self.prior.deterministic
+        if n_samples > 1 and deterministic:
+            raise ValueError(
+                f"n_samples={n_samples} needs a prior with noise; this model's prior ({self.preset.prior!r}, "
+                f"flow={self.preset.flow}) is deterministic: every draw is the same. Use n_samples=1."
+            )
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, not {n_samples}.")
+        n_genes, a = len(self.genes), self.arrays
+        times = schedule(n_steps or self.preset.n_steps) if self.preset.flow else [0.0]
+        mean = np.empty((len(features), n_genes), np.float32)
+        variance, ood = np.empty_like(mean), np.empty(len(features), np.float32)
+        between_sum = total_sum = 0.0
+        for library_id, which, xy in progress(slides):
+            x = standardize(features[which], a["feature_mean"], a["feature_std"], self.standardize)
+            base = self.ridge.predict(x)
+            total, squares = np.zeros((2, len(x), n_genes))
+            if np.any(a["weights"][2]):
+                tokens = SlideTokens(x, xy, base, self, device, rows)
+                for draw in range(n_samples):
+                    rng = np.random.default_rng([seed, zlib.crc32(library_id.encode()), draw])
+                    y = tokens.run(rng, times)
+                    total += y
+                    squares += y**2
+                del tokens
+            net = (total / n_samples).astype(np.float32)
+            between = np.maximum(squares / n_samples - net.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
+            parts = [base, smooth(base, spatial_graph(xy, 8), self.ridge.smoothing), net]
+            mean[which] = self.combine(parts)
+            ood[which] = self.familiarity(x)
+            # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
+            if n_samples == 1:
+                between = np.broadcast_to(a["between"], net.shape)
+            else:
+                between = between * a["weights"][2] ** 2
+            expected = self.law.std_at(mean[which], a["theta"]) ** 2
+            inflated = expected * (a["inflation"][0] + a["inflation"][1] * ood[which][:, None])
+            variance[which] = np.maximum(inflated - a["between"], 0.05 * inflated) + between
+            between_sum, total_sum = between_sum + between.sum(), total_sum + variance[which].sum()
+        return Prediction(mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)))
+
+    def combine(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Stack ridge, smoothed ridge and network around the training mean; expression is never negative."""
+        mean, weights = self.arrays["mean"], self.arrays["weights"]
+        return np.maximum(mean + sum(w * (p - mean) for w, p in zip(weights, parts)), 0).astype(np.float32)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to one safetensors file, atomically, and return its path."""
+        description, tensors = self._state()
+        return _base.save(path, "STFlow", description, tensors)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the weights."""
+        return _base.tensors_sha256(self._state()[1])
+
+    def _state(self) -> tuple[dict, dict[str, Tensor]]:
+        tensors = {f"array.{name}": torch.from_numpy(np.array(value)) for name, value in self.arrays.items()}
+        tensors |= {"ridge.coefficients": torch.from_numpy(self.ridge.coefficients)}
+        tensors |= {"ridge.intercept": torch.from_numpy(self.ridge.intercept)}
+        for i, network in enumerate(self.networks):
+            tensors |= {f"network.{i}.{name}": value for name, value in network.state_dict().items()}
+        prior = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.prior).items()}
+        description = {
+            "preset": asdict(self.preset), "genes": self.genes, "encoder": self.encoder, "target_sum": self.target_sum,
+            "n_networks": len(self.networks), "prior": prior, "standardize": self.standardize, "pitch": self.pitch,
+            "ridge": [self.ridge.alpha, self.ridge.smoothing], "history": self.history, "card": self.card,
+        }  # fmt: skip
+        return description, tensors
+
+    @classmethod
+    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> STFlow:
+        """Rebuild a model from the description and tensors of its file."""
+        try:
+            preset = Preset(**d["preset"])
+            arrays = {k.removeprefix("array."): v.numpy() for k, v in tensors.items() if k.startswith("array.")}
+            networks = []
+            for i in range(d["n_networks"]):
+                network = Denoiser(preset.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
+                start = f"network.{i}."
+                network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+                networks.append(network)
+            prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
+            ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])
+            names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
+            return cls(
+                preset=preset, networks=networks, prior=PRIORS[preset.prior](**prior), ridge=ridge, arrays=arrays,
+                **{name: d[name] for name in names},
+            )  # fmt: skip
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the file's header and tensors do not make an STFlow model: {error}") from error
+
+
+class SlideTokens:
+    """One slide made ready for the networks: image tokens, graph and embedded geometry are computed once for all steps."""
+
+    def __init__(self, x: np.ndarray, xy: np.ndarray, base: np.ndarray, model: STFlow, device, rows: int):
+        p = model.preset
+        self.model, self.rows, self.n = model, rows, len(x)
+        self.device = torch.device(device)
+        # neighbours in space become neighbours in memory: tokens are worked on in square tiles of about `rows`
+        tile = np.floor((xy - xy.min(0)) / max(np.sqrt(np.ptp(xy, axis=0).prod() / len(xy) * rows), 1e-9))
+        self.order = np.lexsort([xy[:, 1], tile[:, 1], tile[:, 0]]) if len(xy) > rows else np.arange(len(xy))
+        self.base = base
+        with torch.inference_mode():
+            self.graph = spatial_graph(xy[self.order], p.n_neighbors, ties=p.ties)
+            self.tokens = []  # of each network: image tokens, geometry of each layer
+            for network in model.networks:
+                network.to(self.device)
+                self.tokens.append(self._prepare(network, x))
+            self.graph = Graph(self.graph.index.to(self.device), self.graph.mask.to(self.device), None)
+
+    def _prepare(self, network: Denoiser, x: np.ndarray) -> tuple[Tensor, list[Tensor]]:
+        k, width = self.graph.index.shape[1], network.config.width
+        h = torch.empty(self.n, width, device=self.device)
+        geometry = [torch.empty(self.n, k, width // 2, device=self.device) for _ in network.layers]
+        for s in range(0, self.n, 4 * self.rows):
+            part = slice(s, s + 4 * self.rows)
+            h[part] = network.image(torch.from_numpy(x[self.order[part]]).to(self.device))
+            edges = network.edges(Graph(self.graph.index[part], self.graph.mask[part], self.graph.offset[part]))
+            for layer, out in zip(network.layers, geometry):
+                out[part] = layer.attention.geometry(edges.to(self.device))
+        return h, geometry
+
+    def run(self, rng: np.random.Generator, times: list[float]) -> np.ndarray:
+        """Draw once from the prior and integrate; the mean over networks, n x genes in the slide's own order."""
+        model = self.model
+        start = model.prior.sample(self.n, len(model.genes), rng, self.base)[self.order]
+        total = np.zeros_like(start)
+        with torch.inference_mode():
+            y_0 = torch.from_numpy(start).to(self.device)
+            residual = torch.from_numpy(self.base[self.order]).to(self.device) if model.preset.residual else 0
+            for network, (image, geometry) in zip(model.networks, self.tokens):
+
+                def endpoint(y, t, network=network, image=image, geometry=geometry):
+                    time = torch.tensor([t], device=self.device)
+                    h = image + network.time(time_features(time, scale=model.preset.time_scale))
+                    return network.decode(h, y, self.graph, geometry, self.rows) + residual
+
+                total += sample(endpoint, y_0, times).cpu().numpy()
+        out = np.empty_like(total)
+        out[self.order] = total / len(model.networks)
+        return out
+
+
+PRIORS = {"zero": ZeroPrior, "gaussian": GaussianPrior, "zinb": ScalarZINB, "counts": CountPrior, "image": ImagePrior}

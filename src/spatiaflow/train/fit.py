@@ -1,0 +1,100 @@
+"""One fit of one network by Lightning: quiet, resumable, best weights kept."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+from spatiaflow._settings import progress
+
+NEWEST, BEST = "last.ckpt", "best.ckpt"
+
+
+def fit(
+    module: L.LightningModule,
+    training: Dataset,
+    validation: Dataset,
+    *,
+    max_epochs: int,
+    patience: int,
+    monitor: str,
+    seed: int,
+    description: str,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    devices: int | str = 1,
+    precision: str = "32-true",
+    accelerator: str = "cpu",
+) -> None:
+    """Train ``module`` and leave it with the weights of its best validation epoch.
+
+    With ``checkpoint_dir`` the state of the last epoch is kept there; ``resume`` goes on from it and gives what an
+    uninterrupted run gives. Nothing is written anywhere else.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
+    with where as folder, warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
+        best = ModelCheckpoint(folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False)
+        callbacks = [EarlyStopping(monitor, patience=patience), best, _Epochs(training, seed, description)]
+        if checkpoint_dir is not None:
+            last = ModelCheckpoint(folder, NEWEST.removesuffix(".ckpt"), enable_version_counter=False)
+            callbacks.append(last)
+        trainer = L.Trainer(
+            accelerator=accelerator, devices=devices, precision=precision, max_epochs=max_epochs, logger=False,
+            callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            gradient_clip_val=1.0, default_root_dir=folder, log_every_n_steps=1,
+        )  # fmt: skip
+        newest = Path(folder) / NEWEST
+        trainer.fit(
+            module,
+            DataLoader(training, batch_size=None),
+            DataLoader(validation, batch_size=None),
+            ckpt_path=newest if resume and newest.exists() else None,
+            weights_only=True,
+        )
+        saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
+        module.load_state_dict(saved["state_dict"])
+
+
+class _Epochs(Callback):
+    """Seeds every epoch by its number, collects the history, and shows one progress bar."""
+
+    def __init__(self, training: Dataset, seed: int, description: str):
+        self.training, self.seed, self.description, self.history, self.bar = training, seed, description, {}, None
+
+    def on_train_start(self, trainer, module):
+        self.bar = progress(None, self.description, total=trainer.max_epochs, unit="epoch")
+        self.bar.update(trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer, module):
+        self.training.epoch = trainer.current_epoch
+        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)  # dropout
+
+    def on_train_epoch_end(self, trainer, module):
+        row = {"epoch": trainer.current_epoch} | {k: float(v) for k, v in trainer.callback_metrics.items()}
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
+        module.history = self.history
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k != "epoch"})
+        self.bar.update()
+
+    def on_train_end(self, trainer, module):
+        self.bar.close()
+        module.history = self.history
+
+    def state_dict(self):
+        return {"history": self.history}
+
+    def load_state_dict(self, state):
+        self.history = state["history"]
