@@ -125,8 +125,6 @@ def train_stflow(
     for table, found in zip(tables, slides):
         features = _io.features(table, features_key)
         library = _io.library_sizes(table, layer)
-        if isinstance(genes, int):
-            names = [name for name in names if name in set(table.var_names)]
         for slide in found:
             library_id = slide.library_id
             while library_id in taken:  # two objects may call their slide alike

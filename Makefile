@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= simulated
+
+.PHONY: demo test lint docs clean
+
+demo: $(BIN)/.ready
+	$(BIN)/python -m spatiaflow.demo --data $(DATA) --out demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+docs: $(BIN)/.ready
+	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+
+# torch is pinned in constraints.txt, so that no other package pulls another build of it
+$(BIN)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,docs,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo docs/_build
