@@ -307,7 +307,7 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
 
 def dense(values) -> np.ndarray:
     """Return counts as a float64 array."""
-    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    return np.ascontiguousarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
 
 
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:

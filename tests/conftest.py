@@ -1,0 +1,84 @@
+"""Small tissue that every test can afford, and settings that leave no trace."""
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+matplotlib.use("Agg")
+MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    from spatiaflow import settings
+
+    with settings.override(progress=False, verbosity="warning"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    """Folder with the public raw files; tests on real tissue are skipped where it is absent."""
+    if not MIRROR.is_dir():
+        pytest.skip(f"no mirror of the public files at {MIRROR}; set SPATIAFLOW_MIRROR to run this test")
+    return MIRROR
+
+
+def make_slide(name="s0", n=12, seed=0, n_genes=12, pitch=200.0, mpp=0.5):
+    """Spots on a square array of n x n; genes 0-5 follow the features, 6-8 the neighbours' features, 9-11 nothing."""
+    rng = np.random.default_rng(seed)
+    i, j = np.meshgrid(np.arange(n), np.arange(n))
+    xy = np.stack([i, j], -1).reshape(-1, 2) * pitch + rng.normal(0, 0.02 * pitch, (n * n, 2))
+    x = rng.normal(size=(n * n, 8)).astype(np.float32)
+    relation = np.random.default_rng(99).normal(size=(8, n_genes))
+    field = np.sin(xy[:, :1] / 500) + np.cos(xy[:, 1:] / 400)
+    x[:, :2] += field
+    distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
+    around = (distance < 1.6 * pitch) @ x / (distance < 1.6 * pitch).sum(1, keepdims=True)
+    signal = np.concatenate([(x @ relation)[:, :6], 2 * (around @ relation)[:, 6:9], 0 * field * np.ones((1, n_genes - 9))], 1)
+    rate = np.exp(0.4 * signal + np.linspace(-1, 1, n_genes))
+    library = rng.lognormal(0, 0.3, (n * n, 1))
+    counts = rng.poisson(rng.gamma(5, rate * library * 5 / 5))
+    adata = ad.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(index=[f"{name}_{k}" for k in range(n * n)]),
+        var=pd.DataFrame(index=[f"G{g}" for g in range(n_genes)]),
+    )
+    adata.obsm["spatial"] = xy / mpp
+    adata.obsm["X_texture"] = x
+    adata.uns["X_texture"] = {
+        "id": "texture", "sha256": "", "mpp": 0.5, "patch_um": 112.0, "standardize": False, "n_features": 8,
+    }  # fmt: skip
+    scale = {"tissue_hires_scalef": 0.1, "spot_diameter_fullres": 100 / mpp}
+    image = np.full((int(xy[:, 1].max() / mpp * 0.1) + 40, int(xy[:, 0].max() / mpp * 0.1) + 40, 3), 230, np.uint8)
+    adata.uns["spatial"] = {
+        name: {"images": {"hires": image}, "scalefactors": scale, "metadata": {"microns_per_pixel": mpp}}
+    }
+    return adata
+
+
+@pytest.fixture
+def slide():
+    """Factory of simulated spot arrays."""
+    return make_slide
+
+
+@pytest.fixture(scope="session")
+def slides():
+    """Three training slides; do not write into them."""
+    return [make_slide(f"s{i}", seed=i) for i in range(3)]
+
+
+@pytest.fixture(scope="session")
+def model(slides):
+    """A small STFlow, trained once."""
+    import spatiaflow as sf
+
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return sf.tl.train_stflow(slides, genes=12, max_epochs=12)

@@ -1,0 +1,300 @@
+import dataclasses
+import json
+import pickle
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+import spatiaflow as sf
+from spatiaflow.models import PRESETS
+from spatiaflow.models.simple import gene_pearson
+
+FAST = dataclasses.replace(PRESETS["default"], width=16, n_heads=2, max_epochs=3, regions=2)
+
+
+def log(adata, genes, target_sum=1e4):
+    x = adata.X.toarray()
+    return np.log1p(x / x.sum(1, keepdims=True) * target_sum)[:, [adata.var_names.get_loc(g) for g in genes]]
+
+
+def predicted(adata, model, **kwargs):
+    out = sf.tl.predict_expression(adata, model=model, copy=True, **kwargs)
+    return out.obsm["stflow"]
+
+
+def test_planted_genes_are_recovered_and_noise_is_not_trusted(slide, model):
+    test = slide("t", seed=7)
+    sf.tl.predict_expression(test, model=model, n_samples=4)
+    r = dict(zip(model.genes, gene_pearson(log(test, model.genes), test.obsm["stflow"])))
+    assert np.mean([r[f"G{g}"] for g in range(6)]) > 0.5
+    assert np.mean([r[f"G{g}"] for g in range(6, 9)]) > 0.35
+    assert max(abs(r[f"G{g}"]) for g in range(9, 12)) < 0.3
+    skill = dict(zip(model.genes, model.skill))
+    assert min(skill[f"G{g}"] for g in range(6)) > max(skill[f"G{g}"] for g in range(9, 12))
+
+
+def test_slots_types_and_provenance(slide, model):
+    test = slide("t", seed=7)
+    assert sf.tl.predict_expression(test, model=model) is None
+    assert test.obsm["stflow"].dtype == test.obsm["stflow_std"].dtype == np.float32
+    assert test.obsm["stflow"].shape == test.obsm["stflow_std"].shape == (144, 12)
+    assert (test.obsm["stflow_std"] > 0).all()
+    assert test.obs["stflow_ood"].between(0, 1).all()
+    params = test.uns["stflow"]["params"]
+    assert params["model_sha256"] == model.sha256
+    assert params["n_steps"] == 5
+    assert list(test.uns["stflow"]["genes"]) == model.genes
+
+
+def test_noise_belongs_to_the_spot(slide, model):
+    test = slide("t", seed=7)
+    expected = predicted(test, model, n_samples=2)
+    shuffled = test[np.random.default_rng(0).permutation(144)].copy()
+    again = sf.tl.predict_expression(shuffled, model=model, n_samples=2, copy=True)[test.obs_names]
+    np.testing.assert_allclose(again.obsm["stflow"], expected, atol=1e-5)
+    for size in (1, 37, 1000):
+        np.testing.assert_allclose(predicted(test, model, n_samples=2, batch_size=size), expected, atol=1e-5)
+
+
+def test_slides_do_not_see_each_other(slide, model):
+    a, b = slide("a", seed=7), slide("b", seed=8)
+    for order in ([a, b], [b, a]):
+        both = ad.concat(order, uns_merge="same", label="slide", keys=[o.obs_names[0][0] for o in order])
+        both.uns["X_texture"] = a.uns["X_texture"]
+        sf.tl.predict_expression(both, model=model, library_key="slide", mpp=0.5)
+        for one in (a, b):
+            np.testing.assert_allclose(both[one.obs_names].obsm["stflow"], predicted(one, model), atol=1e-5)
+
+
+def test_same_seed_same_result_other_seed_other_draw(slide, model):
+    test = slide("t", seed=7)
+    first = predicted(test, model, random_state=1)
+    np.testing.assert_array_equal(first, predicted(test, model, random_state=1))
+    assert np.abs(first - predicted(test, model, random_state=2)).max() > 1e-4
+
+
+def test_rotation_of_the_slide_changes_nothing(slide, model):
+    test = slide("t", seed=7)
+    turned = test.copy()
+    c, s = np.cos(0.7), np.sin(0.7)
+    turned.obsm["spatial"] = test.obsm["spatial"] @ np.array([[c, -s], [s, c]]) * [-1, 1] + 1e5
+    np.testing.assert_allclose(predicted(turned, model), predicted(test, model), atol=1e-4)
+
+
+def test_save_and_load_are_bit_equal(slide, model, tmp_path):
+    path = model.save(tmp_path / "model")
+    again = sf.models.load(path)
+    test = slide("t", seed=7)
+    np.testing.assert_array_equal(predicted(test, again), predicted(test, model))
+    assert (again.genes, again.card, again.history) == (model.genes, json.loads(json.dumps(model.card)), model.history)
+    assert again.sha256 == model.sha256
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "foreign", "pickled", "other tensors"])
+def test_bad_weights_are_refused(model, tmp_path, damage):
+    from safetensors.torch import save_file
+
+    path = model.save(tmp_path / "model")
+    good = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif damage == "corrupted":
+        path.write_bytes(b"\xff" * 64 + good[64:])
+    elif damage == "pickled":
+        path.write_bytes(pickle.dumps({"weights": 1}))
+    elif damage == "foreign":
+        save_file({"x": torch.zeros(2)}, path)
+    else:
+        from spatiaflow.models import _base
+
+        description, tensors = _base.read(path)
+        tensors.pop("ridge.intercept")
+        path.unlink()
+        _base.save(path, description.pop("kind"), description, tensors)
+    with pytest.raises(ValueError, match=r"safetensors|spatiaflow model|STFlow model"):
+        sf.models.load(path)
+    with pytest.raises(FileNotFoundError):
+        sf.models.load(tmp_path / "none.safetensors")
+
+
+def test_training_is_seeded_and_quiet(slides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (sf.tl.train_stflow(slides, preset=FAST, genes=4) for _ in range(2))
+    assert one.sha256 == two.sha256
+    assert not list(tmp_path.iterdir())  # no lightning_logs, no checkpoints
+    assert len(one.networks) == 3
+    assert set(one.card["data"]) == {"s0", "s1", "s2"}
+    assert len(one.history["train_loss"]) == len(one.history["val_pearson"]) == 9
+
+
+def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):
+    from spatiaflow.train import regions
+
+    whole = sf.tl.train_stflow(slides, preset=FAST, genes=4)
+    calls, original = [], regions.Regions.__getitem__
+
+    def die(self, b):
+        calls.append(b)
+        if len(calls) == 8:  # in the second network's first epochs
+            raise KeyboardInterrupt
+        return original(self, b)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions.Regions, "__getitem__", die)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            sf.tl.train_stflow(slides, preset=FAST, genes=4, checkpoint_dir=tmp_path)
+    assert list(tmp_path.rglob("*.ckpt"))
+    resumed = sf.tl.train_stflow(slides, preset=FAST, genes=4, checkpoint_dir=tmp_path, resume=True)
+    assert resumed.sha256 == whole.sha256
+    for path in tmp_path.rglob("*.ckpt"):
+        torch.load(path, weights_only=True)
+
+
+def test_test_slides_touch_nothing(slides, slide, model):
+    """Predicting reads no counts."""
+    test = slide("t", seed=7)
+    garbage = test.copy()
+    garbage.X = sparse.csr_matrix(np.full(test.shape, 7.0, np.float32))
+    np.testing.assert_array_equal(predicted(test, model), predicted(garbage, model))
+
+
+def test_paper_preset_is_the_paper():
+    from spatiaflow.models.stflow import Denoiser
+
+    for size, count in (((1024, 50), 1_147_724), ((1536, 313), 1_483_624)):
+        assert sum(p.numel() for p in Denoiser(PRESETS["paper"].denoiser(*size)).parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flow": False, "prior": "zero"}, {"prior": "gaussian"}, {"prior": "image", "residual": True}, {"n_neighbors": 0},
+        {"prior": "zero"}, {"stack": False, "geometry": "frames", "ties": "cut", "prior": "zinb"}, {"geometry": "distance"},
+    ],
+)  # fmt: skip
+def test_every_ablation_trains_and_predicts(slides, slide, change):
+    model = sf.tl.train_stflow(slides, preset=dataclasses.replace(FAST, max_epochs=1, **change), genes=4)
+    test = slide("t", seed=7)
+    sf.tl.predict_expression(test, model=model)
+    assert np.isfinite(test.obsm["stflow"]).all()
+    if model.prior.deterministic or not model.preset.flow:
+        with pytest.raises(ValueError, match="deterministic"):
+            sf.tl.predict_expression(test, model=model, n_samples=2)
+
+
+@pytest.mark.parametrize("validation", [["s2"], 0.3])
+def test_validation_is_what_was_asked_for(slides, validation):
+    model = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation=validation)
+    assert len(model.networks) == 1
+
+
+def test_one_slide_and_raw_convention(slides):
+    model = sf.tl.train_stflow(slides[0], preset=FAST, genes=["G3", "G1"], target_sum=None)
+    assert model.genes == ["G3", "G1"]
+    out = sf.tl.predict_expression(slides[1], model=model, copy=True)
+    assert out.uns["stflow"]["normalization"]["target_sum"] == "raw"
+
+
+def test_few_spots(slide, model):
+    test = slide("t", seed=7)
+    for n in (1, 2, 5):
+        few = test[:n].copy()
+        sf.tl.predict_expression(few, model=model)
+        assert np.isfinite(few.obsm["stflow"]).all()
+        assert few.obsm["stflow"].shape == (n, 12)
+
+
+BAD_TRAINING = {
+    "nan features": (lambda a: a.obsm["X_texture"].__setitem__((0, 0), np.nan), {}, ValueError, "X_texture.*NaN"),
+    "inf counts": (lambda a: a.X.data.__setitem__(0, np.inf), {}, ValueError, "X has NaN or infinite"),
+    "negative": (lambda a: a.X.data.__setitem__(0, -1), {}, ValueError, "negative"),
+    "not integer": (lambda a: a.X.data.__setitem__(0, 0.5), {}, ValueError, "not integer.*layer="),
+    "duplicated genes": (lambda a: setattr(a, "var_names", ["G0", *a.var_names[:-1]]), {}, ValueError, "var_names_make_unique"),
+    "duplicated obs": (lambda a: setattr(a, "obs_names", ["x", "x", *a.obs_names[2:]]), {}, ValueError, "obs_names_make_unique"),
+    "no features": (lambda a: a.obsm.pop("X_texture"), {}, KeyError, "encode_patches"),
+    "no positions": (lambda a: a.obsm.pop("spatial"), {}, KeyError, "spatial"),
+    "nan position": (lambda a: a.obsm["spatial"].__setitem__((3, 0), np.nan), {}, ValueError, "positions"),
+    "no mpp": (lambda a: a.uns.pop("spatial"), {}, ValueError, "mpp="),
+    "unknown gene": (lambda a: None, {"genes": ["G1", "NOPE"]}, KeyError, "NOPE"),
+    "unknown layer": (lambda a: None, {"layer": "raw"}, KeyError, "layers has no 'raw'"),
+    "unknown preset": (lambda a: None, {"preset": "best"}, ValueError, "preset"),
+    "unknown slide": (lambda a: None, {"validation": ["z"]}, ValueError, "validation"),
+    "resume nothing": (lambda a: None, {"resume": True}, ValueError, "checkpoint_dir"),
+    "one spot": (lambda a: a._inplace_subset_obs([0]), {}, ValueError, "one spot"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_training_input_is_a_clear_error(slide, case):
+    spoil, kwargs, error, message = BAD_TRAINING[case]
+    data = slide()
+    spoil(data)
+    with pytest.raises(error, match=message):
+        sf.tl.train_stflow(data, **({"preset": FAST, "genes": 4} | kwargs))
+
+
+def test_foreign_features_are_refused(slide, model):
+    test = slide("t", seed=7)
+    test.uns["X_texture"] = test.uns["X_texture"] | {"patch_um": 55.0}
+    with pytest.raises(ValueError, match="patch_um 55.0.*patch_um 112.0"):
+        sf.tl.predict_expression(test, model=model)
+    test.obsm["X_texture"] = test.obsm["X_texture"][:, :5]
+    with pytest.raises(ValueError, match="n_features 5"):
+        sf.tl.predict_expression(test, model=model)
+    del test.obsm["X_texture"]
+    with pytest.raises(KeyError, match="encoder='texture'"):
+        sf.tl.predict_expression(test, model=model)
+
+
+def test_wrong_scale_warns_with_both_numbers(slide, model):
+    test = slide("t", seed=7)
+    with pytest.warns(UserWarning, match="spots are 39.* µm apart"):
+        sf.tl.predict_expression(test, model=model, mpp=1.0)
+
+
+@pytest.mark.parametrize("form", ["dense", "int", "csc", "backed", "view"])
+def test_any_form_of_X(slide, tmp_path, form):
+    data = slide(n=8)
+    expected = sf.tl.train_stflow(data.copy(), preset=FAST, genes=4).sha256
+    if form == "dense":
+        data.X = data.X.toarray()
+    elif form == "int":
+        data.X = data.X.astype(np.int64)
+    elif form == "csc":
+        data.X = data.X.tocsc()
+    elif form == "backed":
+        data.write_h5ad(tmp_path / "x.h5ad")
+        data = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+        with pytest.raises(ValueError, match="to_memory"):
+            sf._io.unpack(data, copy=True)
+    else:
+        data = data[:]
+    assert sf.tl.train_stflow(data, preset=FAST, genes=4).sha256 == expected
+
+
+def test_duplicated_and_overlapping_positions_warn(slide, model):
+    test = slide("t", seed=7)
+    both = ad.concat([test, slide("u", seed=7)])
+    both.uns["X_texture"] = test.uns["X_texture"]
+    with pytest.warns(UserWarning, match="library_key="):
+        sf.tl.predict_expression(both, model=model, mpp=0.5)
+    assert np.isfinite(both.obsm["stflow"]).all()
+
+
+def test_h5ad_round_trip_and_get(slide, model, tmp_path):
+    test = slide("t", seed=7)
+    sf.tl.predict_expression(test, model=model)
+    test.write_h5ad(tmp_path / "x.h5ad")
+    again = ad.read_h5ad(tmp_path / "x.h5ad")
+    np.testing.assert_array_equal(again.obsm["stflow"], test.obsm["stflow"])
+    out = sf.get.expression(again)
+    assert list(out.var_names) == model.genes
+    np.testing.assert_array_equal(out.X, test.obsm["stflow"])
+    np.testing.assert_array_equal(out.layers["std"], test.obsm["stflow_std"])
+    assert "spatial" in out.obsm
+    with pytest.raises(KeyError, match="predict_expression"):
+        sf.get.expression(again, key="nothing")
