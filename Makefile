@@ -5,7 +5,7 @@ DATA ?= simulated
 .PHONY: demo test lint docs clean
 
 demo: $(BIN)/.ready
-	$(BIN)/python -m spatiaflow.demo --data $(DATA) --out demo
+	$(BIN)/python tutorials/demo.py --data $(DATA) --out demo
 
 test: lint
 	$(BIN)/python -m pytest -q

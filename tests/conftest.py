@@ -41,7 +41,9 @@ def make_slide(name="s0", n=12, seed=0, n_genes=12, pitch=200.0, mpp=0.5):
     x[:, :2] += field
     distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
     around = (distance < 1.6 * pitch) @ x / (distance < 1.6 * pitch).sum(1, keepdims=True)
-    signal = np.concatenate([(x @ relation)[:, :6], 2 * (around @ relation)[:, 6:9], 0 * field * np.ones((1, n_genes - 9))], 1)
+    signal = np.concatenate(
+        [(x @ relation)[:, :6], 2 * (around @ relation)[:, 6:9], 0 * field * np.ones((1, n_genes - 9))], 1
+    )
     rate = np.exp(0.4 * signal + np.linspace(-1, 1, n_genes))
     library = rng.lognormal(0, 0.3, (n * n, 1))
     counts = rng.poisson(rng.gamma(5, rate * library * 5 / 5))

@@ -68,7 +68,9 @@ def test_imports_go_one_way(layer):
 
 
 def test_models_run_without_the_data_libraries():
-    code = "import sys, spatiaflow.models; print(sorted({'anndata', 'scanpy', 'lightning', 'pandas'} & set(sys.modules)))"
+    code = (
+        "import sys, spatiaflow.models; print(sorted({'anndata', 'scanpy', 'lightning', 'pandas'} & set(sys.modules)))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
 

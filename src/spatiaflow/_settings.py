@@ -125,7 +125,9 @@ def _parse(name: str, value):
 
 
 def _from_environment() -> Settings:
-    found = {name: os.environ[f"SPATIAFLOW_{name.upper()}"] for name in _FIELDS if f"SPATIAFLOW_{name.upper()}" in os.environ}
+    found = {
+        name: os.environ[f"SPATIAFLOW_{name.upper()}"] for name in _FIELDS if f"SPATIAFLOW_{name.upper()}" in os.environ
+    }
     return Settings(**found)
 
 

@@ -113,6 +113,8 @@ def test_law_recovers_a_planted_dispersion():
     theta = np.array([0.5, 2.0, 20.0])
     counts = draw_counts(library[:, None] * rate, theta, 0.0, RNG)
     depth = np.concatenate([np.stack([one.rates, np.ones(len(one.rates))], 1)])
-    mean = np.stack([np.interp(np.log(rate[:, g]), np.log(depth[:, 0]), one._row(t)[0]) for g, t in enumerate(theta)], 1)
+    mean = np.stack(
+        [np.interp(np.log(rate[:, g]), np.log(depth[:, 0]), one._row(t)[0]) for g, t in enumerate(theta)], 1
+    )
     found = one.fit_theta(mean, counts, library)
     assert (np.abs(np.log(found / theta)) < np.log(1.8)).all()

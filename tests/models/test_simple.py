@@ -49,7 +49,9 @@ def test_penalty_is_chosen_where_it_helps():
 def test_smoothing_is_the_mean_of_neighbours():
     one = slide("a")
     graph = slide_graph(one)
-    expected = np.stack([0.5 * one.y[i] + 0.5 * one.y[j[m]].mean(0) for i, (j, m) in enumerate(zip(graph.index, graph.mask))])
+    expected = np.stack(
+        [0.5 * one.y[i] + 0.5 * one.y[j[m]].mean(0) for i, (j, m) in enumerate(zip(graph.index, graph.mask))]
+    )
     np.testing.assert_allclose(smooth(one.y, graph, 0.5), expected, atol=1e-6)
     lonely = one.take(np.array([3]))
     np.testing.assert_array_equal(smooth(lonely.y, slide_graph(lonely), 0.5), lonely.y)

@@ -59,7 +59,9 @@ def test_attention_does_not_see_orientation(layout, turn):
 def test_invariants_do_see_shape():
     xy = LAYOUTS["random"]
     bent = xy * [1.0, 0.5]
-    assert (invariants(spatial_graph(xy, 8, ties="cut")) - invariants(spatial_graph(bent, 8, ties="cut"))).abs().max() > 0.1
+    assert (
+        invariants(spatial_graph(xy, 8, ties="cut")) - invariants(spatial_graph(bent, 8, ties="cut"))
+    ).abs().max() > 0.1
 
 
 def test_frames_average_is_invariant_on_random_layouts():
@@ -81,7 +83,10 @@ def naive_attention(module, graph, h, y, edges):
         e = [module.edge(edges[i, s]).mean(0).view(heads, d) for s in range(len(neighbours))]
         for head in range(heads):
             logits = torch.stack(
-                [module.score(torch.cat([q[i, head], k[j, head], e[s][head], y[j] - y[i]]))[0] for s, j in enumerate(neighbours)]
+                [
+                    module.score(torch.cat([q[i, head], k[j, head], e[s][head], y[j] - y[i]]))[0]
+                    for s, j in enumerate(neighbours)
+                ]
             )
             a = logits.softmax(0)
             out[i, head * d : (head + 1) * d] = sum(a[s] * v[j, head] for s, j in enumerate(neighbours))

@@ -18,7 +18,14 @@ from spatiaflow._settings import logger
 
 # pitches that spot arrays have, µm: legacy ST, Visium, Visium HD bins
 KNOWN_PITCHES = (200.0, 100.0, 16.0, 8.0, 2.0)
-ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")  # provenance of features, in uns[features_key]
+ENCODER = (
+    "id",
+    "sha256",
+    "mpp",
+    "patch_um",
+    "standardize",
+    "n_features",
+)  # provenance of features, in uns[features_key]
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
 
 
@@ -148,7 +155,9 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     common = set.intersection(*(set(get_transformation(sdata[name], get_all=True)) for name in regions))
     if not common:
         raise ValueError(f"elements {_listing(regions)} share no coordinate system; align them first.")
-    system = next((name for name in MICRON_SYSTEMS if name in common), "global" if "global" in common else sorted(common)[0])
+    system = next(
+        (name for name in MICRON_SYSTEMS if name in common), "global" if "global" in common else sorted(common)[0]
+    )
     scale = mpp if mpp is not None else microns_per_unit(sdata, system)
     out = []
     for name in regions:
@@ -197,7 +206,9 @@ def _groups(table, library_key, libraries):
         raise KeyError(f"obs has no {library_key!r}; it has {_listing(table.obs.columns)}.")
     column = table.obs[library_key]
     if column.isna().any():
-        raise ValueError(f"obs[{library_key!r}] has {int(column.isna().sum())} missing values; every row needs its slide.")
+        raise ValueError(
+            f"obs[{library_key!r}] has {int(column.isna().sum())} missing values; every row needs its slide."
+        )
     names = column.astype(str).to_numpy()
     for name in dict.fromkeys(names):
         yield name, np.flatnonzero(names == name)
@@ -244,7 +255,9 @@ def features(table: AnnData, key: str) -> np.ndarray:
     values = table.obsm[key]
     values = values.toarray() if sparse.issparse(values) else np.asarray(values)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
-        raise ValueError(f"obsm[{key!r}] must be a numeric (n_obs, n_features) array; it is {values.dtype} {values.shape}.")
+        raise ValueError(
+            f"obsm[{key!r}] must be a numeric (n_obs, n_features) array; it is {values.dtype} {values.shape}."
+        )
     bad = ~np.isfinite(values).all(1)
     if bad.any():
         raise ValueError(
@@ -261,7 +274,9 @@ def same_encoder(tables: list[AnnData], key: str) -> dict:
         width = features(table, key).shape[1]
         stored = table.uns.get(key, {})
         known = {name: stored[name] for name in ENCODER if name in stored} if isinstance(stored, Mapping) else {}
-        found.append({"key": key, "id": key, "sha256": ""} | {k: _plain(v) for k, v in known.items()} | {"n_features": width})
+        found.append(
+            {"key": key, "id": key, "sha256": ""} | {k: _plain(v) for k, v in known.items()} | {"n_features": width}
+        )
     for one in found[1:]:
         if one != found[0]:
             raise ValueError(f"obsm[{key!r}] of the slides was made by different encoders: {found[0]} and {one}.")
@@ -344,7 +359,9 @@ def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = N
     if genes is not None:
         missing = [gene for gene in genes if gene not in table.var_names]
         if missing:
-            raise KeyError(f"{len(missing)} of {len(genes)} genes are not in var_names (first: {_listing(missing[:3])}).")
+            raise KeyError(
+                f"{len(missing)} of {len(genes)} genes are not in var_names (first: {_listing(missing[:3])})."
+            )
     chosen = table if genes is None else table[:, list(genes)]
     chosen = chosen if rows is None or len(rows) == table.n_obs else chosen[rows]
     values = chosen.X if layer is None else chosen.layers[layer]
@@ -358,7 +375,9 @@ def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = N
     if not np.isfinite(flat).all():
         raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
     if flat.size and flat.min() < 0:
-        raise ValueError(f"{where} has negative values (minimum {flat.min():g}); raw counts are needed, e.g. layer='counts'.")
+        raise ValueError(
+            f"{where} has negative values (minimum {flat.min():g}); raw counts are needed, e.g. layer='counts'."
+        )
     if flat.size and (flat != np.round(flat)).any():
         raise ValueError(f"{where} is not integer; raw counts are needed. If they are in a layer, give layer='counts'.")
     return values, list(chosen.var_names)

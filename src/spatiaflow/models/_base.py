@@ -66,7 +66,7 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get("spatiaflow")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is not a readable safetensors file ({error}): it is truncated, corrupted, or of another format "

@@ -243,7 +243,9 @@ class CountLaw:
             row = np.abs(spread - wanted).argmin(0)
             rate, theta = np.take_along_axis(rates, row[None], 0)[0], self.thetas[row]
             counts = draw_counts(library * rate, theta, pi, rng)
-            out[:, :, g] = log_normalize(counts.reshape(-1, 1), library.reshape(-1), self.target_sum).reshape(library.shape)
+            out[:, :, g] = log_normalize(counts.reshape(-1, 1), library.reshape(-1), self.target_sum).reshape(
+                library.shape
+            )
         return out
 
     def _row(self, theta: float) -> tuple[np.ndarray, np.ndarray]:

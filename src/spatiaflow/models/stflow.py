@@ -105,7 +105,9 @@ class Denoiser(nn.Module):
             From :func:`~spatiaflow.models.spatial.spatial_graph` and :meth:`edges`.
         """
         tau = self.time(time_features(t, scale=self.config.time_scale))
-        return self.decode(self.image(features) + tau, y, graph, [layer.attention.geometry(edges) for layer in self.layers])
+        return self.decode(
+            self.image(features) + tau, y, graph, [layer.attention.geometry(edges) for layer in self.layers]
+        )
 
     def decode(self, h: Tensor, y: Tensor, graph: Graph, geometry: list[Tensor], rows: int = 0) -> Tensor:
         """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads."""
@@ -221,16 +223,21 @@ class Familiarity:
         chosen = np.random.default_rng(0).permutation(len(stacked))[:n_references]
         points = stacked @ components
         distances = [
-            cls._distance(points[slide == s], points[chosen[slide[chosen] != s]] if len(features) > 1 else points[chosen])
+            cls._distance(
+                points[slide == s], points[chosen[slide[chosen] != s]] if len(features) > 1 else points[chosen]
+            )
             for s in range(len(features))
         ]
         return cls(components, points[chosen], np.sort(np.concatenate(distances)))
 
     @classmethod
     def _distance(cls, points: np.ndarray, references: np.ndarray) -> np.ndarray:
-        return cKDTree(references).query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0].reshape(
-            len(points), -1
-        ).mean(1)
+        return (
+            cKDTree(references)
+            .query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0]
+            .reshape(len(points), -1)
+            .mean(1)
+        )
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Quantile in [0, 1] of each row's distance among the training rows'."""
@@ -342,7 +349,9 @@ class STFlow:
                     squares += y**2
                 del tokens
             net = (total / n_samples).astype(np.float32)
-            between = np.maximum(squares / n_samples - net.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
+            between = (
+                np.maximum(squares / n_samples - net.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
+            )
             parts = [base, smooth(base, spatial_graph(xy, 8), self.ridge.smoothing), net]
             mean[which] = self.combine(parts)
             ood[which] = self.familiarity(x)
@@ -356,6 +365,12 @@ class STFlow:
             variance[which] = np.maximum(inflated - a["between"], 0.05 * inflated) + between
             between_sum, total_sum = between_sum + between.sum(), total_sum + variance[which].sum()
         return Prediction(mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)))
+
+    def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
+        """Ridge regression alone, for one slide; smoothed over neighbours when positions are given."""
+        a = self.arrays
+        base = self.ridge.predict(standardize(features, a["feature_mean"], a["feature_std"], self.standardize))
+        return base if xy is None else smooth(base, spatial_graph(xy, 8), self.ridge.smoothing)
 
     def combine(self, parts: list[np.ndarray]) -> np.ndarray:
         """Stack ridge, smoothed ridge and network around the training mean; expression is never negative."""

@@ -108,7 +108,9 @@ def train_stflow(
 
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)} or a spatiaflow.models.Preset, not {preset!r}.")
+            raise ValueError(
+                f"preset must be one of {', '.join(PRESETS)} or a spatiaflow.models.Preset, not {preset!r}."
+            )
         preset = PRESETS[preset]
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
@@ -162,7 +164,9 @@ def _most_variable(parts, names, n, layer, target_sum) -> list[str]:
     for start in range(0, len(names), 1000):
         block = names[start : start + 1000]
         y = [
-            log_normalize(_io.dense(_io.counts(table, block, layer, rows=slide.rows)[0]), library[slide.rows], target_sum)
+            log_normalize(
+                _io.dense(_io.counts(table, block, layer, rows=slide.rows)[0]), library[slide.rows], target_sum
+            )
             for table, slide, _, _, library in parts
         ]
         variance.append(np.concatenate(y).var(0))

@@ -45,7 +45,9 @@ def fit(
     with where as folder, warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
-        best = ModelCheckpoint(folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False)
+        best = ModelCheckpoint(
+            folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False
+        )
         callbacks = [EarlyStopping(monitor, patience=patience), best, _Epochs(training, seed, description)]
         if checkpoint_dir is not None:
             last = ModelCheckpoint(folder, NEWEST.removesuffix(".ckpt"), enable_version_counter=False)

@@ -16,7 +16,15 @@ from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, ImagePrior, library_quantiles
 from spatiaflow.models.flow import interpolate, sample, schedule
 from spatiaflow.models.simple import (
-    SlideData, blocks, choose_ridge, cross_fitted, fit_ridge, fit_stack, gene_pearson, slide_graph, smooth,
+    SlideData,
+    blocks,
+    choose_ridge,
+    cross_fitted,
+    fit_ridge,
+    fit_stack,
+    gene_pearson,
+    slide_graph,
+    smooth,
 )  # fmt: skip
 from spatiaflow.models.spatial import Graph
 from spatiaflow.models.stflow import PRIORS, Denoiser, Familiarity, Preset, SlideTokens, STFlow, standardize
@@ -164,7 +172,9 @@ def _folds(slides, validation, preset, seed) -> tuple[list[list[SlideData]], lis
         groups = _groups(slides, seed)
         if len(groups) < 2:
             raise ValueError("one spot is not enough to train on; at least 2 spots (4 for sensible folds) are needed.")
-        return groups, list(range(len(groups))) if preset.stack else [int(np.random.default_rng(seed).integers(len(groups)))]
+        return groups, list(range(len(groups))) if preset.stack else [
+            int(np.random.default_rng(seed).integers(len(groups)))
+        ]
     if isinstance(validation, float):
         pieces = [blocks(s, max(2, round(1 / validation))) for s in slides]
         last = [p.pop(int(np.random.default_rng([seed, i]).integers(len(p)))) for i, p in enumerate(pieces)]
@@ -272,4 +282,6 @@ def _calibrate(oof, prediction, arrays, target_sum, familiarity, y, seed) -> dic
 
 def _mean_pearson(oof, prediction) -> float:
     names = np.unique(oof["group"])
-    return float(np.mean([np.nanmean(gene_pearson(oof["y"][oof["group"] == n], prediction[oof["group"] == n])) for n in names]))
+    return float(
+        np.mean([np.nanmean(gene_pearson(oof["y"][oof["group"] == n], prediction[oof["group"] == n])) for n in names])
+    )

@@ -1,0 +1,290 @@
+"""Expression from histology: every baseline and ablation on her2st and the olfactory bulb, section by section.
+
+    python benchmarks/expression.py --data her2st --seeds 3 --out benchmarks/results
+    python benchmarks/expression.py --table            # the table of docs/benchmarks.md from the result files
+
+Each (data, convention, held-out section, seed, method) is one row of a CSV and one .npz of predictions; runs that are
+already there are not repeated. The held-out section touches nothing: genes, scaling, penalties, smoothing, epochs and
+stack are chosen inside the training sections. All image-only methods get the same features; each tunes its penalties
+by leaving one training section out.
+"""
+
+import argparse
+import dataclasses
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import spatiaflow as sf
+from spatiaflow import _io
+from spatiaflow.models import PRESETS
+from spatiaflow.models.counts import log_normalize
+from spatiaflow.models.simple import (
+    SMOOTHING, SlideData, choose_ridge, fit_ridge, gene_pearson, slide_graph, smooth,
+)  # fmt: skip
+from spatiaflow.models.stflow import standardize
+from spatiaflow.train.stflow import fit_stflow
+
+SECTIONS = {"her2st": ("B4", "C2", "C3", "C4", "C5"), "mouse_olfactory_bulb": ("MOB1", "MOB2", "MOB3")}
+DEFAULT = PRESETS["default"]
+NETWORKS = {
+    "STFlow default": DEFAULT,
+    "STFlow paper preset": PRESETS["paper"],
+    "deterministic twin": dataclasses.replace(DEFAULT, flow=False, prior="zero"),
+    "no context (k=0)": dataclasses.replace(DEFAULT, n_neighbors=0),
+    "features shuffled": DEFAULT,
+}
+
+
+def load(data: str, patch_um: float) -> dict:
+    """Every section with its features."""
+    out = {}
+    for section in SECTIONS[data]:
+        adata = getattr(sf.datasets, data)(section)
+        sf.pp.encode_patches(adata, patch_um=patch_um)
+        out[section] = adata
+    return out
+
+
+def problem(sections: dict, held_out: str, convention: str) -> tuple[list[SlideData], SlideData, list[str]]:
+    """Training slides and test slide as arrays; genes are chosen on training slides ('10k') or as HEST does ('raw')."""
+    names = [s for s in sections if s != held_out]
+    tables = {s: sections[s] for s in sections}
+    shared = _io.shared_genes([tables[s] for s in names])
+    shared = [g for g in shared if g in set(tables[held_out].var_names)]
+    counts = {s: _io.dense(_io.counts(tables[s], shared)[0]) for s in sections}
+    library = {s: _io.library_sizes(tables[s]) for s in sections}
+    target = 1e4 if convention == "10k" else None
+    y = {s: log_normalize(counts[s], library[s], target) for s in sections}
+    if convention == "10k":
+        top = np.argsort(-np.concatenate([y[s] for s in names]).var(0), kind="stable")[:50]
+    else:  # HEST: in at least 10 % of the spots of every sample (test included), scanpy's HVG over all samples
+        import anndata as ad
+        import scanpy as sc
+
+        keep = np.all([(counts[s] > 0).mean(0) >= 0.1 for s in sections], 0)
+        pooled = ad.AnnData(np.concatenate([y[s] for s in sections])[:, keep])
+        sc.pp.highly_variable_genes(pooled, n_top_genes=50)
+        top = np.flatnonzero(keep)[pooled.var["highly_variable"].to_numpy()]
+
+    def make(s):
+        xy = _io.slides(tables[s])[0].xy
+        features = _io.features(tables[s], "X_texture")
+        return SlideData(s, xy, features, y[s][:, top], counts[s][:, top], library[s])
+
+    return [make(s) for s in names], make(held_out), [shared[i] for i in top]
+
+
+def scaled(train, test, mode):
+    features = np.concatenate([s.features for s in train]).astype(np.float64)
+    mean, std = features.mean(0), features.std(0)
+    std = np.where(std < 1e-6, 1, std)
+    return [
+        dataclasses.replace(s, features=standardize(s.features, mean, std, mode)) for s in train
+    ], dataclasses.replace(test, features=standardize(test.features, mean, std, mode))
+
+
+def simple_rows(train, test, seed):
+    """Yield (method, prediction) of everything that is not STFlow."""
+    from sklearn.neighbors import KNeighborsRegressor
+    from sklearn.neural_network import MLPRegressor
+
+    yield "training mean", np.tile(np.concatenate([s.y for s in train]).mean(0), (len(test), 1))
+    depth = np.log(test.library)[:, None]
+    slope = [np.polyfit(np.log(np.concatenate([s.library for s in train])), np.concatenate([s.y for s in train]), 1)][0]
+    yield "depth only (true counts)", depth * slope[0] + slope[1]
+    graph, best = slide_graph(test), {}
+    for mode in ("global", "slide"):
+        a, b = scaled(train, test, mode)
+        alpha, weight, inner = choose_ridge([[s] for s in a])
+        raw = fit_ridge(a, alpha).predict(b.features)
+        label = "ridge" if mode == "global" else "ridge, z-scores per section"
+        yield label, raw
+        yield label + " + smoothing", smooth(raw, graph, weight)
+        best[inner] = (a, b)
+    a, b = best[max(best)]  # the standardisation that wins inside the training sections, for all below
+    x, y = np.concatenate([s.features for s in a]), np.concatenate([s.y for s in a])
+
+    def inner_score(make, weights=(0.0,)):
+        score = np.zeros(len(weights))
+        for i, held_out in enumerate(a):
+            rest = [s for j, s in enumerate(a) if j != i]
+            fitted = make().fit(np.concatenate([s.features for s in rest]), np.concatenate([s.y for s in rest]))
+            p = fitted.predict(held_out.features)
+            g = slide_graph(held_out)
+            score += [np.nanmean(gene_pearson(held_out.y, smooth(p, g, w))) for w in weights]
+        return score
+
+    mlps = [
+        lambda h=h, alpha=alpha: MLPRegressor(h, alpha=alpha, early_stopping=True, max_iter=200, random_state=seed)
+        for h in ((64,), (256,))
+        for alpha in (1e-2, 1.0, 10.0)
+    ]
+    grid = np.array([inner_score(make, SMOOTHING) for make in mlps])
+    fitted = mlps[int(grid[:, 0].argmax())]().fit(x, y)
+    yield "MLP", fitted.predict(b.features)
+    i, w = np.unravel_index(grid.argmax(), grid.shape)
+    yield "MLP + smoothing", smooth(mlps[i]().fit(x, y).predict(b.features), graph, SMOOTHING[w])
+    knns = [lambda k=k: KNeighborsRegressor(k) for k in (5, 10, 20, 40, 80)]
+    best_k = int(np.argmax([inner_score(make)[0] for make in knns]))
+    yield "kNN retrieval", knns[best_k]().fit(x, y).predict(b.features)
+
+
+def network_row(name, train, test, genes, seed):
+    """Fit one STFlow variant; return (prediction, std, model)."""
+    train, test = list(train), test
+    if name == "features shuffled":
+        rng = np.random.default_rng(seed)
+        train = [dataclasses.replace(s, features=rng.permutation(s.features)) for s in train]
+        test = dataclasses.replace(test, features=rng.permutation(test.features))
+    target = None if np.array_equal(train[0].y, np.log1p(train[0].counts).astype(np.float32)) else 1e4
+    model = fit_stflow(
+        train, genes=genes, encoder={"id": "texture"}, target_sum=target, preset=NETWORKS[name], pitch=200.0, card={},
+        seed=seed,
+    )  # fmt: skip
+    noisy = model.preset.flow and not model.prior.deterministic
+    out = model.predict(
+        test.features, [(test.library_id, np.arange(len(test)), test.xy)], n_samples=10 if noisy else 1, seed=seed
+    )
+    return out, model
+
+
+def uncertainty(test, out, model, train) -> dict:
+    """CRPS and interval score beside a constant marginal interval and homoscedastic ridge residuals; coverage."""
+    draws = model.law.sample(out.mean, out.std, 100)
+    lower, upper = np.quantile(draws, [0.05, 0.95], axis=0)
+    y = np.concatenate([s.y for s in train])
+    marginal = np.quantile(y, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(test), 1))
+    a, b = scaled(train, test, model.standardize)
+    alpha, weight, _ = choose_ridge([[s] for s in a])
+    mean = smooth(fit_ridge(a, alpha).predict(b.features), slide_graph(b), weight)
+    residual = []
+    for i, s in enumerate(a):
+        p = fit_ridge([t for j, t in enumerate(a) if j != i], alpha).predict(s.features)
+        residual.append(s.y - smooth(p, slide_graph(s), weight))
+    std = np.concatenate(residual).std(0) * np.ones_like(mean)
+    detected = np.concatenate([s.counts > 0 for s in train]).mean(0)
+    inside = sf.metrics.interval_coverage(test.y, lower, upper)
+    return {
+        "crps": sf.metrics.crps_ensemble(test.y, draws).mean(),
+        "crps_marginal": sf.metrics.crps_ensemble(test.y, marginal, fair=False).mean(),
+        "crps_ridge": sf.metrics.crps_normal(test.y, mean, std).mean(),
+        "interval": sf.metrics.interval_score(test.y, lower, upper).mean(),
+        "interval_marginal": sf.metrics.interval_score(
+            test.y, np.tile(np.quantile(y, 0.05, 0), (len(test), 1)), np.tile(np.quantile(y, 0.95, 0), (len(test), 1))
+        ).mean(),
+        "interval_ridge": sf.metrics.interval_score(test.y, mean - 1.645 * std, mean + 1.645 * std).mean(),
+        "coverage90": inside.mean(),
+        "coverage90_detected20": inside[detected >= 0.2].mean(),
+        "energy": sf.metrics.energy_score(test.y, draws).mean(),
+        "gene_gene": sf.metrics.gene_correlation_agreement(test.y, out.mean)[0],
+    }
+
+
+def run(args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    sections = load(args.data, args.patch_um)
+    for held_out in args.sections or SECTIONS[args.data]:
+        train, test, genes = problem(sections, held_out, args.convention)
+        full = _io.dense(_io.counts(sections[held_out])[0])
+        columns = [list(sections[held_out].var_names).index(g) for g in genes]
+        target = 1e4 if args.convention == "10k" else None
+        ceiling = np.nanmean(sf.metrics.noise_ceiling(full, genes=columns, target_sum=target))
+        for seed in range(args.seeds):
+            stem = f"{args.data}-{args.convention}-{held_out}-{seed}"
+
+            def record(method, prediction, seconds, extra=None, stem=stem, seed=seed):
+                row = {
+                    "data": args.data, "convention": args.convention, "section": held_out, "seed": seed, "method": method,
+                    "pearson": np.nanmean(gene_pearson(test.y, prediction)), "ceiling": ceiling, "seconds": seconds,
+                    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "spatiaflow": sf.__version__,
+                    "date": time.strftime("%Y-%m-%d"),
+                } | (extra or {})  # fmt: skip
+                name = f"{stem}-{method}".replace(" ", "_")
+                pd.DataFrame([row]).to_csv(args.out / f"{name}.csv", index=False)
+                np.savez_compressed(args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy)
+                print(f"{stem} {method:32s} {row['pearson']:.3f}  {seconds:.0f} s", flush=True)
+
+            if not (args.out / f"{stem}-kNN_retrieval.csv").exists():
+                started = time.perf_counter()
+                for method, prediction in simple_rows(train, test, seed):
+                    record(method, prediction, time.perf_counter() - started)
+                    started = time.perf_counter()
+            for method in args.methods or NETWORKS:
+                if (args.out / f"{stem}-{method}.csv".replace(" ", "_")).exists():
+                    continue
+                started = time.perf_counter()
+                out, model = network_row(method, train, test, genes, seed)
+                seconds = time.perf_counter() - started
+                record(method, out.mean, seconds, uncertainty(test, out, model, train))
+
+
+def table(out: Path) -> None:
+    """Print the tables from the result files: mean and spread over seeds, paired differences with block bootstrap."""
+    rows = pd.concat([pd.read_csv(p) for p in sorted(out.glob("*.csv"))], ignore_index=True)
+    for (data, convention), part in rows.groupby(["data", "convention"]):
+        print(f"\n### {data}, {convention}\n")
+        wide = part.pivot_table(index="method", columns="section", values="pearson", aggfunc=["mean", "std"])
+        print(wide["mean"].round(3).sort_values(wide["mean"].columns[-1]).to_markdown())
+        print("\nspread over seeds (standard deviation)\n")
+        print(wide["std"].round(3).to_markdown())
+        print("\nceiling:", part.groupby("section")["ceiling"].first().round(2).to_dict())
+        scored = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
+        if len(scored):
+            names = [c for c in scored if c.startswith(("crps", "interval", "coverage", "energy", "gene_gene"))]
+            print("\n" + scored.groupby(["method", "section"])[names].mean().round(3).to_markdown())
+        _paired(out, part, data, convention)
+
+
+def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
+    """Default against the best image-only baseline (chosen by its mean over the sections compared)."""
+    groups = {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
+    others = [m for m in part.method.unique() if not m.startswith(("STFlow default", "depth", "training"))]
+    for label, wanted in groups.items():
+        wanted = [s for s in wanted if s in set(part.section)]
+        if not wanted or "STFlow default" not in set(part.method):
+            continue
+        mean = part[part.section.isin(wanted)].groupby("method").pearson.mean()
+        baselines = [m for m in others if m in mean and m not in NETWORKS]
+        best = mean[baselines].idxmax()
+        for other in dict.fromkeys([best, "deterministic twin", "no context (k=0)", "STFlow paper preset"]):
+            if other not in mean:
+                continue
+            truth, first, second, xy, library = [], [], [], [], []
+            for section in wanted:
+                average = {}
+                for method in ("STFlow default", other):
+                    pattern = f"{data}-{convention}-{section}-*-{method}.npz".replace(" ", "_")
+                    files = [np.load(p) for p in sorted(out.glob(pattern))]
+                    average[method] = np.mean([f["prediction"] for f in files], 0)
+                truth.append(files[0]["truth"])
+                xy.append(files[0]["xy"])
+                first.append(average["STFlow default"])
+                second.append(average[other])
+                library += [section] * len(files[0]["xy"])
+            # genes differ between sections: they were chosen without the held-out one; compare slot by slot
+            blocks = sf.metrics.spatial_blocks(np.concatenate(xy), 1000.0, library=np.array(library))
+            difference, low, high = sf.metrics.paired_pearson_difference(
+                np.concatenate(truth), np.concatenate(first), np.concatenate(second), blocks, library=np.array(library)
+            )
+            print(f"\n{label}: STFlow default - {other}: {difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=SECTIONS, default="her2st")
+    parser.add_argument("--convention", choices=("10k", "raw"), default="10k")
+    parser.add_argument("--sections", nargs="*")
+    parser.add_argument("--methods", nargs="*", choices=NETWORKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patch-um", type=float, default=155.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--table", action="store_true", help="only print the tables from the result files")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    table(arguments.out) if arguments.table else run(arguments)
