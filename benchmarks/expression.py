@@ -181,7 +181,7 @@ def uncertainty(test, out, model, train) -> dict:
         "coverage90": inside.mean(),
         "coverage90_detected20": inside[detected >= 0.2].mean(),
         "energy": sf.metrics.energy_score(test.y, draws).mean(),
-        "gene_gene": sf.metrics.gene_correlation_agreement(test.y, out.mean)[0],
+        "gene_gene": sf.metrics.gene_correlation_agreement(test.y, out.mean)["pearson"],
     }
 
 

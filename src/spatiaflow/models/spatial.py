@@ -192,10 +192,15 @@ class LocalAttention(nn.Module):
         pre += key.index_select(0, flat).view(n, k, heads, -1)
         pre += query[:, None]
         a, b = pre.chunk(2, -1)
-        logit = self._project(F.silu(a) * b).masked_fill(~mask[..., None], -torch.inf)  # n x k x heads
+        # in place where no gradient needs the input again
+        gated = F.silu(a) * b if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
+        logit = self._project(gated).masked_fill(~mask[..., None], -torch.inf)  # n x k x heads
         weight = self.dropout(torch.nan_to_num(logit.softmax(1)))  # a token without neighbours attends to nothing
-        values = torch.einsum("nkh,nkhd->nhd", weight, value.index_select(0, flat).view(n, k, heads, d))
-        edges = torch.einsum("nkh,nkhd->nhd", weight, e)
+        values = (weight[..., None] * value.index_select(0, flat).view(n, k, heads, d)).sum(1)
+        # sum_j a_ij e_ij: the sum commutes with the edge embedding's last layer, so it is taken first
+        summed = torch.bmm(weight.transpose(1, 2), geometry)  # n x heads x width/2
+        w, bias = self.edge.outer.weight.view(heads, d, -1), self.edge.outer.bias.view(heads, d)
+        edges = torch.einsum("nhc,hdc->nhd", summed, w) + weight.sum(1)[..., None] * bias
         return torch.cat([values.flatten(1), edges.flatten(1)], 1)
 
     def _qkv(self, h: Tensor, which: slice) -> Tensor:
@@ -211,7 +216,7 @@ class LocalAttention(nn.Module):
         """LayerNorm then Linear to one number, without writing the normalised array: three reductions."""
         norm, outer = self.score.norm, self.score.outer
         w = norm.weight * outer.weight[0]
-        moments = gated @ torch.stack([w, torch.full_like(w, 1 / len(w))], 1)
-        dot, mean = moments.unbind(-1)
-        variance = (torch.linalg.vecdot(gated, gated) / len(w) - mean**2).clamp_min(0)
+        flat = gated.flatten(0, -2)
+        dot, mean = (flat @ w).view(gated.shape[:-1]), gated.mean(-1)
+        variance = (torch.linalg.vector_norm(gated, dim=-1) ** 2 / len(w) - mean**2).clamp_min(0)
         return (dot - mean * w.sum()) * torch.rsqrt(variance + norm.eps) + (norm.bias @ outer.weight[0] + outer.bias)
