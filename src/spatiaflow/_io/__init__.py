@@ -1,5 +1,6 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
+from spatiaflow._io._images import SlideImage, slide_image
 from spatiaflow._io._tables import (
     Slide,
     check_encoder,
@@ -20,6 +21,7 @@ from spatiaflow._io._tables import (
 
 __all__ = [
     "Slide",
+    "SlideImage",
     "check_encoder",
     "counts",
     "dense",
@@ -29,6 +31,7 @@ __all__ = [
     "pitch",
     "same_encoder",
     "shared_genes",
+    "slide_image",
     "slides",
     "slot_as_anndata",
     "storable",

@@ -1,0 +1,164 @@
+"""Histology features of spots or cells."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from anndata import AnnData
+from spatialdata import SpatialData
+
+import spatiaflow
+from spatiaflow import _io
+from spatiaflow._settings import logger, progress, settings
+
+if TYPE_CHECKING:
+    from spatiaflow.models.encoders import Encoder
+
+
+def encode_patches(
+    data: AnnData | SpatialData,
+    *,
+    encoder: str | Path | Callable | Encoder = "texture",
+    patch_um: float = 112.0,
+    standardize: bool = False,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | SpatialData | None:
+    """Encode the patch of histology around every spot or cell.
+
+    Patches have a physical width, ``patch_um``, and are resampled to what the encoder was made for. The image is read
+    part by part, each part once. Beyond its border the border's colour is repeated.
+
+    Parameters
+    ----------
+    data
+        AnnData whose ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the full-resolution image, or
+        SpatialData with an image.
+    encoder
+        ``"texture"``: 116 weight-free statistics of colour, stains, nuclei and texture of H&E. Otherwise the hub id or
+        local folder of a vision model of transformers (DINOv2, ViT-MAE, Phikon, ...), the short name of a pathology
+        model ("uni", "uni2-h", "virchow2", "gigapath", "h-optimus-0"; extra ``encoders``), or a function from uint8
+        patches (n x C x h x w tensor) to features; its attributes ``mpp`` or ``pixels`` say what it needs.
+    patch_um
+        Width of a patch, µm.
+    standardize
+        Scale the features of each slide to mean 0 and deviation 1. This uses all spots of the slide at once: results
+        are transductive, and it is recorded.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData; ``image_key`` may be omitted where one image shares the spots' coordinate system.
+    library_key
+        Column of ``.obs`` that tells slides apart.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say; for a
+        SpatialData, µm per unit of its coordinate system.
+    batch_size
+        Patches encoded at a time (64).
+    device
+        Overrides ``settings.device``.
+    key_added
+        Slot; by default ``"X_"`` and the last part of the encoder's name.
+    copy
+        Return a copy instead of writing into ``data``.
+
+    Returns
+    -------
+    None, or with ``copy=True`` an object of the type given. Sets:
+
+    ``.obsm[key_added]`` : float32 array (n_obs, n_features)
+    ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
+        ``n_features`` and ``params``
+
+    Raises
+    ------
+    KeyError
+        No image, or several and no ``image_key``.
+    ValueError
+        The scale is unknown, spots lie outside of the image, or the encoder needs other channels.
+    ImportError, OSError
+        The encoder's package or weights are missing; the message says how to get them.
+    """
+    from spatiaflow.models.encoders import load_encoder
+    from spatiaflow.pp._patches import cut, open_image
+
+    if not (np.isfinite(patch_um) and patch_um > 0):
+        raise ValueError(f"patch_um is the width of a patch in µm and must be positive, not {patch_um!r}.")
+    started = time.perf_counter()
+    data, table = _io.unpack(data, table_key, copy=copy)
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    target = settings.torch_device(device)
+    encoder = load_encoder(encoder, device=target)
+    pixels = encoder.patch_pixels(patch_um)
+    key_added = key_added or "X_" + re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name)
+    out = None
+    bar = progress(None, f"encoding with {encoder.name}", total=sum(len(slide.rows) for slide in slides), unit="patch")
+    for slide in slides:
+        found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
+        image, channels_first = open_image(found.source, found.channels_first)
+        image = _check(image, channels_first, found, slide, encoder, table)
+        parts = cut(
+            image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size or 64
+        )
+        for rows, patches in parts:
+            values = encoder(patches.to(target)).numpy()
+            if out is None:
+                out = np.full((table.n_obs, values.shape[1]), np.nan, np.float32)
+            out[slide.rows[rows]] = values
+            bar.update(len(rows))
+        if standardize:
+            own = out[slide.rows]
+            spread = own.std(0)
+            out[slide.rows] = (own - own.mean(0)) / np.where(spread < 1e-6, 1, spread)
+    bar.close()
+    _io.write(
+        table, key_added, arrays={"": out},
+        uns={
+            "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
+            "standardize": standardize, "n_features": out.shape[1],
+            "params": {"spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started},
+        },
+    )  # fmt: skip
+    return data if copy else None
+
+
+def _check(image, channels_first, found, slide, encoder, table):
+    """Return the image with the channels that the encoder needs; refuse what cannot be meant."""
+    shape = image.shape if channels_first else (image.shape[2], *image.shape[:2])
+    if encoder.channels == 3 and shape[0] == 4 and not channels_first:
+        image, shape = image[..., :3], (3, *shape[1:])  # alpha
+    if encoder.channels is not None and shape[0] != encoder.channels:
+        raise ValueError(
+            f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {shape[0]}. Give another "
+            "image_key= or encoder=."
+        )
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"image {found.name!r} is {image.dtype}; patches are encoded from uint8. Scale each channel to 0-255 first."
+        )
+    outside = ((found.xy < 0) | (found.xy > [shape[2], shape[1]])).any(1)
+    if outside.any():
+        raise ValueError(
+            f"{int(outside.sum())} of {len(outside)} spots of slide {slide.library_id!r} lie outside of image "
+            f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {table.obs_names[slide.rows[np.argmax(outside)]]!r}). "
+            "Are x and y swapped, or is mpp wrong?"
+        )
+    width = found.mpp
+    if encoder.mpp is not None and width > 4 * encoder.mpp:
+        logger.warning("image %r has %.2g µm per pixel; encoder %r works at %.2g", found.name, width, encoder.id, encoder.mpp)
+    return image
