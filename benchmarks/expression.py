@@ -120,7 +120,7 @@ def simple_rows(train, test, seed):
         return score
 
     mlps = [
-        lambda h=h, alpha=alpha: MLPRegressor(h, alpha=alpha, early_stopping=True, max_iter=200, random_state=seed)
+        lambda h=h, alpha=alpha: MLPRegressor(hidden_layer_sizes=h, alpha=alpha, early_stopping=True, max_iter=200, random_state=seed)
         for h in ((64,), (256,))
         for alpha in (1e-2, 1.0, 10.0)
     ]

@@ -3,11 +3,13 @@
 from spatiaflow._io._images import SlideImage, slide_image
 from spatiaflow._io._tables import (
     Slide,
+    background,
     check_encoder,
     counts,
     dense,
     features,
     library_sizes,
+    log_expression,
     microns_per_unit,
     pitch,
     same_encoder,
@@ -15,6 +17,7 @@ from spatiaflow._io._tables import (
     slides,
     slot_as_anndata,
     storable,
+    target_sum,
     unpack,
     write,
 )
@@ -22,11 +25,13 @@ from spatiaflow._io._tables import (
 __all__ = [
     "Slide",
     "SlideImage",
+    "background",
     "check_encoder",
     "counts",
     "dense",
     "features",
     "library_sizes",
+    "log_expression",
     "microns_per_unit",
     "pitch",
     "same_encoder",
@@ -35,6 +40,7 @@ __all__ = [
     "slides",
     "slot_as_anndata",
     "storable",
+    "target_sum",
     "unpack",
     "write",
 ]

@@ -427,6 +427,29 @@ def storable(value):
     return str(value)
 
 
+def log_expression(table: AnnData, genes: list[str], layer: str | None, target_sum: float | None) -> np.ndarray:
+    """Return measured log1p expression (n_obs x genes) of counts per ``target_sum`` of each row's whole library."""
+    values = dense(counts(table, genes, layer)[0])
+    if target_sum is None:
+        return np.log1p(values)
+    return np.log1p(values * (target_sum / np.maximum(library_sizes(table, layer), 1))[:, None])
+
+
+def target_sum(table: AnnData, key: str) -> float | None:
+    """Return what the values in ``obsm[key]`` are counts per; None for raw counts."""
+    value = table.uns[key].get("normalization", {}).get("target_sum", 1e4)
+    return None if value == "raw" else float(value)
+
+
+def background(table: AnnData, slide: Slide) -> tuple[np.ndarray, float] | None:
+    """Return the small image of an AnnData's slide and its µm per pixel, where there is one."""
+    library = table.uns.get("spatial", {}).get(slide.library_id, {})
+    image = library.get("images", {}).get("hires")
+    if image is None:
+        return None
+    return np.asarray(image), slide.mpp / float(library["scalefactors"]["tissue_hires_scalef"])
+
+
 def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 

@@ -59,7 +59,7 @@ def cut(
     """
     height, breadth = image.shape[1:] if channels_first else image.shape[:2]
     size = max(1, round(width))
-    start = np.round(xy - size / 2).astype(int)  # top left corner, x and y
+    start = np.floor(xy - size / 2 + 1e-6).astype(int)  # top left corner, x and y
     tile = np.floor(xy / TILE).astype(int)
     order = np.lexsort([tile[:, 0], tile[:, 1]])
     groups = np.split(order, np.flatnonzero(np.any(np.diff(tile[order], axis=0), axis=1)) + 1) if len(order) else []

@@ -243,6 +243,9 @@ def _fit_network(fold: _Fold, preset, weight, description, seed, where, resume, 
     torch.manual_seed(seed)
     n_features, n_genes = fold.training[0].features.shape[1], fold.training[0].y.shape[1]
     module = FlowMatching(Denoiser(preset.denoiser(n_features, n_genes)), preset, weight)
+    with torch.no_grad():  # start at the training mean
+        for layer in module.denoiser.layers:
+            layer.head[4].bias.copy_(torch.as_tensor(0.0 * fold.mean if preset.residual else fold.mean))
     if where is not None:
         finished = where / "finished.safetensors"
         if resume and finished.exists():

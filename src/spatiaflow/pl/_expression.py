@@ -1,0 +1,117 @@
+"""Measured, predicted and uncertain: the same gene side by side on the tissue."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.figure import Figure
+from spatialdata import SpatialData
+
+from spatiaflow import _io, metrics
+from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
+
+
+def expression(
+    data: AnnData | SpatialData,
+    genes: str | list[str],
+    *,
+    key: str = "stflow",
+    layer: str | None = None,
+    table_key: str = "table",
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    library_id: str | None = None,
+    mpp: float | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Draw measured and predicted expression and its standard deviation on the tissue, a row a gene.
+
+    Measured and predicted share one colour scale; the panel gives their Pearson correlation over the slide's spots.
+
+    Parameters
+    ----------
+    data
+        Object that :func:`spatiaflow.tl.predict_expression` wrote into. Counts are optional: without them the measured
+        panel is left out.
+    genes
+        One gene or several.
+    key
+        Slot of the prediction.
+    layer
+        Layer with raw counts; None reads ``X``.
+    table_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key, library_id
+        Column of ``.obs`` that tells slides apart, and the slide to draw (the first when None).
+    mpp
+        µm per pixel when the data do not say.
+    show
+        Show the figure; None: when matplotlib is interactive.
+    return_fig
+        Return the figure instead.
+
+    Returns
+    -------
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`.
+
+    Raises
+    ------
+    KeyError
+        The slot, a gene or the slide is missing.
+    """
+    import matplotlib.pyplot as plt
+
+    _, table = _io.unpack(data, table_key)
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    predicted = _io.slot_as_anndata(table, key)
+    missing = [gene for gene in genes if gene not in predicted.var_names]
+    if missing:
+        raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(predicted.var_names[:8])}, ...")
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp
+    )
+    by_name = {slide.library_id: slide for slide in slides}
+    if library_id is not None and library_id not in by_name:
+        raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
+    slide = by_name[library_id] if library_id else slides[0]
+    has_truth = all(gene in table.var_names for gene in genes)
+    columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
+    truth = _io.log_expression(table, genes, layer, _io.target_sum(table, key))[slide.rows] if has_truth else None
+    background = _io.background(table, slide)
+
+    aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)
+    width = 7.1 / 3 * len(columns)
+    figure, axes = plt.subplots(
+        len(genes), len(columns), figsize=(width, len(genes) * (7.1 / 3 * 0.82 * aspect + 0.35)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, gene in zip(axes, genes):
+        g = predicted.var_names.get_loc(gene)
+        values = {"predicted": predicted.X[slide.rows, g]}
+        if has_truth:
+            values["measured"] = truth[:, genes.index(gene)]
+        if "std" in columns:
+            values["std"] = predicted.layers["std"][slide.rows, g]
+        shared = np.concatenate([values[c] for c in columns if c != "std"])
+        top = max(float(np.quantile(shared, 0.995)), 1e-3)
+        trusted = bool(predicted.var["trusted"].iloc[g]) if "trusted" in predicted.var else True
+        for ax, column in zip(row, columns):
+            limit = (0, top) if column != "std" else (0, max(float(values["std"].max()), 1e-3))
+            cmap = "viridis" if column != "std" else "magma"
+            title = f"{gene}, {column}" + ("" if trusted or column != "predicted" else " (untrusted)")
+            points = tissue_panel(
+                ax, slide, values[column], vmin=limit[0], vmax=limit[1], cmap=cmap, background=background, title=title
+            )
+            if column == "predicted" and has_truth:
+                r = metrics.pearson(values["measured"][:, None], values["predicted"][:, None])[0]
+                ax.text(0.98, 0.02, f"r = {r:.2f}", transform=ax.transAxes, ha="right", va="bottom", fontsize=7,
+                        bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
+            if column != "measured":
+                bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
+                bar.ax.tick_params(labelsize=6, length=2)
+                bar.outline.set_visible(False)
+                bar.set_label("log1p per 10k" if column == "predicted" else "std", fontsize=6)
+    scale_bar(axes[-1, 0])
+    return finish(figure, show, return_fig)

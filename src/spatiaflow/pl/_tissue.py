@@ -1,0 +1,60 @@
+"""A panel of tissue: true aspect, origin as in the image, µm scale bar, points in their true size."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
+
+SEQUENTIAL = "viridis"
+BARS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # µm
+
+
+def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, background=None, title=""):
+    """Draw one value a spot and return the collection; coordinates are µm."""
+    x, y = slide.xy.T
+    if background is not None:
+        image, scale = background  # µm per pixel of the background
+        height, width = image.shape[:2]
+        ax.imshow(image, extent=(0, width * scale, height * scale, 0), alpha=0.45, interpolation="bilinear", zorder=0)
+    size = 0.92 * slide.pitch
+    points = EllipseCollection(
+        size, size, 0, units="xy", offsets=slide.xy, offset_transform=ax.transData, array=np.asarray(values, float),
+        cmap=cmap, linewidths=0, rasterized=True,
+    )  # fmt: skip
+    points.set_clim(vmin, vmax)
+    ax.add_collection(points)
+    margin = max(slide.pitch, 0.02 * max(np.ptp(x), np.ptp(y)))
+    ax.set_xlim(x.min() - margin, x.max() + margin)
+    ax.set_ylim(y.max() + margin, y.min() - margin)  # y runs down, as in the image
+    ax.set_aspect("equal")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_title(title, fontsize=7, pad=3)
+    return points
+
+
+def scale_bar(ax: Axes) -> float:
+    """Draw a µm scale bar below the lower left corner and return its length."""
+    x0, x1 = ax.get_xlim()
+    y1, y0 = ax.get_ylim()
+    length = max([bar for bar in BARS if bar <= 0.3 * (x1 - x0)], default=BARS[0])
+    y = y1 + 0.03 * (y1 - y0)
+    ax.plot([x0, x0 + length], [y, y], color="black", lw=1.5, solid_capstyle="butt", clip_on=False, gid="scale bar")
+    label = f"{length / 1000:g} mm" if length >= 1000 else f"{length} µm"
+    ax.text(x0 + length / 2, y + 0.02 * (y1 - y0), label, ha="center", va="top", fontsize=6, clip_on=False)
+    return float(length)
+
+
+def finish(figure: Figure, show: bool | None, return_fig: bool):
+    """Show or return a figure, as scanpy does."""
+    import matplotlib.pyplot as plt
+
+    if return_fig:
+        return figure
+    if show or (show is None and plt.isinteractive()):
+        plt.show()
+    return None
