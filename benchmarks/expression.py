@@ -24,7 +24,13 @@ from spatiaflow import _io
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.simple import (
-    SMOOTHING, SlideData, choose_ridge, fit_ridge, gene_pearson, slide_graph, smooth,
+    SMOOTHING,
+    SlideData,
+    choose_ridge,
+    fit_ridge,
+    gene_pearson,
+    slide_graph,
+    smooth,
 )  # fmt: skip
 from spatiaflow.models.stflow import standardize
 from spatiaflow.train.stflow import fit_stflow
@@ -120,7 +126,9 @@ def simple_rows(train, test, seed):
         return score
 
     mlps = [
-        lambda h=h, alpha=alpha: MLPRegressor(hidden_layer_sizes=h, alpha=alpha, early_stopping=True, max_iter=200, random_state=seed)
+        lambda h=h, alpha=alpha: MLPRegressor(
+            hidden_layer_sizes=h, alpha=alpha, early_stopping=True, max_iter=200, random_state=seed
+        )
         for h in ((64,), (256,))
         for alpha in (1e-2, 1.0, 10.0)
     ]
@@ -206,7 +214,9 @@ def run(args) -> None:
                 } | (extra or {})  # fmt: skip
                 name = f"{stem}-{method}".replace(" ", "_")
                 pd.DataFrame([row]).to_csv(args.out / f"{name}.csv", index=False)
-                np.savez_compressed(args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy)
+                np.savez_compressed(
+                    args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy
+                )
                 print(f"{stem} {method:32s} {row['pearson']:.3f}  {seconds:.0f} s", flush=True)
 
             if not (args.out / f"{stem}-kNN_retrieval.csv").exists():
@@ -242,7 +252,9 @@ def table(out: Path) -> None:
 
 def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
     """Default against the best image-only baseline (chosen by its mean over the sections compared)."""
-    groups = {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
+    groups = (
+        {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
+    )
     others = [m for m in part.method.unique() if not m.startswith(("STFlow default", "depth", "training"))]
     for label, wanted in groups.items():
         wanted = [s for s in wanted if s in set(part.section)]

@@ -75,7 +75,7 @@ def test_models_run_without_the_data_libraries():
     assert found.strip() == "[]"
 
 
-@pytest.mark.parametrize(("module", "function"), public_functions())
+@pytest.mark.parametrize(("module", "function"), list(public_functions()))
 def test_signature(module, function):
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -97,7 +97,7 @@ def test_signature(module, function):
             assert p.default == "table"
 
 
-@pytest.mark.parametrize(("module", "function"), public_functions())
+@pytest.mark.parametrize(("module", "function"), list(public_functions()))
 def test_docstring(module, function):
     doc = NumpyDocString(inspect.getdoc(function) or "")
     assert "".join(doc["Summary"]).strip(), "a summary"

@@ -1,7 +1,7 @@
 """Gene expression from histology, end to end: train on some slides, predict a held-out one, compare, draw.
 
-    python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
-    python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
+python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
+python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
 """
 
 import argparse
@@ -55,7 +55,10 @@ def main() -> None:
         {"STFlow": sf.metrics.pearson(truth, predicted.X), "ridge": sf.metrics.pearson(truth, ridge)}, index=model.genes
     )
     scores.to_csv(args.out / "scores.csv")
-    print(f"held-out slide, mean Pearson over {len(scores)} genes: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.mean().items()))
+    print(
+        f"held-out slide, mean Pearson over {len(scores)} genes: "
+        + ", ".join(f"{k} {v:.3f}" for k, v in scores.mean().items())
+    )
 
     best = scores["STFlow"].sort_values(ascending=False).index[:3].tolist()
     for name, figure in {

@@ -44,7 +44,9 @@ def _from_anndata(adata: AnnData, slide: Slide) -> SlideImage:
             "features made elsewhere (any obsm key works as features_key)."
         )
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now.")
+        raise FileNotFoundError(
+            f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now."
+        )
     return SlideImage(Path(path), slide.xy / slide.mpp, slide.mpp, False, str(path))
 
 
@@ -52,7 +54,9 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     from spatialdata.transformations import get_transformation
 
     if image_key is None:
-        candidates = [name for name in sdata.images if slide.coordinate_system in get_transformation(sdata[name], get_all=True)]
+        candidates = [
+            name for name in sdata.images if slide.coordinate_system in get_transformation(sdata[name], get_all=True)
+        ]
         if len(candidates) != 1:
             raise KeyError(
                 f"{len(candidates)} images share the coordinate system {slide.coordinate_system!r} with "

@@ -333,7 +333,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
             f"no result {key!r}: it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}. "
             "Run sf.tl.predict_expression(data, model=...) first."
         )
-    var = pd.DataFrame(index=pd.Index(np.asarray(names).astype(str)))
+    var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
     for name in ("skill", "trusted", "reliability"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])

@@ -194,7 +194,9 @@ def _render(polygons, obs, niche_map, lumen, side, rng):
         nuclei[rows, columns] = 1
         chromatin[rows, columns] = value
     edge = gaussian_filter(nuclei, 0.6)
-    hematoxylin = gaussian_filter(chromatin, 0.6) * (1 + 0.22 * grain) + 0.06 + 0.14 * gland * gaussian_filter(cytoplasm, 1)
+    hematoxylin = (
+        gaussian_filter(chromatin, 0.6) * (1 + 0.22 * grain) + 0.06 + 0.14 * gland * gaussian_filter(cytoplasm, 1)
+    )
     stroma = np.clip(1 - gland - 0.6 * immune, 0, 1)
     eosin = 0.20 + stroma * (0.22 + 0.09 * fibres) + 0.10 * gland + 0.05 * grain
     keep = np.clip(1 - 1.6 * hole, 0, 1) * (1 - 0.35 * np.clip(texture(3, 3) - 1.4, 0, 1) * stroma)  # lumina, clefts
@@ -214,7 +216,9 @@ def _render(polygons, obs, niche_map, lumen, side, rng):
         60 * stroma * (1 + 0.3 * fibres) + 40 * immune * body + 5,
     ]
     noise = rng.standard_normal((n, n), dtype=np.float32)
-    return he, np.stack([np.clip(c + 3 * np.roll(noise, 17 * i, 0), 0, 255) for i, c in enumerate(channels)]).astype(np.uint8)
+    return he, np.stack([np.clip(c + 3 * np.roll(noise, 17 * i, 0), 0, 255) for i, c in enumerate(channels)]).astype(
+        np.uint8
+    )
 
 
 def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence):

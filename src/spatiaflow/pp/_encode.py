@@ -160,5 +160,7 @@ def _check(image, channels_first, found, slide, encoder, table):
         )
     width = found.mpp
     if encoder.mpp is not None and width > 4 * encoder.mpp:
-        logger.warning("image %r has %.2g µm per pixel; encoder %r works at %.2g", found.name, width, encoder.id, encoder.mpp)
+        logger.warning(
+            "image %r has %.2g µm per pixel; encoder %r works at %.2g", found.name, width, encoder.id, encoder.mpp
+        )
     return image

@@ -75,8 +75,12 @@ def cut(
         windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2))
         for s in range(0, len(rows), batch_size):
             part = rows[s : s + batch_size]
-            patches = torch.from_numpy(windows[:, start[part, 1] - y0, start[part, 0] - x0].transpose(1, 0, 2, 3).copy())
+            patches = torch.from_numpy(
+                windows[:, start[part, 1] - y0, start[part, 0] - x0].transpose(1, 0, 2, 3).copy()
+            )
             if size != pixels:
-                patches = F.interpolate(patches.float(), (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
+                patches = F.interpolate(
+                    patches.float(), (pixels, pixels), mode="bilinear", antialias=True, align_corners=False
+                )
                 patches = patches.round().clamp(0, 255).to(torch.uint8)
             yield part, patches

@@ -161,7 +161,7 @@ def _timm(name: str, device) -> Encoder:
         arguments = arguments | {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
     try:
         model = timm.create_model(f"hf-hub:{hub}", pretrained=True, num_classes=0, **arguments).eval().to(device)
-    except Exception as error:  # hub errors of many kinds: gated, offline, not found  # noqa: BLE001
+    except Exception as error:  # hub errors of many kinds: gated, offline, not found
         raise OSError(
             f"the weights of {name!r} could not be had: {error}\nAsk for access at https://huggingface.co/{hub}, then "
             "`hf auth login`; without network, download them elsewhere and set HF_HOME to that cache."

@@ -90,7 +90,9 @@ def texture(patches: Tensor) -> Tensor:
         at_centre(nuclei, share)
         if threshold == 0.2:
             dx, dy = _gradient(nuclei)
-            out.append(mean((dx**2 + dy**2 + 1e-12).sqrt()) / (share + 0.01))  # outline per area: small or ragged nuclei
+            out.append(
+                mean((dx**2 + dy**2 + 1e-12).sqrt()) / (share + 0.01)
+            )  # outline per area: small or ragged nuclei
             out.append(mean(nuclei * eosin) / (share + 0.01))
             out.append(mean((1 - nuclei) * eosin) / (1.01 - share))
             out += [_blur(nuclei, s / MPP).std((-1, -2)) for s in (8.0, 16.0)]  # crowding

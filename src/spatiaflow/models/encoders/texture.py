@@ -115,13 +115,13 @@ def texture_features(patches: Tensor, um_per_px: float = 1.0) -> tuple[Tensor, l
         for scale in (6.0, 20.0):
             out[f"{name}_coherence_{scale:g}um"] = _coherence(plane, scale, smooth)[0]
 
-    patterns = local_binary_patterns(patches).sqrt()
-    out.update({f"pattern_{i}": patterns[:, i] for i in range(10)})
+    for radius, patterns in zip((2, 4), local_binary_patterns(patches)):
+        out.update({f"pattern_{radius}px_{i}": patterns[:, i].sqrt() for i in range(10)})
     return torch.stack(list(out.values()), 1), list(out)
 
 
-def local_binary_patterns(patches: Tensor) -> Tensor:
-    """Histogram (n x 10) of rotation-invariant uniform local binary patterns of the optical density.
+def local_binary_patterns(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Histograms (n x 10) of rotation-invariant uniform local binary patterns of the optical density, radius 2 and 4 px.
 
     In integers, so that a comparison never hangs on the last bit of a float: flips and batches leave it as it is.
     """
@@ -129,13 +129,19 @@ def local_binary_patterns(patches: Tensor) -> Tensor:
     grey = levels[patches.round().long().clamp_(0, 255)].sum(1)
     padded = F.pad(grey[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     grey = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
-    grey = grey[:, :, :-2] + 2 * grey[:, :, 1:-1] + grey[:, :, 2:]  # 16 times the smoothed density
+    grey = grey[:, :, :-2] + 2 * grey[:, :, 1:-1] + grey[:, :, 2:]
+    half = grey[:, ::2, ::2] + grey[:, 1::2, ::2] + grey[:, ::2, 1::2] + grey[:, 1::2, 1::2]
+    return _pattern_histogram(grey, margin=160), _pattern_histogram(half, margin=640)  # a density of 0.01
+
+
+def _pattern_histogram(grey: Tensor, margin: int) -> Tensor:
+    """Count, at each pixel, the neighbours at distance 2 that are denser; 9 where they are in more than one run."""
     h, w = grey.shape[1:]
     padded = F.pad(grey[:, None], (2, 2, 2, 2), mode="replicate")[:, 0]
     ring = ((-2, 0), (-2, 2), (0, 2), (2, 2), (2, 0), (2, -2), (0, -2), (-2, -2))
-    brighter = [padded[:, 2 + dy : 2 + dy + h, 2 + dx : 2 + dx + w] > grey + 160 for dy, dx in ring]
-    count = sum(bit.to(torch.uint8) for bit in brighter)
-    changes = sum((a ^ b).to(torch.uint8) for a, b in zip(brighter, brighter[1:] + brighter[:1]))
+    denser = [padded[:, 2 + dy : 2 + dy + h, 2 + dx : 2 + dx + w] > grey + margin for dy, dx in ring]
+    count = sum(bit.to(torch.uint8) for bit in denser)
+    changes = sum((a ^ b).to(torch.uint8) for a, b in zip(denser, denser[1:] + denser[:1]))
     code = torch.where(changes <= 2, count, torch.full_like(count, 9))
     return torch.stack([_mean((code == value).float()) for value in range(10)], 1)
 
