@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import resource
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,21 @@ def uncertainty(test, out, model, train) -> dict:
     }
 
 
+def write_row(args, held_out, seed, stem, test, ceiling, method, prediction, seconds, extra=None) -> None:
+    """Write one run: a CSV row, and its predictions for paired comparisons."""
+    row = {
+        "data": args.data, "convention": args.convention, "section": held_out, "seed": seed, "method": method,
+        "pearson": np.nanmean(gene_pearson(test.y, prediction)), "ceiling": ceiling, "seconds": seconds,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "spatiaflow": sf.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"benchmarks/expression.py --data {args.data} --convention {args.convention}",
+    } | (extra or {})  # fmt: skip
+    name = f"{stem}-{method}".replace(" ", "_")
+    pd.DataFrame([row]).to_csv(args.out / f"{name}.csv", index=False)
+    np.savez_compressed(args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy)
+    print(f"{stem} {method:32s} {row['pearson']:.3f}  {seconds:.0f} s", flush=True)
+
+
 def run(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     sections = load(args.data, args.patch_um)
@@ -205,20 +221,7 @@ def run(args) -> None:
         for seed in range(args.seeds):
             stem = f"{args.data}-{args.convention}-{held_out}-{seed}"
 
-            def record(method, prediction, seconds, extra=None, stem=stem, seed=seed):
-                row = {
-                    "data": args.data, "convention": args.convention, "section": held_out, "seed": seed, "method": method,
-                    "pearson": np.nanmean(gene_pearson(test.y, prediction)), "ceiling": ceiling, "seconds": seconds,
-                    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "spatiaflow": sf.__version__,
-                    "date": time.strftime("%Y-%m-%d"),
-                } | (extra or {})  # fmt: skip
-                name = f"{stem}-{method}".replace(" ", "_")
-                pd.DataFrame([row]).to_csv(args.out / f"{name}.csv", index=False)
-                np.savez_compressed(
-                    args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy
-                )
-                print(f"{stem} {method:32s} {row['pearson']:.3f}  {seconds:.0f} s", flush=True)
-
+            record = partial(write_row, args, held_out, seed, stem, test, ceiling)
             if not (args.out / f"{stem}-kNN_retrieval.csv").exists():
                 started = time.perf_counter()
                 for method, prediction in simple_rows(train, test, seed):

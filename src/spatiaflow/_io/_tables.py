@@ -16,8 +16,8 @@ from spatialdata import SpatialData
 
 from spatiaflow._settings import logger
 
-# pitches that spot arrays have, µm: legacy ST, Visium, Visium HD bins
-KNOWN_PITCHES = (200.0, 100.0, 16.0, 8.0, 2.0)
+# pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
+KNOWN_PITCHES = (200.0, 141.0, 100.0, 16.0, 8.0, 2.0)
 ENCODER = (
     "id",
     "sha256",
@@ -238,7 +238,7 @@ def _check_positions(slide: Slide, table, library_key) -> None:
         if is_lattice and abs(step / closest - 1) > 0.15:
             warnings.warn(
                 f"slide {slide.library_id!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
-                f"arrays have a pitch of 200, 100, 16, 8 or 2 µm ({closest:g} would need mpp={slide.mpp * closest / step:.4g}). "
+                f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need mpp={slide.mpp * closest / step:.4g}). "
                 "Check mpp.",
                 UserWarning,
                 stacklevel=3,
