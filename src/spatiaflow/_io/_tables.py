@@ -238,8 +238,8 @@ def _check_positions(slide: Slide, table, library_key) -> None:
         if is_lattice and abs(step / closest - 1) > 0.15:
             warnings.warn(
                 f"slide {slide.library_id!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
-                f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need mpp={slide.mpp * closest / step:.4g}). "
-                "Check mpp.",
+                f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need "
+                f"mpp={slide.mpp * closest / step:.4g}). Check mpp.",
                 UserWarning,
                 stacklevel=3,
             )
