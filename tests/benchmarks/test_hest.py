@@ -1,0 +1,124 @@
+"""The runners read folders laid out as the two public benchmarks are; the test writes tiny ones."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hest.py"
+
+
+@pytest.fixture(scope="module")
+def hest():
+    spec = importlib.util.spec_from_file_location("hest", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tissue(rng, n=36):
+    """Patches whose redness drives half of the genes."""
+    level = rng.uniform(0, 1, n)
+    patches = np.clip(rng.normal(200 - 120 * level[:, None, None, None], 10, (n, 32, 32, 3)), 0, 255).astype(np.uint8)
+    rate = np.exp(np.where(np.arange(60) % 2, 2.5 * level[:, None], 0.5 * np.ones((n, 1))))
+    side = int(np.sqrt(n))
+    coords = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * 224.0
+    return patches, rng.poisson(rate).astype(np.float32), coords
+
+
+@pytest.fixture(scope="module")
+def hest_root(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("hest"), np.random.default_rng(0)
+    task = root / "IDC"
+    for name in ("splits", "adata", "patches"):
+        (task / name).mkdir(parents=True)
+    genes = [f"G{i}" for i in range(60)]
+    for sample in ("A", "B", "C"):
+        patches, counts, coords = tissue(rng)
+        barcodes = [f"bc{i}" for i in range(36)]
+        shuffled = rng.permutation(36)  # the two files need not be in one order
+        ad.AnnData(
+            counts[shuffled], obs=pd.DataFrame(index=[barcodes[i] for i in shuffled]), var=pd.DataFrame(index=genes)
+        ).write_h5ad(task / "adata" / f"{sample}.h5ad")
+        with h5py.File(task / "patches" / f"{sample}.h5", "w") as file:
+            file["img"], file["coords"] = patches, coords
+            file["barcode"] = np.array([[b.encode()] for b in barcodes])
+    (task / "var_50genes.json").write_text(json.dumps({"genes": genes[:50]}))
+    for fold, test in enumerate("AC"):
+        for kind, samples in (("train", [s for s in "ABC" if s != test]), ("test", [test])):
+            rows = [
+                {"sample_id": s, "patches_path": f"patches/{s}.h5", "expr_path": f"adata/{s}.h5ad"} for s in samples
+            ]
+            pd.DataFrame(rows).to_csv(task / "splits" / f"{kind}_{fold}.csv", index=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    import dataclasses
+
+    from spatiaflow.models import PRESETS
+
+    for name in ("default", "paper"):
+        monkeypatch.setitem(
+            PRESETS, name, dataclasses.replace(PRESETS[name], width=16, n_heads=2, max_epochs=1, regions=2)
+        )
+
+
+def test_hest_folder_is_matched_by_barcode(hest, hest_root, tmp_path):
+    table = hest.main(["--root", str(hest_root), "--out", str(tmp_path)])
+    assert set(table["fold"]) == {0, 1}
+    assert set(table["method"]) == {"ridge", "ridge + smoothing", "STFlow default"}
+    ridge = table[table["method"] == "ridge"]["pearson_pooled"]
+    assert (ridge > 0.2).all()  # half of the genes follow the patch; 0 if rows were mismatched
+    assert (tmp_path / "hest-texture-default.csv").exists()
+
+
+def test_selection_on_test_is_labelled_loudly(hest, hest_root, tmp_path, capsys):
+    table = hest.main(["--root", str(hest_root), "--out", str(tmp_path), "--selection", "test", "--preset", "paper"])
+    assert "TEST-SELECTED" in capsys.readouterr().err
+    assert "STFlow paper TEST-SELECTED" in set(table["method"])
+    assert (tmp_path / "hest-texture-paper-TEST-SELECTED.csv").exists()
+
+
+def test_pooled_and_per_slide_differ_as_they_should(hest):
+    from spatiaflow.models.simple import SlideData
+
+    rng = np.random.default_rng(0)
+    y = [rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 10]
+    slides = [SlideData(str(i), np.zeros((50, 2)), np.zeros((50, 1)), v, v, np.ones(50)) for i, v in enumerate(y)]
+    guess = [np.zeros((50, 3)) + rng.normal(0, 0.1, (50, 3)), np.full((50, 3), 10.0) + rng.normal(0, 0.1, (50, 3))]
+    found = hest.scores(slides, guess)
+    assert found["pearson_pooled"] > 0.9
+    assert abs(found["pearson_per_slide"]) < 0.3
+
+
+def test_stimage_folder(hest, tmp_path):
+    rng, folder = np.random.default_rng(1), tmp_path / "root" / "Visium"
+    for name in ("image", "coord", "gene_exp"):
+        (folder / name).mkdir(parents=True)
+    for sample in ("s1", "s2", "s3", "s4"):
+        patches, counts, _ = tissue(rng)
+        image = np.full((300, 300, 3), 240, np.uint8)
+        rows = []
+        for i, patch in enumerate(patches):
+            x, y = 40 * (i % 6) + 40, 40 * (i // 6) + 40
+            image[y - 16 : y + 16, x - 16 : x + 16] = patch
+            rows.append({"yaxis": y, "xaxis": x, "r": 11})
+        Image.fromarray(image).save(folder / "image" / f"{sample}.png")
+        spots = [f"{sample}_{i}" for i in range(36)]
+        pd.DataFrame(rows, index=spots).to_csv(folder / "coord" / f"{sample}_coord.csv")
+        pd.DataFrame(counts, index=spots, columns=[f"G{i}" for i in range(60)]).to_csv(
+            folder / "gene_exp" / f"{sample}_count.csv"
+        )
+    table = hest.main(
+        ["--layout", "stimage", "--root", str(tmp_path / "root"), "--genes", "20", "--out", str(tmp_path)]
+    )
+    assert (table["pearson_pooled"] > 0.1).any()
+    assert len(table) == 3
