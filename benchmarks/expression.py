@@ -194,6 +194,11 @@ def uncertainty(test, out, model, train) -> dict:
     }
 
 
+def _inner(model) -> dict:
+    """Scores on held-out training slides, the only ones that choices are made by."""
+    return {f"inner {name}": value for name, value in model.card["scores"].items()} | {"standardize": model.standardize}
+
+
 def write_row(args, held_out, seed, stem, test, ceiling, method, prediction, seconds, extra=None) -> None:
     """Write one run: a CSV row, and its predictions for paired comparisons."""
     row = {
@@ -233,7 +238,7 @@ def run(args) -> None:
                 started = time.perf_counter()
                 out, model = network_row(method, train, test, genes, seed)
                 seconds = time.perf_counter() - started
-                record(method, out.mean, seconds, uncertainty(test, out, model, train))
+                record(method, out.mean, seconds, uncertainty(test, out, model, train) | _inner(model))
 
 
 def table(out: Path) -> None:

@@ -16,7 +16,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "inventories"]
+exclude_patterns = ["_build", "inventories", "tutorials/*.py"]
 html_theme = "sphinx_book_theme"
 html_title = "spatiaflow"
 html_theme_options = {"show_toc_level": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -147,6 +148,8 @@ def resolve_seed(random_state: int | None) -> int:
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
     """Wrap an iterable in a progress bar that obeys :attr:`Settings.progress`."""
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a word about it
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=not settings.progress, leave=False)
