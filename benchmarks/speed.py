@@ -1,0 +1,126 @@
+"""How fast and how large: the paper preset at 1,024 features and 50 genes.
+
+python benchmarks/speed.py                       # one training epoch; prediction at three sizes; attention against a gather
+python benchmarks/speed.py --spots 1000000       # one size
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from spatiaflow.models import PRESETS
+from spatiaflow.models.counts import ScalarZINB
+from spatiaflow.models.flow import schedule
+from spatiaflow.models.simple import SlideData
+from spatiaflow.models.spatial import LocalAttention, frames, spatial_graph
+from spatiaflow.models.stflow import Denoiser, SlideTokens
+from spatiaflow.train.regions import Regions
+from spatiaflow.train.stflow import FlowMatching
+
+PAPER = PRESETS["paper"]
+
+
+def lattice(n: int, seed: int = 0) -> np.ndarray:
+    side = int(np.ceil(np.sqrt(n)))
+    xy = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2)[:n] * 100.0
+    return xy + np.random.default_rng(seed).normal(0, 3, xy.shape)
+
+
+def epoch(repeats: int = 4) -> list[float]:
+    """Seconds of training epochs: 900 spots in 5 sections, 10 regions a section, 2 a batch; without Lightning's share."""
+    rng = np.random.default_rng(0)
+    slides = [
+        SlideData(
+            str(s), lattice(180, s), rng.normal(size=(180, 1024)).astype(np.float32),
+            rng.random((180, 50)).astype(np.float32), np.zeros((180, 50)), np.ones(180),
+        )
+        for s in range(5)
+    ]  # fmt: skip
+    module = FlowMatching(Denoiser(PAPER.denoiser(1024, 50)), PAPER, np.ones(50)).train()
+    module.log = lambda *args, **kwargs: None
+    optimizer, data, seconds = module.configure_optimizers(), Regions(slides, PAPER, ScalarZINB(), 0), []
+    for number in range(repeats):
+        data.epoch, started = number, time.perf_counter()
+        for b in range(len(data)):
+            optimizer.zero_grad()
+            module.training_step(data[b], b).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def predict(n: int, n_steps: int = 5) -> tuple[float, float]:
+    """Seconds and peak memory (GB, the whole process with its input) of one prediction of a slide."""
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    model = SimpleNamespace(
+        preset=PAPER, networks=[Denoiser(PAPER.denoiser(1024, 50)).eval()], prior=ScalarZINB(), genes=range(50)
+    )
+    rng, xy = np.random.default_rng(0), lattice(n)
+    x = rng.standard_normal((n, 1024), dtype=np.float32)
+    started = time.perf_counter()
+    tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), model, "cpu", 256)
+    tokens.run(rng, schedule(n_steps))
+    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def attention_ratio(n: int = 4000, repeats: int = 5) -> tuple[float, float]:
+    """Largest difference to, and speed over, attention that gathers and concatenates [q_i, k_j, e_ij, y_j - y_i]."""
+    torch.manual_seed(0)
+    module = LocalAttention(128, 4, 3, 50).eval()
+    graph = spatial_graph(lattice(n), 8, ties="cut")
+    h, y, edges = torch.randn(n, 128), torch.rand(n, 50), frames(graph)
+
+    def naive():
+        q, k, v = module.qkv(module.norm(h)).view(n, 3, 4, 32).unbind(1)
+        e = module.edge(edges).mean(2).view(n, 8, 4, 32)
+        difference = (y[graph.index] - y[:, None])[:, :, None].expand(-1, -1, 4, -1)
+        logit = module.score(torch.cat([q[:, None].expand(-1, 8, -1, -1), k[graph.index], e, difference], -1))
+        weight = logit.softmax(1)
+        return torch.cat([(weight * v[graph.index]).sum(1).flatten(1), (weight * e).sum(1).flatten(1)], 1)
+
+    def ours():
+        out = torch.empty(n, 256)
+        key, value = module.keys(h, y)
+        for s in range(0, n, 256):
+            p = slice(s, s + 256)
+            out[p] = module.attend(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
+        return out
+
+    with torch.inference_mode():
+        geometry = module.geometry(edges)  # once a slide, not once a step
+        difference = float((naive() - ours()).abs().max())
+        seconds = {f: [] for f in (naive, ours)}
+        for _ in range(repeats):
+            for f, record in seconds.items():
+                started = time.perf_counter()
+                f()
+                record.append(time.perf_counter() - started)
+    return difference, float(np.median(seconds[naive]) / np.median(seconds[ours]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spots", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.spots:
+        seconds, memory = predict(args.spots)
+        print(f"prediction of {args.spots} spots, 5 steps: {seconds:.1f} s, peak {memory:.2f} GB", flush=True)
+    else:
+        print("training epoch:", ", ".join(f"{s:.2f} s" for s in epoch()), flush=True)
+        difference, ratio = attention_ratio()
+        print(
+            f"projected attention: {ratio:.1f} times as fast as a gather, largest difference {difference:.1e}",
+            flush=True,
+        )
+        for n in (25_000, 50_000, 100_000):  # a process each, for its own peak
+            subprocess.run([sys.executable, __file__, "--spots", str(n), "--threads", str(args.threads)], check=True)
