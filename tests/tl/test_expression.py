@@ -30,7 +30,7 @@ def test_planted_genes_are_recovered_and_noise_is_not_trusted(slide, model):
     sf.tl.predict_expression(test, model=model, n_samples=4)
     r = dict(zip(model.genes, gene_pearson(log(test, model.genes), test.obsm["stflow"])))
     assert np.mean([r[f"G{g}"] for g in range(6)]) > 0.5
-    assert np.mean([r[f"G{g}"] for g in range(6, 9)]) > 0.35
+    assert np.mean([r[f"G{g}"] for g in range(6, 9)]) > 0.25  # three times the standard error of noise
     assert max(abs(r[f"G{g}"]) for g in range(9, 12)) < 0.3
     skill = dict(zip(model.genes, model.skill))
     assert min(skill[f"G{g}"] for g in range(6)) > max(skill[f"G{g}"] for g in range(9, 12))

@@ -45,7 +45,7 @@ class FlowMatching(L.LightningModule):
 
     def configure_optimizers(self):
         p = self.preset
-        return torch.optim.AdamW(self.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay)
+        return torch.optim.AdamW(self.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay, fused=True)
 
     def endpoint(self, b: dict, y_t, t):
         graph = Graph(b["index"], b["mask"], None)
