@@ -12,6 +12,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow._io._tables import Slide, _listing
+from spatiaflow._settings import logger
 
 
 @dataclass
@@ -19,10 +20,11 @@ class SlideImage:
     """An image (array-like or file) and the positions of a slide's spots in its pixels."""
 
     source: Any  # path, or array-like c x y x (SpatialData) or y x c (others)
-    xy: np.ndarray  # n x 2, pixels of the source
+    xy: np.ndarray  # n x 2, pixels of the source; pixel i covers [i, i + 1)
     mpp: float  # µm per pixel of the source
     channels_first: bool
     name: str
+    channels: tuple[str, ...] = ()  # names, where there are any
 
 
 def slide_image(
@@ -31,23 +33,43 @@ def slide_image(
     """Return the image of a slide; of a multiscale image the coarsest scale that is not coarser than ``mpp``."""
     if isinstance(data, SpatialData):
         return _from_spatialdata(data, slide, image_key, mpp)
-    return _from_anndata(data, slide)
+    return _from_anndata(data, slide, image_key, mpp)
 
 
-def _from_anndata(adata: AnnData, slide: Slide) -> SlideImage:
+def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
+    """The file of the full resolution, or an array in ``uns``: the one asked for, or a hires that is fine enough."""
     library = adata.uns.get("spatial", {}).get(slide.library_id, {})
-    path = library.get("metadata", {}).get("source_image_path")
-    where = f"uns['spatial'][{slide.library_id!r}]['metadata']['source_image_path']"
-    if not path:
+    slot = f"uns['spatial'][{slide.library_id!r}]"
+    images, path = library.get("images", {}), library.get("metadata", {}).get("source_image_path")
+    # positions are indices of full-resolution pixels: an integer is the middle of a pixel
+    xy = slide.xy / slide.mpp + 0.5
+    if image_key is None and path and Path(path).is_file():
+        return SlideImage(Path(path), xy, slide.mpp, False, str(path))
+    if image_key is not None and image_key not in images:
+        raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {_listing(images)}.")
+    key = image_key or "hires"
+    scale = library.get("scalefactors", {}).get(f"tissue_{key}_scalef")
+    if image_key is not None and scale is None:
         raise KeyError(
-            f"slide {slide.library_id!r} has no full-resolution image: {where} is not set. Set it to the image file, or give "
-            "features made elsewhere (any obsm key works as features_key)."
+            f"{slot}['scalefactors'] has no 'tissue_{key}_scalef': the pixels of this image over those of the full "
+            "resolution (1.0 if it is the full resolution)."
         )
-    if not Path(path).is_file():
+    coarse = ""
+    if key in images and scale is not None:
+        found = SlideImage(np.asarray(images[key]), xy * scale, slide.mpp / scale, False, f"{slide.library_id}/{key}")
+        if image_key is not None or mpp is None or found.mpp <= mpp * 1.05:
+            logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.library_id, key, found.mpp)
+            return found
+        coarse = f" images['hires'] has {found.mpp:.3g} µm per pixel, too coarse for {mpp:.3g}; image_key='hires' takes it."
+    where = f"{slot}['metadata']['source_image_path']"
+    if path:
         raise FileNotFoundError(
-            f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now."
+            f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now.{coarse}"
         )
-    return SlideImage(Path(path), slide.xy / slide.mpp, slide.mpp, False, str(path))
+    raise KeyError(
+        f"slide {slide.library_id!r} has no full-resolution image: {where} is not set. Set it to the image file, or give "
+        f"features made elsewhere (any obsm key works as features_key).{coarse}"
+    )
 
 
 def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
@@ -65,32 +87,40 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
         image_key = candidates[0]
     if image_key not in sdata.images:
         raise KeyError(f"this SpatialData has no image {image_key!r}; it has {_listing(sdata.images)}.")
-    element = sdata.images[image_key]
-    best = None
-    for level in _scales(element):
+    levels = []
+    for level in _scales(sdata.images[image_key]):
         transformations = get_transformation(level, get_all=True)
         if slide.coordinate_system not in transformations:
             raise KeyError(
                 f"image {image_key!r} has no transformation to {slide.coordinate_system!r}, where {slide.element!r} lies."
             )
         affine = transformations[slide.coordinate_system].to_affine_matrix(("x", "y"), ("x", "y"))
-        scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2])))) * slide.mpp
-        if best is None or mpp is None or scale <= mpp * 1.01:
-            best = best if best is not None and mpp is None else (level, affine, scale)
-    level, affine, scale = best
-    if abs(affine[0, 1]) + abs(affine[1, 0]) > 1e-6 * abs(affine[0, 0]):
-        warnings.warn(
-            f"image {image_key!r} is rotated or sheared against {slide.coordinate_system!r}; patches are cut along its own axes.",
-            UserWarning,
-            stacklevel=3,
-        )
+        levels.append((float(np.sqrt(abs(np.linalg.det(affine[:2, :2])))) * slide.mpp, level, affine))
+    levels.sort(key=lambda found: found[0])
+    fine = [found for found in levels if mpp is not None and found[0] <= mpp * 1.05]
+    scale, level, affine = (fine or levels[:1])[-1]
+    _check_square(affine[:2, :2], image_key, slide.coordinate_system)
     homogeneous = np.column_stack([slide.xy / slide.mpp, np.ones(len(slide.xy))])
     xy = (homogeneous @ np.linalg.inv(affine).T)[:, :2]
-    return SlideImage(level.data, xy, scale, True, image_key)
+    channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
+    return SlideImage(level.data, xy, scale, True, image_key, channels)
 
 
 def _scales(element) -> list:
-    """Levels of an image, finest first."""
+    """Levels of an image."""
     if not hasattr(element, "children"):
         return [element]
     return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
+
+
+def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:
+    """Warn where a square of pixels is no square of tissue: patches are cut along the axes of the image."""
+    wide, high = np.linalg.norm(linear, axis=0)
+    skew = abs(linear[:, 0] @ linear[:, 1]) / (wide * high)
+    if skew > 0.02 or abs(wide / high - 1) > 0.02:
+        warnings.warn(
+            f"the pixels of image {image_key!r} are not square in {system!r} ({wide:.4g} by {high:.4g}, skew {skew:.2g}); "
+            "patches are cut along its own axes and show the tissue distorted.",
+            UserWarning,
+            stacklevel=4,
+        )

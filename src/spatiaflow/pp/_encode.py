@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,25 +42,28 @@ def encode_patches(
     """Encode the patch of histology around every spot or cell.
 
     Patches have a physical width, ``patch_um``, and are resampled to what the encoder was made for. The image is read
-    part by part, each part once. Beyond its border the border's colour is repeated.
+    part by part. Beyond its border the border's colour is repeated. Features that were made elsewhere need no call: put
+    them into ``.obsm`` and name the key in ``features_key``.
 
     Parameters
     ----------
     data
-        AnnData whose ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the full-resolution image, or
-        SpatialData with an image.
+        SpatialData with an image, or AnnData whose ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the
+        full-resolution image (JPEG, PNG, TIFF); without that file ``images["hires"]`` is taken if it is fine enough.
     encoder
-        ``"texture"``: 116 weight-free statistics of colour, stains, nuclei and texture of H&E. Otherwise the hub id or
+        ``"texture"``: 118 weight-free statistics of colour, stains, nuclei and texture of H&E. Otherwise the hub id or
         local folder of a vision model of transformers (DINOv2, ViT-MAE, Phikon, ...), the short name of a pathology
-        model ("uni", "uni2-h", "virchow2", "gigapath", "h-optimus-0"; extra ``encoders``), or a function from uint8
-        patches (n x C x h x w tensor) to features; its attributes ``mpp`` or ``pixels`` say what it needs.
+        model ("uni", "uni2-h", "virchow2", "gigapath", "h-optimus-0", "conch"; extra ``encoders``), what
+        ``models.encoders.load_encoder`` returned, or a function from uint8 patches (n x C x h x w tensor) to features,
+        whose attributes ``mpp``, ``pixels`` and ``channels`` say what it needs (else 0.5 µm per pixel, any channels).
     patch_um
         Width of a patch, µm.
     standardize
         Scale the features of each slide to mean 0 and deviation 1. This uses all spots of the slide at once: results
         are transductive, and it is recorded.
     table_key, image_key, shapes_key, labels_key
-        Elements of a SpatialData; ``image_key`` may be omitted where one image shares the spots' coordinate system.
+        Elements of a SpatialData; ``image_key`` may be omitted where one image shares the spots' coordinate system. For
+        an AnnData, ``image_key`` is a key of ``.uns["spatial"][library]["images"]``.
     library_key
         Column of ``.obs`` that tells slides apart.
     spatial_key, mpp
@@ -80,14 +84,17 @@ def encode_patches(
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_features)
     ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
-        ``n_features`` and ``params``
+        ``n_features`` and ``params`` (with ``feature_names`` where they have names)
 
     Raises
     ------
     KeyError
         No image, or several and no ``image_key``.
     ValueError
-        The scale is unknown, spots lie outside of the image, or the encoder needs other channels.
+        The scale is unknown, spots lie outside of the image, the image is not uint8, the encoder needs other channels or
+        returns values that are not finite.
+    FileNotFoundError
+        The image is not where ``.uns`` says.
     ImportError, OSError
         The encoder's package or weights are missing; the message says how to get them.
     """
@@ -110,17 +117,22 @@ def encode_patches(
     bar = progress(None, f"encoding with {encoder.name}", total=sum(len(slide.rows) for slide in slides), unit="patch")
     for slide in slides:
         found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
-        image, channels_first = open_image(found.source, found.channels_first)
-        image = _check(image, channels_first, found, slide, encoder, table)
+        image, channels_first, shrunk = open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
+        found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
+        used = _check(image, found, slide, encoder, table, patch_um / pixels)
         parts = cut(
             image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size or 64
         )
         for rows, patches in parts:
-            values = encoder(patches.to(target)).numpy()
+            values = encoder(patches[:, :used].to(target)).numpy()
             if out is None:
                 out = np.full((table.n_obs, values.shape[1]), np.nan, np.float32)
             out[slide.rows[rows]] = values
             bar.update(len(rows))
+        if bad := int((~np.isfinite(out[slide.rows])).any(1).sum()):
+            raise ValueError(
+                f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.library_id!r}."
+            )
         if standardize:
             own = out[slide.rows]
             spread = own.std(0)
@@ -131,36 +143,50 @@ def encode_patches(
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
             "standardize": standardize, "n_features": out.shape[1],
-            "params": {"spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started},
+            "params": {
+                "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
+                "feature_names": list(encoder.feature_names),
+            },
         },
     )  # fmt: skip
     return data if copy else None
 
 
-def _check(image, channels_first, found, slide, encoder, table):
-    """Return the image with the channels that the encoder needs; refuse what cannot be meant."""
-    shape = image.shape if channels_first else (image.shape[2], *image.shape[:2])
-    if encoder.channels == 3 and shape[0] == 4 and not channels_first:
-        image, shape = image[..., :3], (3, *shape[1:])  # alpha
-    if encoder.channels is not None and shape[0] != encoder.channels:
+def _check(image, found, slide, encoder, table, mpp: float) -> int:
+    """Return how many of the image's channels are used; refuse what cannot be meant."""
+    shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
+    used = shape[0]
+    names = [name.lower()[:1] for name in found.channels]
+    if encoder.channels == 3 and used == 4 and (not found.channels_first or names == ["r", "g", "b", "a"]):
+        used = 3  # the fourth is alpha
+    if encoder.channels is not None and used != encoder.channels:
         raise ValueError(
-            f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {shape[0]}. Give another "
-            "image_key= or encoder=."
+            f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {used}"
+            f"{' (' + ', '.join(found.channels) + ')' if found.channels else ''}. Give another image_key= or encoder=, or "
+            "choose channels: sdata[new_key] = sdata[image_key].sel(c=[...])."
         )
     if image.dtype != np.uint8:
         raise ValueError(
             f"image {found.name!r} is {image.dtype}; patches are encoded from uint8. Scale each channel to 0-255 first."
         )
-    outside = ((found.xy < 0) | (found.xy > [shape[2], shape[1]])).any(1)
+    size = np.array([shape[2], shape[1]])
+    outside = ((found.xy < 0) | (found.xy > size)).any(1)
     if outside.any():
+        swapped = ((found.xy[:, ::-1] >= 0) & (found.xy[:, ::-1] <= size)).all()
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots of slide {slide.library_id!r} lie outside of image "
             f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {table.obs_names[slide.rows[np.argmax(outside)]]!r}). "
-            "Are x and y swapped, or is mpp wrong?"
+            + ("With x and y swapped all would lie inside." if swapped else "Are x and y swapped, or is mpp wrong?")
         )
-    width = found.mpp
-    if encoder.mpp is not None and width > 4 * encoder.mpp:
+    if found.mpp > 1.5 * mpp:
         logger.warning(
-            "image %r has %.2g µm per pixel; encoder %r works at %.2g", found.name, width, encoder.id, encoder.mpp
-        )
-    return image
+            "image %r has %.3g µm per pixel, and encoder %r reads %.3g: patches are enlarged, and detail that the encoder "
+            "looks for is missing",
+            found.name, found.mpp, encoder.id, mpp,
+        )  # fmt: skip
+    if encoder.pixels and encoder.mpp and not 0.8 < mpp / encoder.mpp < 1.25:
+        logger.warning(
+            "encoder %r was made for %.3g µm per pixel, and a patch of %.4g µm gives it %.3g; patch_um=%.4g would fit",
+            encoder.id, encoder.mpp, mpp * encoder.pixels, mpp, encoder.mpp * encoder.pixels,
+        )  # fmt: skip
+    return used

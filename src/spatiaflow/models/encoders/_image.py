@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders import _texture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# pathology models loaded through timm: hub id, arguments of timm.create_model, how the output becomes one vector
-TIMM = {
-    "uni": ("MahmoodLab/UNI", {"init_values": 1e-5, "dynamic_img_size": True}),
-    "uni2-h": (
-        "MahmoodLab/UNI2-h",
-        {
-            "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
-            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True,
-        },
-    ),
-    "virchow2": ("paige-ai/Virchow2", {}),
-    "gigapath": ("prov-gigapath/prov-gigapath", {}),
-    "h-optimus-0": ("bioptimus/H-optimus-0", {"init_values": 1e-5, "dynamic_img_size": False}),
-}  # fmt: skip
-STATISTICS = {"h-optimus-0": ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))}
 
 
 @dataclass
@@ -42,21 +29,27 @@ class Encoder:
     function
         uint8 patches (n x C x h x w, on the encoder's device) to features (n x F).
     mpp
-        µm per pixel that patches must have; None where the input size is fixed.
+        µm per pixel that it was made for; None where it was made for no scale (then ``pixels`` is set).
     pixels
         Input size in pixels; None where it follows from ``mpp`` and the patch's width in µm.
+    multiple
+        Where ``pixels`` is None, the number of pixels is a multiple of this.
     channels
         Channels it needs; None: any.
     sha256
         Of the weights; "" where there are none.
+    feature_names
+        Names of the features; empty where they have none.
     """
 
     id: str
     function: Callable[[Tensor], Tensor]
-    mpp: float | None = None
+    mpp: float | None = 0.5
     pixels: int | None = None
+    multiple: int = 1
     channels: int | None = 3
     sha256: str = ""
+    feature_names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,10 +58,13 @@ class Encoder:
 
     def patch_pixels(self, patch_um: float) -> int:
         """Pixels of a patch that is ``patch_um`` wide."""
-        return self.pixels or max(8, round(patch_um / self.mpp))
+        if self.pixels:
+            return self.pixels
+        return max(-(-8 // self.multiple), round(patch_um / self.mpp / self.multiple)) * self.multiple
 
     @torch.inference_mode()
     def __call__(self, patches: Tensor) -> Tensor:
+        """Encode uint8 patches, n x C x h x w; the result (n x F, float32) is on the CPU."""
         out = torch.as_tensor(self.function(patches))
         if out.ndim != 2 or len(out) != len(patches):
             raise ValueError(
@@ -77,21 +73,71 @@ class Encoder:
         return out.float().cpu()
 
 
-def load_encoder(encoder: str | Path | Callable | Encoder, *, device: torch.device | str = "cpu") -> Encoder:
+@dataclass(frozen=True)
+class _Published:
+    """A pathology model that must be asked for at its page."""
+
+    hub: str
+    license: str
+    options: dict  # arguments of timm.create_model that its page gives
+    swiglu: bool = False
+    mean: tuple = IMAGENET[0]
+    std: tuple = IMAGENET[1]
+
+
+# all take 224 px at 0.5 µm per pixel, that is 112 µm
+TIMM = {
+    "uni": _Published("MahmoodLab/UNI", "CC-BY-NC-ND-4.0", {"init_values": 1e-5, "dynamic_img_size": True}),
+    "uni2-h": _Published(
+        "MahmoodLab/UNI2-h",
+        "CC-BY-NC-ND-4.0",
+        {
+            "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True,
+        },
+        swiglu=True,
+    ),
+    "virchow2": _Published("paige-ai/Virchow2", "CC-BY-NC-ND-4.0", {}, swiglu=True),
+    "gigapath": _Published("prov-gigapath/prov-gigapath", "Apache-2.0 with terms of use", {}),
+    "h-optimus-0": _Published(
+        "bioptimus/H-optimus-0",
+        "Apache-2.0",
+        {"init_values": 1e-5, "dynamic_img_size": False},
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+    ),
+}  # fmt: skip
+# CONCH comes with a package of its own; 448 px of 20x tissue
+CONCH_HUB, CONCH_PIXELS = "MahmoodLab/CONCH", 448
+CONCH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SHORT_NAMES = ("texture", *TIMM, "conch")
+
+
+def load_encoder(
+    encoder: str | Path | Callable | Encoder,
+    *,
+    checkpoint: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Encoder:
     """Return an encoder by name.
 
     Parameters
     ----------
     encoder
-        ``"texture"`` (weight-free), the short name of a pathology model (needs the extra ``encoders``), the hub id or
-        local folder of any vision model of transformers, or a function of uint8 patches (n x C x h x w) to features.
+        ``"texture"`` (weight-free); the short name of a pathology model ("uni", "uni2-h", "virchow2", "gigapath",
+        "h-optimus-0", "conch"), which needs the extra ``encoders`` and access to its weights; the hub id or local
+        folder of any vision model of transformers; or a function of uint8 patches (n x C x h x w) to features, whose
+        attributes ``mpp``, ``pixels`` and ``channels`` say what it needs (0.5 µm per pixel, any size, any channels).
+    checkpoint
+        Where there is no network: the folder of a pathology model, downloaded from its page (config.json and weights);
+        for "conch" the file of the weights.
     device
         Where weights go.
 
     Raises
     ------
     ImportError
-        The model needs the extra.
+        The model needs a package.
     OSError
         The weights cannot be had; the message says where and how.
     """
@@ -99,19 +145,29 @@ def load_encoder(encoder: str | Path | Callable | Encoder, *, device: torch.devi
         return encoder
     if callable(encoder):
         name = getattr(encoder, "__name__", type(encoder).__name__)
-        mpp, pixels = getattr(encoder, "mpp", 0.5), getattr(encoder, "pixels", None)
-        return Encoder(name, encoder, mpp, pixels, getattr(encoder, "channels", None))
+        needs = {
+            key: getattr(encoder, key, default) for key, default in (("mpp", 0.5), ("pixels", None), ("channels", None))
+        }
+        return Encoder(name, encoder, **needs)
+    if checkpoint is not None and str(encoder) not in (*TIMM, "conch"):
+        raise ValueError(
+            f"checkpoint= is for {', '.join(TIMM)} and conch; give the folder of the model as encoder instead."
+        )
     if str(encoder) == "texture":
-        return Encoder("texture", lambda patches: _texture.texture(patches.cpu()), _texture.MPP)
+        return Encoder(
+            "texture", _texture.texture, _texture.MPP, multiple=_texture.PIXEL_MULTIPLE, feature_names=_texture.names()
+        )
+    if str(encoder) == "conch":
+        return _conch(checkpoint, device)
     if str(encoder) in TIMM:
-        return _timm(str(encoder), device)
+        return _timm(str(encoder), checkpoint, device)
     return _transformers(str(encoder), device)
 
 
 def _prepare(size: int, mean, std) -> Callable[[Tensor], Tensor]:
     def prepare(patches: Tensor) -> Tensor:
         x = patches.float() / 255
-        if x.shape[-1] != size:
+        if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
         return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
@@ -119,59 +175,125 @@ def _prepare(size: int, mean, std) -> Callable[[Tensor], Tensor]:
 
 
 def _transformers(name: str, device) -> Encoder:
-    import json
-
     from transformers import AutoModel
     from transformers.utils import cached_file
 
     try:
-        model = AutoModel.from_pretrained(name).eval().to(device)
+        model, loading = AutoModel.from_pretrained(name, output_loading_info=True)
         found = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"encoder {name!r} could not be loaded: {error}\nKnown short names: texture, {', '.join(TIMM)}. A hub model needs "
+            f"encoder {name!r} could not be loaded: {error}\nKnown short names: {', '.join(SHORT_NAMES)}. A hub model needs "
             f"network and, if it is gated, access granted at https://huggingface.co/{name} and `hf auth login`. Without "
             "network, copy its folder (config.json, model.safetensors) here and give the folder's path as encoder."
         ) from error
+    random = set(loading["missing_keys"])
+    if unknown := [key for key in random if "pooler" not in key]:
+        raise OSError(
+            f"the weights of {name!r} lack {len(unknown)} tensors of the model (first: {sorted(unknown)[0]!r})."
+        )
+    model = model.eval().to(device)
     settings = json.loads(Path(found).read_text()) if found else {}
-    mean, std = settings.get("image_mean", IMAGENET[0]), settings.get("image_std", IMAGENET[1])
-    size = getattr(model.config, "image_size", 224)
-    prepare = _prepare(size, mean, std)
+    size = _input_size(settings, model.config)
+    prepare = _prepare(size, settings.get("image_mean") or IMAGENET[0], settings.get("image_std") or IMAGENET[1])
     options = {}
-    if model.config.model_type == "vit_mae":
-        # no masking at inference; constant noise keeps the patches in their order
+    takes = inspect.signature(model.forward).parameters
+    if "interpolate_pos_encoding" in takes and size != _side(getattr(model.config, "image_size", size)):
+        options["interpolate_pos_encoding"] = True
+    is_mae = model.config.model_type == "vit_mae"
+    if is_mae:
         model.config.mask_ratio = 0.0
-        tokens = (size // model.config.patch_size) ** 2
-        options["noise"] = torch.arange(tokens, device=device, dtype=torch.float32)[None]
 
     def encode(patches: Tensor) -> Tensor:
-        extra = {key: value.expand(len(patches), -1) for key, value in options.items()}
-        return model(pixel_values=prepare(patches), **extra).last_hidden_state[:, 0]
+        if is_mae:  # nothing is masked, and constant noise keeps the tokens in their order
+            tokens = (size // model.config.patch_size) ** 2
+            options["noise"] = torch.arange(tokens, device=patches.device).float().expand(len(patches), -1)
+        return _vector(model(pixel_values=prepare(patches), **options).last_hidden_state)
 
-    return Encoder(name, encode, None, size, 3, _base.tensors_sha256(model.state_dict()))
+    # a pooler that the file lacks is drawn at random: it is not used, and not part of the identity
+    weights = {key: value for key, value in model.state_dict().items() if key not in random}
+    return Encoder(name, encode, mpp=None, pixels=size, sha256=_base.tensors_sha256(weights))
 
 
-def _timm(name: str, device) -> Encoder:
-    hub, arguments = TIMM[name]
+def _input_size(settings: dict, config) -> int:
+    """Side of the input in pixels: what the preprocessor crops or resizes to, else what the model was built for."""
+    crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    for given in (crop, settings.get("size"), getattr(config, "image_size", None)):
+        if side := _side(given):
+            return side
+    return 224
+
+
+def _side(size) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if isinstance(size, list | tuple):
+        size = size[0]
+    return int(size) if size else None
+
+
+def _vector(hidden: Tensor) -> Tensor:
+    """One vector a patch: the class token of a transformer, the mean over places of a convolutional network."""
+    return hidden.mean((-2, -1)) if hidden.ndim == 4 else hidden[:, 0]
+
+
+def _timm(name: str, checkpoint, device) -> Encoder:
+    published = TIMM[name]
     try:
         import timm
     except ImportError as error:
         raise ImportError(f'encoder {name!r} needs timm: pip install "spatiaflow[encoders]"') from error
-    if name in ("uni2-h", "virchow2"):
-        arguments = arguments | {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    options = {"num_classes": 0, **published.options}
+    if published.swiglu:
+        options |= {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
+    where = f"hf-hub:{published.hub}" if checkpoint is None else f"local-dir:{_existing(checkpoint)}"
     try:
-        model = timm.create_model(f"hf-hub:{hub}", pretrained=True, num_classes=0, **arguments).eval().to(device)
+        model = timm.create_model(where, pretrained=True, **options).eval().to(device)
     except Exception as error:  # hub errors of many kinds: gated, offline, not found
-        raise OSError(
-            f"the weights of {name!r} could not be had: {error}\nAsk for access at https://huggingface.co/{hub}, then "
-            "`hf auth login`; without network, download them elsewhere and set HF_HOME to that cache."
-        ) from error
-    prepare = _prepare(224, *STATISTICS.get(name, IMAGENET))
+        raise OSError(_refused(name, published.hub, published.license, error)) from error
+    prepare = _prepare(224, published.mean, published.std)
 
     def encode(patches: Tensor) -> Tensor:
         out = model(prepare(patches))
-        if out.ndim == 3:  # Virchow2: class token beside the mean of patch tokens (4 registers between)
+        if out.ndim == 3:  # Virchow2: the class token beside the mean of the patch tokens, 4 registers between them
             out = torch.cat([out[:, 0], out[:, 5:].mean(1)], 1)
         return out
 
-    return Encoder(f"hf-hub:{hub}", encode, None, 224, 3, _base.tensors_sha256(model.state_dict()))
+    return Encoder(f"hf-hub:{published.hub}", encode, pixels=224, sha256=_base.tensors_sha256(model.state_dict()))
+
+
+def _conch(checkpoint, device) -> Encoder:
+    try:
+        from conch.open_clip_custom import create_model_from_pretrained
+    except ImportError as error:
+        raise ImportError(
+            "encoder 'conch' needs its authors' package: pip install git+https://github.com/Mahmoodlab/CONCH.git"
+        ) from error
+    where = _existing(checkpoint) if checkpoint is not None else f"hf_hub:{CONCH_HUB}"
+    try:
+        model, _ = create_model_from_pretrained("conch_ViT-B-16", where)
+    except Exception as error:  # hub errors of many kinds: gated, offline, not found
+        raise OSError(_refused("conch", CONCH_HUB, "CC-BY-NC-ND-4.0", error)) from error
+    model = model.eval().to(device)
+    prepare = _prepare(CONCH_PIXELS, *CONCH_STATISTICS)
+
+    def encode(patches: Tensor) -> Tensor:
+        return model.encode_image(prepare(patches), proj_contrast=False, normalize=False)
+
+    return Encoder(
+        f"hf-hub:{CONCH_HUB}", encode, pixels=CONCH_PIXELS, sha256=_base.tensors_sha256(model.visual.state_dict())
+    )
+
+
+def _existing(checkpoint: str | Path) -> str:
+    if not Path(checkpoint).exists():
+        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r}: there is no such file or folder.")
+    return str(Path(checkpoint).resolve())
+
+
+def _refused(name: str, hub: str, license: str, error: Exception) -> str:
+    return (
+        f"the weights of {name!r} could not be had: {error}\nAsk for access at https://huggingface.co/{hub} (license: "
+        f"{license}), then `hf auth login`. Without network, copy the files of that page here and give "
+        f"encoder=spatiaflow.models.encoders.load_encoder({name!r}, checkpoint=path)."
+    )

@@ -1,0 +1,151 @@
+"""Cutting: the pixels of every kind of source, exact centres, resampling, borders, and how much is read."""
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from PIL import Image
+
+from spatiaflow.pp import _patches
+from spatiaflow.pp._patches import cut, open_image
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 255, (90, 130, 3), dtype=np.uint8)  # y, x, c: not square, so that x and y cannot be swapped
+CENTRES = np.array([[20.0, 30.0], [100.0, 11.0], [64.0, 45.0], [2.0, 80.0], [129.5, 89.5]])
+
+
+def sources(tmp_path):
+    stored = zarr.create_array(str(tmp_path / "a.zarr"), shape=PIXELS.shape, dtype="u1", chunks=(16, 16, 3))
+    stored[:] = PIXELS
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "tiled.tif", PIXELS, tile=(16, 16), photometric="rgb")
+    tifffile.imwrite(tmp_path / "strips.tif", PIXELS, rowsperstrip=4, photometric="rgb")
+    tifffile.imwrite(tmp_path / "planes.tif", PIXELS.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    return {
+        "array": PIXELS,
+        "dask": da.from_array(PIXELS, chunks=((16, 70, 4), (100, 30), 3)),
+        "zarr": stored,
+        "png": tmp_path / "a.png",
+        "tiled tif": tmp_path / "tiled.tif",
+        "strips tif": tmp_path / "strips.tif",
+        "planes tif": tmp_path / "planes.tif",
+    }
+
+
+def patches_of(source, xy, width, pixels, *, first=False, batch_size=2, shrink=1.0):
+    image, first, factor = open_image(source, first, shrink)
+    xy = np.asarray(xy) / factor
+    found = {}
+    for rows, patches in cut(image, xy, width / factor, pixels, channels_first=first, batch_size=batch_size):
+        found.update(zip(rows.tolist(), patches.numpy()))
+    assert sorted(found) == list(range(len(xy)))
+    return np.stack([found[i] for i in range(len(xy))])
+
+
+def naive(xy, width, pixels):
+    """One patch after the other, by NumPy slicing of the image with its border repeated, and torch's resize."""
+    margin = 60
+    padded = np.pad(PIXELS, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+    out = []
+    for x, y in xy:
+        left, top = (
+            int(np.floor(x - width / 2 + 0.5 - 1e-9)) + margin,
+            int(np.floor(y - width / 2 + 0.5 - 1e-9)) + margin,
+        )
+        patch = torch.from_numpy(padded[top : top + width, left : left + width].transpose(2, 0, 1).copy()).float()[None]
+        if pixels != width:
+            patch = torch.nn.functional.interpolate(patch, (pixels, pixels), mode="bilinear", antialias=True)
+        out.append(patch[0].round().numpy())
+    return np.stack(out).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["array", "dask", "zarr", "png", "tiled tif", "strips tif", "planes tif"])
+@pytest.mark.parametrize(("width", "pixels"), [(10, 10), (24, 10), (7, 12)])
+def test_patches_equal_a_loop_over_slices(tmp_path, monkeypatch, kind, width, pixels):
+    monkeypatch.setattr(_patches, "TILE", 40)  # several tiles
+    np.testing.assert_array_equal(
+        patches_of(sources(tmp_path)[kind], CENTRES, width, pixels), naive(CENTRES, width, pixels)
+    )
+
+
+def test_the_marked_pixel_is_in_the_middle():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[12, 47] = 255
+    for width in (9, 8):
+        (patch,) = patches_of(image, [[47.5, 12.5]], width, width)
+        assert patch[:, width // 2, width // 2].tolist() == [255] * 3
+        assert patch.sum() == 3 * 255
+
+
+def test_values_do_not_depend_on_the_batch():
+    xy = RNG.uniform([0, 0], [130, 90], (60, 2))
+    expected = patches_of(PIXELS, xy, 21, 16, batch_size=60)
+    for size in (1, 7):
+        np.testing.assert_array_equal(patches_of(PIXELS, xy, 21, 16, batch_size=size), expected)
+
+
+def test_beyond_the_border_its_colour_goes_on():
+    white = np.full((50, 50, 3), 230, np.uint8)
+    assert (patches_of(white, [[0.0, 0.0], [50.0, 50.0], [25.0, 25.0]], 200, 20) == 230).all()
+
+
+def test_each_chunk_is_read_once(monkeypatch):
+    reads = []
+
+    def block(block_info=None):
+        location = block_info[None]["array-location"]
+        reads.append(tuple(location))
+        return whole[tuple(slice(*span) for span in location)]
+
+    whole = RNG.integers(0, 255, (3, 1200, 1500), dtype=np.uint8)
+    image = da.map_blocks(
+        block, chunks=((3,), (300,) * 4, (300,) * 5), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)
+    )
+    reads.clear()
+    monkeypatch.setattr(_patches, "TILE", 500)
+    xy = RNG.uniform([20, 20], [1480, 1180], (800, 2))
+    found = patches_of(image, xy, 40, 40, first=True, batch_size=64)
+    assert len(reads) == len(set(reads)) == 20
+    np.testing.assert_array_equal(found, patches_of(whole, xy, 40, 40, first=True))
+
+
+def test_memory_holds_a_part_of_the_image(monkeypatch):
+    monkeypatch.setattr(_patches, "CACHE_BYTES", 400_000)
+    image = da.random.default_rng(0).integers(0, 255, (3, 1200, 1500), chunks=(3, 300, 300), dtype=np.uint8)
+    opened, _, _ = open_image(image, True)
+    monkeypatch.setattr(_patches, "TILE", 300)
+    for _ in cut(opened, RNG.uniform([20, 20], [1480, 1180], (200, 2)), 40, 40, channels_first=True, batch_size=64):
+        assert sum(chunk.nbytes for chunk in opened.cache.values()) <= 400_000
+
+
+def smooth_tissue(size):
+    y, x = np.mgrid[:size, :size] / size
+    return np.stack(
+        [150 + 80 * np.sin(9 * x) * np.cos(7 * y), 120 + 60 * np.cos(12 * x + 5 * y), 170 + 40 * y], -1
+    ).astype(np.uint8)
+
+
+def test_a_coarser_level_of_a_file_is_read_where_it_is_enough(tmp_path):
+    image = smooth_tissue(512)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as tif:
+        tif.write(image, tile=(64, 64), subifds=2, photometric="rgb")
+        for step in (2, 4):
+            coarse = image.reshape(512 // step, step, 512 // step, step, 3).mean((1, 3)).astype(np.uint8)
+            tif.write(coarse, tile=(64, 64), subfiletype=1, photometric="rgb")
+    Image.fromarray(image).save(tmp_path / "a.jpg", quality=98)
+    xy = [[200.0, 300.0], [410.0, 90.0]]
+    expected = patches_of(image, xy, 160, 40).astype(int)
+    for name, factors in (("pyramid.tif", (1, 2, 4)), ("a.jpg", (1, 2, 4))):
+        for shrink, factor in zip((1.9, 3.0, 4.0), factors):
+            opened, _, found = open_image(tmp_path / name, False, shrink)
+            assert found == factor
+            assert opened.shape[0] == 512 // factor
+        assert abs(patches_of(tmp_path / name, xy, 160, 40, shrink=4.0) - expected).max() <= 6
+
+
+def test_a_stack_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 2, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
+    with pytest.raises(ValueError, match="ZCYX"):
+        open_image(tmp_path / "stack.tif", False)
