@@ -150,21 +150,16 @@ def test_transformers_models_from_a_folder(tmp_path, kind):
     assert (encoder.name, encoder.pixels) == ("tiny", 32)
     if kind != "ViTMAE":
         pixels = F.interpolate(patches.float() / 255, (32, 32), mode="bilinear", antialias=True)
-        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
-            :, None, None
-        ]
+        mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        pixels = (pixels - mean) / std
         with torch.inference_mode():
             torch.testing.assert_close(out, model(pixel_values=pixels).last_hidden_state[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_preprocessor_says_size_and_statistics(tmp_path):
     model = save_tiny(tmp_path / "tiny", "Dinov2", image_size=64)
-    settings = {
-        "crop_size": {"height": 32, "width": 32},
-        "size": {"shortest_edge": 36},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.2] * 3,
-    }
+    settings = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 36}}
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
     (tmp_path / "tiny" / "preprocessor_config.json").write_text(json.dumps(settings))
     encoder = load_encoder(tmp_path / "tiny")
     assert encoder.pixels == 32  # the crop, not the 64 px that the position embeddings were made for

@@ -27,7 +27,7 @@ def values_at(spots, pixels=PIXELS):
 
 
 def library(path, pixels=PIXELS, mpp=0.5):
-    tifffile.imwrite(path, pixels) if path.suffix == ".tif" else Image.fromarray(pixels).save(path)
+    tifffile.imwrite(path, pixels, photometric="rgb") if path.suffix == ".tif" else Image.fromarray(pixels).save(path)
     return {"metadata": {"microns_per_pixel": mpp, "source_image_path": str(path)}}
 
 

@@ -60,7 +60,9 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
         if image_key is not None or mpp is None or found.mpp <= mpp * 1.05:
             logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.library_id, key, found.mpp)
             return found
-        coarse = f" images['hires'] has {found.mpp:.3g} µm per pixel, too coarse for {mpp:.3g}; image_key='hires' takes it."
+        coarse = (
+            f" images['hires'] has {found.mpp:.3g} µm per pixel, too coarse for {mpp:.3g}; image_key='hires' takes it."
+        )
     where = f"{slot}['metadata']['source_image_path']"
     if path:
         raise FileNotFoundError(
