@@ -246,10 +246,12 @@ def table(out: Path) -> None:
     rows = pd.concat([pd.read_csv(p) for p in sorted(out.glob("*.csv"))], ignore_index=True)
     for (data, convention), part in rows.groupby(["data", "convention"]):
         print(f"\n### {data}, {convention}\n")
-        wide = part.pivot_table(index="method", columns="section", values="pearson", aggfunc=["mean", "std"])
-        print(wide["mean"].round(3).sort_values(wide["mean"].columns[-1]).to_markdown())
-        print("\nspread over seeds (standard deviation)\n")
-        print(wide["std"].round(3).to_markdown())
+        scores = part.groupby(["method", "section"])["pearson"]
+        mean, spread = scores.mean().unstack(), scores.std().unstack()
+        print(mean.sort_values(mean.columns[-1]).round(3).to_markdown())
+        if part["seed"].nunique() > 1:
+            print("\nspread over seeds (standard deviation)\n")
+            print(spread.round(3).to_markdown())
         print("\nceiling:", part.groupby("section")["ceiling"].first().round(2).to_dict())
         scored = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
         if len(scored):
