@@ -66,7 +66,7 @@ def predict(n: int, n_steps: int = 5) -> tuple[float, float]:
     rng, xy = np.random.default_rng(0), lattice(n)
     x = rng.standard_normal((n, 1024), dtype=np.float32)
     started = time.perf_counter()
-    tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), model, "cpu", 256)
+    tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), model, "cpu", 512)
     tokens.run(rng, schedule(n_steps))
     return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 

@@ -57,20 +57,18 @@ class Layer(nn.Module):
             nn.Dropout(c.head_dropout),
         )
 
-    def forward(self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, rows: int = 0) -> tuple[Tensor, Tensor]:
-        """Update all tokens; ``rows`` > 0 works through that many at a time (inference), with the same result."""
-        if not rows:
-            key, value = self.attention.keys(h, y)
-            return self.update(h, y, key, value, graph.index, graph.mask, geometry)
+    def forward(self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor) -> tuple[Tensor, Tensor]:
+        """Update all tokens."""
+        return self.update(h, y, *self.attention.keys(h, y), graph.index, graph.mask, geometry)
+
+    def forward_in_place(self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, scratch, rows: int) -> None:
+        """Do the same ``rows`` tokens at a time, into ``h`` and ``y``; keys and values go into ``scratch``."""
+        key, value = scratch
         parts = [slice(s, s + rows) for s in range(0, len(h), rows)]
-        c = self.attention
-        key, value = h.new_empty(len(h), c.n_heads, c.score.inner.out_features), h.new_empty(len(h), c.n_heads, c.head)
         for p in parts:
-            key[p], value[p] = c.keys(h[p], y[p])
-        h_new, y_new = torch.empty_like(h), torch.empty_like(y)
-        for p in parts:
-            h_new[p], y_new[p] = self.update(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
-        return h_new, y_new
+            key[p], value[p] = self.attention.keys(h[p], y[p])
+        for p in parts:  # other tokens are seen through their keys and values only
+            h[p], y[p] = self.update(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
 
     def update(self, h, y, key, value, index, mask, geometry) -> tuple[Tensor, Tensor]:
         h = h + self.dropout(self.context(self.attention.attend(h, y, key, value, index, mask, geometry)))
@@ -110,11 +108,21 @@ class Denoiser(nn.Module):
         )
 
     def decode(self, h: Tensor, y: Tensor, graph: Graph, geometry: list[Tensor], rows: int = 0) -> Tensor:
-        """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads."""
-        total = 0
+        """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads.
+
+        ``rows`` > 0 works through that many tokens at a time (inference only; ``h`` is overwritten), with the same
+        result in the memory of one layer.
+        """
+        total = torch.zeros_like(y)
+        if rows:
+            c, y = self.layers[0].attention, y.clone()
+            scratch = [h.new_empty(len(h), c.n_heads, m) for m in (c.score.inner.out_features, c.head)]
         for layer, embedded in zip(self.layers, geometry):
-            h, y = layer(h, y, graph, embedded, rows)
-            total = total + y
+            if rows:
+                layer.forward_in_place(h, y, graph, embedded, scratch, rows)
+            else:
+                h, y = layer(h, y, graph, embedded)
+            total = total.add_(y) if rows else total + y
         return total / len(self.layers)
 
 
@@ -298,7 +306,7 @@ class STFlow:
 
     def predict(
         self, features: np.ndarray, slides: list[tuple[str, np.ndarray, np.ndarray]], *, n_samples: int = 1,
-        n_steps: int | None = None, seed: int = 0, rows: int = 256, device: str | torch.device = "cpu", progress=iter,
+        n_steps: int | None = None, seed: int = 0, rows: int = 512, device: str | torch.device = "cpu", progress=iter,
     ) -> Prediction:  # fmt: skip
         """Predict every row of ``features``.
 
@@ -447,8 +455,8 @@ class SlideTokens:
         k, width = self.graph.index.shape[1], network.config.width
         h = torch.empty(self.n, width, device=self.device)
         geometry = [torch.empty(self.n, k, width // 2, device=self.device) for _ in network.layers]
-        for s in range(0, self.n, 4 * self.rows):
-            part = slice(s, s + 4 * self.rows)
+        for s in range(0, self.n, self.rows):
+            part = slice(s, s + self.rows)
             h[part] = network.image(torch.from_numpy(x[self.order[part]]).to(self.device))
             edges = network.edges(Graph(self.graph.index[part], self.graph.mask[part], self.graph.offset[part]))
             for layer, out in zip(network.layers, geometry):

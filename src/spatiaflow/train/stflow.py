@@ -226,7 +226,7 @@ class _Fold:
         times = schedule(self.preset.n_steps) if self.preset.flow else [0.0]
         rows = []
         for i, s in enumerate(self.held_out):
-            tokens = SlideTokens(s.features, s.xy, s.base, stand_in, "cpu", 256)
+            tokens = SlideTokens(s.features, s.xy, s.base, stand_in, "cpu", 512)
             draws = np.stack([tokens.run(np.random.default_rng([seed, i, d]), times) for d in range(n_draws)])
             parts = np.stack([s.base, smooth(s.base, slide_graph(s), smoothing), draws.mean(0)])
             between = draws.var(0, ddof=1) if n_draws > 1 else np.zeros_like(s.y)
