@@ -6,6 +6,7 @@ from spatiaflow.models.simple import (
     SlideData,
     blocks,
     choose_ridge,
+    combine,
     cross_fitted,
     fit_ridge,
     fit_stack,
@@ -80,7 +81,7 @@ def test_stack_finds_the_useful_part_and_ignores_noise():
     truth, mean = RNG.normal(size=(n, 5)), np.zeros((n, 5))
     y = truth + 0.3 * RNG.normal(size=(n, 5))
     parts = np.stack([RNG.normal(size=(n, 5)), 0.5 * truth, -truth])
-    weights = fit_stack(y, parts, mean, groups)
+    level, weights = fit_stack(y, parts, mean, groups)
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights[1], 2.0, atol=0.2)
     assert weights[0].max() < 0.1
@@ -89,5 +90,20 @@ def test_stack_finds_the_useful_part_and_ignores_noise():
 
 def test_stack_of_useless_parts_is_the_mean():
     y, parts = RNG.normal(size=(400, 5)), RNG.normal(size=(3, 400, 5))
-    weights = fit_stack(y, parts, np.zeros((400, 5)), np.repeat(list("abcd"), 100))
+    level, weights = fit_stack(y, parts, np.zeros((400, 5)), np.repeat(list("abcd"), 100))
     assert weights.max() < 0.15
+
+
+def test_stack_judges_slide_means_and_patterns_inside_slides_apart():
+    groups = np.repeat(np.arange(6), 80)
+    pattern, shift = RNG.normal(size=(480, 5)), np.repeat(3 * RNG.normal(size=(6, 5)), 80, 0)
+    y, mean = 1 + pattern + shift, np.ones((480, 5))
+    parts = np.stack([mean + pattern, mean + shift])  # one knows the pattern, the other whose slide it is
+    level, weights = fit_stack(y, parts, mean, groups)
+    np.testing.assert_allclose(weights, [[1.0] * 5, [0.0] * 5], atol=0.02)
+    assert level[1] == pytest.approx(1.0, abs=0.05)
+    np.testing.assert_allclose(combine(parts, mean, level, weights, groups), np.maximum(y, 0), atol=0.5)
+    one = groups == 2
+    np.testing.assert_allclose(
+        combine(parts, mean, level, weights, groups)[one], combine(parts[:, one], mean[0], level, weights), atol=1e-6
+    )

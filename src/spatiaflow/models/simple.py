@@ -153,8 +153,11 @@ def _sum(moments: list[Moments], but: int) -> Moments:
     return sum(rest[1:], rest[0])
 
 
-def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Non-negative weights of several predictions around the training mean, per gene, shrunk to common weights.
+def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Non-negative weights that combine several predictions; what a slide's mean is and what varies inside it apart.
+
+    A slide of another donor shifts all its spots alike; weights fitted to that shift would misjudge who predicts the
+    pattern inside slides. Slides count equally, each in units of its own spread.
 
     Parameters
     ----------
@@ -165,39 +168,64 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
     mean
         Training mean that each row's predictions were made with, n x genes.
     groups
-        Slide of each row; the shrinkage is the one that predicts left-out slides best.
+        Slide of each row; the shrinkage of per-gene weights to common ones is the one that predicts left-out slides
+        best.
 
     Returns
     -------
-    weights : array, parts x genes
+    level : array of length parts, for slide means around the training mean
+    weights : array, parts x genes, for deviations from the slide's mean
     """
-    target, parts = (y - mean).astype(np.float64), (parts - mean).astype(np.float64)
-    scale = target.std(0) + 1e-9
-    target, parts = target / scale, parts / scale
+    names, n_parts = np.unique(groups), len(parts)
+    rows = [groups == name for name in names]
+    typical = np.mean([y[r].std(0) for r in rows], 0)
+    scales = [np.maximum(y[r].std(0) + 0.1 * typical, 1e-3) for r in rows]
+    target, inputs, level_target, level_inputs = [], [], [], []  # of each slide
+    for r, scale in zip(rows, scales):
+        centre, unit = parts[:, r].mean(1, dtype=np.float64), np.sqrt(r.sum()) * scale
+        inputs.append((parts[:, r] - centre[:, None]) / unit)
+        target.append((y[r] - y[r].mean(0, dtype=np.float64)) / unit)
+        level_inputs.append(((centre - mean[r][0]) / scale).T)
+        level_target.append((y[r].mean(0) - mean[r][0]) / scale)
+    level, _ = nnls(np.concatenate(level_inputs), np.concatenate(level_target))
 
-    def solve(rows, shrinkage):
-        flat = parts[:, rows].reshape(len(parts), -1).T
-        common, _ = nnls(flat, target[rows].reshape(-1))
+    def solve(which, shrinkage):
+        x, z = np.concatenate([inputs[i] for i in which], 1), np.concatenate([target[i] for i in which])
+        common, _ = nnls(x.reshape(n_parts, -1).T, z.reshape(-1))
         if np.isinf(shrinkage):
             return np.repeat(common[:, None], y.shape[1], 1)
-        prior = np.sqrt(shrinkage * rows.sum()) * np.eye(len(parts))
+        prior = np.sqrt(shrinkage * len(which)) * np.eye(n_parts)
+        genes = range(y.shape[1])
         return np.stack(
-            [
-                nnls(np.vstack([parts[:, rows, g].T, prior]), np.append(target[rows, g], prior @ common))[0]
-                for g in range(y.shape[1])
-            ],
-            1,
+            [nnls(np.vstack([x[:, :, g].T, prior]), np.append(z[:, g], prior @ common))[0] for g in genes], 1
         )
 
-    choices, names = (0.01, 0.1, 1.0, np.inf), np.unique(groups)
+    everything, choices = range(len(names)), (0.01, 0.1, 1.0, np.inf)
+    if len(names) == 1:
+        return level, solve(everything, np.inf)
     error = np.zeros(len(choices))
-    for name in names if len(names) > 1 else []:
+    for left_out in everything:
         for c, shrinkage in enumerate(choices):
-            weights = solve(groups != name, shrinkage)
-            rows = groups == name
-            error[c] += ((target[rows] - np.einsum("pg,png->ng", weights, parts[:, rows])) ** 2).sum()
-    best = choices[int(error.argmin())] if len(names) > 1 else np.inf
-    return solve(np.ones(len(y), bool), best)
+            weights = solve([i for i in everything if i != left_out], shrinkage)
+            error[c] += ((target[left_out] - np.einsum("pg,png->ng", weights, inputs[left_out])) ** 2).sum()
+    return level, solve(everything, choices[int(error.argmin())])
+
+
+def combine(
+    parts: np.ndarray, mean: np.ndarray, level: np.ndarray, weights: np.ndarray, slides: np.ndarray | None = None
+) -> np.ndarray:
+    """Apply weights of :func:`fit_stack` to predictions (parts x n x genes); expression is never negative.
+
+    ``slides`` names the slide of each row; None when all rows are of one.
+    """
+    out = np.empty(parts.shape[1:])
+    for name in [None] if slides is None else np.unique(slides):
+        rows = slice(None) if name is None else slides == name
+        centre = parts[:, rows].mean(1, keepdims=True, dtype=np.float64)
+        training = mean if mean.ndim == 1 else mean[rows]
+        out[rows] = training + np.einsum("p,png->ng", level, centre - training)
+        out[rows] += np.einsum("pg,png->ng", weights, parts[:, rows] - centre)
+    return np.maximum(out, 0).astype(np.float32)
 
 
 def slide_graph(slide: SlideData, n_neighbors: int = 8) -> Graph:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImagePrior, ScalarZINB, ZeroPrior
 from spatiaflow.models.flow import sample, schedule, time_features
-from spatiaflow.models.simple import Ridge, smooth
+from spatiaflow.models.simple import Ridge, combine, smooth
 from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, spatial_graph
+
+MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
 
 
 @dataclass
@@ -212,45 +214,53 @@ def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: s
 
 @dataclass
 class Familiarity:
-    """How far features lie from the training data: distance to the nearest references, as a training quantile."""
+    """How far features lie from the training data: mean distance to the nearest references, among principal axes."""
 
     components: np.ndarray  # F x d, whitened principal axes
     references: np.ndarray  # m x d
-    quantiles: np.ndarray  # sorted distances of training rows to the references of other slides
+    distances: np.ndarray  # sorted distances of training rows to the references of other groups
 
     N_NEAREST = 5
 
     @classmethod
-    def fit(cls, features: list[np.ndarray], n_components: int = 16, n_references: int = 2000) -> Familiarity:
-        """Fit to standardised features, one array a slide."""
-        stacked = np.concatenate(features).astype(np.float64)
-        _, singular, axes = np.linalg.svd(stacked[:: max(1, len(stacked) // 5000)], full_matrices=False)
+    def fit(cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000):
+        """Fit to features (n x F) of several groups of slides; return it and every group's distances to the others."""
+        stacked = np.concatenate(groups).astype(np.float64)
+        thin = stacked[:: max(1, len(stacked) // 5000)]
+        _, singular, axes = np.linalg.svd(thin, full_matrices=False)
         d = min(n_components, int((singular > 1e-6 * singular[0]).sum()))
-        components = axes[:d].T / (singular[:d] / np.sqrt(len(stacked[:: max(1, len(stacked) // 5000)])))
-        slide = np.repeat(np.arange(len(features)), [len(f) for f in features])
-        chosen = np.random.default_rng(0).permutation(len(stacked))[:n_references]
+        components = axes[:d].T / (singular[:d] / np.sqrt(len(thin)))
+        group = np.repeat(np.arange(len(groups)), [len(f) for f in groups])
+        rng, quota = np.random.default_rng(0), -(-n_references // len(groups))
+        chosen = np.concatenate([rng.permutation(np.flatnonzero(group == g))[:quota] for g in range(len(groups))])
         points = stacked @ components
-        distances = [
-            cls._distance(
-                points[slide == s], points[chosen[slide[chosen] != s]] if len(features) > 1 else points[chosen]
-            )
-            for s in range(len(features))
-        ]
-        return cls(components, points[chosen], np.sort(np.concatenate(distances)))
+        distances = [cls._distance(points[group == g], points[chosen[group[chosen] != g]]) for g in range(len(groups))]
+        return cls(components, points[chosen], np.sort(np.concatenate(distances))), distances
 
     @classmethod
     def _distance(cls, points: np.ndarray, references: np.ndarray) -> np.ndarray:
-        return (
-            cKDTree(references)
-            .query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0]
-            .reshape(len(points), -1)
-            .mean(1)
-        )
+        nearest = cKDTree(references).query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0]
+        return nearest.reshape(len(points), -1).mean(1)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Quantile in [0, 1] of each row's distance among the training rows'."""
-        distance = self._distance(features @ self.components, self.references)
-        return np.searchsorted(self.quantiles, distance) / len(self.quantiles)
+        """Distance of each row of features."""
+        return self._distance(features @ self.components, self.references)
+
+    def quantile(self, distance: np.ndarray) -> np.ndarray:
+        """Quantile in [0, 1] of distances among the training rows'."""
+        return np.searchsorted(self.distances, distance) / len(self.distances)
+
+    def relative(self, distance: np.ndarray) -> np.ndarray:
+        """Logarithm of distances over the training rows' median."""
+        median = float(np.median(self.distances))
+        return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
+
+
+def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """Factor on the variance of each spot of one slide, by how unfamiliar the slide and the spot inside it are."""
+    level, of_slide, of_spot = parameters
+    slide = np.median(relative)
+    return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - slide), -3, MAX_LOG_INFLATION))
 
 
 class STFlow:
@@ -279,8 +289,8 @@ class STFlow:
     ):  # fmt: skip
         self.preset, self.genes, self.encoder, self.target_sum = preset, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.ridge, self.standardize, self.pitch = networks, prior, ridge, standardize, pitch
-        # feature_mean, feature_std (F); mean, weights (3 x genes: ridge, smoothed ridge, network), theta, pi, between,
-        # skill (genes); libraries; inflation (level, slope with the out-of-domain quantile); familiarity's three
+        # feature_mean, feature_std (F); mean, theta, pi, between, skill (genes); level (3) and weights (3 x genes) of
+        # ridge, smoothed ridge and network; libraries; inflation (3); familiarity's three
         self.arrays, self.history, self.card = arrays, history, card
         for network in networks:
             network.eval()
@@ -302,7 +312,7 @@ class STFlow:
 
     @cached_property
     def familiarity(self) -> Familiarity:
-        return Familiarity(*(self.arrays[f"familiarity_{name}"] for name in ("components", "references", "quantiles")))
+        return Familiarity(*(self.arrays[f"familiarity_{name}"] for name in ("components", "references", "distances")))
 
     def predict(
         self, features: np.ndarray, slides: list[tuple[str, np.ndarray, np.ndarray]], *, n_samples: int = 1,
@@ -361,15 +371,17 @@ class STFlow:
                 np.maximum(squares / n_samples - net.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
             )
             parts = [base, smooth(base, spatial_graph(xy, 8), self.ridge.smoothing), net]
-            mean[which] = self.combine(parts)
-            ood[which] = self.familiarity(x)
+            mean[which] = combine(np.stack(parts), a["mean"], a["level"], a["weights"])
+            known = standardize(features[which], a["feature_mean"], a["feature_std"], "global")
+            distance = self.familiarity(known)
+            ood[which] = self.familiarity.quantile(distance)
             # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
             if n_samples == 1:
                 between = np.broadcast_to(a["between"], net.shape)
             else:
                 between = between * a["weights"][2] ** 2
             expected = self.law.std_at(mean[which], a["theta"]) ** 2
-            inflated = expected * (a["inflation"][0] + a["inflation"][1] * ood[which][:, None])
+            inflated = expected * inflation(a["inflation"], self.familiarity.relative(distance))[:, None]
             variance[which] = np.maximum(inflated - a["between"], 0.05 * inflated) + between
             between_sum, total_sum = between_sum + between.sum(), total_sum + variance[which].sum()
         return Prediction(mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)))
@@ -379,11 +391,6 @@ class STFlow:
         a = self.arrays
         base = self.ridge.predict(standardize(features, a["feature_mean"], a["feature_std"], self.standardize))
         return base if xy is None else smooth(base, spatial_graph(xy, 8), self.ridge.smoothing)
-
-    def combine(self, parts: list[np.ndarray]) -> np.ndarray:
-        """Stack ridge, smoothed ridge and network around the training mean; expression is never negative."""
-        mean, weights = self.arrays["mean"], self.arrays["weights"]
-        return np.maximum(mean + sum(w * (p - mean) for w, p in zip(weights, parts)), 0).astype(np.float32)
 
     def save(self, path: str | Path) -> Path:
         """Write the model to one safetensors file, atomically, and return its path."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import lightning as L
 import numpy as np
 import torch
+from scipy.optimize import minimize
 
 from spatiaflow import metrics
 from spatiaflow._settings import logger
@@ -19,6 +20,7 @@ from spatiaflow.models.simple import (
     SlideData,
     blocks,
     choose_ridge,
+    combine,
     cross_fitted,
     fit_ridge,
     fit_stack,
@@ -27,7 +29,16 @@ from spatiaflow.models.simple import (
     smooth,
 )  # fmt: skip
 from spatiaflow.models.spatial import Graph
-from spatiaflow.models.stflow import PRIORS, Denoiser, Familiarity, Preset, SlideTokens, STFlow, standardize
+from spatiaflow.models.stflow import (
+    PRIORS,
+    Denoiser,
+    Familiarity,
+    Preset,
+    SlideTokens,
+    STFlow,
+    inflation,
+    standardize,
+)  # fmt: skip
 from spatiaflow.train.fit import fit
 from spatiaflow.train.regions import Regions, WholeSlides
 
@@ -92,9 +103,15 @@ def fit_stflow(
     features = np.concatenate([s.features for s in slides]).astype(np.float64)
     mean, std = features.mean(0), features.std(0)
     std = np.where(std < 1e-6, 1.0, std)
-    mode = _choose_standardization(slides, mean, std, preset)
-    slides = [_with(s, features=standardize(s.features, mean, std, mode)) for s in slides]
+    scaled = {
+        m: [_with(s, features=standardize(s.features, mean, std, m)) for s in slides] for m in ("global", "slide")
+    }
+    mode = _choose_standardization(scaled, preset)
+    slides = scaled[mode]
     groups, held_out = _folds(slides, validation, preset, seed)
+    # between tissues features shift; a slide's own z-scores would hide that from the out-of-domain flag
+    apart, _ = _folds(scaled["global"], validation, preset, seed)
+    familiarity, distances = Familiarity.fit([np.concatenate([s.features for s in group]) for group in apart])
     alpha, smoothing, _ = choose_ridge(groups)
 
     y, counts, library = (np.concatenate([getattr(s, n) for s in slides]) for n in ("y", "counts", "library"))
@@ -121,18 +138,18 @@ def fit_stflow(
         folds.append(fold.predict(network, smoothing, seed))
     oof = {name: np.concatenate([fold[name] for fold in folds], axis=-2 if name == "parts" else 0) for name in folds[0]}
 
-    stacked = preset.stack and len(oof["y"]) > 1
-    weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["group"]) if stacked else np.zeros((3, len(genes)))
-    weights[2] = weights[2] if stacked else 1.0
-    centre = oof["mean"]
-    prediction = np.maximum(centre + np.einsum("pg,png->ng", weights, oof["parts"] - centre), 0)
-    familiarity = Familiarity.fit([s.features for s in slides])
+    n_genes = len(genes)
+    level, weights = np.array([0.0, 0.0, 1.0]), np.repeat([[0.0], [0.0], [1.0]], n_genes, 1)  # the network alone
+    if preset.stack and len(oof["y"]) > 1:
+        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["group"])
+    prediction = combine(oof["parts"], oof["mean"], level, weights, oof["group"])
     arrays = {
-        "feature_mean": mean, "feature_std": std, "mean": y.mean(0), "weights": weights,
+        "feature_mean": mean, "feature_std": std, "mean": y.mean(0), "level": level, "weights": weights,
         "between": oof["between"].mean(0) * weights[2] ** 2, "libraries": library_quantiles(library), "pi": full_counts.pi,
         **{f"familiarity_{name}": value for name, value in vars(familiarity).items()},
     }  # fmt: skip
-    arrays |= _calibrate(oof, prediction, arrays, target_sum, familiarity, y, seed)
+    relative = familiarity.relative(np.concatenate([distances[f] for f in held_out]))
+    arrays |= _calibrate(oof, prediction, arrays, target_sum, relative, y, seed)
     parts = dict(zip(("ridge", "smoothed ridge", "network"), oof["parts"])) | {"model": prediction}
     scores = {name: _mean_pearson(oof, value) for name, value in parts.items()}
     logger.info("held-out Pearson inside the training slides: %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -144,15 +161,12 @@ def fit_stflow(
     )  # fmt: skip
 
 
-def _choose_standardization(slides, mean, std, preset) -> str:
+def _choose_standardization(scaled: dict[str, list[SlideData]], preset: Preset) -> str:
     if preset.standardize != "choose":
         return preset.standardize
-    if len(slides) < 3:
+    if len(scaled["global"]) < 3:
         return "global"
-    scores = {}
-    for mode in ("global", "slide"):
-        scaled = [_with(s, features=standardize(s.features, mean, std, mode)) for s in slides]
-        scores[mode] = choose_ridge(_groups(scaled, 0))[2]
+    scores = {mode: choose_ridge(_groups(slides, 0))[2] for mode, slides in scaled.items()}
     logger.info("standardisation by leave-one-slide-out ridge: %s", scores)
     return max(scores, key=scores.get)
 
@@ -264,23 +278,42 @@ def _fit_network(fold: _Fold, preset, weight, description, seed, where, resume, 
     return module.denoiser, module.history
 
 
-def _calibrate(oof, prediction, arrays, target_sum, familiarity, y, seed) -> dict[str, np.ndarray]:
+def _calibrate(oof, prediction, arrays, target_sum, relative, y, seed) -> dict[str, np.ndarray]:
     """Dispersion, out-of-domain inflation and skill of every gene, from predictions of slides not trained on."""
     law = CountLaw(arrays["libraries"], target_sum, arrays["pi"])
     theta = law.fit_theta(prediction, oof["counts"], oof["library"])
     expected = law.std_at(prediction, theta)
     # over all genes of a spot together: single genes near zero would make the ratio explode
-    error = ((oof["y"] - prediction) ** 2).sum(1) / np.maximum((expected**2).sum(1), 1e-6)
-    ood = familiarity(oof["features"])
-    slope = max(0.0, float(np.cov(ood, error)[0, 1] / max(np.var(ood, ddof=1), 1e-9))) if len(ood) > 2 else 0.0
-    level = max(0.1, float(error.mean() - slope * ood.mean()))
-    std = expected * np.sqrt(level + slope * ood[:, None])
+    ratio = ((oof["y"] - prediction) ** 2).sum(1) / np.maximum((expected**2).sum(1), 1e-6)
+    slides = [oof["group"] == name for name in np.unique(oof["group"])]
+    widening = fit_inflation([ratio[s] for s in slides], [relative[s] for s in slides])
+    std = np.empty_like(expected)
+    for s in slides:
+        std[s] = expected[s] * np.sqrt(inflation(widening, relative[s]))[:, None]
     draws = law.sample(prediction, std, 64, seed)
     marginal = np.quantile(y, (np.arange(64) + 0.5) / 64, axis=0)[:, None]
     own = metrics.crps_ensemble(oof["y"], draws).mean(0)
     reference = metrics.crps_ensemble(oof["y"], np.broadcast_to(marginal, draws.shape), fair=False).mean(0)
     skill = 1 - own / np.maximum(reference, 1e-9)
-    return {"theta": theta, "inflation": np.array([level, slope]), "skill": skill}
+    return {"theta": theta, "inflation": widening, "skill": skill}
+
+
+def fit_inflation(ratio: list[np.ndarray], relative: list[np.ndarray], strength: float = 0.1) -> np.ndarray:
+    """Fit :func:`~spatiaflow.models.stflow.inflation` to squared errors over their expectation, slides counting equally.
+
+    Gaussian likelihood in the scale, with a weak prior for a standard deviation in proportion to the distance (slopes
+    of 2): a few slides of one donor say nothing about another, and without it no widening would be learned.
+    """
+    medians = [np.median(z) for z in relative]
+
+    def loss(p):
+        fit = 0.5 * strength * ((p[1] - 2) ** 2 + (p[2] - 2) ** 2)
+        for r, z, m in zip(ratio, relative, medians):
+            log_factor = p[0] + p[1] * m + p[2] * (z - m)
+            fit += np.mean(r * np.exp(-log_factor) + log_factor)
+        return fit
+
+    return minimize(loss, [0.0, 2.0, 2.0], bounds=[(-3, 3), (0, 8), (0, 8)]).x
 
 
 def _mean_pearson(oof, prediction) -> float:
