@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 import spatiaflow as sf
+from position import position_only
 from spatiaflow import _io
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import log_normalize
@@ -95,7 +96,7 @@ def scaled(train, test, mode):
     ], dataclasses.replace(test, features=standardize(test.features, mean, std, mode))
 
 
-def simple_rows(train, test, seed):
+def simple_rows(train, test, seed, sections):
     """Yield (method, prediction) of everything that is not STFlow."""
     from sklearn.neighbors import KNeighborsRegressor
     from sklearn.neural_network import MLPRegressor
@@ -104,6 +105,8 @@ def simple_rows(train, test, seed):
     depth = np.log(test.library)[:, None]
     slope = [np.polyfit(np.log(np.concatenate([s.library for s in train])), np.concatenate([s.y for s in train]), 1)][0]
     yield "depth only (true counts)", depth * slope[0] + slope[1]
+    if test.library_id in SECTIONS["her2st"] and any(s.library_id[0] == test.library_id[0] for s in train):
+        yield "position only (siblings registered)", position_only(sections, train, test)
     graph, best = slide_graph(test), {}
     for mode in ("global", "slide"):
         a, b = scaled(train, test, mode)
@@ -164,7 +167,7 @@ def network_row(name, train, test, genes, seed):
 
 def uncertainty(test, out, model, train) -> dict:
     """CRPS and interval score beside a constant marginal interval and homoscedastic ridge residuals; coverage."""
-    draws = model.law.sample(out.mean, out.std, 100)
+    draws = model.law.sample(out.mean, out.std, 200)
     lower, upper = np.quantile(draws, [0.05, 0.95], axis=0)
     y = np.concatenate([s.y for s in train])
     marginal = np.quantile(y, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(test), 1))
@@ -177,7 +180,13 @@ def uncertainty(test, out, model, train) -> dict:
         residual.append(s.y - smooth(p, slide_graph(s), weight))
     std = np.concatenate(residual).std(0) * np.ones_like(mean)
     detected = np.concatenate([s.counts > 0 for s in train]).mean(0)
-    inside = sf.metrics.interval_coverage(test.y, lower, upper)
+    inside = (test.y >= lower) & (test.y <= upper)
+    pit = np.sort(sf.metrics.pit(test.y, draws, seed=0).ravel())
+    bins = {
+        "detected below 20 %": detected < 0.2,
+        "20-50 %": (detected >= 0.2) & (detected < 0.5),
+        "50 % and more": detected >= 0.5,
+    }
     return {
         "crps": sf.metrics.crps_ensemble(test.y, draws).mean(),
         "crps_marginal": sf.metrics.crps_ensemble(test.y, marginal, fair=False).mean(),
@@ -188,10 +197,15 @@ def uncertainty(test, out, model, train) -> dict:
         ).mean(),
         "interval_ridge": sf.metrics.interval_score(test.y, mean - 1.645 * std, mean + 1.645 * std).mean(),
         "coverage90": inside.mean(),
-        "coverage90_detected20": inside[detected >= 0.2].mean(),
+        **{f"coverage90 {name}": inside[:, genes].mean() if genes.any() else np.nan for name, genes in bins.items()},
+        **{f"genes {name}": genes.sum() for name, genes in bins.items()},
+        "genes within 85-95 %": np.mean((inside.mean(0) >= 0.85) & (inside.mean(0) <= 0.95)),
+        "pit_distance": np.abs(pit - (np.arange(len(pit)) + 0.5) / len(pit)).max(),
+        "ood": out.ood.mean(), "between_share": out.between_share,
         "energy": sf.metrics.energy_score(test.y, draws).mean(),
         "gene_gene": sf.metrics.gene_correlation_agreement(test.y, out.mean)["pearson"],
-    }
+        "gene_gene of draws": sf.metrics.gene_correlation_agreement(test.y, draws[0])["pearson"],
+    }  # fmt: skip
 
 
 def _inner(model) -> dict:
@@ -229,7 +243,7 @@ def run(args) -> None:
             record = partial(write_row, args, held_out, seed, stem, test, ceiling)
             if not (args.out / f"{stem}-kNN_retrieval.csv").exists():
                 started = time.perf_counter()
-                for method, prediction in simple_rows(train, test, seed):
+                for method, prediction in simple_rows(train, test, seed, sections):
                     record(method, prediction, time.perf_counter() - started)
                     started = time.perf_counter()
             for method in args.methods or NETWORKS:
@@ -265,7 +279,7 @@ def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
     groups = (
         {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
     )
-    others = [m for m in part.method.unique() if not m.startswith(("STFlow default", "depth", "training"))]
+    others = [m for m in part.method.unique() if not m.startswith(("STFlow default", "depth", "training", "position"))]
     for label, wanted in groups.items():
         wanted = [s for s in wanted if s in set(part.section)]
         if not wanted or "STFlow default" not in set(part.method):

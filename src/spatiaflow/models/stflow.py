@@ -19,7 +19,7 @@ from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImagePrior, ScalarZINB, ZeroPrior
 from spatiaflow.models.flow import sample, schedule, time_features
 from spatiaflow.models.simple import Ridge, combine, smooth
-from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, spatial_graph
+from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, degenerate_share, spatial_graph
 
 MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
 
@@ -202,6 +202,7 @@ class Prediction:
     std: np.ndarray  # n x genes
     ood: np.ndarray  # n, in [0, 1]
     between_share: float  # share of the between-draw in the total variance
+    degenerate_share: float  # share of spots without a unique frame; 0 where the geometry needs none
 
 
 def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: str) -> np.ndarray:
@@ -289,7 +290,7 @@ class STFlow:
     ):  # fmt: skip
         self.preset, self.genes, self.encoder, self.target_sum = preset, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.ridge, self.standardize, self.pitch = networks, prior, ridge, standardize, pitch
-        # feature_mean, feature_std (F); mean, theta, pi, between, skill (genes); level (3) and weights (3 x genes) of
+        # feature_mean, feature_std (F); mean, theta, pi, spread, between, skill (genes); level (3) and weights (3 x genes) of
         # ridge, smoothed ridge and network; libraries; inflation (3); familiarity's three
         self.arrays, self.history, self.card = arrays, history, card
         for network in networks:
@@ -353,7 +354,7 @@ class STFlow:
         times = schedule(n_steps or self.preset.n_steps) if self.preset.flow else [0.0]
         mean = np.empty((len(features), n_genes), np.float32)
         variance, ood = np.empty_like(mean), np.empty(len(features), np.float32)
-        between_sum = total_sum = 0.0
+        between_sum = total_sum = degenerate = 0.0
         for library_id, which, xy in progress(slides):
             x = standardize(features[which], a["feature_mean"], a["feature_std"], self.standardize)
             base = self.ridge.predict(x)
@@ -365,6 +366,7 @@ class STFlow:
                     y = tokens.run(rng, times)
                     total += y
                     squares += y**2
+                degenerate += tokens.degenerate_share * len(x)
                 del tokens
             net = (total / n_samples).astype(np.float32)
             between = (
@@ -380,11 +382,13 @@ class STFlow:
                 between = np.broadcast_to(a["between"], net.shape)
             else:
                 between = between * a["weights"][2] ** 2
-            expected = self.law.std_at(mean[which], a["theta"]) ** 2
+            expected = self.law.std_at(mean[which], a["theta"]) ** 2 * a["spread"]
             inflated = expected * inflation(a["inflation"], self.familiarity.relative(distance))[:, None]
             variance[which] = np.maximum(inflated - a["between"], 0.05 * inflated) + between
             between_sum, total_sum = between_sum + between.sum(), total_sum + variance[which].sum()
-        return Prediction(mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)))
+        return Prediction(
+            mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)), degenerate / len(features)
+        )
 
     def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
         """Ridge regression alone, for one slide; smoothed over neighbours when positions are given."""
@@ -452,6 +456,7 @@ class SlideTokens:
         self.base = base
         with torch.inference_mode():
             self.graph = spatial_graph(xy[self.order], p.n_neighbors, ties=p.ties)
+            self.degenerate_share = degenerate_share(self.graph) if p.geometry == "frames" else 0.0
             self.tokens = []  # of each network: image tokens, geometry of each layer
             for network in model.networks:
                 network.to(self.device)

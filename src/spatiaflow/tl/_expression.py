@@ -218,7 +218,7 @@ def predict_expression(
     spatial_key, mpp
         Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say.
     batch_size
-        Spots worked on at a time (256).
+        Spots worked on at a time (512).
     device
         Overrides ``settings.device``.
     random_state
@@ -236,7 +236,8 @@ def predict_expression(
     ``.obsm[f"{key_added}_std"]`` : same shape and unit; between-draw plus residual deviation learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
-        ``trusted`` (skill above 0), ``normalization``, ``between_share`` and ``params``
+        ``trusted`` (skill above 0), ``normalization``, ``between_share`` (of the variance, what differs between draws),
+        ``degenerate_share`` (``preset="paper"``: spots whose local frame is arbitrary) and ``params``
 
     Raises
     ------
@@ -271,7 +272,7 @@ def predict_expression(
         order = np.argsort(names[slide.rows])  # noise goes by name, not by row
         jobs.append((slide.library_id, slide.rows[order], slide.xy[order]))
     result = model.predict(
-        features, jobs, n_samples=n_samples, n_steps=n_steps, seed=resolve_seed(random_state), rows=batch_size or 256,
+        features, jobs, n_samples=n_samples, n_steps=n_steps, seed=resolve_seed(random_state), rows=batch_size or 512,
         device=settings.torch_device(device), progress=lambda jobs: progress(jobs, "predicting", unit="slide"),
     )  # fmt: skip
     annotated = np.concatenate([rows for _, rows, _ in jobs])
@@ -289,7 +290,7 @@ def predict_expression(
         uns={
             "genes": model.genes, "skill": model.skill, "trusted": model.skill > 0,
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},
-            "between_share": result.between_share, "params": params,
+            "between_share": result.between_share, "degenerate_share": result.degenerate_share, "params": params,
         },
     )  # fmt: skip
     return data if copy else None

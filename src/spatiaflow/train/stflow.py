@@ -279,35 +279,60 @@ def _fit_network(fold: _Fold, preset, weight, description, seed, where, resume, 
 
 
 def _calibrate(oof, prediction, arrays, target_sum, relative, y, seed) -> dict[str, np.ndarray]:
-    """Dispersion, out-of-domain inflation and skill of every gene, from predictions of slides not trained on."""
+    """Dispersion, spread and skill of every gene, from predictions of slides not trained on."""
     law = CountLaw(arrays["libraries"], target_sum, arrays["pi"])
     theta = law.fit_theta(prediction, oof["counts"], oof["library"])
-    expected = law.std_at(prediction, theta)
-    # over all genes of a spot together: single genes near zero would make the ratio explode
-    ratio = ((oof["y"] - prediction) ** 2).sum(1) / np.maximum((expected**2).sum(1), 1e-6)
+    expected = np.maximum(law.std_at(prediction, theta) ** 2, 1e-6)
     slides = [oof["group"] == name for name in np.unique(oof["group"])]
-    widening = fit_inflation([ratio[s] for s in slides], [relative[s] for s in slides])
-    std = np.empty_like(expected)
-    for s in slides:
-        std[s] = expected[s] * np.sqrt(inflation(widening, relative[s]))[:, None]
-    draws = law.sample(prediction, std, 64, seed)
+    spread, widening, factor = fit_spread((oof["y"] - prediction) ** 2, expected, relative, slides)
+    draws = law.sample(prediction, np.sqrt(expected * spread * factor[:, None]), 64, seed)
     marginal = np.quantile(y, (np.arange(64) + 0.5) / 64, axis=0)[:, None]
     own = metrics.crps_ensemble(oof["y"], draws).mean(0)
     reference = metrics.crps_ensemble(oof["y"], np.broadcast_to(marginal, draws.shape), fair=False).mean(0)
     skill = 1 - own / np.maximum(reference, 1e-9)
-    return {"theta": theta, "inflation": widening, "skill": skill}
+    return {"theta": theta, "spread": spread, "inflation": widening, "skill": skill}
 
 
-def fit_inflation(ratio: list[np.ndarray], relative: list[np.ndarray], strength: float = 0.1) -> np.ndarray:
-    """Fit :func:`~spatiaflow.models.stflow.inflation` to squared errors over their expectation, slides counting equally.
+def fit_spread(
+    error: np.ndarray, expected: np.ndarray, relative: np.ndarray, slides: list[np.ndarray], rounds: int = 4
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors on the variance of a count law, one for each gene and one for each spot, that match held-out errors.
 
-    Gaussian likelihood in the scale, with a weak prior for a standard deviation in proportion to the distance (slopes
-    of 2): a few slides of one donor say nothing about another, and without it no widening would be learned.
+    Parameters
+    ----------
+    error, expected
+        Squared held-out errors and the law's variance, n x genes.
+    relative
+        :meth:`~spatiaflow.models.stflow.Familiarity.relative` distance of each row.
+    slides
+        Rows of each slide (bool, n); slides count equally.
+
+    Returns
+    -------
+    spread (genes), parameters of :func:`~spatiaflow.models.stflow.inflation` (3), and the inflation of each row (n)
+    """
+    factor = np.ones(len(error))
+    for _ in range(rounds):  # each given the other
+        mean_error = np.mean([(error[s] / factor[s, None]).mean(0) for s in slides], 0)
+        spread = np.clip(mean_error / np.mean([expected[s].mean(0) for s in slides], 0), 0.05, 20)
+        # over all genes of a spot together: single genes near zero would make the ratio explode
+        ratio = error.sum(1) / (expected * spread).sum(1)
+        widening = _fit_inflation([ratio[s] for s in slides], [relative[s] for s in slides])
+        for s in slides:
+            factor[s] = inflation(widening, relative[s])
+    return spread, widening, factor
+
+
+def _fit_inflation(ratio: list[np.ndarray], relative: list[np.ndarray], strength: float = 0.1) -> np.ndarray:
+    """Gaussian likelihood in the scale, with a weak prior for a standard deviation in proportion to distance (slopes of 2).
+
+    A few slides of one donor say nothing about another; without the prior no widening would be learned. The many spots
+    of a slide do say what distance means inside it: their prior is a hundred times weaker.
     """
     medians = [np.median(z) for z in relative]
 
     def loss(p):
-        fit = 0.5 * strength * ((p[1] - 2) ** 2 + (p[2] - 2) ** 2)
+        fit = 0.5 * strength * ((p[1] - 2) ** 2 + 0.01 * (p[2] - 2) ** 2)
         for r, z, m in zip(ratio, relative, medians):
             log_factor = p[0] + p[1] * m + p[2] * (z - m)
             fit += np.mean(r * np.exp(-log_factor) + log_factor)
