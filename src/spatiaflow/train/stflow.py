@@ -15,6 +15,7 @@ from spatiaflow import metrics
 from spatiaflow._settings import logger
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, ImagePrior, library_quantiles
+from spatiaflow.models.familiarity import Familiarity, inflation
 from spatiaflow.models.flow import interpolate, sample, schedule
 from spatiaflow.models.simple import (
     SlideData,
@@ -32,11 +33,9 @@ from spatiaflow.models.spatial import Graph
 from spatiaflow.models.stflow import (
     PRIORS,
     Denoiser,
-    Familiarity,
     Preset,
     SlideTokens,
     STFlow,
-    inflation,
     standardize,
 )  # fmt: skip
 from spatiaflow.train.fit import fit
@@ -303,13 +302,13 @@ def fit_spread(
     error, expected
         Squared held-out errors and the law's variance, n x genes.
     relative
-        :meth:`~spatiaflow.models.stflow.Familiarity.relative` distance of each row.
+        :meth:`~spatiaflow.models.familiarity.Familiarity.relative` distance of each row.
     slides
         Rows of each slide (bool, n); slides count equally.
 
     Returns
     -------
-    spread (genes), parameters of :func:`~spatiaflow.models.stflow.inflation` (3), and the inflation of each row (n)
+    spread (genes), parameters of :func:`~spatiaflow.models.familiarity.inflation` (4), and the inflation of each row (n)
     """
     factor = np.ones(len(error))
     for _ in range(rounds):  # each given the other
@@ -338,7 +337,7 @@ def _fit_inflation(ratio: list[np.ndarray], relative: list[np.ndarray], strength
             fit += np.mean(r * np.exp(-log_factor) + log_factor)
         return fit
 
-    return minimize(loss, [0.0, 2.0, 2.0], bounds=[(-3, 3), (0, 8), (0, 8)]).x
+    return np.append(minimize(loss, [0.0, 2.0, 2.0], bounds=[(-3, 3), (0, 8), (0, 8)]).x, min(medians))
 
 
 def _mean_pearson(oof, prediction) -> float:

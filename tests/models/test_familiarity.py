@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from spatiaflow.models.stflow import MAX_LOG_INFLATION, Familiarity, inflation
+from spatiaflow.models.familiarity import MAX_LOG_INFLATION, Familiarity, inflation
 from spatiaflow.train.stflow import fit_spread
 
 RNG = np.random.default_rng(0)
@@ -36,13 +36,21 @@ def test_planted_spread_and_inflation_are_recovered():
     relative = RNG.normal(0, 0.2, n) + np.array([-0.1, 0, 0.1, 1.0])[slide]
     slides = [slide == i for i in range(4)]
     expected, planted = RNG.uniform(0.2, 2, (n, genes)), RNG.uniform(0.3, 3, genes)
-    factor = np.concatenate([inflation([0.2, 2.5, 1.0], relative[s]) for s in slides])
+    factor = np.concatenate([inflation([0.2, 2.5, 1.0, -1.0], relative[s]) for s in slides])
     error = RNG.normal(size=(n, genes)) ** 2 * expected * planted * factor[:, None]
     spread, widening, found = fit_spread(error, expected, relative, slides)
     np.testing.assert_allclose(spread[None] * found[:, None], planted * factor[:, None], rtol=0.25)
     assert widening[1] == pytest.approx(2.5, abs=0.3)
     assert widening[2] == pytest.approx(1.0, abs=0.2)
+    assert widening[3] == min(np.median(relative[s]) for s in slides)
 
 
 def test_inflation_is_bounded():
-    assert inflation([0, 8, 8], np.full(5, 50.0)) == pytest.approx(np.exp(MAX_LOG_INFLATION))
+    assert inflation([0, 8, 8, 0], np.full(5, 50.0)) == pytest.approx(np.exp(MAX_LOG_INFLATION))
+
+
+def test_a_slide_nearer_than_any_held_out_is_not_thought_easier():
+    relative = RNG.normal(0, 0.1, 50)
+    middle = relative - np.median(relative)
+    np.testing.assert_allclose(inflation([0.1, 2, 1, -0.3], middle - 1), inflation([0.1, 2, 1, -0.3], middle - 0.3))
+    assert (inflation([0.1, 2, 1, -0.3], middle) > inflation([0.1, 2, 1, -0.3], middle - 0.3)).all()

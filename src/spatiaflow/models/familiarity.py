@@ -1,0 +1,63 @@
+"""How far new features lie from the training data, and what that does to the spread of a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
+
+
+@dataclass
+class Familiarity:
+    """How far features lie from the training data: mean distance to the nearest references, among principal axes."""
+
+    components: np.ndarray  # F x d, whitened principal axes
+    references: np.ndarray  # m x d
+    distances: np.ndarray  # sorted distances of training rows to the references of other groups
+
+    N_NEAREST = 5
+
+    @classmethod
+    def fit(cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000):
+        """Fit to features (n x F) of several groups of slides; return it and every group's distances to the others."""
+        stacked = np.concatenate(groups).astype(np.float64)
+        thin = stacked[:: max(1, len(stacked) // 5000)]
+        _, singular, axes = np.linalg.svd(thin, full_matrices=False)
+        d = min(n_components, int((singular > 1e-6 * singular[0]).sum()))
+        components = axes[:d].T / (singular[:d] / np.sqrt(len(thin)))
+        group = np.repeat(np.arange(len(groups)), [len(f) for f in groups])
+        rng, quota = np.random.default_rng(0), -(-n_references // len(groups))
+        chosen = np.concatenate([rng.permutation(np.flatnonzero(group == g))[:quota] for g in range(len(groups))])
+        points = stacked @ components
+        distances = [cls._distance(points[group == g], points[chosen[group[chosen] != g]]) for g in range(len(groups))]
+        return cls(components, points[chosen], np.sort(np.concatenate(distances))), distances
+
+    @classmethod
+    def _distance(cls, points: np.ndarray, references: np.ndarray) -> np.ndarray:
+        nearest = cKDTree(references).query(points, k=min(cls.N_NEAREST, len(references)), workers=-1)[0]
+        return nearest.reshape(len(points), -1).mean(1)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Distance of each row of features."""
+        return self._distance(features @ self.components, self.references)
+
+    def quantile(self, distance: np.ndarray) -> np.ndarray:
+        """Quantile in [0, 1] of distances among the training rows'."""
+        return np.searchsorted(self.distances, distance) / len(self.distances)
+
+    def relative(self, distance: np.ndarray) -> np.ndarray:
+        """Logarithm of distances over the training rows' median."""
+        median = float(np.median(self.distances))
+        return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
+
+
+def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """Factor on the variance of each spot of one slide, by how unfamiliar the slide and the spot inside it are."""
+    level, of_slide, of_spot, nearest = parameters
+    middle = np.median(relative)
+    # more references bring a new slide nearer than any was when held out, but do not lessen its errors
+    slide = max(middle, nearest)
+    return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - middle), -3, MAX_LOG_INFLATION))
