@@ -267,10 +267,13 @@ def table(out: Path) -> None:
             print("\nspread over seeds (standard deviation)\n")
             print(spread.round(3).to_markdown())
         print("\nceiling:", part.groupby("section")["ceiling"].first().round(2).to_dict())
-        scored = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
-        if len(scored):
-            names = [c for c in scored if c.startswith(("crps", "interval", "coverage", "energy", "gene_gene"))]
-            print("\n" + scored.groupby(["method", "section"])[names].mean().round(3).to_markdown())
+        networks = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
+        if len(networks):
+            names = [c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))]
+            default = networks[networks["method"] == "STFlow default"].groupby("section")[names].mean()
+            print("\nSTFlow default, uncertainty on the held-out section\n\n" + default.T.round(3).to_markdown())
+            names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
+            print("\nnetworks\n\n" + networks.groupby(["method", "section"])[names].mean().round(3).to_markdown())
         _paired(out, part, data, convention)
 
 

@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n-cells", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simulated.csv"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simulated/expression.csv"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = pd.concat([one(seed, args.n_cells) for seed in range(args.seeds)])
