@@ -23,7 +23,7 @@ def test_planted_rotation_and_shift_are_found(position, angle, shift):
     rng = np.random.default_rng(angle)
     size, around = 81, np.arange(81) - 40
     y, x = np.meshgrid(around, around, indexing="ij")
-    blob = np.exp(-((x / 22) ** 2 + (y / 14) ** 2) ** 2)  # a tissue with an inside
+    blob = np.exp(-(((x / 22) ** 2 + (y / 14) ** 2) ** 2))  # a tissue with an inside
     moving = blob * (1 + 6 * gaussian_filter(rng.normal(size=(size, size)), 3))
     # a landmark at p (x, y) of the moving section lies at R p + shift on the fixed one
     c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from spatiaflow.models import _base
+from spatiaflow.models.spatia import Spatia, SpatiaConfig
 from spatiaflow.models.stflow import PRESETS, Preset, STFlow
 
-__all__ = ["PRESETS", "Preset", "STFlow", "load"]
+__all__ = ["PRESETS", "Preset", "STFlow", "Spatia", "SpatiaConfig", "load"]
 
-_KINDS = {"STFlow": STFlow}
+_KINDS = {"STFlow": STFlow, "Spatia": Spatia}
 
 
-def load(path: str | Path) -> STFlow:
+def load(path: str | Path) -> STFlow | Spatia:
     """Load a model written by ``model.save(path)``.
 
     Parameters

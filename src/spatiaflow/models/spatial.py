@@ -68,6 +68,29 @@ def spatial_graph(xy: np.ndarray, n_neighbors: int, *, ties: str = "whole", scal
     return Graph(torch.from_numpy(index), torch.from_numpy(keep), torch.from_numpy(offset))
 
 
+def anchors(xy: np.ndarray, spacing: float) -> np.ndarray:
+    """Rows of points that cover a slide, none nearer than ``spacing`` to another; depends on the geometry alone.
+
+    Points are taken in the order of their distance to the slide's centroid, so neither the order of rows nor the
+    orientation of the slide matters. Linear in the number of points for a given density of anchors.
+    """
+    xy = np.asarray(xy, dtype=np.float64)
+    tree, free, chosen = cKDTree(xy), np.ones(len(xy), bool), []
+    for i in np.argsort(np.linalg.norm(xy - xy.mean(0), axis=1), kind="stable"):
+        if free[i]:
+            chosen.append(i)
+            free[tree.query_ball_point(xy[i], spacing)] = False
+    return np.sort(np.array(chosen, dtype=np.int64))
+
+
+def anchor_graph(xy: np.ndarray, anchor_xy: np.ndarray, n_anchors: int, scale: float) -> Graph:
+    """Graph from every point to its nearest anchors; ``index`` counts anchors, offsets are in units of ``scale``."""
+    k = min(n_anchors, len(anchor_xy))
+    index = cKDTree(anchor_xy).query(xy, k=[*range(1, k + 1)], workers=-1)[1]
+    offset = (np.asarray(anchor_xy)[index] - np.asarray(xy)[:, None]) / scale
+    return Graph(torch.from_numpy(index), torch.ones(index.shape, dtype=torch.bool), torch.from_numpy(offset))
+
+
 def join(graphs: list[Graph]) -> Graph:
     """Put the graphs of several slides side by side; no edge crosses from one to another."""
     width = max(g.index.shape[1] for g in graphs)

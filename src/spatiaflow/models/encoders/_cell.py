@@ -1,0 +1,108 @@
+"""Encoders of one cell: a vision transformer over its image, a transformer over its genes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ImageEncoder(nn.Module):
+    """ViT-MAE of transformers over crops with any number of channels.
+
+    Crops are n x C x p x p in units where 0 is a channel's background and 1 its bright end. A channel that a slide lacks
+    is filled with a learned value, which the linear patch embedding turns into a learned token.
+    """
+
+    MASK_RATIO = 0.75
+
+    def __init__(self, c):
+        super().__init__()
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        config = ViTMAEConfig(
+            image_size=c.crop_pixels, patch_size=c.patch_pixels, num_channels=len(c.channels), hidden_size=c.width,
+            num_hidden_layers=c.image_layers, num_attention_heads=c.n_heads, intermediate_size=4 * c.width,
+            hidden_dropout_prob=0.0, decoder_hidden_size=c.width // 2, decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=c.n_heads, decoder_intermediate_size=2 * c.width, mask_ratio=self.MASK_RATIO,
+        )  # fmt: skip
+        self.mae = ViTMAEForPreTraining(config)
+        self.patch = c.patch_pixels
+        self.missing = nn.Parameter(torch.zeros(len(c.channels)))
+        n_tokens = (c.crop_pixels // c.patch_pixels) ** 2
+        self.register_buffer("order", torch.arange(n_tokens).float(), persistent=False)
+
+    def fill(self, crops: Tensor, present: Tensor | None) -> Tensor:
+        """Centre intensities, and put learned values where a channel is missing (``present``: n x C, bool)."""
+        x = 2 * crops - 1
+        return x if present is None else torch.where(present[..., None, None], x, self.missing[:, None, None])
+
+    def forward(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
+        """Tokens n x (1 + patches) x d of whole crops: nothing is masked, and the same crop gives the same tokens."""
+        self.mae.config.mask_ratio = 0.0  # constant noise keeps the patches in their order
+        noise = self.order.expand(len(crops), -1)
+        return self.mae.vit(self.fill(crops, present), noise=noise).last_hidden_state
+
+    def reconstruction(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
+        """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation."""
+        self.mae.config.mask_ratio = self.MASK_RATIO
+        x = self.fill(crops, present)
+        seen = self.mae.vit(x)
+        predicted = self.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits
+        n, channels = crops.shape[:2]
+        predicted = predicted.view(n, -1, self.patch**2, channels)  # n x patches x pixels x C
+        target = F.unfold(x, self.patch, stride=self.patch).view(n, channels, self.patch**2, -1).permute(0, 3, 2, 1)
+        target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-2) ** 0.5
+        weight = seen.mask[..., None].expand(-1, -1, channels)
+        if present is not None:
+            weight = weight * present[:, None]
+        return ((predicted - target) ** 2).mean(2).mul(weight).sum() / weight.sum().clamp_min(1)
+
+
+class GeneEncoder(nn.Module):
+    """Transformer over gene tokens; a token is a gene's identity plus its value times a direction of the gene's own.
+
+    A few learned queries gather the measured genes by cross-attention, then attend to one another. Keys and values are
+    linear in the token and the queries are the same for all cells, so they are projected once per gene and never per
+    cell: logits are ``a_g + x_g b_g``. Cost is linear in the genes. Genes that are not measured, or hidden, are left out.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.width
+        self.n_heads = c.n_heads
+        self.identity = nn.Parameter(0.02 * torch.randn(len(c.genes), d))
+        self.direction = nn.Parameter(0.02 * torch.randn(len(c.genes), d))
+        self.queries = nn.Parameter(torch.randn(c.gene_latents, d))
+        self.key, self.value = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.out, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
+        self.size = nn.Linear(1, d)
+        layer = nn.TransformerEncoderLayer(
+            d, c.n_heads, 4 * d, c.dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, c.gene_layers, norm=nn.LayerNorm(d), enable_nested_tensor=False)
+
+    def forward(self, values: Tensor, measured: Tensor, size: Tensor) -> Tensor:
+        """Tokens n x latents x d.
+
+        Parameters
+        ----------
+        values
+            Log-normalised expression, n x genes.
+        measured
+            n x genes or 1 x genes, bool: False is not measured, or hidden.
+        size
+            log1p of the counts over the measured genes, n.
+        """
+        n, m, h = len(values), len(self.queries), self.n_heads
+        q = self.queries.view(m, h, -1)
+        k_identity, k_direction = (self.key(t).view(len(t), h, -1) for t in (self.identity, self.direction))
+        v_identity, v_direction = (self.value(t).view(len(t), h, -1) for t in (self.identity, self.direction))
+        scale = q.shape[-1] ** -0.5
+        a, b = (torch.einsum("mhd,ghd->hmg", q, k) * scale for k in (k_identity, k_direction))
+        logits = a + values[:, None, None] * b  # n x heads x latents x genes
+        weight = torch.nan_to_num(logits.masked_fill(~measured[:, None, None], -torch.inf).softmax(-1))
+        gathered = torch.einsum("nhmg,ghd->nmhd", weight, v_identity)
+        gathered = gathered + torch.einsum("nhmg,ghd->nmhd", weight * values[:, None, None], v_direction)
+        tokens = self.queries + self.out(gathered.reshape(n, m, -1)) + self.size(size[:, None])[:, None]
+        return self.layers(self.norm(tokens))

@@ -1,0 +1,306 @@
+"""SPATIA: embeddings of cells, niches and tissue that fuse cell images, genes and spatial context.
+
+SPATIA (arXiv 2507.04704), written from the paper: masked autoencoding of images, a transformer over genes,
+bidirectional cross-attention between the two, then attention over neighbouring cells and over the tissue around.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatiaflow.models import _base
+from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
+from spatiaflow.models.spatial import (
+    GatedMLP,
+    Graph,
+    LocalAttention,
+    anchor_graph,
+    anchors,
+    invariants,
+    spatial_graph,
+)  # fmt: skip
+
+LEVELS = ("cell", "niche", "tissue")
+
+
+@dataclass
+class SpatiaConfig:
+    """Hyper-parameters of SPATIA.
+
+    Attributes
+    ----------
+    genes, channels
+        Vocabulary; a model without images has no channels.
+    crop_um, crop_pixels, patch_pixels
+        Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
+    width, n_heads, dropout
+        Of every transformer and of every embedding.
+    image_layers, gene_layers, gene_latents
+        Depth of the encoders, and the number of tokens that genes are gathered in.
+    genes_to_image, image_to_gene
+        Weights of the two cross-attentions; at 0 an encoder's output passes unchanged.
+    niche_layers, niche_neighbors
+        Local attention over neighbouring cells.
+    tissue_layers, tissue_anchors, anchor_um
+        Attention over niche tokens pooled around anchors that are ``anchor_um`` apart: with 32 anchors 100 µm apart a
+        cell sees about 350 µm around it.
+    pitch_um
+        Unit of distances: the distance of neighbouring cells in the training data.
+    """
+
+    genes: list[str]
+    channels: list[str]
+    crop_um: float = 10.2
+    crop_pixels: int = 48
+    patch_pixels: int = 8
+    width: int = 128
+    n_heads: int = 4
+    dropout: float = 0.1
+    image_layers: int = 4
+    gene_layers: int = 2
+    gene_latents: int = 8
+    genes_to_image: float = 1.0
+    image_to_gene: float = 1.0
+    niche_layers: int = 2
+    niche_neighbors: int = 24
+    tissue_layers: int = 1
+    tissue_anchors: int = 32
+    anchor_um: float = 100.0
+    pitch_um: float = 10.0
+
+
+class CrossAttention(nn.Module):
+    """Tokens of one modality look at those of the other; what comes back is added with a fixed weight."""
+
+    def __init__(self, c: SpatiaConfig, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.norm, self.other_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
+        self.attention = nn.MultiheadAttention(c.width, c.n_heads, c.dropout, batch_first=True)
+        self.feed_forward = GatedMLP(c.width, 2 * c.width, c.width)
+
+    def forward(self, tokens: Tensor, other: Tensor) -> Tensor:
+        """Tokens n x t x d, other n x s x d; returns n x t x d."""
+        if self.weight == 0:
+            return tokens
+        other = self.other_norm(other)
+        seen = self.attention(self.norm(tokens), other, other, need_weights=False)[0]
+        return tokens + self.weight * (seen + self.feed_forward(seen))
+
+
+class ContextLayer(nn.Module):
+    """Local attention of tokens over others around them, and a gated feed-forward."""
+
+    def __init__(self, c: SpatiaConfig):
+        super().__init__()
+        self.attention = LocalAttention(c.width, c.n_heads, 4, 0, c.dropout)
+        self.context = GatedMLP(2 * c.width, 2 * c.width, c.width)
+        self.feed_forward = GatedMLP(c.width, 4 * c.width, c.width)
+        self.norm, self.dropout = nn.LayerNorm(c.width), nn.Dropout(c.dropout)
+
+    def forward(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None = None) -> Tensor:
+        """Update tokens ``h`` (n x d) by ``others`` (m x d, may be ``h`` itself), ``rows`` tokens at a time."""
+        rows, out = rows or max(len(h), 1), []
+        none = h.new_zeros(len(others), 0)  # the flow's noisy signal: there is none here
+        parts = [self.attention.keys(o, y) for o, y in zip(others.split(rows), none.split(rows))]
+        key, value = (torch.cat(p) for p in zip(*parts))
+        for s in range(0, len(h), rows):
+            p = slice(s, s + rows)
+            geometry = self.attention.geometry(
+                invariants(Graph(graph.index[p], graph.mask[p], graph.offset[p])).to(h.device)
+            )
+            index, mask = graph.index[p].to(h.device), graph.mask[p].to(h.device)
+            seen = self.attention.attend(h[p], h.new_zeros(len(h[p]), 0), key, value, index, mask, geometry)
+            x = h[p] + self.dropout(self.context(seen))
+            out.append(x + self.dropout(self.feed_forward(self.norm(x))))
+        return torch.cat(out)
+
+
+@dataclass
+class Surroundings:
+    """The spatial structure of a slide (or a region): who sees whom; computed once."""
+
+    neighbors: Graph
+    nearest: Tensor  # n, the anchor nearest to each cell
+    tissue: Graph  # cells to anchors
+    n_anchors: int
+
+    @classmethod
+    def of(cls, xy: np.ndarray, c: SpatiaConfig) -> Surroundings:
+        """Surroundings of cells at positions ``xy`` (n x 2, µm)."""
+        chosen = anchors(xy, c.anchor_um)
+        tissue = anchor_graph(xy, xy[chosen], c.tissue_anchors, c.anchor_um)
+        return cls(spatial_graph(xy, c.niche_neighbors, scale=c.pitch_um), tissue.index[:, 0], tissue, len(chosen))
+
+
+class SpatiaNetwork(nn.Module):
+    """Encoders, fusion, and the two levels of context."""
+
+    def __init__(self, c: SpatiaConfig):
+        super().__init__()
+        self.config = c
+        d = c.width
+        self.image = ImageEncoder(c) if c.channels else None
+        self.gene = GeneEncoder(c) if c.genes else None
+        self.no_image, self.no_genes = (nn.Parameter(0.02 * torch.randn(1, 1, d)) for _ in range(2))
+        self.to_gene, self.to_image = CrossAttention(c, c.image_to_gene), CrossAttention(c, c.genes_to_image)
+        self.cell = nn.Sequential(nn.LayerNorm(2 * d), nn.Linear(2 * d, d))
+        self.hidden_cell = nn.Parameter(0.02 * torch.randn(d))  # stands for a cell that is to be predicted
+        self.niche_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.niche_layers))
+        self.tissue_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.tissue_layers))
+        self.niche_norm, self.tissue_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        # predicted counts: one matrix of genes for all levels
+        self.heads = nn.ModuleDict(
+            {level: nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for level in LEVELS}
+        )
+        self.rates = nn.Linear(d, len(c.genes))
+        self.log_theta = nn.Parameter(torch.zeros(len(c.genes)))
+
+    def fuse(self, image: Tensor | None, genes: Tensor | None, n: int) -> Tensor:
+        """Cell embeddings (n x d) from image tokens (n x t x d) and gene tokens (n x m x d); None: missing."""
+        image = self.no_image.expand(n, -1, -1) if image is None else image
+        genes = self.no_genes.expand(n, -1, -1) if genes is None else genes
+        fused = self.to_image(image, genes).mean(1), self.to_gene(genes, image).mean(1)
+        return self.cell(torch.cat(fused, 1))
+
+    def context(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """Niche and tissue embeddings (n x d each) of cells in their surroundings."""
+        h = cells
+        for layer in self.niche_layers:
+            h = layer(h, h, around.neighbors, rows)
+        niche = self.niche_norm(h)
+        nearest = around.nearest.to(h.device)
+        total = h.new_zeros(around.n_anchors, h.shape[1]).index_add_(0, nearest, niche)
+        pooled = total / torch.bincount(nearest, minlength=around.n_anchors).clamp_min(1)[:, None]
+        t = h
+        for layer in self.tissue_layers:
+            t = layer(t, pooled, around.tissue, rows)
+        return niche, self.tissue_norm(t)
+
+    def log_rates(self, embedding: Tensor, level: str) -> Tensor:
+        """Log of the expected share of the library, n x genes."""
+        return self.rates(self.heads[level](embedding))
+
+    @property
+    def theta(self) -> Tensor:
+        """Inverse dispersion of every gene."""
+        return F.softplus(self.log_theta) + 1e-2
+
+
+def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
+    """Crops in the model's channels, background 0 and bright end 1.
+
+    Parameters
+    ----------
+    crops
+        n x slide channels x p x p, any dtype.
+    intensity
+        Background and bright end of each slide channel.
+    places
+        For each channel of the model its place on the slide, or -1: missing, left at 0.
+    """
+    low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
+    x = ((crops.float() - low) / (high - low)).clamp(-0.5, 2)
+    out = x.new_zeros(len(x), len(places), *x.shape[2:])
+    have = np.flatnonzero(places >= 0)
+    out[:, have] = x[:, places[have]]
+    return out
+
+
+class Spatia:
+    """A fitted SPATIA: network, scaling of images and counts, and what it was trained on.
+
+    Made by :func:`spatiaflow.tl.train_spatia` or :func:`spatiaflow.models.load`.
+
+    Attributes
+    ----------
+    config
+        Vocabulary of genes and channels, and all sizes.
+    history
+        Dict of lists, one entry an epoch.
+    card
+        Training data, settings and scores.
+    """
+
+    def __init__(self, *, network: SpatiaNetwork, target_sum: float, history: dict, card: dict):
+        self.network, self.config, self.target_sum = network.eval(), network.config, target_sum
+        self.history, self.card = history, card
+
+    def __repr__(self) -> str:
+        c = self.config
+        channels = ", ".join(c.channels) or "none"
+        return f"Spatia: {len(c.genes)} genes, channels {channels}, width {c.width}, {c.crop_um:g} µm crops"
+
+    @torch.inference_mode()
+    def embed(
+        self, slide, inside: np.ndarray, *, batch_size=512, device="cpu", levels=LEVELS, update=lambda n: None
+    ) -> dict:
+        """Embeddings (level -> n x d) of all cells of one slide.
+
+        Parameters
+        ----------
+        slide
+            A :class:`spatiaflow.train.spatia.CellSlide`; without crops or without counts the modality is missing.
+        inside
+            Cells whose image is there, n, bool; the others are embedded without it.
+        batch_size
+            Cells encoded at a time, and tokens of context worked on at a time.
+        update
+            Called with the number of cells done.
+        """
+        network = self.network.to(device).eval()
+        cells = torch.empty(len(slide), self.config.width)
+        for rows, crops in self._batches(slide, inside, batch_size):
+            image = genes = None
+            if crops is not None:
+                present = torch.from_numpy(slide.channels >= 0).expand(len(rows), -1)
+                image = network.image(scaled(crops, slide.intensity, slide.channels).to(device), present.to(device))
+            if slide.counts is not None:
+                counts = slide.counts[rows].toarray()
+                size = counts.sum(1)
+                values = np.log1p(counts * (self.target_sum / np.maximum(size, 1))[:, None])
+                values, size = (torch.from_numpy(v.astype(np.float32)).to(device) for v in (values, np.log1p(size)))
+                genes = network.gene(values, torch.from_numpy(slide.measured)[None].to(device), size)
+            cells[rows] = network.fuse(image, genes, len(rows)).cpu()
+            update(len(rows))
+        out = {"cell": cells}
+        if set(levels) - {"cell"}:
+            around = Surroundings.of(slide.xy, self.config)
+            out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, batch_size))
+        return {level: out[level].numpy() for level in levels}
+
+    @staticmethod
+    def _batches(slide, inside: np.ndarray, batch_size: int):
+        with_image = np.flatnonzero(inside) if slide.crops is not None else np.zeros(0, int)
+        if len(with_image):
+            yield from slide.crops.batches(batch_size, with_image)
+        rest = np.setdiff1d(np.arange(len(slide)), with_image)
+        for s in range(0, len(rest), batch_size):
+            yield rest[s : s + batch_size], None
+
+    def save(self, path) -> object:
+        """Write the model to one safetensors file, atomically, and return its path."""
+        description = {
+            "config": asdict(self.config), "target_sum": self.target_sum, "history": self.history, "card": self.card
+        }  # fmt: skip
+        return _base.save(path, "Spatia", description, self.network.state_dict())
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the weights."""
+        return _base.tensors_sha256(self.network.state_dict())
+
+    @classmethod
+    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
+        """Rebuild a model from the description and tensors of its file."""
+        try:
+            network = SpatiaNetwork(SpatiaConfig(**d["config"]))
+            network.load_state_dict(tensors)
+            return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the file's header and tensors do not make a Spatia: {error}") from error

@@ -1,0 +1,294 @@
+"""Cell, niche and tissue embeddings by SPATIA."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from anndata import AnnData
+from spatialdata import SpatialData
+
+import spatiaflow
+from spatiaflow import _io
+from spatiaflow._settings import logger, progress, resolve_seed, settings
+
+if TYPE_CHECKING:
+    from spatiaflow.models import Spatia
+
+
+def train_spatia(
+    data: AnnData | SpatialData | list[AnnData | SpatialData],
+    *,
+    modalities: tuple[str, ...] = ("image", "genes"),
+    init: Spatia | str | Path | None = None,
+    losses: dict[str, float] | None = None,
+    genes: list[str] | None = None,
+    channels: dict[str, str] | None = None,
+    crop_um: float = 10.2,
+    layer: str | None = None,
+    preset: dict | None = None,
+    validation: list[str] | float = 0.1,
+    max_epochs: int = 20,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    devices: int | str = 1,
+    precision: str = "32-true",
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    device: str | None = None,
+    random_state: int | None = None,
+) -> Spatia:
+    """Train SPATIA on the cells of one or many slides, without labels.
+
+    Losses, each of which has a name and a weight: ``genes`` (hidden counts of a cell from the rest of it, negative
+    binomial), ``image_to_genes`` (all counts from the image alone), ``reconstruction`` (masked patches of the image),
+    ``contrast`` (a cell's image finds its genes among a batch), ``niche`` and ``tissue`` (the counts of cells that are
+    hidden altogether, from their surroundings).
+
+    Parameters
+    ----------
+    data
+        One object, or a list with one or more slides each. Panels and channels may differ between them: what a slide
+        lacks is masked there.
+    modalities
+        ``"image"``, ``"genes"`` or both.
+    init
+        A model to go on from; its vocabulary and sizes are kept.
+    losses
+        Weights that differ from the defaults; 0 switches a loss off.
+    genes
+        Vocabulary; all genes of all slides when None.
+    channels
+        Names of a slide's channels that the model calls otherwise, ``{"DAPI": "dapi"}``.
+    crop_um
+        Side of a cell's crop.
+    layer
+        Layer with raw counts; None reads ``X``.
+    preset
+        Sizes of the network that differ from :class:`spatiaflow.models.SpatiaConfig`'s.
+    validation
+        Names of slides, or the fraction of each slide that is held out as one contiguous band, with a gap beside it, to
+        choose the epoch.
+    max_epochs
+        Epochs.
+    checkpoint_dir
+        Folder for the state of the training; nothing is written when None.
+    resume
+        Go on from what ``checkpoint_dir`` holds.
+    devices, precision
+        Passed to :class:`lightning.Trainer`.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key
+        Column of ``.obs`` that tells slides apart.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say; for a
+        SpatialData, µm per unit of its coordinate system.
+    device
+        Overrides ``settings.device``.
+    random_state
+        Seed; ``settings.seed`` when None.
+
+    Returns
+    -------
+    :class:`spatiaflow.models.Spatia`, with ``.history``, ``.card`` and ``.save(path)``.
+
+    Raises
+    ------
+    KeyError
+        An element, a layer or every channel is missing.
+    ValueError
+        Counts are not raw, the scale is unknown, or an image is smaller than a crop.
+
+    See Also
+    --------
+    embed_spatia : apply the model.
+    """
+    from spatiaflow import models
+    from spatiaflow.models.spatia import SpatiaConfig
+    from spatiaflow.tl._cells import cell_slides, check_modalities
+    from spatiaflow.train.spatia import fit_spatia, hold_out
+
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
+    if isinstance(validation, float) and not 0 < validation < 1:
+        raise ValueError(f"validation as a fraction must lie between 0 and 1, not {validation}.")
+    modalities = check_modalities(modalities)
+    objects = data if isinstance(data, list | tuple) else [data]
+    where = {"table_key": table_key, "shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key}
+    tables = [_io.unpack(one, table_key)[1] for one in objects]
+    slides = [_io.slides(one, spatial_key=spatial_key, mpp=mpp, **where) for one in objects]
+    if init is not None:
+        init = init if isinstance(init, models.Spatia) else models.load(init)
+        config = init.config
+        crop_um = config.crop_um
+    else:
+        vocabulary = list(genes) if genes else list(dict.fromkeys(g for table in tables for g in table.var_names))
+        pitch = float(np.median([slide.pitch for found in slides for slide in found]))
+        options = {"pitch_um": pitch, "crop_um": crop_um} | (preset or {})
+        config = SpatiaConfig(genes=vocabulary if "genes" in modalities else [], channels=[], **options)
+        if "image" in modalities:
+            config.channels = _channels(objects, slides, channels, config, image_key)
+    parts, boxes = [], {}
+    for one, table, found in zip(objects, tables, slides):
+        cells, inside = cell_slides(
+            one, table, found, genes=config.genes, channels=config.channels, channel_names=channels,
+            modalities=modalities, crop_um=crop_um, crop_pixels=config.crop_pixels, layer=layer, image_key=image_key,
+        )  # fmt: skip
+        for slide, part in zip(found, cells):
+            while part.library_id in boxes:  # two objects may call their slide alike
+                part.library_id += "'"
+            boxes[part.library_id] = {"n_obs": len(part), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
+            parts.append(part.take(np.flatnonzero(inside[slide.rows])) if "image" in modalities else part)
+    if isinstance(validation, list | tuple) and (unknown := set(validation) - set(boxes)):
+        raise ValueError(f"validation names slides that are not in data: {sorted(unknown)}; it has {sorted(boxes)}.")
+    training, held_out = hold_out(parts, validation, 2 * config.anchor_um)
+    sizes = [np.asarray(part.counts.sum(1)).ravel() for part in training if part.counts is not None]
+    target_sum = init.target_sum if init else float(np.median(np.concatenate(sizes))) if sizes else 1.0
+    target = settings.torch_device(device)
+    card = {"data": boxes, "modalities": list(modalities), "spatiaflow": spatiaflow.__version__}
+    logger.info("training SPATIA on %d cells of %d slide(s), device %s", sum(map(len, training)), len(parts), target)
+    return fit_spatia(
+        training, config, card=card, target_sum=max(target_sum, 1.0), losses=losses, validation=held_out, init=init,
+        max_epochs=max_epochs, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
+        accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision,
+        seed=resolve_seed(random_state),
+    )  # fmt: skip
+
+
+def _channels(objects, slides, names, config, image_key) -> list[str]:
+    """Every channel of every slide, under the name it is given in ``names``."""
+    from spatiaflow.pp._crops import slide_crops
+
+    found = []
+    for one, part in zip(objects, slides):
+        for slide in part:
+            crops = slide_crops(one, slide, crop_um=config.crop_um, pixels=config.crop_pixels, image_key=image_key)
+            found += [str((names or {}).get(name, name)).lower() for name in crops.channels]
+    return list(dict.fromkeys(found))
+
+
+def embed_spatia(
+    data: AnnData | SpatialData,
+    *,
+    model: Spatia | str | Path | None = None,
+    levels: tuple[str, ...] = ("cell", "niche", "tissue"),
+    modalities: tuple[str, ...] = ("image", "genes"),
+    channels: dict[str, str] | None = None,
+    layer: str | None = None,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    key_added: str = "X_spatia",
+    copy: bool = False,
+) -> AnnData | SpatialData | None:
+    """Embed every cell by itself, in its niche and in its tissue.
+
+    The cell level fuses a cell's image and its genes; the niche level looks at the cells around, the tissue level at
+    several hundred µm around them. Nothing is random: the same call gives the same bytes. Images are read part by part.
+
+    Parameters
+    ----------
+    data
+        Cells with positions, and raw counts or an image or both.
+    model
+        A trained model, the path of a saved one, or the name of published weights.
+    levels
+        ``"cell"``, ``"niche"``, ``"tissue"``, or some of them.
+    modalities
+        ``"image"``, ``"genes"`` or both. What is left out is replaced by a learned token.
+    channels
+        Names of the image's channels that the model calls otherwise, ``{"DAPI": "dapi"}``. Channels that the model
+        does not know are left out, those that the image lacks are masked.
+    layer
+        Layer with raw counts; None reads ``X``.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData; ``image_key`` may be omitted where one image shares the cells' coordinate system.
+    library_key
+        Column of ``.obs`` that tells slides apart.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say; for a
+        SpatialData, µm per unit of its coordinate system.
+    batch_size
+        Cells encoded at a time (512).
+    device
+        Overrides ``settings.device``.
+    key_added
+        Name of the slots.
+    copy
+        Return a copy instead of writing into ``data``.
+
+    Returns
+    -------
+    None, or with ``copy=True`` an object of the type given. Sets:
+
+    ``.obsm[f"{key_added}_cell"]``, ``[f"{key_added}_niche"]``, ``[f"{key_added}_tissue"]`` : float32 array (n_obs, width)
+    ``.obsm[key_added]`` : float32 array (n_obs, levels x width), the levels side by side, each scaled to unit norm
+    ``.uns[key_added]`` : dict with ``levels``, ``gene_coverage``, ``channels`` (those used) and ``params``
+
+    Raises
+    ------
+    KeyError
+        An element is missing, or the model knows no channel of the image.
+    ValueError
+        Too few of the model's genes are measured, counts are not raw, or the scale is unknown.
+    """
+    from spatiaflow import models
+    from spatiaflow.models.spatia import LEVELS
+    from spatiaflow.tl._cells import cell_slides, check_modalities
+
+    started = time.perf_counter()
+    modalities = check_modalities(modalities)
+    levels = (levels,) if isinstance(levels, str) else tuple(levels)
+    if not levels or set(levels) - set(LEVELS):
+        raise ValueError(f"levels must be among {', '.join(LEVELS)}, not {levels!r}.")
+    if not isinstance(model, models.Spatia):
+        model = models.load(model)
+    for modality, known in (("image", model.config.channels), ("genes", model.config.genes)):
+        if modality in modalities and not known:
+            raise ValueError(
+                f"the model was trained without {modality}; leave it out: modalities={set(modalities) - {modality}}."
+            )
+    data, table = _io.unpack(data, table_key, copy=copy)
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    c = model.config
+    cells, inside = cell_slides(
+        data, table, slides, genes=c.genes, channels=c.channels, channel_names=channels, modalities=modalities,
+        crop_um=c.crop_um, crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
+    )  # fmt: skip
+    target, size = settings.torch_device(device), batch_size or 512
+    out = {level: np.full((table.n_obs, c.width), np.nan, np.float32) for level in levels}
+    bar = progress(None, "embedding", total=sum(map(len, cells)), unit="cell")
+    for slide, part in zip(slides, cells):
+        found = model.embed(part, inside[slide.rows], batch_size=size, device=target, levels=levels, update=bar.update)
+        for level, values in found.items():
+            out[level][slide.rows] = values
+    bar.close()
+    unit = [v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in out.values()]
+    used = [name for i, name in enumerate(c.channels) if any(len(p.channels) and p.channels[i] >= 0 for p in cells)]
+    coverage = float(cells[0].measured.mean()) if c.genes and "genes" in modalities else 0.0
+    params = {
+        "model_sha256": model.sha256, "levels": list(levels), "modalities": list(modalities), "crop_um": c.crop_um,
+        "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    _io.write(
+        table, key_added, arrays={**{f"_{level}": v for level, v in out.items()}, "": np.concatenate(unit, 1)},
+        uns={"levels": list(levels), "gene_coverage": coverage, "channels": used, "params": params},
+    )  # fmt: skip
+    return data if copy else None

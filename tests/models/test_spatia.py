@@ -1,0 +1,227 @@
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from spatiaflow import models
+from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, scaled
+from spatiaflow.models.spatial import anchor_graph, anchors
+from spatiaflow.train.spatia import CellSlide
+
+GENES = [f"g{i}" for i in range(20)]
+SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "niche_neighbors": 6}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network = SpatiaNetwork(SpatiaConfig(genes=GENES, channels=["a", "b", "c"], anchor_um=40.0, **SIZES)).eval()
+    for p in network.parameters():  # away from the start, where small weights would hide differences
+        p.data += 0.05 * torch.randn(p.shape)
+    return network
+
+
+@pytest.fixture(scope="module")
+def tokens(network):
+    g = torch.Generator().manual_seed(1)
+    crops, values = torch.rand(12, 3, 16, 16, generator=g), torch.rand(12, 20, generator=g) * 3
+    measured = torch.ones(1, 20, dtype=torch.bool)
+    with torch.inference_mode():
+        return network.image(crops), network.gene(values, measured, values.sum(1)), crops, values
+
+
+@pytest.fixture
+def slide():
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(2, (90, 20)).astype(np.float32))
+
+    class Stored:
+        def __init__(self, crops):
+            self.crops, self.xy = crops, np.zeros((len(crops), 2))
+
+        def batches(self, size, rows):
+            for s in range(0, len(rows), size):
+                yield rows[s : s + size], self.crops[rows[s : s + size]]
+
+    crops = Stored(torch.from_numpy(rng.integers(0, 255, (90, 3, 16, 16)).astype(np.uint8)))
+    xy, intensity = rng.uniform(0, 150, (90, 2)), np.array([[0, 200.0]] * 3)
+    return CellSlide("s", xy, counts, np.ones(20, bool), crops, np.arange(3), intensity)
+
+
+def model_of(network):
+    return Spatia(network=network, target_sum=40.0, history={}, card={})
+
+
+def test_genes_equal_attention_over_written_out_tokens(network):
+    """The factored cross-attention against torch's own attention over one token a gene and cell."""
+    gene, g = network.gene, torch.Generator().manual_seed(2)
+    values, measured = torch.rand(5, 20, generator=g), torch.rand(5, 20, generator=g) < 0.7
+    size = torch.rand(5, generator=g)
+    tokens = gene.identity + values[..., None] * gene.direction  # cells x genes x d
+    h = gene.n_heads
+    q = gene.queries.view(1, -1, h, 8).transpose(1, 2).expand(5, -1, -1, -1)
+    k, v = (f(tokens).view(5, 20, h, 8).transpose(1, 2) for f in (gene.key, gene.value))
+    mask = measured[:, None, None].expand(-1, h, q.shape[2], -1)
+    seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = gene.queries + gene.out(seen.transpose(1, 2).reshape(5, -1, 32)) + gene.size(size[:, None])[:, None]
+    slow = gene.layers(gene.norm(out))
+    torch.testing.assert_close(gene(values, measured, size), slow, atol=1e-5, rtol=0)
+
+
+def test_genes_that_are_not_measured_leave_no_trace(network):
+    values, measured = torch.rand(4, 20), torch.rand(4, 20) < 0.5
+    garbage = torch.where(measured, values, torch.full_like(values, 99.0))
+    torch.testing.assert_close(
+        network.gene(garbage, measured, values[:, 0]), network.gene(values, measured, values[:, 0])
+    )
+
+
+def test_no_measured_gene_is_finite(network):
+    assert torch.isfinite(network.gene(torch.zeros(2, 20), torch.zeros(1, 20, dtype=torch.bool), torch.zeros(2))).all()
+
+
+def test_image_tokens_are_not_masked_and_not_random(network, tokens):
+    image, _, crops, _ = tokens
+    with torch.inference_mode():
+        assert torch.equal(network.image(crops), image)
+        network.image.reconstruction(crops)  # masks, in training
+        assert torch.equal(network.image(crops), image)
+        changed = crops.clone()
+        changed[:, :, :8, :8] = 0  # every patch is seen: each one moves the result
+        assert not torch.allclose(network.image(changed), image)
+    assert image.shape == (12, 5, 32)
+
+
+def test_a_missing_channel_leaves_no_trace(network, tokens):
+    crops = tokens[2]
+    present = torch.tensor([True, False, True]).expand(12, -1)
+    garbage = crops.clone()
+    garbage[:, 1] = 7.0
+    with torch.inference_mode():
+        torch.testing.assert_close(network.image(garbage, present), network.image(crops, present))
+        torch.manual_seed(3)
+        one = network.image.reconstruction(crops, present)
+        torch.manual_seed(3)
+        torch.testing.assert_close(network.image.reconstruction(garbage, present), one)
+
+
+def test_reconstruction_is_the_error_of_the_patches_that_were_hidden(network, tokens):
+    """Against a loop over cells, patches and channels."""
+    crops, encoder = tokens[2][:3], network.image
+    with torch.inference_mode():
+        torch.manual_seed(4)
+        found = float(encoder.reconstruction(crops))
+        torch.manual_seed(4)
+        x = encoder.fill(crops, None)
+        seen = encoder.mae.vit(x)
+        predicted = encoder.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits.view(3, 4, 8, 8, 3)
+        errors = []
+        for n in range(3):
+            for p in range(4):
+                if seen.mask[n, p]:
+                    for c in range(3):
+                        patch = x[n, c, 8 * (p // 2) : 8 * (p // 2) + 8, 8 * (p % 2) : 8 * (p % 2) + 8]
+                        target = (patch - patch.mean()) / torch.sqrt(patch.var() + 1e-2)
+                        errors.append(float(((predicted[n, p, :, :, c] - target) ** 2).mean()))
+    assert len(errors) == 27  # three of four patches
+    assert found == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_at_weight_zero_each_modality_passes_unchanged(network, tokens):
+    image, genes, *_ = tokens
+    before = network.to_gene.weight, network.to_image.weight
+    try:
+        network.to_gene.weight = network.to_image.weight = 0.0
+        assert network.to_gene(genes, image) is genes
+        assert network.to_image(image, genes) is image
+    finally:
+        network.to_gene.weight, network.to_image.weight = before
+    with torch.inference_mode():
+        one = network.fuse(image, genes, 12)
+        assert not torch.allclose(network.fuse(image.flip(0), genes, 12), one, atol=1e-3)
+        for missing in (network.fuse(None, genes, 12), network.fuse(image, None, 12)):
+            assert torch.isfinite(missing).all()
+            assert not torch.allclose(missing, one, atol=1e-3)
+
+
+def test_context_sees_where_neighbours_are_but_not_the_orientation(network):
+    rng = np.random.default_rng(5)
+    xy, cells = rng.uniform(0, 200, (150, 2)), torch.from_numpy(rng.normal(size=(150, 32)).astype(np.float32))
+
+    def context(xy, cells):
+        with torch.inference_mode():
+            return network.context(cells, Surroundings.of(xy, network.config))
+
+    niche, tissue = context(xy, cells)
+    c, s = np.cos(0.7), np.sin(0.7)
+    turned = xy @ np.array([[c, s], [s, -c]]) + 1000  # rotated, mirrored, moved
+    order = rng.permutation(150)
+    for found, one in zip(context(turned, cells), (niche, tissue)):
+        torch.testing.assert_close(found, one, atol=1e-5, rtol=0)
+    for found, one in zip(context(xy[order], cells[order]), (niche, tissue)):
+        torch.testing.assert_close(found, one[order], atol=1e-5, rtol=0)
+    nearest = int(np.argsort(np.linalg.norm(xy - xy[0], axis=1))[1])
+    moved = xy.copy()
+    moved[nearest] = (xy[nearest] + 2 * xy[0]) / 3  # still the nearest
+    assert not torch.allclose(context(moved, cells)[0][0], niche[0], atol=1e-4)
+    other = cells.clone()
+    other[nearest] = -other[nearest]
+    assert not torch.allclose(context(xy, other)[0][0], niche[0], atol=1e-4)
+
+
+def test_anchors_cover_the_slide_and_keep_their_distance():
+    rng = np.random.default_rng(6)
+    xy = rng.uniform(0, 500, (800, 2))
+    chosen = anchors(xy, 60.0)
+    distance = np.linalg.norm(xy[chosen][:, None] - xy[chosen], axis=-1)
+    assert distance[~np.eye(len(chosen), dtype=bool)].min() > 60
+    assert np.linalg.norm(xy[:, None] - xy[chosen], axis=-1).min(1).max() <= 60
+    order = rng.permutation(800)
+    np.testing.assert_array_equal(np.sort(order[anchors(xy[order], 60.0)]), chosen)
+    graph = anchor_graph(xy, xy[chosen], 4, 60.0)
+    slow = np.argsort(np.linalg.norm(xy[:, None] - xy[chosen], axis=-1), axis=1)[:, :4]
+    np.testing.assert_array_equal(graph.index.numpy(), slow)
+    np.testing.assert_allclose(graph.offset.numpy(), (xy[chosen][slow] - xy[:, None]) / 60.0)
+
+
+def test_one_cell_alone(network):
+    with torch.inference_mode():
+        niche, tissue = network.context(torch.randn(1, 32), Surroundings.of(np.zeros((1, 2)), network.config))
+    assert torch.isfinite(niche).all()
+    assert torch.isfinite(tissue).all()
+
+
+def test_scaling_and_order_of_channels():
+    crops = torch.arange(2 * 2 * 4).view(2, 2, 2, 2)
+    x = scaled(crops, np.array([[0, 2.0], [4, 8.0]]), np.array([1, -1, 0]))
+    assert x.shape == (2, 3, 2, 2)
+    torch.testing.assert_close(x[0, 2], torch.tensor([[0, 0.5], [1.0, 1.5]]))
+    torch.testing.assert_close(x[0, 0], torch.tensor([[0, 0.25], [0.5, 0.75]]))
+    assert (x[:, 1] == 0).all()
+
+
+def test_batch_size_and_repetition_change_nothing(network, slide):
+    model, inside = model_of(network), np.ones(90, bool)
+    inside[[3, 50]] = False
+    one = model.embed(slide, inside, batch_size=512)
+    again = model.embed(slide, inside, batch_size=512)
+    for level, values in model.embed(slide, inside, batch_size=7).items():
+        assert np.array_equal(one[level], again[level])
+        np.testing.assert_allclose(values, one[level], atol=1e-5)
+
+
+def test_cells_outside_the_image_do_not_read_it(network, slide):
+    model, inside = model_of(network), np.ones(90, bool)
+    inside[5] = False
+    one = model.embed(slide, inside, levels=("cell",))["cell"]
+    slide.crops.crops[5] = 0
+    np.testing.assert_array_equal(model.embed(slide, inside, levels=("cell",))["cell"], one)
+
+
+def test_saved_and_loaded_is_the_same(network, slide, tmp_path):
+    model, inside = model_of(network), np.ones(90, bool)
+    again = models.load(model.save(tmp_path / "m"))
+    assert again.sha256 == model.sha256
+    assert again.config == model.config
+    for level, values in again.embed(slide, inside).items():
+        np.testing.assert_array_equal(values, model.embed(slide, inside)[level])
