@@ -269,7 +269,9 @@ def table(out: Path) -> None:
         print("\nceiling:", part.groupby("section")["ceiling"].first().round(2).to_dict())
         networks = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
         if len(networks):
-            names = [c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))]
+            names = [
+                c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))
+            ]
             default = networks[networks["method"] == "STFlow default"].groupby("section")[names].mean()
             print("\nSTFlow default, uncertainty on the held-out section\n\n" + default.T.round(3).to_markdown())
             names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
