@@ -245,13 +245,13 @@ def _check_positions(slide: Slide, table, library_key) -> None:
             )
 
 
-def features(table: AnnData, key: str) -> np.ndarray:
+FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or give features_key=..."
+
+
+def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
     """Return ``obsm[key]`` as a float32 array (n_obs x n_features), checked to be finite."""
     if key not in table.obsm:
-        raise KeyError(
-            f"obsm has no {key!r}; it has {_listing(table.obsm)}. "
-            "Make histology features with sf.pp.encode_patches(data), or give features_key=..."
-        )
+        raise KeyError(f"obsm has no {key!r}; it has {_listing(table.obsm)}. {hint}")
     values = table.obsm[key]
     values = values.toarray() if sparse.issparse(values) else np.asarray(values)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):

@@ -1,6 +1,7 @@
 """The verbs: check the input, gather arrays, run a model, write slots."""
 
 from spatiaflow.tl._expression import predict_expression, train_stflow
+from spatiaflow.tl._labels import annotate, cluster_niches
 from spatiaflow.tl._spatia import embed_spatia, train_spatia
 
-__all__ = ["embed_spatia", "predict_expression", "train_spatia", "train_stflow"]
+__all__ = ["annotate", "cluster_niches", "embed_spatia", "predict_expression", "train_spatia", "train_stflow"]

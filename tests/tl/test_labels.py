@@ -1,0 +1,87 @@
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+import spatiaflow as sf
+
+
+@pytest.fixture
+def cells():
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1, 2], [200, 120, 80])
+    x = rng.normal(size=(3, 8))[truth] * 2 + rng.normal(size=(400, 8))
+    order = rng.permutation(400)
+    adata = ad.AnnData(
+        obs=pd.DataFrame({"truth": np.array(["a", "b", "c"])[truth]}, index=[f"c{i}" for i in range(400)])
+    )
+    adata.obsm["X_spatia"] = adata.obsm["X_spatia_niche"] = x.astype(np.float32)
+    return adata[order].copy()
+
+
+def test_planted_niches_and_their_number_are_found(cells):
+    sf.tl.cluster_niches(cells)
+    assert adjusted_rand_score(cells.obs["truth"], cells.obs["niche"]) > 0.9
+    assert cells.uns["niche"]["params"]["n_clusters"] == 3
+    counts = cells.obs["niche"].value_counts()
+    assert list(counts.index) == ["0", "1", "2"]  # the largest first
+    wrong = cells.obs.groupby("niche", observed=True)["truth"].transform(lambda s: s.mode()[0]) != cells.obs["truth"]
+    assert cells.obs["niche_confidence"][wrong].mean() < cells.obs["niche_confidence"][~wrong].mean()
+
+
+def test_no_structure_is_one_niche():
+    x = np.random.default_rng(1).normal(size=(500, 6)).astype(np.float32)
+    adata = ad.AnnData(obs=pd.DataFrame(index=[str(i) for i in range(500)]), obsm={"X_spatia_niche": x})
+    sf.tl.cluster_niches(adata)
+    assert adata.obs["niche"].nunique() == 1
+
+
+@pytest.mark.parametrize("method", ["linear", "knn"])
+def test_labels_are_carried_and_given_ones_kept(cells, method):
+    partly = cells.obs["truth"].where(np.arange(400) < 150)
+    partly.iloc[0] = "b" if partly.iloc[0] != "b" else "a"  # a wrong label is still what the user gave
+    cells.obs["partly"] = pd.Categorical(partly)
+    sf.tl.annotate(cells, labels="partly", method=method)
+    found = cells.obs["annotation"]
+    assert (found[:150].astype(str) == partly[:150]).all()
+    assert (cells.obs["annotation_confidence"][:150] == 1).all()
+    assert (found[150:].astype(str) == cells.obs["truth"][150:]).mean() > 0.85
+    assert list(found.cat.categories) == ["a", "b", "c", "unknown"]
+
+
+def test_confidence_is_how_often_it_is_right(cells):
+    rng = np.random.default_rng(2)
+    noisy = cells.obsm["X_spatia"] + rng.normal(0, 2.0, (400, 8))  # hard: the classes overlap
+    cells.obsm["X_spatia"] = noisy.astype(np.float32)
+    sf.tl.annotate(cells[200:].copy(), labels="truth")
+    test = cells[200:].copy()
+    sf.tl.annotate(test, labels="truth", reference=cells[:200].copy(), threshold=0.0)
+    right = (test.obs["annotation"].astype(str) == test.obs["truth"]).mean()
+    assert test.obs["annotation_confidence"].mean() == pytest.approx(right, abs=0.08)
+    assert test.uns["annotation"]["held_out_accuracy"] == pytest.approx(right, abs=0.08)
+
+
+def test_below_the_threshold_it_is_unknown(cells):
+    reference, rest = cells[:300].copy(), cells[300:].copy()
+    rest.obsm["X_spatia"][:20] = 0.0  # between the classes
+    sf.tl.annotate(rest, labels="truth", reference=reference, threshold=0.95)
+    low = rest.obs["annotation_confidence"] < 0.95
+    assert (rest.obs["annotation"][low] == "unknown").all()
+    assert (rest.obs["annotation"][~low] != "unknown").all()
+    assert low.any()
+
+
+def test_clear_errors(cells):
+    with pytest.raises(KeyError, match="embed_spatia"):
+        sf.tl.cluster_niches(cells, use_rep="X_nothing")
+    with pytest.raises(KeyError, match="obs has no 'typo'"):
+        sf.tl.annotate(cells, labels="typo")
+    cells.obs["one"] = "a"
+    with pytest.raises(ValueError, match="at least two"):
+        sf.tl.annotate(cells, labels="one")
+    cells.uns["X_spatia"] = {"params": {"model_sha256": "x"}}
+    other = cells.copy()
+    other.uns["X_spatia"] = {"params": {"model_sha256": "y"}}
+    with pytest.raises(ValueError, match="different models"):
+        sf.tl.annotate(cells, labels="truth", reference=other)
