@@ -200,9 +200,11 @@ class SpatiaTraining(L.LightningModule):
         return total
 
     def training_step(self, b: dict, _):
+        torch.manual_seed(b["seed"])  # dropout and masks belong to the batch, so that a resumed run repeats them
         return self._step(b, "train")
 
     def validation_step(self, b: dict, _):
+        torch.manual_seed(b["seed"])
         self._step(b, "val")
 
     def transfer_batch_to_device(self, b: dict, device, _):
@@ -243,11 +245,11 @@ def fit_spatia(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = SpatiaNetwork(config)
+        module = SpatiaTraining(network, LOSSES | (losses or {}), target_sum, learning_rate)
     if init is None:
         start_rates(network, slides)
     else:
         network.load_state_dict(init.network.state_dict())
-    module = SpatiaTraining(network, LOSSES | (losses or {}), target_sum, learning_rate)
     n_cells = sum(map(len, slides))
     n_batches = batches_per_epoch or max(32, -(-n_cells // 512))
     training = CellRegions(slides, config, n_batches, seed=seed)

@@ -1,0 +1,258 @@
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from spatialdata.models import Image2DModel
+
+import spatiaflow as sf
+from spatiaflow.train.spatia import LOSSES
+
+TINY = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 1, "gene_layers": 1, "anchor_um": 40.0}
+LEVELS = ("X_spatia_cell", "X_spatia_niche", "X_spatia_tissue")
+
+
+def train(slides, **options):
+    options = {"image_key": "fluorescence", "max_epochs": 2, "preset": TINY, "crop_um": 12.0} | options
+    return sf.tl.train_spatia(slides, **options)
+
+
+@pytest.fixture(scope="module")
+def slides():
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return [sf.datasets.simulated_tissue(200, seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def model(slides):
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return train(slides)
+
+
+def embedded(slide, model, **options):
+    options = {"image_key": "fluorescence"} | options
+    copy = sf.tl.embed_spatia(slide, model=model, copy=True, **options)
+    return copy["table"] if isinstance(copy, sd.SpatialData) else copy
+
+
+def edited(slide, **changes):
+    """A copy of a slide with other images, shapes or table."""
+    table = changes.pop("table", slide["table"].copy())
+    elements = {name: element for _, name, element in slide.gen_elements() if name != "table"} | changes
+    return sd.SpatialData.init_from_elements({**elements, "table": table}, attrs=dict(slide.attrs))
+
+
+def image_like(slide, values, names):
+    from spatialdata.transformations import get_transformation
+
+    return Image2DModel.parse(
+        values, dims=("c", "y", "x"), c_coords=list(names),
+        transformations={"global": get_transformation(slide["fluorescence"], "global")},
+    )  # fmt: skip
+
+
+def test_slots_and_provenance(slides, model):
+    table = embedded(slides[0], model)
+    for key in LEVELS:
+        assert table.obsm[key].shape == (200, 32)
+        assert table.obsm[key].dtype == np.float32
+        assert np.isfinite(table.obsm[key]).all()
+    parts = np.split(table.obsm["X_spatia"], 3, axis=1)
+    for part, key in zip(parts, LEVELS):
+        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(
+            part * np.linalg.norm(table.obsm[key], axis=1, keepdims=True), table.obsm[key], atol=1e-5
+        )
+    uns = table.uns["X_spatia"]
+    assert uns["gene_coverage"] == 1
+    assert list(uns["channels"]) == ["dapi", "bound", "rna", "prot"]
+    assert uns["params"]["model_sha256"] == model.sha256
+
+
+def test_round_trips(slides, model, tmp_path):
+    copy = sf.tl.embed_spatia(slides[0], model=model, image_key="fluorescence", copy=True)
+    copy.write(tmp_path / "t.zarr")
+    again = sd.read_zarr(tmp_path / "t.zarr")["table"]
+    copy["table"].write_h5ad(tmp_path / "t.h5ad")
+    for other in (again, ad.read_h5ad(tmp_path / "t.h5ad")):
+        for key in (*LEVELS, "X_spatia"):
+            np.testing.assert_array_equal(other.obsm[key], copy["table"].obsm[key])
+        assert list(other.uns["X_spatia"]["levels"]) == ["cell", "niche", "tissue"]
+
+
+def test_some_levels_only(slides, model):
+    table = embedded(slides[0], model, levels=("niche",))
+    assert "X_spatia_cell" not in table.obsm
+    assert table.obsm["X_spatia"].shape == (200, 32)
+
+
+def test_the_order_of_the_table_changes_nothing(slides, model):
+    one = embedded(slides[0], model)
+    order = np.random.default_rng(0).permutation(200)
+    other = embedded(edited(slides[0], table=slides[0]["table"][order].copy()), model)
+    for key in LEVELS:
+        np.testing.assert_allclose(other.obsm[key], one.obsm[key][order], atol=1e-5)
+
+
+def test_a_table_of_some_of_the_shapes(slides, model):
+    table = embedded(edited(slides[0], table=slides[0]["table"][::2].copy()), model)
+    one = embedded(slides[0], model)
+    change = {k: np.abs(table.obsm[k] - one.obsm[k][::2]).mean() / one.obsm[k].std() for k in LEVELS}
+    assert change["X_spatia_cell"] < 0.1  # not zero: the slide's intensities are scaled by the cells that are there
+    assert change["X_spatia_niche"] > 3 * change["X_spatia_cell"]
+
+
+def test_each_modality_alone(slides, model):
+    both = embedded(slides[0], model)
+    blank = slides[0]["table"].copy()
+    blank.X = blank.X * 0
+    image = embedded(slides[0], model, modalities=("image",))
+    no_counts = embedded(edited(slides[0], table=blank), model, modalities=("image",))
+    np.testing.assert_array_equal(no_counts.obsm["X_spatia"], image.obsm["X_spatia"])
+    genes = slides[0]["table"].copy()  # an AnnData, without any image
+    genes = embedded(genes, model, modalities="genes", mpp=1, image_key=None)
+    assert not np.allclose(genes.obsm["X_spatia_cell"], both.obsm["X_spatia_cell"], atol=1e-3)
+    assert not np.allclose(image.obsm["X_spatia_cell"], both.obsm["X_spatia_cell"], atol=1e-3)
+
+
+def test_a_slide_with_one_channel_and_names_of_its_own(slides, model):
+    values = np.asarray(slides[0]["fluorescence"].data)
+    dapi = edited(slides[0], fluorescence=image_like(slides[0], values[:1], ["DAPI"]))  # case does not matter
+    table = embedded(dapi, model)
+    assert list(table.uns["X_spatia"]["channels"]) == ["dapi"]
+    named = edited(slides[0], fluorescence=image_like(slides[0], values[[2, 0]], ["c0", "c1"]))
+    with pytest.raises(KeyError, match="channels="):
+        embedded(named, model)
+    other = embedded(named, model, channels={"c1": "dapi"})
+    np.testing.assert_allclose(other.obsm["X_spatia"], table.obsm["X_spatia"], atol=1e-5)
+    with pytest.raises(KeyError, match="maps to 'nucleus'"):
+        embedded(named, model, channels={"c1": "nucleus"})
+    with pytest.raises(KeyError, match="names 'c7'"):
+        embedded(named, model, channels={"c7": "dapi"})
+
+
+def test_other_panels(slides, model, caplog):
+    half = slides[0]["table"][:, ::2].copy()
+    table = embedded(edited(slides[0], table=half), model)
+    assert table.uns["X_spatia"]["gene_coverage"] == 0.5
+    more = ad.concat(
+        [half, ad.AnnData(np.ones((200, 3)), obs=half.obs, var=pd.DataFrame(index=["x", "y", "z"]))], axis=1
+    )
+    more.obs, more.uns = half.obs, half.uns
+    other = embedded(edited(slides[0], table=more), model)  # genes that the model does not know
+    np.testing.assert_array_equal(other.obsm["X_spatia"], table.obsm["X_spatia"])
+    foreign = half.copy()
+    foreign.var_names = [f"ENSG{i}" for i in range(foreign.n_vars)]
+    with pytest.raises(ValueError, match="0 of the model's 60 genes"):
+        embedded(edited(slides[0], table=foreign), model)
+
+
+def test_cells_outside_the_image_and_without_counts(slides, model):
+    image = slides[0]["fluorescence"]
+    cut = edited(slides[0], fluorescence=image[:, : image.sizes["y"] // 2])
+    with pytest.warns(UserWarning, match="outside its image"):
+        table = embedded(cut, model)
+    assert np.isfinite(table.obsm["X_spatia"]).all()
+    empty = slides[0]["table"].copy()
+    empty.X = empty.X.multiply((np.arange(200) > 2)[:, None]).tocsr()
+    assert np.isfinite(embedded(edited(slides[0], table=empty), model).obsm["X_spatia"]).all()
+
+
+def test_an_image_that_is_too_small_or_elsewhere(slides, model):
+    tiny = edited(slides[0], fluorescence=slides[0]["fluorescence"][:, :10, :10])
+    with pytest.raises(ValueError, match="smaller than a crop"):
+        embedded(tiny, model)
+    from spatialdata.transformations import Translation, set_transformation
+
+    away = edited(slides[0], fluorescence=image_like(slides[0], np.zeros((1, 200, 200), np.uint8), ["dapi"]))
+    set_transformation(away["fluorescence"], Translation([1e6, 1e6], axes=("x", "y")), "global")
+    with pytest.raises(ValueError, match="no cell of slide 'nuclei' lies in its image"):
+        embedded(away, model)
+
+
+def test_two_images_and_no_scale(slides, model):
+    with pytest.raises(KeyError, match="Give image_key"):
+        sf.tl.embed_spatia(slides[0], model=model)
+    unscaled = edited(slides[0])
+    unscaled.attrs.pop("microns_per_unit")
+    with pytest.raises(ValueError, match="mpp="):
+        embedded(unscaled, model)
+
+
+def test_a_broken_chunk_is_an_error(slides, model, tmp_path):
+    slides[0].write(tmp_path / "t.zarr")
+    stored = sd.read_zarr(tmp_path / "t.zarr")
+    chunk = max(
+        (p for p in (tmp_path / "t.zarr/images/fluorescence").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    with pytest.raises(Exception, match=r".+"):  # whatever the codec says; never a silent black image
+        embedded(stored, model)
+
+
+@pytest.mark.parametrize("values", [-1.0, 0.5, np.nan])
+def test_bad_counts(slides, model, values):
+    bad = slides[0]["table"].copy()
+    bad.X.data[0] = values
+    with pytest.raises(ValueError, match="raw counts are needed"):
+        embedded(edited(slides[0], table=bad), model)
+
+
+def test_bad_arguments(slides, model, tmp_path):
+    with pytest.raises(ValueError, match="levels"):
+        embedded(slides[0], model, levels=("organ",))
+    with pytest.raises(ValueError, match="modalities"):
+        embedded(slides[0], model, modalities=("smell",))
+    with pytest.raises(ValueError, match="resume"):
+        train(slides, resume=True)
+    with pytest.raises(ValueError, match="validation"):
+        train(slides, validation=1.5)
+    with pytest.raises(ValueError, match="not in data"):
+        train(slides, validation=["elsewhere"])
+
+
+def test_every_loss_is_logged_and_can_be_switched_off(slides, model):
+    for name in LOSSES:
+        assert f"val_{name}" in model.history
+        assert np.isfinite(model.history[f"train_{name}"]).all()
+    off = train(slides[:1], losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}, max_epochs=1)
+    assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
+
+
+def test_training_lowers_every_loss(slides):
+    history = train(slides, max_epochs=6).history
+    for name in ("genes", "image_to_genes", "reconstruction", "niche", "tissue"):
+        assert history[f"val_{name}"][-1] < history[f"val_{name}"][0], name
+
+
+def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
+    whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
+    assert train(slides, max_epochs=3).sha256 == whole.sha256
+
+    from spatiaflow.train.spatia import SpatiaTraining
+
+    class Killed(Exception):
+        pass
+
+    def stop(self):
+        if self.current_epoch == 1:
+            raise Killed
+
+    monkeypatch.setattr(SpatiaTraining, "on_train_epoch_start", stop, raising=False)
+    with pytest.raises(Killed):
+        train(slides, max_epochs=3, checkpoint_dir=tmp_path / "b")
+    monkeypatch.undo()
+    resumed = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "b", resume=True)
+    assert resumed.sha256 == whole.sha256
+    assert resumed.history["epoch"] == [0, 1, 2]
+
+
+def test_one_modality_and_going_on(slides):
+    genes = train([s["table"] for s in slides], modalities="genes", mpp=1, image_key=None)
+    assert not genes.config.channels
+    with pytest.raises(ValueError, match="trained without image"):
+        embedded(slides[0], genes)
+    more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, max_epochs=1)
+    assert more.config == genes.config
+    image = train(slides, modalities="image", losses={"reconstruction": 1.0})
+    assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
