@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow._io._tables import Slide, _listing
+from spatiaflow._io._tables import Slide, _listing, image_scales
 from spatiaflow._settings import logger
 
 
@@ -77,42 +78,58 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
 def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
     from spatialdata.transformations import get_transformation
 
-    if image_key is None:
-        candidates = [
-            name for name in sdata.images if slide.coordinate_system in get_transformation(sdata[name], get_all=True)
-        ]
-        if len(candidates) != 1:
-            raise KeyError(
-                f"{len(candidates)} images share the coordinate system {slide.coordinate_system!r} with "
-                f"{slide.element!r}: {_listing(candidates)}. Give image_key=."
-            )
-        image_key = candidates[0]
-    if image_key not in sdata.images:
+    if image_key is not None and image_key not in sdata.images:
         raise KeyError(f"this SpatialData has no image {image_key!r}; it has {_listing(sdata.images)}.")
     levels = []
-    for level in _scales(sdata.images[image_key]):
-        transformations = get_transformation(level, get_all=True)
-        if slide.coordinate_system not in transformations:
-            raise KeyError(
-                f"image {image_key!r} has no transformation to {slide.coordinate_system!r}, where {slide.element!r} lies."
-            )
-        affine = transformations[slide.coordinate_system].to_affine_matrix(("x", "y"), ("x", "y"))
-        levels.append((float(np.sqrt(abs(np.linalg.det(affine[:2, :2])))) * slide.mpp, level, affine))
+    for name in [image_key] if image_key is not None else _pictures(sdata, slide):
+        for level in image_scales(sdata.images[name]):
+            transformations = get_transformation(level, get_all=True)
+            if slide.coordinate_system not in transformations:
+                raise KeyError(
+                    f"image {name!r} has no transformation to {slide.coordinate_system!r}, where {slide.element!r} lies."
+                )
+            affine = transformations[slide.coordinate_system].to_affine_matrix(("x", "y"), ("x", "y"))
+            levels.append((float(np.sqrt(abs(np.linalg.det(affine[:2, :2])))) * slide.mpp, name, level, affine))
     levels.sort(key=lambda found: found[0])
     fine = [found for found in levels if mpp is not None and found[0] <= mpp * 1.05]
-    scale, level, affine = (fine or levels[:1])[-1]
-    _check_square(affine[:2, :2], image_key, slide.coordinate_system)
-    homogeneous = np.column_stack([slide.xy / slide.mpp, np.ones(len(slide.xy))])
-    xy = (homogeneous @ np.linalg.inv(affine).T)[:, :2]
+    scale, name, level, affine = (fine or levels[:1])[-1]
+    _check_square(affine[:2, :2], name, slide.coordinate_system)
+    xy = _pixels(slide, affine)
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
-    return SlideImage(level.data, xy, scale, True, image_key, channels)
+    return SlideImage(level.data, xy, scale, True, name, channels)
 
 
-def _scales(element) -> list:
-    """Levels of an image."""
-    if not hasattr(element, "children"):
-        return [element]
-    return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
+def _pictures(sdata: SpatialData, slide: Slide) -> list[str]:
+    """Return the image of a slide, or the several that are one picture at several scales, as Visium's readers write it."""
+    from spatialdata.transformations import get_transformation
+
+    system = slide.coordinate_system
+    found = [name for name in sdata.images if system in get_transformation(sdata[name], get_all=True)]
+    if len(found) > 1:  # fields of view, as of CosMx, share a system: the slide's own is where its cells are
+        found = [name for name in found if _holds(sdata.images[name], slide)] or found
+    pictures = {re.sub("_(full|hires|lowres)_image$", "", name) for name in found}
+    if len(pictures) != 1:
+        raise KeyError(
+            f"{len(found)} images share the coordinate system {system!r} with {slide.element!r}: {_listing(found)}. "
+            "Give image_key=."
+        )
+    return found
+
+
+def _holds(image, slide: Slide) -> bool:
+    """Whether most of the slide's positions lie in the image."""
+    from spatialdata.transformations import get_transformation
+
+    level = image_scales(image)[0]
+    affine = get_transformation(level, slide.coordinate_system).to_affine_matrix(("x", "y"), ("x", "y"))
+    xy = _pixels(slide, affine)
+    return bool(((xy >= 0) & (xy <= level.shape[:0:-1])).all(1).mean() > 0.5)
+
+
+def _pixels(slide: Slide, affine: np.ndarray) -> np.ndarray:
+    """Positions in pixels of an image that ``affine`` carries to the slide's coordinate system."""
+    homogeneous = np.column_stack([slide.xy / slide.mpp, np.ones(len(slide.xy))])
+    return (homogeneous @ np.linalg.inv(affine).T)[:, :2]
 
 
 def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:

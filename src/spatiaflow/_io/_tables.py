@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ ENCODER = (
     "n_features",
 )  # provenance of features, in uns[features_key]
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
+XENIUM_MPP = 0.2125
+COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,6 @@ def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
 
 
 def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[Slide]:
-    from spatialdata import get_centroids
     from spatialdata.transformations import get_transformation
 
     attrs = table.uns.get("spatialdata_attrs")
@@ -161,10 +163,10 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     scale = mpp if mpp is not None else microns_per_unit(sdata, system)
     out = []
     for name in regions:
-        element = sdata[name]
         rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
-        centroids = get_centroids(element, coordinate_system=system).compute()
-        instances = instance_of.iloc[rows]
+        centroids, instances = _centroids(sdata[name], system), instance_of.iloc[rows]
+        if name not in set(region_of):
+            centroids, instances = _of_other_element(sdata, name, centroids, instances)
         if len(unknown := instances[~instances.isin(centroids.index)]):
             raise ValueError(
                 f"{len(unknown)} rows of the table annotate no instance of {name!r} (first: {unknown.iloc[0]!r}); "
@@ -179,17 +181,109 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     return out
 
 
+def _of_other_element(sdata, name, centroids, instances) -> tuple[pd.DataFrame, pd.Series]:
+    """Match the table with an element that it does not annotate. A Xenium's numbers nuclei apart from cells."""
+    if name == "nucleus_labels" and sdata.attrs.get("spatialdata_io_reader") == "xenium":
+        raise ValueError(
+            "the numbers in 'nucleus_labels' are those of nuclei, not of the table's cells; give "
+            "shapes_key='nucleus_boundaries', which knows the cell of each nucleus."
+        )
+    if hasattr(sdata[name], "geometry") and "cell_id" in sdata[name]:
+        centroids = centroids.groupby(sdata[name]["cell_id"].to_numpy()).mean()
+    if not instances.isin(centroids.index).all():
+        by_name = instances.index.to_series()
+        instances = by_name if by_name.isin(centroids.index).all() else instances
+    return centroids, instances
+
+
+def _centroids(element, system: str) -> pd.DataFrame:
+    """Return x and y of every instance of an element, in a coordinate system; labels are read chunk by chunk."""
+    from geopandas import GeoDataFrame
+    from spatialdata.transformations import get_transformation
+
+    if isinstance(element, GeoDataFrame):
+        centroids = element.geometry.centroid.get_coordinates()
+    elif hasattr(element, "divisions"):
+        centroids = element[["x", "y"]].compute()
+    else:
+        element = image_scales(element)[0]
+        centroids = _label_centroids(element.data)
+    affine = get_transformation(element, system).to_affine_matrix(("x", "y"), ("x", "y"))
+    return pd.DataFrame(centroids @ affine[:2, :2].T + affine[:2, 2], centroids.index).set_axis(["x", "y"], axis=1)
+
+
+def _label_centroids(labels) -> pd.DataFrame:
+    from dask.array.core import slices_from_chunks
+
+    sums = []
+    for rows, columns in slices_from_chunks(labels.chunks):
+        block = np.asarray(labels[rows, columns])
+        y, x = np.nonzero(block)
+        which, ids = pd.factorize(block[y, x])
+        sums.append(
+            pd.DataFrame(
+                {
+                    "x": np.bincount(which, x + columns.start + 0.5, len(ids)),
+                    "y": np.bincount(which, y + rows.start + 0.5, len(ids)),
+                    "n": np.bincount(which, minlength=len(ids)),
+                },
+                index=ids,
+            )
+        )
+    total = pd.concat(sums).groupby(level=0).sum()
+    return total[["x", "y"]].div(total["n"], axis=0)
+
+
+def image_scales(element) -> list:
+    """Levels of an image or of labels, the finest first."""
+    if not hasattr(element, "children"):
+        return [element]
+    return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
+
+
 def microns_per_unit(sdata: SpatialData, coordinate_system: str) -> float:
-    """Return the µm per unit of a coordinate system, from its name or from ``attrs["microns_per_unit"]``."""
+    """Return the µm per unit of a coordinate system: by its name, ``attrs["microns_per_unit"]``, or a vendor's elements."""
     if coordinate_system in MICRON_SYSTEMS:
         return 1.0
     known = sdata.attrs.get("microns_per_unit", {})
     if coordinate_system in known:
         return float(known[coordinate_system])
+    if (scale := _vendor_scale(sdata, coordinate_system)) is not None:
+        return scale
     raise ValueError(
         f"the scale of coordinate system {coordinate_system!r} is unknown: give mpp= (micrometres per unit; mpp=1 if its "
         f"unit is the µm, 0.2125 for a Xenium's), or set sdata.attrs['microns_per_unit'] = {{{coordinate_system!r}: ...}}."
     )
+
+
+def _vendor_scale(sdata: SpatialData, system: str) -> float | None:
+    """µm per unit of the pixel systems that spatialdata-io's readers make, which state no scale; None for others."""
+    from spatialdata.transformations import get_transformation
+
+    reader = sdata.attrs.get("spatialdata_io_reader")  # absent in stores of its first versions
+    if reader == "xenium" and system == "global":
+        return XENIUM_MPP
+    for name, shapes in sdata.shapes.items():
+        transformations = get_transformation(shapes, get_all=True)
+        if system not in transformations:
+            continue
+        affine = transformations[system].to_affine_matrix(("x", "y"), ("x", "y"))
+        units = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))  # of the system, per unit of the shapes
+        if bins := re.search(r"square_(\d{3})um$", name):  # Visium HD: squares or circles as wide as their name says
+            width = 2 * shapes["radius"].iloc[0] if "radius" in shapes else np.sqrt(shapes.geometry.iloc[0].area)
+            return int(bins[1]) / float(width * units)
+        if reader == "merscope" and name.endswith("_polygons"):  # in µm, as a Xenium's
+            return 1 / units
+        if name in ("cell_boundaries", "nucleus_boundaries", "cell_circles") and abs(units * XENIUM_MPP - 1) < 0.01:
+            return XENIUM_MPP
+    if reader == "cosmx":
+        for table in sdata.tables.values():
+            if {"Area", "Area.um2"} <= set(table.obs):
+                return float(np.sqrt(np.median(table.obs["Area.um2"] / table.obs["Area"])))
+        for labels in sdata.labels.values():
+            if (width := image_scales(labels)[0].shape[1]) in COSMX_MPP:
+                return COSMX_MPP[width]
+    return None
 
 
 def _groups(table, library_key, libraries):

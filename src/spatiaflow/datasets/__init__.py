@@ -1,6 +1,16 @@
 """Public tissue with a pinned hash, and simulated tissue whose truth is known."""
 
+from spatiaflow.datasets._merfish import merfish_mouse_brain
 from spatiaflow.datasets._simulate import simulated_tissue
 from spatiaflow.datasets._st import her2st, mouse_olfactory_bulb
+from spatiaflow.datasets._starmap import starmap_mpfc
+from spatiaflow.datasets._xenium import xenium_pancreas
 
-__all__ = ["her2st", "mouse_olfactory_bulb", "simulated_tissue"]
+__all__ = [
+    "her2st",
+    "merfish_mouse_brain",
+    "mouse_olfactory_bulb",
+    "simulated_tissue",
+    "starmap_mpfc",
+    "xenium_pancreas",
+]

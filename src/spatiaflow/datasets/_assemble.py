@@ -1,0 +1,67 @@
+"""Datasets that take long to read are assembled once: a store in the cache that is whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from spatiaflow._settings import logger, settings
+from spatiaflow.datasets._fetch import registry
+
+LAYOUT = 1  # raise it when what the loaders write changes: stores of another layout are not read
+SIZE = "bytes"  # file beside the store: how many bytes it held when it was finished
+
+
+def assembled(dataset: str, write: Callable[[Path], None], suffix: str = ".zarr") -> Path:
+    """Return the store of a dataset in the cache; ``write(path)`` makes it where it is missing or damaged.
+
+    The store is written in a folder of its own and moved to its name by one rename, so neither a killed process nor
+    several at once leave half a store under that name. The name holds a digest of the raw files' sha256: another registry
+    is another store.
+
+    Parameters
+    ----------
+    dataset
+        Name in the registry.
+    write
+        Writes the store at the path that it is given.
+    suffix
+        Of the store's name.
+    """
+    folder = settings.cache_dir.expanduser().resolve() / dataset / f"assembled-{_digest(dataset)}"
+    if not _is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix="assembling-") as scratch:
+            new = Path(scratch, folder.name)
+            new.mkdir()
+            logger.info("assembling %s, once, into %s", dataset, folder)
+            write(new / f"{dataset}{suffix}")
+            (new / SIZE).write_text(str(_n_bytes(new)))
+            if not _is_whole(folder):  # else another process was faster, and its store may be in use
+                _move(new, folder, aside=Path(scratch, "damaged"))
+    return folder / f"{dataset}{suffix}"
+
+
+def _digest(dataset: str) -> str:
+    lines = [f"{LAYOUT}", *(f"{file} {source.sha256}" for file, source in sorted(registry()[dataset].items()))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / SIZE).is_file() and (folder / SIZE).read_text() == str(_n_bytes(folder))
+
+
+def _n_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path != folder / SIZE)
+
+
+def _move(new: Path, folder: Path, aside: Path) -> None:
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        if not _is_whole(folder):
+            raise
