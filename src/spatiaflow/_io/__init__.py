@@ -1,6 +1,7 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
 from spatiaflow._io._images import SlideImage, slide_image
+from spatiaflow._io._reader import Chunks, open_image
 from spatiaflow._io._tables import (
     Slide,
     background,
@@ -23,6 +24,7 @@ from spatiaflow._io._tables import (
 )
 
 __all__ = [
+    "Chunks",
     "Slide",
     "SlideImage",
     "background",
@@ -33,6 +35,7 @@ __all__ = [
     "library_sizes",
     "log_expression",
     "microns_per_unit",
+    "open_image",
     "pitch",
     "same_encoder",
     "shared_genes",
