@@ -1,6 +1,7 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
 from spatiaflow._io._images import SlideImage, slide_image
+from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, open_image
 from spatiaflow._io._tables import (
     Slide,
@@ -9,9 +10,11 @@ from spatiaflow._io._tables import (
     counts,
     dense,
     features,
+    groups,
     library_sizes,
     log_expression,
     microns_per_unit,
+    morphology,
     pitch,
     same_encoder,
     shared_genes,
@@ -32,9 +35,12 @@ __all__ = [
     "counts",
     "dense",
     "features",
+    "groups",
     "library_sizes",
     "log_expression",
+    "masks",
     "microns_per_unit",
+    "morphology",
     "open_image",
     "pitch",
     "same_encoder",

@@ -25,8 +25,8 @@ class Chunks:
             range(np.searchsorted(edges, s.start, "right") - 1, np.searchsorted(edges, s.stop, "left"))
             for edges, s in zip(self.edges, wanted)
         ]
-        rows = [np.concatenate([self._chunk(i, j) for j in spans[1]], self.axes[1]) for i in spans[0]]
-        whole = np.concatenate(rows, self.axes[0]) if len(rows) > 1 else rows[0]
+        rows = [_join([self._chunk(i, j) for j in spans[1]], self.axes[1]) for i in spans[0]]
+        whole = _join(rows, self.axes[0])
         inner = list(key)
         for axis, edges, span, s in zip(self.axes, self.edges, spans, wanted):
             inner[axis] = slice(s.start - edges[span.start], s.stop - edges[span.start])
@@ -44,6 +44,10 @@ class Chunks:
         while sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES and len(self.cache) > 1:
             self.cache.popitem(last=False)
         return chunk
+
+
+def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]  # a single part is not copied
 
 
 def _edges(chunks, size: int) -> np.ndarray:

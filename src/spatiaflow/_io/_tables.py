@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from geopandas import GeoDataFrame
 from scipy import sparse
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
@@ -88,11 +89,13 @@ def slides(
     library_key: str | None = None,
     spatial_key: str = "spatial",
     mpp: float | None = None,
+    missing: bool = False,
 ) -> list[Slide]:
     """Return every slide of ``data`` with its positions in µm.
 
     AnnData: ``obsm[spatial_key]`` times the µm per pixel. SpatialData: the centroids of the elements that the table
-    annotates, in their common coordinate system. Slides come in order of first appearance.
+    annotates, in their common coordinate system. Slides come in order of first appearance. Positions may only be NaN
+    (empty polygons) with ``missing=True``.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"mpp is in micrometres per pixel and must be a positive number, not {mpp!r}.")
@@ -102,7 +105,7 @@ def slides(
     else:
         found = _slides_of_anndata(table, library_key, spatial_key, mpp)
     for slide in found:
-        _check_positions(slide, table, library_key)
+        _check_positions(slide, table, library_key, missing)
     return found
 
 
@@ -138,7 +141,6 @@ def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
 
 
 def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[Slide]:
-    from spatialdata import get_centroids
     from spatialdata.transformations import get_transformation
 
     attrs = table.uns.get("spatialdata_attrs")
@@ -163,7 +165,9 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     for name in regions:
         element = sdata[name]
         rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
-        centroids = get_centroids(element, coordinate_system=system).compute()
+        centroids = _centroids(element, system)
+        if not centroids.index.is_unique:
+            raise ValueError(f"the index of {name!r} is not unique; each instance needs a name of its own.")
         instances = instance_of.iloc[rows]
         if len(unknown := instances[~instances.isin(centroids.index)]):
             raise ValueError(
@@ -177,6 +181,17 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
             for library, members in _groups(table[rows], library_key, []):
                 out.append(Slide(library, rows[members], xy[members], scale, name, system))
     return out
+
+
+def _centroids(element, system: str) -> pd.DataFrame:
+    """Return x and y of each instance in a coordinate system; NaN for an empty polygon, at which spatialdata stops."""
+    from spatialdata import get_centroids
+
+    if not isinstance(element, GeoDataFrame):
+        return get_centroids(element, coordinate_system=system).compute()
+    empty = element.geometry.is_empty | element.geometry.isna()
+    found = get_centroids(element[~empty] if empty.any() else element, coordinate_system=system).compute()
+    return found.reindex(element.index) if empty.any() else found
 
 
 def microns_per_unit(sdata: SpatialData, coordinate_system: str) -> float:
@@ -214,23 +229,23 @@ def _groups(table, library_key, libraries):
         yield name, np.flatnonzero(names == name)
 
 
-def _check_positions(slide: Slide, table, library_key) -> None:
+def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
     bad = ~np.isfinite(slide.xy).all(1)
-    if bad.any():
+    if bad.any() and not missing:
         raise ValueError(
             f"{int(bad.sum())} positions of slide {slide.library_id!r} are NaN or infinite "
             f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
         )
-    distinct = len(np.unique(slide.xy, axis=0))
-    if distinct < len(slide.xy):
+    points = np.unique(slide.xy[~bad], axis=0)
+    distinct, known = len(points), int((~bad).sum())
+    if distinct < known:
         hint = "" if library_key else "; if several slides share this table, give library_key="
         warnings.warn(
-            f"{len(slide.xy) - distinct} positions of slide {slide.library_id!r} are duplicates of others{hint}.",
+            f"{known - distinct} positions of slide {slide.library_id!r} are duplicates of others{hint}.",
             UserWarning,
             stacklevel=3,
         )
     if distinct >= 16:
-        points = np.unique(slide.xy, axis=0)
         nearest = cKDTree(points).query(points, k=2)[0][:, 1]
         is_lattice = np.subtract(*np.percentile(nearest, [80, 20])) < 0.1 * np.median(nearest)
         step = float(np.median(nearest))
@@ -323,6 +338,27 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
 def dense(values) -> np.ndarray:
     """Return counts as a float64 array."""
     return np.ascontiguousarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+
+
+def morphology(table: AnnData, key: str) -> pd.DataFrame:
+    """Return the DataFrame of morphology at ``obsm[key]``."""
+    if not isinstance(table.obsm.get(key), pd.DataFrame):
+        raise KeyError(
+            f"obsm has no DataFrame {key!r}; it has {_listing(table.obsm)}. Run sf.pp.morphology_profile(data) first."
+        )
+    return table.obsm[key]
+
+
+def groups(table: AnnData, groupby: str) -> pd.Series:
+    """Return ``obs[groupby]`` as a categorical of at most 50 groups; those without rows are left out."""
+    if groupby not in table.obs:
+        raise KeyError(f"obs has no {groupby!r}; it has {_listing(table.obs.columns)}.")
+    column = table.obs[groupby]
+    if column.nunique() > 50:
+        raise ValueError(
+            f"obs[{groupby!r}] has {column.nunique()} distinct values; groupby= needs a column of at most 50 groups."
+        )
+    return column.astype("category").cat.remove_unused_categories()
 
 
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:
