@@ -11,7 +11,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow._io._tables import Slide, _listing
+from spatiaflow._io._tables import Slide, _listing, _scales
 from spatiaflow._settings import logger
 
 
@@ -114,13 +114,6 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     xy = (homogeneous @ np.linalg.inv(affine).T)[:, :2]
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
     return SlideImage(level.data, xy, scale, True, image_key, channels, affine)
-
-
-def _scales(element) -> list:
-    """Levels of an image."""
-    if not hasattr(element, "children"):
-        return [element]
-    return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
 
 
 def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,9 @@ from anndata import AnnData
 from scipy import ndimage
 from spatialdata import SpatialData
 
-from spatiaflow._io._images import SlideImage, _scales
-from spatiaflow._io._reader import open_image
-from spatiaflow._io._tables import Slide
+from spatiaflow._io._images import SlideImage
+from spatiaflow._io._reader import open_image, parts
+from spatiaflow._io._tables import Slide, _affine, _scales
 
 
 def masks(sdata: SpatialData, table: AnnData, slide: Slide, image: SlideImage) -> PolygonMasks | LabelMasks:
@@ -98,24 +97,14 @@ def _extents(labels, instances: np.ndarray) -> np.ndarray:
     wanted, back = np.unique(instances, return_inverse=True)
     index = pd.Index(wanted)
     low, high = np.full((len(wanted), 2), np.iinfo(int).max), np.zeros((len(wanted), 2), int)
-    edges = getattr(labels, "edges", [(0, length) for length in labels.shape[1:]])
-    for y0, y1 in pairwise(edges[0]):
-        for x0, x1 in pairwise(edges[1]):
-            block = np.asarray(labels[:, y0:y1, x0:x1])[0]
-            codes, names = pd.factorize(block.ravel())
-            rows = index.get_indexer(names)
-            for row, (y, x) in zip(rows, ndimage.find_objects(codes.reshape(block.shape) + 1)):
-                if row >= 0:
-                    low[row] = np.minimum(low[row], (x.start + x0, y.start + y0))
-                    high[row] = np.maximum(high[row], (x.stop + x0, y.stop + y0))
+    for x0, y0, (block,) in parts(labels):
+        codes, names = pd.factorize(block.ravel())
+        rows = index.get_indexer(names)
+        for row, (y, x) in zip(rows, ndimage.find_objects(codes.reshape(block.shape) + 1)):
+            if row >= 0:
+                low[row] = np.minimum(low[row], (x.start + x0, y.start + y0))
+                high[row] = np.maximum(high[row], (x.stop + x0, y.stop + y0))
     return np.where(high[:, :1] > 0, np.column_stack([low, high]), 0)[back]
-
-
-def _affine(element, system: str) -> np.ndarray:
-    """3 x 3, from an element's own x and y to the coordinate system."""
-    from spatialdata.transformations import get_transformation
-
-    return get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
 
 
 def _apply(affine: np.ndarray, xy: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,14 @@ class Chunks:
         while sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES and len(self.cache) > 1:
             self.cache.popitem(last=False)
         return chunk
+
+
+def parts(image) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield an image (c x y x x) chunk by chunk: x and y of the chunk's corner, and its values."""
+    edges = getattr(image, "edges", [(0, length) for length in image.shape[1:]])
+    for y0, y1 in pairwise(edges[0]):
+        for x0, x1 in pairwise(edges[1]):
+            yield int(x0), int(y0), np.asarray(image[:, y0:y1, x0:x1])
 
 
 def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:

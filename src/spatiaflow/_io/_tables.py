@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
+from spatiaflow._io._reader import open_image, parts
 from spatiaflow._settings import logger
 
 # pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
@@ -165,9 +166,9 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     for name in regions:
         element = sdata[name]
         rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
+        if isinstance(element, GeoDataFrame) and not element.index.is_unique:
+            raise ValueError(f"the index of {name!r} is not unique; every instance needs a name of its own.")
         centroids = _centroids(element, system)
-        if not centroids.index.is_unique:
-            raise ValueError(f"the index of {name!r} is not unique; each instance needs a name of its own.")
         instances = instance_of.iloc[rows]
         if len(unknown := instances[~instances.isin(centroids.index)]):
             raise ValueError(
@@ -188,10 +189,42 @@ def _centroids(element, system: str) -> pd.DataFrame:
     from spatialdata import get_centroids
 
     if not isinstance(element, GeoDataFrame):
-        return get_centroids(element, coordinate_system=system).compute()
+        return _centroids_of_labels(_scales(element)[0], system)
     empty = element.geometry.is_empty | element.geometry.isna()
     found = get_centroids(element[~empty] if empty.any() else element, coordinate_system=system).compute()
     return found.reindex(element.index) if empty.any() else found
+
+
+def _centroids_of_labels(labels, system: str) -> pd.DataFrame:
+    """Return the mean x and y of each label's pixels, read chunk by chunk (spatialdata reads all of them at once)."""
+    sums = []
+    for x0, y0, (block,) in parts(open_image(labels.data, True)[0]):
+        codes, names = pd.factorize(block.ravel())
+        y, x = np.unravel_index(np.arange(codes.size), block.shape)
+        columns = {
+            "n": np.bincount(codes),
+            "x": np.bincount(codes, x + x0 + 0.5),
+            "y": np.bincount(codes, y + y0 + 0.5),
+        }
+        sums.append(pd.DataFrame(columns, index=names))
+    total = pd.concat(sums).groupby(level=0).sum().drop(index=0, errors="ignore")  # 0 is background
+    affine = _affine(labels, system)
+    xy = (total[["x", "y"]].to_numpy() / total[["n"]].to_numpy()) @ affine[:2, :2].T + affine[:2, 2]
+    return pd.DataFrame(xy, index=total.index, columns=["x", "y"])
+
+
+def _affine(element, system: str) -> np.ndarray:
+    """3 x 3, from an element's own x and y to the coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    return get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
+
+
+def _scales(element) -> list:
+    """Levels of an image."""
+    if not hasattr(element, "children"):
+        return [element]
+    return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
 
 
 def microns_per_unit(sdata: SpatialData, coordinate_system: str) -> float:
