@@ -129,7 +129,7 @@ def test_channels_have_their_colours_and_one_contrast(tissue):
     figure = sf.pl.crops(tissue, n=2, image_key="fluorescence", channels=["dapi", "prot"], return_fig=True)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["dapi", "prot"]
-    assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == [to_rgb(c) for c in COLOURS[:2]]
+    assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == [to_rgb(COLOURS[i]) for i in (0, 3)]
     figure = sf.pl.crops(tissue, n=2, image_key="fluorescence", channels="dapi", percentiles=(0, 100), return_fig=True)
     for ax in drawn(figure):
         picture = ax.images[0].get_array()

@@ -27,12 +27,16 @@ class Chunks:
             range(np.searchsorted(edges, s.start, "right") - 1, np.searchsorted(edges, s.stop, "left"))
             for edges, s in zip(self.edges, wanted)
         ]
-        rows = [_join([self._chunk(i, j) for j in spans[1]], self.axes[1]) for i in spans[0]]
-        whole = _join(rows, self.axes[0])
-        inner = list(key)
-        for axis, edges, span, s in zip(self.axes, self.edges, spans, wanted):
-            inner[axis] = slice(s.start - edges[span.start], s.stop - edges[span.start])
-        return whole[tuple(inner)]
+        rows = []
+        for i in spans[0]:
+            row = []
+            for j in spans[1]:
+                inner = list(key)
+                for axis, edges, k, s in zip(self.axes, self.edges, (i, j), wanted):
+                    inner[axis] = slice(max(s.start - edges[k], 0), s.stop - edges[k])
+                row.append(self._chunk(i, j)[tuple(inner)])
+            rows.append(np.concatenate(row, self.axes[1]))
+        return np.concatenate(rows, self.axes[0])
 
     def _chunk(self, i: int, j: int) -> np.ndarray:
         if (i, j) in self.cache:
@@ -54,10 +58,6 @@ def parts(image) -> Iterator[tuple[int, int, np.ndarray]]:
     for y0, y1 in pairwise(edges[0]):
         for x0, x1 in pairwise(edges[1]):
             yield int(x0), int(y0), np.asarray(image[:, y0:y1, x0:x1])
-
-
-def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
-    return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]  # a single part is not copied
 
 
 def _edges(chunks, size: int) -> np.ndarray:

@@ -106,9 +106,10 @@ def crops(
     outline = isinstance(data, SpatialData) if outline is None else outline
 
     columns = max(len(members) for members in rows.values())
-    size = min(0.8, 6.2 / columns)
+    margin = 0.15 + 0.055 * max(len(name) for name in rows)  # inches for the names of the groups
+    size = min(0.85, (7.1 - margin) / columns)
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(size * columns + 0.9, size * len(rows) + 0.45), squeeze=False, layout="constrained",
+        len(rows), columns, figsize=(size * columns + margin, size * len(rows) + 0.4), squeeze=False, layout="constrained",
         gridspec_kw={"wspace": 0.02, "hspace": 0.02},
     )  # fmt: skip
     for ax in axes.flat:
@@ -205,7 +206,11 @@ class _Pictures:
     def legend(self) -> list[tuple[str, str]]:
         if self.is_rgb:
             return []
-        return list(zip(self.names, COLOURS if len(self.names) > 1 else COLOURS[-1:]))
+        if len(self.names) == 1:
+            return [(self.names[0], "#FFFFFF")]
+        # a channel keeps its colour whichever others are drawn, where the image has few
+        numbers = self.used if self.shape[0] <= len(COLOURS) else range(len(self.used))
+        return [(name, COLOURS[number]) for name, number in zip(self.names, numbers)]
 
     def colour(self, part: np.ndarray) -> np.ndarray:
         """Picture (y x x x 3, in [0, 1]) of channels."""
