@@ -8,8 +8,9 @@ import torch
 import zarr
 from PIL import Image
 
+from spatiaflow._io import _reader, open_image
 from spatiaflow.pp import _patches
-from spatiaflow.pp._patches import cut, open_image
+from spatiaflow.pp._patches import cut
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 255, (90, 130, 3), dtype=np.uint8)  # y, x, c: not square, so that x and y cannot be swapped
@@ -112,7 +113,7 @@ def test_each_chunk_is_read_once(monkeypatch):
 
 
 def test_memory_holds_a_part_of_the_image(monkeypatch):
-    monkeypatch.setattr(_patches, "CACHE_BYTES", 400_000)
+    monkeypatch.setattr(_reader, "CACHE_BYTES", 400_000)
     image = da.random.default_rng(0).integers(0, 255, (3, 1200, 1500), chunks=(3, 300, 300), dtype=np.uint8)
     opened, _, _ = open_image(image, True)
     monkeypatch.setattr(_patches, "TILE", 300)

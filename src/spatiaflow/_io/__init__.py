@@ -1,6 +1,8 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
 from spatiaflow._io._images import SlideImage, slide_image
+from spatiaflow._io._masks import masks
+from spatiaflow._io._reader import Chunks, open_image
 from spatiaflow._io._tables import (
     Slide,
     background,
@@ -8,9 +10,11 @@ from spatiaflow._io._tables import (
     counts,
     dense,
     features,
+    groups,
     library_sizes,
     log_expression,
     microns_per_unit,
+    morphology,
     pitch,
     same_encoder,
     shared_genes,
@@ -23,6 +27,7 @@ from spatiaflow._io._tables import (
 )
 
 __all__ = [
+    "Chunks",
     "Slide",
     "SlideImage",
     "background",
@@ -30,9 +35,13 @@ __all__ = [
     "counts",
     "dense",
     "features",
+    "groups",
     "library_sizes",
     "log_expression",
+    "masks",
     "microns_per_unit",
+    "morphology",
+    "open_image",
     "pitch",
     "same_encoder",
     "shared_genes",

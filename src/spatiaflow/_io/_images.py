@@ -26,6 +26,14 @@ class SlideImage:
     channels_first: bool
     name: str
     channels: tuple[str, ...] = ()  # names, where there are any
+    affine: np.ndarray | None = None  # 3 x 3, SpatialData: from pixels (x, y) to the slide's coordinate system
+
+    def is_rgb(self, n_channels: int) -> bool:
+        """Tell a picture (H&E) from channels that were measured apart: by its names, or three without a name."""
+        names = [name.lower() for name in self.channels]
+        if names in ([], ["0", "1", "2"]):
+            return n_channels == 3 or (n_channels == 4 and not self.channels_first)
+        return [name[:1] for name in names[:3]] == ["r", "g", "b"] and names[3:] in ([], ["a"], ["alpha"])
 
 
 def slide_image(
@@ -96,7 +104,7 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     _check_square(affine[:2, :2], name, slide.coordinate_system)
     xy = _pixels(slide, affine)
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
-    return SlideImage(level.data, xy, scale, True, name, channels)
+    return SlideImage(level.data, xy, scale, True, name, channels, affine)
 
 
 def _pictures(sdata: SpatialData, slide: Slide) -> list[str]:

@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from geopandas import GeoDataFrame
 from scipy import sparse
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
@@ -91,11 +92,13 @@ def slides(
     library_key: str | None = None,
     spatial_key: str = "spatial",
     mpp: float | None = None,
+    missing: bool = False,
 ) -> list[Slide]:
     """Return every slide of ``data`` with its positions in µm.
 
     AnnData: ``obsm[spatial_key]`` times the µm per pixel. SpatialData: the centroids of the elements that the table
-    annotates, in their common coordinate system. Slides come in order of first appearance.
+    annotates, in their common coordinate system. Slides come in order of first appearance. Positions may only be NaN
+    (empty polygons) with ``missing=True``.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"mpp is in micrometres per pixel and must be a positive number, not {mpp!r}.")
@@ -105,7 +108,7 @@ def slides(
     else:
         found = _slides_of_anndata(table, library_key, spatial_key, mpp)
     for slide in found:
-        _check_positions(slide, table, library_key)
+        _check_positions(slide, table, library_key, missing)
     return found
 
 
@@ -164,6 +167,8 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     out = []
     for name in regions:
         rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
+        if isinstance(sdata[name], GeoDataFrame) and not sdata[name].index.is_unique:
+            raise ValueError(f"the index of {name!r} is not unique; every instance needs a name of its own.")
         centroids, instances = _centroids(sdata[name], system), instance_of.iloc[rows]
         if name not in set(region_of):
             centroids, instances = _of_other_element(sdata, name, centroids, instances)
@@ -198,17 +203,14 @@ def _of_other_element(sdata, name, centroids, instances) -> tuple[pd.DataFrame, 
 
 def _centroids(element, system: str) -> pd.DataFrame:
     """Return x and y of every instance of an element, in a coordinate system; labels are read chunk by chunk."""
-    from geopandas import GeoDataFrame
-    from spatialdata.transformations import get_transformation
-
-    if isinstance(element, GeoDataFrame):
-        centroids = element.geometry.centroid.get_coordinates()
+    if isinstance(element, GeoDataFrame):  # an empty polygon has none
+        centroids = element.geometry.centroid.get_coordinates().reindex(element.index)
     elif hasattr(element, "divisions"):
         centroids = element[["x", "y"]].compute()
     else:
         element = image_scales(element)[0]
         centroids = _label_centroids(element.data)
-    affine = get_transformation(element, system).to_affine_matrix(("x", "y"), ("x", "y"))
+    affine = _affine(element, system)
     return pd.DataFrame(centroids @ affine[:2, :2].T + affine[:2, 2], centroids.index).set_axis(["x", "y"], axis=1)
 
 
@@ -232,6 +234,13 @@ def _label_centroids(labels) -> pd.DataFrame:
         )
     total = pd.concat(sums).groupby(level=0).sum()
     return total[["x", "y"]].div(total["n"], axis=0)
+
+
+def _affine(element, system: str) -> np.ndarray:
+    """3 x 3, from an element's own x and y to the coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    return get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
 
 
 def image_scales(element) -> list:
@@ -308,23 +317,23 @@ def _groups(table, library_key, libraries):
         yield name, np.flatnonzero(names == name)
 
 
-def _check_positions(slide: Slide, table, library_key) -> None:
+def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
     bad = ~np.isfinite(slide.xy).all(1)
-    if bad.any():
+    if bad.any() and not missing:
         raise ValueError(
             f"{int(bad.sum())} positions of slide {slide.library_id!r} are NaN or infinite "
             f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
         )
-    distinct = len(np.unique(slide.xy, axis=0))
-    if distinct < len(slide.xy):
+    points = np.unique(slide.xy[~bad], axis=0)
+    distinct, known = len(points), int((~bad).sum())
+    if distinct < known:
         hint = "" if library_key else "; if several slides share this table, give library_key="
         warnings.warn(
-            f"{len(slide.xy) - distinct} positions of slide {slide.library_id!r} are duplicates of others{hint}.",
+            f"{known - distinct} positions of slide {slide.library_id!r} are duplicates of others{hint}.",
             UserWarning,
             stacklevel=3,
         )
     if distinct >= 16:
-        points = np.unique(slide.xy, axis=0)
         nearest = cKDTree(points).query(points, k=2)[0][:, 1]
         is_lattice = np.subtract(*np.percentile(nearest, [80, 20])) < 0.1 * np.median(nearest)
         step = float(np.median(nearest))
@@ -417,6 +426,27 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
 def dense(values) -> np.ndarray:
     """Return counts as a float64 array."""
     return np.ascontiguousarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+
+
+def morphology(table: AnnData, key: str) -> pd.DataFrame:
+    """Return the DataFrame of morphology at ``obsm[key]``."""
+    if not isinstance(table.obsm.get(key), pd.DataFrame):
+        raise KeyError(
+            f"obsm has no DataFrame {key!r}; it has {_listing(table.obsm)}. Run sf.pp.morphology_profile(data) first."
+        )
+    return table.obsm[key]
+
+
+def groups(table: AnnData, groupby: str) -> pd.Series:
+    """Return ``obs[groupby]`` as a categorical of at most 50 groups; those without rows are left out."""
+    if groupby not in table.obs:
+        raise KeyError(f"obs has no {groupby!r}; it has {_listing(table.obs.columns)}.")
+    column = table.obs[groupby]
+    if column.nunique() > 50:
+        raise ValueError(
+            f"obs[{groupby!r}] has {column.nunique()} distinct values; groupby= needs a column of at most 50 groups."
+        )
+    return column.astype("category").cat.remove_unused_categories()
 
 
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:

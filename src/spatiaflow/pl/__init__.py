@@ -1,7 +1,9 @@
 """Figures."""
 
 from spatiaflow.pl._calibration import calibration
+from spatiaflow.pl._crops import crops
 from spatiaflow.pl._expression import expression
+from spatiaflow.pl._profile import profile
 from spatiaflow.pl._scores import gene_scores
 
-__all__ = ["calibration", "expression", "gene_scores"]
+__all__ = ["calibration", "crops", "expression", "gene_scores", "profile"]

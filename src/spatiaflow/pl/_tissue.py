@@ -8,7 +8,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 SEQUENTIAL = "viridis"
-BARS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # µm
+BARS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # µm
 
 
 def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, background=None, title=""):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spatiaflow import _io
-from spatiaflow.pp._patches import cut, open_image
+from spatiaflow.pp._patches import cut
 
 
 @dataclass
@@ -76,7 +76,7 @@ def slide_crops(data, slide: _io.Slide, *, crop_um: float, pixels: int, image_ke
     """Crops of all cells of one slide."""
     found = _io.slide_image(data, slide, image_key=image_key, mpp=crop_um / pixels)
     width = crop_um / found.mpp
-    image, channels_first, factor = open_image(found.source, found.channels_first, width / pixels)
+    image, channels_first, factor = _io.open_image(found.source, found.channels_first, width / pixels)
     channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
     width, xy = width / factor, found.xy / factor
     if abs(width / pixels - 1) < 0.02:  # so near that resampling would only blur

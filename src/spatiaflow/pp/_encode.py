@@ -99,7 +99,7 @@ def encode_patches(
         The encoder's package or weights are missing; the message says how to get them.
     """
     from spatiaflow.models.encoders import load_encoder
-    from spatiaflow.pp._patches import cut, open_image
+    from spatiaflow.pp._patches import cut
 
     if not (np.isfinite(patch_um) and patch_um > 0):
         raise ValueError(f"patch_um is the width of a patch in µm and must be positive, not {patch_um!r}.")
@@ -117,7 +117,9 @@ def encode_patches(
     bar = progress(None, f"encoding with {encoder.name}", total=sum(len(slide.rows) for slide in slides), unit="patch")
     for slide in slides:
         found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
-        image, channels_first, shrunk = open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
+        image, channels_first, shrunk = _io.open_image(
+            found.source, found.channels_first, patch_um / pixels / found.mpp
+        )
         found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
         used = _check(image, found, slide, encoder, table, patch_um / pixels)
         parts = cut(

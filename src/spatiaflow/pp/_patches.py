@@ -2,124 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 TILE = 2048  # pixels of the source: points are visited tile by tile, one read a tile
-CACHE_BYTES = 512 * 2**20  # decoded chunks that neighbouring tiles share
 
 
-class Chunks:
-    """A chunked array (dask, Zarr) that decodes each chunk once while it stays in the cache; sliced like the array."""
-
-    def __init__(self, array, channels_first: bool):
-        self.array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, array.dtype
-        self.axes = (1, 2) if channels_first else (0, 1)
-        self.edges = [_edges(array.chunks[axis], array.shape[axis]) for axis in self.axes]
-        self.cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-
-    def __getitem__(self, key) -> np.ndarray:
-        wanted = [key[axis] for axis in self.axes]
-        spans = [
-            range(np.searchsorted(edges, s.start, "right") - 1, np.searchsorted(edges, s.stop, "left"))
-            for edges, s in zip(self.edges, wanted)
-        ]
-        rows = [np.concatenate([self._chunk(i, j) for j in spans[1]], self.axes[1]) for i in spans[0]]
-        whole = np.concatenate(rows, self.axes[0]) if len(rows) > 1 else rows[0]
-        inner = list(key)
-        for axis, edges, span, s in zip(self.axes, self.edges, spans, wanted):
-            inner[axis] = slice(s.start - edges[span.start], s.stop - edges[span.start])
-        return whole[tuple(inner)]
-
-    def _chunk(self, i: int, j: int) -> np.ndarray:
-        if (i, j) in self.cache:
-            self.cache.move_to_end((i, j))
-            return self.cache[i, j]
-        key = [slice(None)] * self.ndim
-        for axis, edges, k in zip(self.axes, self.edges, (i, j)):
-            key[axis] = slice(int(edges[k]), int(edges[k + 1]))
-        chunk = np.asarray(self.array[tuple(key)])
-        self.cache[i, j] = chunk
-        while sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES and len(self.cache) > 1:
-            self.cache.popitem(last=False)
-        return chunk
-
-
-def _edges(chunks, size: int) -> np.ndarray:
-    """Borders of the chunks along an axis; small ones are read several at a time."""
-    edges = np.arange(0, size, chunks) if np.isscalar(chunks) else np.cumsum([0, *chunks])[:-1]
-    kept = [0]
-    for edge in edges[1:]:
-        if edge - kept[-1] >= 256:
-            kept.append(int(edge))
-    return np.array([*kept, size])
-
-
-def open_image(source, channels_first: bool, shrink: float = 1.0):
-    """Open an image lazily where its format allows.
-
-    Parameters
-    ----------
-    source
-        Path or array-like.
-    channels_first
-        Of an array-like.
-    shrink
-        How much coarser the image may be: a lower level of a pyramidal TIFF and the coarser decodings of a JPEG, down to
-        1/8, are smaller to read.
-
-    Returns
-    -------
-    The array-like (c x y x or y x c), whether channels come first, and how many pixels of the source a pixel covers.
-    """
-    factor = 1.0
-    if isinstance(source, str | Path):
-        path = Path(source)
-        is_tiff = path.suffix.lower() in (".tif", ".tiff", ".svs", ".btf", ".ndpi")
-        source, channels_first, factor = (_open_tiff if is_tiff else _open_picture)(path, shrink)
-    if source.ndim == 2:
-        source = source[None] if channels_first else source[..., None]
-    return (Chunks(source, channels_first) if hasattr(source, "chunks") else source), channels_first, factor
-
-
-def _open_tiff(path: Path, shrink: float):
-    import dask.array as da
-    import tifffile
-    import zarr
-
-    with tifffile.TiffFile(path) as tif:
-        axes, levels = tif.series[0].axes, tif.series[0].levels
-    widths = [level.shape[axes.index("X")] for level in levels]
-    level = max(i for i, width in enumerate(widths) if widths[0] <= width * shrink * 1.05)
-    array = da.from_zarr(zarr.open(tifffile.imread(path, aszarr=True, level=level), mode="r"))
-    if extra := [axis for axis, length in zip(axes, array.shape) if axis not in "YXSC" and length > 1]:
-        raise ValueError(
-            f"{path} has axes {axes}; an image has Y, X and channels (S or C), not {', '.join(extra)} as well."
-        )
-    array = array[tuple(slice(None) if axis in "YXSC" else 0 for axis in axes)]
-    axes = "".join(axis for axis in axes if axis in "YXSC")
-    return array, axes.index("Y") > 0, widths[0] / widths[level]
-
-
-def _open_picture(path: Path, shrink: float):
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than Pillow's guard
-    try:
-        with Image.open(path) as image:
-            width = image.width
-            if shrink >= 2:
-                image.draft(image.mode, (int(image.width / shrink), int(image.height / shrink)))
-            factor = 2 ** round(np.log2(width / image.width))  # the sides of a coarser decoding are rounded up
-            is_plain = image.mode in ("L", "RGB", "RGBA") or image.mode.startswith("I")
-            return np.asarray(image if is_plain else image.convert("RGB")), False, float(factor)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def by_tile(xy: np.ndarray) -> list[np.ndarray]:
+    """Group points (n x 2, pixels) by the tile of the image that they lie in."""
+    tile = np.floor(xy / TILE).astype(int)
+    order = np.lexsort([tile[:, 0], tile[:, 1]])
+    return np.split(order, np.flatnonzero(np.any(np.diff(tile[order], axis=0), axis=1)) + 1) if len(order) else []
 
 
 def cut(
@@ -130,7 +26,7 @@ def cut(
     Parameters
     ----------
     image
-        Array-like (NumPy, :class:`Chunks`), c x y x or y x c.
+        Array-like (NumPy, :class:`spatiaflow._io.Chunks`), c x y x or y x c.
     xy
         Centres, n x 2, in pixels of the image; pixel i covers [i, i + 1).
     width
@@ -146,10 +42,7 @@ def cut(
     height, breadth = image.shape[1:] if channels_first else image.shape[:2]
     size = max(1, round(width))
     start = np.ceil(xy - size / 2 - 0.5 - 1e-6).astype(int)  # top left corner, x and y
-    tile = np.floor(xy / TILE).astype(int)
-    order = np.lexsort([tile[:, 0], tile[:, 1]])
-    groups = np.split(order, np.flatnonzero(np.any(np.diff(tile[order], axis=0), axis=1)) + 1) if len(order) else []
-    for rows in groups:
+    for rows in by_tile(xy):
         x0, y0 = start[rows].min(0)
         x1, y1 = start[rows].max(0) + size
         inner = slice(max(y0, 0), min(y1, height)), slice(max(x0, 0), min(x1, breadth))

@@ -1,0 +1,227 @@
+"""Size, shape, intensity and texture of every cell."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from skimage.color import rgb2hed
+from skimage.measure import regionprops
+from spatialdata import SpatialData
+
+import spatiaflow
+from spatiaflow import _io
+from spatiaflow._settings import logger, progress
+
+SHAPE = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity")
+INTENSITY = ("mean", "std", "contrast", "correlation")
+STAINS = ("hematoxylin", "eosin")
+
+
+def morphology_profile(
+    data: SpatialData,
+    *,
+    texture_um: float = 1.0,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    mpp: float | None = None,
+    key_added: str = "morphology",
+    copy: bool = False,
+) -> SpatialData | None:
+    """Measure size, shape, intensity and texture of every cell or nucleus.
+
+    A cell is the pixels whose centre lies in its polygon, circle or label, at the finest level of the image; a cell that
+    the border of the image cuts is measured by the part inside. Image and labels are read part by part. Polygons that
+    cross themselves are repaired.
+
+    A picture (channels r, g, b, or three without a name) is taken for H&E and measured as the optical density of
+    hematoxylin and eosin, so that high is tissue and glass is 0. Name its channels otherwise to measure them as they are.
+
+    Parameters
+    ----------
+    data
+        SpatialData with an image and with polygons, circles or labels of the cells.
+    texture_um
+        Distance of the pixels that texture compares, µm (rounded to whole pixels, at least one).
+    table_key, image_key
+        Table, and the image; ``image_key`` may be omitted where one image shares the cells' coordinate system.
+    shapes_key, labels_key
+        The element with the cells' masks; by default what the table annotates. Every row needs its instance there.
+    library_key
+        Column of ``.obs`` that tells slides apart within an element.
+    mpp
+        µm per unit of the coordinate system, where the data do not say.
+    key_added
+        Slot.
+    copy
+        Return a copy instead of writing into ``data``.
+
+    Returns
+    -------
+    None, or with ``copy=True`` a SpatialData. Sets:
+
+    ``.obsm[key_added]`` : float32 DataFrame, a row a cell in the order of ``.obs``. NaN for cells outside of the image and
+        for those without area or smaller than a pixel. Columns:
+
+        - ``area_um2``, ``perimeter_um``, ``major_axis_um``, ``minor_axis_um`` (µm², µm); ``eccentricity`` (0 is a circle) and
+          ``solidity`` (area over that of the convex hull), both without a unit: :func:`skimage.measure.regionprops`
+        - of each channel ``<channel>_mean`` and ``<channel>_std``, in units of the image, or optical density of
+          ``hematoxylin`` and ``eosin``
+        - of each channel ``<channel>_contrast``, the mean squared difference of pixels ``texture_um`` apart, and
+          ``<channel>_correlation``, their correlation (1: smooth or constant, 0: grain): the contrast and correlation of a
+          grey-level co-occurrence matrix in x and y, without rounding to levels
+
+        Characters of channel names that Zarr does not keep become ``_``.
+    ``.uns[key_added]`` : dict with ``params``: elements, images and their µm per pixel, channels, settings
+
+    Raises
+    ------
+    TypeError
+        An AnnData: it has no masks.
+    KeyError
+        An element is missing, or several images and no ``image_key``.
+    ValueError
+        The scale is unknown, rows of the table have no instance, no cell lies in the image, or slides differ in channels.
+
+    Examples
+    --------
+    >>> sf.pp.morphology_profile(sdata)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    if isinstance(data, AnnData):
+        raise TypeError(
+            "an AnnData has no masks of cells to measure; morphology_profile needs a SpatialData with an image and polygons "
+            "or labels, e.g. spatialdata_io.xenium(path) or spatialdata.SpatialData(images=..., shapes=..., tables=...)."
+        )
+    if shapes_key and labels_key:
+        raise ValueError("give shapes_key= or labels_key=, not both: a cell has one mask.")
+    if not (np.isfinite(texture_um) and texture_um > 0):
+        raise ValueError(f"texture_um is a distance in µm and must be positive, not {texture_um!r}.")
+    data, table = _io.unpack(data, table_key, copy=copy)
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp,
+        missing=True,
+    )  # fmt: skip
+    out, channels, images = None, None, []
+    bar = progress(None, "measuring cells", total=sum(len(slide.rows) for slide in slides), unit="cell")
+    for slide in slides:
+        found = _io.slide_image(data, slide, image_key=image_key)
+        image, _, _ = _io.open_image(found.source, found.channels_first)
+        is_rgb = found.is_rgb(image.shape[0])
+        names = list(STAINS) if is_rgb else _column_names(found.channels)
+        if channels is None:
+            channels = names
+            columns = [*SHAPE, *(f"{name}_{statistic}" for name in channels for statistic in INTENSITY)]
+            out = np.full((table.n_obs, len(columns)), np.nan, np.float32)
+        elif names != channels:
+            raise ValueError(f"image {found.name!r} has channels {names}, but that of the slides before {channels}.")
+        if is_rgb:
+            logger.info("image %r is measured as H&E: optical density of hematoxylin and eosin", found.name)
+        masks = _io.masks(data, table, slide, found)
+        out[slide.rows] = _profiles(image, masks, found.mpp, texture_um, is_rgb, bar)
+        images.append(found)
+        _report(out[slide.rows], masks.bounds, image.shape, slide, found)
+    bar.close()
+    _io.write(
+        table, key_added, arrays={"": pd.DataFrame(out, index=table.obs_names, columns=columns)},
+        uns={
+            "params": {
+                "elements": list(dict.fromkeys(slide.element for slide in slides)), "channels": channels,
+                "images": [found.name for found in images], "mpp": [found.mpp for found in images],
+                "texture_um": float(texture_um), "spatiaflow": spatiaflow.__version__,
+                "seconds": time.perf_counter() - started,
+            },
+        },
+    )  # fmt: skip
+    return data if copy else None
+
+
+def _column_names(channels: tuple[str, ...]) -> list[str]:
+    """Names of channels that can stand in a column: Xenium has 'ATP1A1/CD45/E-Cadherin', unnamed channels are numbers."""
+    names = [re.sub(r"[^A-Za-z0-9_.-]", "_", f"channel_{name}" if name.isdigit() else name) for name in channels]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"channels {list(channels)} have the same names; rename them with sdata.set_channel_names(...)."
+        )
+    return names
+
+
+def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
+    """Measure the cells tile by tile, one read a tile; n x features, NaN where there is nothing to measure."""
+    from spatiaflow.pp._patches import by_tile
+
+    step = max(1, round(texture_um / mpp))
+    n_channels, height, width = image.shape
+    n_features = len(SHAPE) + len(INTENSITY) * (len(STAINS) if is_rgb else n_channels)
+    windows = np.clip(masks.bounds, 0, [width, height, width, height])
+    out = np.full((len(windows), n_features), np.nan)
+    inside = np.flatnonzero((windows[:, 2:] > windows[:, :2]).all(1))
+    bar.update(len(windows) - len(inside))
+    for group in by_tile((windows[inside, :2] + windows[inside, 2:]) / 2):
+        rows = inside[group]
+        left, top = windows[rows, :2].min(0)
+        right, bottom = windows[rows, 2:].max(0)
+        block = np.asarray(image[:, top:bottom, left:right])
+        for row, mask in zip(rows, masks.inside(rows, windows[rows])):
+            if mask.any():
+                x0, y0, x1, y1 = windows[row] - [left, top, left, top]
+                values = block[:, y0:y1, x0:x1]
+                values = _optical_density(values[:3]) if is_rgb else values.astype(np.float64)
+                out[row] = np.concatenate([_shape(mask, mpp), _intensity(values, mask, step).ravel()])
+        bar.update(len(rows))
+    return out
+
+
+def _optical_density(rgb: np.ndarray) -> np.ndarray:
+    """Optical density (decadic) of hematoxylin and eosin; scikit-image returns it in units of 6."""
+    return 6 * rgb2hed(rgb.transpose(1, 2, 0))[..., :2].transpose(2, 0, 1)
+
+
+def _shape(mask: np.ndarray, mpp: float) -> np.ndarray:
+    """Size and form of a mask, in the order of ``SHAPE``."""
+    (region,) = regionprops(mask.view(np.uint8))
+    lengths = np.array([region.perimeter, region.axis_major_length, region.axis_minor_length]) * mpp
+    return np.array([region.area * mpp**2, *lengths, region.eccentricity, region.solidity])
+
+
+def _intensity(values: np.ndarray, mask: np.ndarray, step: int) -> np.ndarray:
+    """Statistics of each channel (C x y x x) inside a mask: C x 4, in the order of ``INTENSITY``."""
+    own = values[:, mask]
+    # pairs of pixels of the cell, one step apart along y or x
+    down, right = mask[step:] & mask[:-step], mask[:, step:] & mask[:, :-step]
+    a = np.concatenate([values[:, step:][:, down], values[:, :, step:][:, right]], 1)
+    b = np.concatenate([values[:, :-step][:, down], values[:, :, :-step][:, right]], 1)
+    if not a.shape[1]:
+        return np.stack([own.mean(1), own.std(1), np.zeros(len(own)), np.ones(len(own))], 1)
+    # a co-occurrence matrix counts each pair both ways, so both sides have one mean and one variance
+    centre = (a.mean(1) + b.mean(1)) / 2
+    variance = ((a - centre[:, None]) ** 2 + (b - centre[:, None]) ** 2).mean(1) / 2
+    contrast = ((a - b) ** 2).mean(1)
+    flat = variance < 1e-12
+    correlation = np.where(flat, 1.0, 1 - contrast / np.where(flat, 1.0, 2 * variance))
+    return np.stack([own.mean(1), own.std(1), contrast, correlation], 1)
+
+
+def _report(values: np.ndarray, bounds: np.ndarray, shape: tuple[int, ...], slide, found) -> None:
+    """Warn of cells that could not be measured; refuse when none could."""
+    missing = int(np.isnan(values[:, 0]).sum())
+    if not missing:
+        return
+    size = [shape[2], shape[1]]
+    has_area = (bounds[:, 2:] > bounds[:, :2]).all(1)
+    outside = int((has_area & ((bounds[:, 2:] <= 0) | (bounds[:, :2] >= size)).any(1)).sum())
+    message = (
+        f"{missing} of {len(values)} cells of slide {slide.library_id!r} have no pixel in image {found.name!r} "
+        f"({size[0]} x {size[1]} px): {outside} lie outside of it, {missing - outside} have no area or are smaller than a "
+        f"pixel"
+    )
+    if missing == len(values):
+        raise ValueError(f"{message}. Do the transformations of {slide.element!r} and of the image agree?")
+    warnings.warn(f"{message}. Their rows are NaN.", UserWarning, stacklevel=3)
