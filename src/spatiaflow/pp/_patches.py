@@ -21,7 +21,7 @@ def by_tile(xy: np.ndarray) -> list[np.ndarray]:
 def cut(
     image, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, batch_size: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Yield (rows, uint8 patches n x C x pixels x pixels) around points.
+    """Yield (rows, patches n x C x pixels x pixels) around points; uint8 where the image is, else float32.
 
     Parameters
     ----------
@@ -54,12 +54,13 @@ def cut(
         windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2))
         for s in range(0, len(rows), batch_size):
             part = rows[s : s + batch_size]
-            patches = torch.from_numpy(
-                windows[:, start[part, 1] - y0, start[part, 0] - x0].transpose(1, 0, 2, 3).copy()
-            )
+            found = windows[:, start[part, 1] - y0, start[part, 0] - x0].transpose(1, 0, 2, 3)
+            # uint8 stays; wider integers become float32, which holds each of 16 bits exactly
+            patches = torch.from_numpy(found.astype(np.uint8 if block.dtype == np.uint8 else np.float32))
             if size != pixels:
                 patches = F.interpolate(
                     patches.float(), (pixels, pixels), mode="bilinear", antialias=True, align_corners=False
                 )
-                patches = patches.round().clamp(0, 255).to(torch.uint8)
+                if block.dtype == np.uint8:
+                    patches = patches.round().clamp(0, 255).to(torch.uint8)
             yield part, patches
