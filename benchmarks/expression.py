@@ -292,7 +292,8 @@ def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
         mean = part[part.section.isin(wanted)].groupby("method").pearson.mean()
         baselines = [m for m in others if m in mean and m not in NETWORKS]
         best = mean[baselines].idxmax()
-        for other in dict.fromkeys([best, "deterministic twin", "no context (k=0)", "STFlow paper preset"]):
+        ridge = mean[[m for m in ("ridge", "ridge, z-scores per section") if m in mean]].idxmax()
+        for other in dict.fromkeys([best, ridge, "deterministic twin", "no context (k=0)", "STFlow paper preset"]):
             if other not in mean:
                 continue
             truth, first, second, xy, library = [], [], [], [], []

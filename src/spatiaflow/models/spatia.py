@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,20 +106,30 @@ class ContextLayer(nn.Module):
 
     def forward(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None = None) -> Tensor:
         """Update tokens ``h`` (n x d) by ``others`` (m x d, may be ``h`` itself), ``rows`` tokens at a time."""
-        rows, out = rows or max(len(h), 1), []
-        none = h.new_zeros(len(others), 0)  # the flow's noisy signal: there is none here
-        parts = [self.attention.keys(o, y) for o, y in zip(others.split(rows), none.split(rows))]
-        key, value = (torch.cat(p) for p in zip(*parts))
-        for s in range(0, len(h), rows):
-            p = slice(s, s + rows)
-            geometry = self.attention.geometry(
-                invariants(Graph(graph.index[p], graph.mask[p], graph.offset[p])).to(h.device)
-            )
-            index, mask = graph.index[p].to(h.device), graph.mask[p].to(h.device)
-            seen = self.attention.attend(h[p], h.new_zeros(len(h[p]), 0), key, value, index, mask, geometry)
-            x = h[p] + self.dropout(self.context(seen))
+        out = []
+        for x, key, value, index, mask, geometry in self._parts(h, others, graph, rows):
+            seen = self.attention.attend(x, x.new_zeros(len(x), 0), key, value, index, mask, geometry)
+            x = x + self.dropout(self.context(seen))
             out.append(x + self.dropout(self.feed_forward(self.norm(x))))
         return torch.cat(out)
+
+    def weights(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None = None) -> Tensor:
+        """Attention over neighbours, mean of the heads, n x k."""
+        return torch.cat([
+            self.attention.weigh(x, x.new_zeros(len(x), 0), key, index, mask, geometry).mean(-1)
+            for x, key, _, index, mask, geometry in self._parts(h, others, graph, rows)
+        ])  # fmt: skip
+
+    def _parts(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None):
+        rows = rows or max(len(h), len(others), 1)
+        none = h.new_zeros(len(others), 0)  # the flow's noisy signal: there is none here
+        projected = [self.attention.keys(o, y) for o, y in zip(others.split(rows), none.split(rows))]
+        key, value = (torch.cat(p) for p in zip(*projected))
+        for s in range(0, len(h), rows):
+            p = slice(s, s + rows)
+            part = Graph(graph.index[p], graph.mask[p], graph.offset[p])
+            geometry = self.attention.geometry(invariants(part).to(h.device))
+            yield h[p], key, value, part.index.to(h.device), part.mask.to(h.device), geometry
 
 
 @dataclass
@@ -169,10 +180,15 @@ class SpatiaNetwork(nn.Module):
         return self.cell(torch.cat(fused, 1))
 
     def context(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """Niche and tissue embeddings (n x d each) of cells in their surroundings."""
-        h = cells
+        """Niche and tissue embeddings (n x d each) of cells (n x d) in their surroundings.
+
+        Every cell asks what lies around it without showing itself, so that a niche is about the neighbours; what the
+        cell is, its own embedding says.
+        """
+        h, others = self.hidden_cell.expand(len(cells), -1), cells
         for layer in self.niche_layers:
-            h = layer(h, h, around.neighbors, rows)
+            h = layer(h, others, around.neighbors, rows)
+            others = cells + h
         niche = self.niche_norm(h)
         nearest = around.nearest.to(h.device)
         total = h.new_zeros(around.n_anchors, h.shape[1]).index_add_(0, nearest, niche)
@@ -181,6 +197,15 @@ class SpatiaNetwork(nn.Module):
         for layer in self.tissue_layers:
             t = layer(t, pooled, around.tissue, rows)
         return niche, self.tissue_norm(t)
+
+    def niche_attention(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> Tensor:
+        """How much each cell's neighbours weigh in its niche, mean of heads and layers, n x k."""
+        h, others, total = self.hidden_cell.expand(len(cells), -1), cells, 0.0
+        for layer in self.niche_layers:
+            total = total + layer.weights(h, others, around.neighbors, rows)
+            h = layer(h, others, around.neighbors, rows)
+            others = cells + h
+        return total / len(self.niche_layers)
 
     def log_rates(self, embedding: Tensor, level: str) -> Tensor:
         """Log of the expected share of the library, n x genes."""
@@ -238,9 +263,10 @@ class Spatia:
 
     @torch.inference_mode()
     def embed(
-        self, slide, inside: np.ndarray, *, batch_size=512, device="cpu", levels=LEVELS, update=lambda n: None
-    ) -> dict:
-        """Embeddings (level -> n x d) of all cells of one slide.
+        self, slide, inside: np.ndarray, *, batch_size=512, device="cpu", levels=LEVELS, attention=False,
+        update=lambda n: None,
+    ) -> dict:  # fmt: skip
+        """Embeddings (level -> n x d) of all cells of one slide; with ``attention`` also the niche's, n x n sparse.
 
         Parameters
         ----------
@@ -269,10 +295,18 @@ class Spatia:
             cells[rows] = network.fuse(image, genes, len(rows)).cpu()
             update(len(rows))
         out = {"cell": cells}
-        if set(levels) - {"cell"}:
+        if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
             out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, batch_size))
-        return {level: out[level].numpy() for level in levels}
+        found = {level: out[level].numpy() for level in levels}
+        if attention:
+            weight = network.niche_attention(cells.to(device), around, batch_size).cpu()
+            row, column = np.nonzero(around.neighbors.mask.numpy())
+            index = around.neighbors.index.numpy()[row, column]
+            found["attention"] = sparse.csr_matrix(
+                (weight.numpy()[row, column], (row, index)), (len(slide), len(slide))
+            )
+        return found
 
     @staticmethod
     def _batches(slide, inside: np.ndarray, batch_size: int):

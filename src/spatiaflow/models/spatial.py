@@ -199,6 +199,21 @@ class LocalAttention(nn.Module):
         _, w_k, _, w_y = self._weights(y)
         return k @ w_k.T + (y @ w_y.T)[:, None], v
 
+    def weigh(self, h: Tensor, y: Tensor, key: Tensor, index: Tensor, mask: Tensor, geometry: Tensor) -> Tensor:
+        """Attention of tokens ``h`` (some or all) over their neighbours, n x k x heads."""
+        n, k = index.shape
+        w_q, _, w_e, w_y = self._weights(y)
+        query = self._qkv(h, slice(0, 1))[:, 0] @ w_q.T + (self.score.inner.bias - y @ w_y.T)[:, None]
+        e = self.edge.outer(geometry).view(n, k, self.n_heads, self.head)
+        pre = F.linear(e, w_e)  # n x k x heads x hidden
+        pre += key.index_select(0, index.reshape(-1)).view(n, k, self.n_heads, -1)
+        pre += query[:, None]
+        a, b = pre.chunk(2, -1)
+        # in place where no gradient needs the input again
+        gated = F.silu(a) * b if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
+        logit = self._project(gated).masked_fill(~mask[..., None], -torch.inf)
+        return torch.nan_to_num(logit.softmax(1))  # a token without neighbours attends to nothing
+
     def attend(
         self, h: Tensor, y: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, geometry: Tensor
     ) -> Tensor:
@@ -207,19 +222,8 @@ class LocalAttention(nn.Module):
         heads, d = self.n_heads, self.head
         if not k:
             return h.new_zeros(n, 2 * heads * d)
-        w_q, _, w_e, w_y = self._weights(y)
-        query = self._qkv(h, slice(0, 1))[:, 0] @ w_q.T + (self.score.inner.bias - y @ w_y.T)[:, None]
-        flat = index.reshape(-1)
-        e = self.edge.outer(geometry).view(n, k, heads, d)
-        pre = F.linear(e, w_e)  # n x k x heads x hidden
-        pre += key.index_select(0, flat).view(n, k, heads, -1)
-        pre += query[:, None]
-        a, b = pre.chunk(2, -1)
-        # in place where no gradient needs the input again
-        gated = F.silu(a) * b if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
-        logit = self._project(gated).masked_fill(~mask[..., None], -torch.inf)  # n x k x heads
-        weight = self.dropout(torch.nan_to_num(logit.softmax(1)))  # a token without neighbours attends to nothing
-        values = (weight[..., None] * value.index_select(0, flat).view(n, k, heads, d)).sum(1)
+        weight = self.dropout(self.weigh(h, y, key, index, mask, geometry))
+        values = (weight[..., None] * value.index_select(0, index.reshape(-1)).view(n, k, heads, d)).sum(1)
         # sum_j a_ij e_ij: the sum commutes with the edge embedding's last layer, so it is taken first
         summed = torch.bmm(weight.transpose(1, 2), geometry)  # n x heads x width/2
         w, bias = self.edge.outer.weight.view(heads, d, -1), self.edge.outer.bias.view(heads, d)

@@ -3,7 +3,8 @@
 from spatiaflow.pl._calibration import calibration
 from spatiaflow.pl._crops import crops
 from spatiaflow.pl._expression import expression
+from spatiaflow.pl._levels import attention, levels
 from spatiaflow.pl._profile import profile
 from spatiaflow.pl._scores import gene_scores
 
-__all__ = ["calibration", "crops", "expression", "gene_scores", "profile"]
+__all__ = ["attention", "calibration", "crops", "expression", "gene_scores", "levels", "profile"]

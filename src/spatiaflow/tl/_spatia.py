@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from anndata import AnnData
+from scipy import sparse
 from spatialdata import SpatialData
 
 import spatiaflow
@@ -183,6 +184,7 @@ def embed_spatia(
     modalities: tuple[str, ...] = ("image", "genes"),
     channels: dict[str, str] | None = None,
     layer: str | None = None,
+    attention: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
     shapes_key: str | None = None,
@@ -215,6 +217,8 @@ def embed_spatia(
         does not know are left out, those that the image lacks are masked.
     layer
         Layer with raw counts; None reads ``X``.
+    attention
+        Also write how much each neighbour weighs in a cell's niche.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData; ``image_key`` may be omitted where one image shares the cells' coordinate system.
     library_key
@@ -237,6 +241,7 @@ def embed_spatia(
 
     ``.obsm[f"{key_added}_cell"]``, ``[f"{key_added}_niche"]``, ``[f"{key_added}_tissue"]`` : float32 array (n_obs, width)
     ``.obsm[key_added]`` : float32 array (n_obs, levels x width), the levels side by side, each scaled to unit norm
+    ``.obsp[f"{key_added}_attention"]`` : CSR (n_obs, n_obs), with ``attention=True``; a row sums to 1
     ``.uns[key_added]`` : dict with ``levels``, ``gene_coverage``, ``channels`` (those used) and ``params``
 
     Raises
@@ -274,12 +279,27 @@ def embed_spatia(
     )  # fmt: skip
     target, size = settings.torch_device(device), batch_size or 512
     out = {level: np.full((table.n_obs, c.width), np.nan, np.float32) for level in levels}
+    looks = []  # row, column and weight of the attention
     bar = progress(None, "embedding", total=sum(map(len, cells)), unit="cell")
     for slide, part in zip(slides, cells):
-        found = model.embed(part, inside[slide.rows], batch_size=size, device=target, levels=levels, update=bar.update)
+        found = model.embed(
+            part,
+            inside[slide.rows],
+            batch_size=size,
+            device=target,
+            levels=levels,
+            update=bar.update,
+            attention=attention,
+        )
+        if attention:
+            weight = found.pop("attention").tocoo()
+            looks.append((slide.rows[weight.row], slide.rows[weight.col], weight.data))
         for level, values in found.items():
             out[level][slide.rows] = values
     bar.close()
+    if attention:
+        row, column, weight = (np.concatenate(v) for v in zip(*looks))
+        table.obsp[f"{key_added}_attention"] = sparse.csr_matrix((weight, (row, column)), (table.n_obs, table.n_obs))
     unit = [v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in out.values()]
     used = [name for i, name in enumerate(c.channels) if any(len(p.channels) and p.channels[i] >= 0 for p in cells)]
     coverage = float(cells[0].measured.mean()) if c.genes and "genes" in modalities else 0.0
