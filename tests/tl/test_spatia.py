@@ -256,3 +256,43 @@ def test_one_modality_and_going_on(slides):
     assert more.config == genes.config
     image = train(slides, modalities="image", losses={"reconstruction": 1.0})
     assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
+
+
+def test_attention_is_a_share_of_the_neighbours(slides, model):
+    table = embedded(slides[0], model, attention=True)
+    weight = table.obsp["X_spatia_attention"]
+    np.testing.assert_allclose(np.asarray(weight.sum(1)).ravel(), 1, atol=1e-5)
+    assert weight.diagonal().max() == 0
+    assert np.diff(weight.indptr).min() >= model.config.niche_neighbors
+    import matplotlib.pyplot as plt
+
+    for color in (None, "cell_type"):
+        figure = sf.pl.attention(table, "cell_5", color=color, mpp=1, return_fig=True)
+        assert len(figure.axes) >= 2
+        plt.close(figure)
+    with pytest.raises(KeyError, match="attention=True"):
+        sf.pl.attention(slides[0], "cell_5")
+    with pytest.raises(KeyError, match="obs_names has no"):
+        sf.pl.attention(table, "nobody", mpp=1)
+
+
+def test_levels_are_drawn(slides, model):
+    import matplotlib.pyplot as plt
+
+    copy = sf.tl.embed_spatia(slides[0], model=model, image_key="fluorescence", copy=True)
+    figure = sf.pl.levels(copy, return_fig=True)
+    assert [ax.get_title().split(",")[0] for ax in figure.axes[:3]] == ["cell", "niche", "tissue"]
+    plt.close(figure)
+    with pytest.raises(KeyError, match="embed_spatia"):
+        sf.pl.levels(slides[0])
+
+
+def test_weights_go_by_name_or_path(slides, model, tmp_path):
+    path = model.save(tmp_path / "mine.safetensors")
+    np.testing.assert_array_equal(
+        embedded(slides[0], path).obsm["X_spatia"], embedded(slides[0], model).obsm["X_spatia"]
+    )
+    with pytest.raises(ValueError, match="no weights 'unheard-of'"):
+        embedded(slides[0], "unheard-of")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.safetensors"):
+        embedded(slides[0], tmp_path / "elsewhere.safetensors")

@@ -4,6 +4,7 @@ from spatiaflow.datasets._merfish import merfish_mouse_brain
 from spatiaflow.datasets._simulate import simulated_tissue
 from spatiaflow.datasets._st import her2st, mouse_olfactory_bulb
 from spatiaflow.datasets._starmap import starmap_mpfc
+from spatiaflow.datasets._weights import weights
 from spatiaflow.datasets._xenium import xenium_pancreas
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "mouse_olfactory_bulb",
     "simulated_tissue",
     "starmap_mpfc",
+    "weights",
     "xenium_pancreas",
 ]

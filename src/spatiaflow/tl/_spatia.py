@@ -18,6 +18,8 @@ from spatiaflow._settings import logger, progress, resolve_seed, settings
 if TYPE_CHECKING:
     from spatiaflow.models import Spatia
 
+DEFAULT_WEIGHTS = "spatia-pancreas-small"
+
 
 def train_spatia(
     data: AnnData | SpatialData | list[AnnData | SpatialData],
@@ -127,7 +129,7 @@ def train_spatia(
     tables = [_io.unpack(one, table_key)[1] for one in objects]
     slides = [_io.slides(one, spatial_key=spatial_key, mpp=mpp, **where) for one in objects]
     if init is not None:
-        init = init if isinstance(init, models.Spatia) else models.load(init)
+        init = init if isinstance(init, models.Spatia) else models.load(_file(init))
         config = init.config
         crop_um = config.crop_um
     else:
@@ -162,6 +164,15 @@ def train_spatia(
         accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision,
         seed=resolve_seed(random_state),
     )  # fmt: skip
+
+
+def _file(model: str | Path) -> str | Path:
+    """A path as it is; anything else is the name of weights."""
+    if Path(model).suffix == ".safetensors" or Path(model).exists():
+        return model
+    from spatiaflow.datasets import weights
+
+    return weights(str(model))
 
 
 def _channels(objects, slides, names, config, image_key) -> list[str]:
@@ -207,7 +218,8 @@ def embed_spatia(
     data
         Cells with positions, and raw counts or an image or both.
     model
-        A trained model, the path of a saved one, or the name of published weights.
+        A trained model, the path of a saved one, or the name of weights that :func:`spatiaflow.datasets.weights` lists;
+        "spatia-pancreas-small" when None.
     levels
         ``"cell"``, ``"niche"``, ``"tissue"``, or some of them.
     modalities
@@ -261,7 +273,7 @@ def embed_spatia(
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be among {', '.join(LEVELS)}, not {levels!r}.")
     if not isinstance(model, models.Spatia):
-        model = models.load(model)
+        model = models.load(_file(model or DEFAULT_WEIGHTS))
     for modality, known in (("image", model.config.channels), ("genes", model.config.genes)):
         if modality in modalities and not known:
             raise ValueError(
