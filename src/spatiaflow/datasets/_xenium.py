@@ -50,8 +50,8 @@ def xenium_pancreas() -> SpatialData:
     ``tables["table"]`` : annotates the polygons, with
 
     ``.X`` : CSR float32, counts (integers) of 377 genes
-    ``.obs["cluster"]`` : category, missing for the 4 cells without any count. The publishers made these clusters **from the
-        same counts**: they are no gold labels, and agreement with them does not tell how good a method is
+    ``.obs["cluster"]`` : category, missing for the 4 cells without any count. The publishers made these clusters from the
+        same counts: they are no gold labels, and agreement with them does not tell how good a method is
     ``.obsm["controls"]``, ``.uns["controls"]["genes"]`` : float32 (n_obs, 129), counts of negative controls and unassigned
         codewords, and their names
     ``.obsm["spatial"]`` : float64 (n_obs, 2), centroids in µm
