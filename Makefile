@@ -8,7 +8,7 @@ demo: $(BIN)/.ready
 	$(BIN)/python tutorials/demo.py --data $(DATA) --out demo
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check src tests benchmarks

@@ -3,8 +3,8 @@
 from spatiaflow._io._images import SlideImage, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, open_image
+from spatiaflow._io._slides import Slide, microns_per_unit, pitch, slides, unpack
 from spatiaflow._io._tables import (
-    Slide,
     background,
     check_encoder,
     counts,
@@ -13,16 +13,12 @@ from spatiaflow._io._tables import (
     groups,
     library_sizes,
     log_expression,
-    microns_per_unit,
     morphology,
-    pitch,
     same_encoder,
     shared_genes,
-    slides,
     slot_as_anndata,
     storable,
     target_sum,
-    unpack,
     write,
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow._io._tables import Slide, _listing, image_scales
+from spatiaflow._io._slides import Slide, _listing, image_scales
 from spatiaflow._settings import logger
 
 

@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._images import SlideImage
 from spatiaflow._io._reader import open_image, parts
-from spatiaflow._io._tables import Slide, _affine, image_scales
+from spatiaflow._io._slides import Slide, _affine, image_scales
 
 
 def masks(sdata: SpatialData, table: AnnData, slide: Slide, image: SlideImage) -> PolygonMasks | LabelMasks:
