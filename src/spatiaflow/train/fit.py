@@ -81,7 +81,12 @@ class _Epochs(Callback):
 
     def on_train_epoch_start(self, trainer, module):
         self.training.epoch = trainer.current_epoch
-        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)  # dropout
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:  # dropout; not earlier: a resumed run makes its loader, which draws too, at another moment
+            torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
+            if trainer.current_epoch:
+                torch.empty((), dtype=torch.int64).random_()  # the draw of the loader of every later epoch
 
     def on_train_epoch_end(self, trainer, module):
         row = {"epoch": trainer.current_epoch} | {k: float(v) for k, v in trainer.callback_metrics.items()}
