@@ -19,6 +19,6 @@ def test_centroids_of_labels_equal_those_of_spatialdata(scale_factors):
         da.from_array(pixels, chunks=300), dims=("y", "x"), transformations={"um": turn}, scale_factors=scale_factors
     )
     expected = get_centroids(labels, coordinate_system="um").compute()
-    found = _tables._centroids(labels, "um")
+    found = _slides._centroids(labels, "um")
     np.testing.assert_array_equal(found.index, expected.index)
     np.testing.assert_allclose(found[["x", "y"]], expected[["x", "y"]])
