@@ -7,7 +7,7 @@ from spatialdata import get_centroids
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine
 
-from spatiaflow._io import _tables
+from spatiaflow._io import _slides
 
 
 @pytest.mark.parametrize("scale_factors", [None, [2]])
