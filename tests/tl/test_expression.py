@@ -4,6 +4,7 @@ import pickle
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import sparse
@@ -94,7 +95,7 @@ def test_save_and_load_are_bit_equal(slide, model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "corrupted", "foreign", "pickled", "other tensors"])
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "one bit", "foreign", "pickled", "other tensors"])
 def test_bad_weights_are_refused(model, tmp_path, damage):
     from safetensors.torch import save_file
 
@@ -104,6 +105,8 @@ def test_bad_weights_are_refused(model, tmp_path, damage):
         path.write_bytes(good[: len(good) // 2])
     elif damage == "corrupted":
         path.write_bytes(b"\xff" * 64 + good[64:])
+    elif damage == "one bit":  # in the last tensor, where the format itself notices nothing
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     elif damage == "pickled":
         path.write_bytes(pickle.dumps({"weights": 1}))
     elif damage == "foreign":
@@ -308,3 +311,23 @@ def test_h5ad_round_trip_and_get(slide, model, tmp_path):
     assert "spatial" in out.obsm
     with pytest.raises(KeyError, match="predict_expression"):
         sf.get.expression(again, key="nothing")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Index])
+def test_genes_by_name_in_any_sequence(slides, kind):
+    names = list(slides[0].var_names[[3, 1]])
+    assert sf.tl.train_stflow(slides, preset=FAST, genes=kind(names)).genes == names
+
+
+@pytest.mark.parametrize("genes", [[], ["g1", "g1"], 0, -1, True])
+def test_genes_that_make_no_sense(slides, genes):
+    with pytest.raises(ValueError, match="genes"):
+        sf.tl.train_stflow(slides, preset=FAST, genes=genes)
+
+
+def test_a_gene_that_is_never_seen_shows_no_skill(slides):
+    silent = [s.copy() for s in slides]
+    for s in silent:
+        s.X = s.X.multiply((np.arange(s.n_vars) != 0)[None]).tocsr()
+    model = sf.tl.train_stflow(silent, preset=FAST, genes=list(slides[0].var_names[:3]))
+    assert model.skill[0] == 0

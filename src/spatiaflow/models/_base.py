@@ -35,7 +35,8 @@ def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tens
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"spatiaflow": json.dumps({"format": FORMAT, "kind": kind, **description}, default=_plain)}
+    identity = {"format": FORMAT, "kind": kind, "sha256": tensors_sha256(tensors)}
+    header = {"spatiaflow": json.dumps({**identity, **description}, default=_plain)}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
@@ -82,6 +83,11 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(
             f"{str(path)!r} has model format {description.get('format')}; this version of spatiaflow reads {FORMAT}. "
             "Upgrade spatiaflow."
+        )
+    if description.get("sha256") != tensors_sha256(tensors):
+        raise ValueError(
+            f"the tensors of {str(path)!r} are not those that were saved (their sha256 differs): the file is corrupted. "
+            "Save it again with model.save(path) or download it again."
         )
     return description, tensors
 

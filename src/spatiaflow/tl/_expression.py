@@ -122,7 +122,13 @@ def train_stflow(
     slides = [_io.slides(one, spatial_key=spatial_key, mpp=mpp, **where) for one in objects]
     encoder = _io.same_encoder(tables, features_key)
 
-    names = genes if isinstance(genes, list | tuple) else _io.shared_genes(tables)
+    if isinstance(genes, bool) or (isinstance(genes, int | np.integer) and genes < 1):
+        raise ValueError(f"genes must be names, or how many genes (at least 1), not {genes!r}.")
+    if not isinstance(genes, int | np.integer):
+        genes = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+        if not genes or len(set(genes)) < len(genes):
+            raise ValueError("genes names no gene, or one of them twice.")
+    names = genes if isinstance(genes, list) else _io.shared_genes(tables)
     parts, boxes, taken = [], {}, set()
     for table, found in zip(tables, slides):
         features = _io.features(table, features_key)
@@ -136,7 +142,7 @@ def train_stflow(
             boxes[library_id] = {"n_obs": len(slide.rows), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
     if isinstance(validation, list | tuple) and (unknown := set(validation) - taken):
         raise ValueError(f"validation names slides that are not in data: {sorted(unknown)}; it has {sorted(taken)}.")
-    chosen = list(names) if not isinstance(genes, int) else _most_variable(parts, names, genes, layer, target_sum)
+    chosen = names if isinstance(genes, list) else _most_variable(parts, names, genes, layer, target_sum)
     training = []
     for table, slide, library_id, features, library in parts:
         counts, _ = _io.counts(table, chosen, layer, rows=slide.rows)

@@ -288,7 +288,7 @@ def _calibrate(oof, prediction, arrays, target_sum, relative, y, seed) -> dict[s
     marginal = np.quantile(y, (np.arange(64) + 0.5) / 64, axis=0)[:, None]
     own = metrics.crps_ensemble(oof["y"], draws).mean(0)
     reference = metrics.crps_ensemble(oof["y"], np.broadcast_to(marginal, draws.shape), fair=False).mean(0)
-    skill = 1 - own / np.maximum(reference, 1e-9)
+    skill = np.where(reference > 1e-9, 1 - own / np.maximum(reference, 1e-9), 0.0)  # a constant gene shows no skill
     return {"theta": theta, "spread": spread, "inflation": widening, "skill": skill}
 
 
