@@ -82,13 +82,26 @@ class Settings:
         ----------
         device
             The verb's own ``device`` argument; None takes :attr:`device`.
+
+        Raises
+        ------
+        ValueError
+            There is no such device here.
         """
         import torch
 
         name = str(device or self.device)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); 'cpu' always can, and 'auto' takes "
+                "the best there is."
+            ) from error
+        return device
 
     def __repr__(self) -> str:
         return "\n".join(["spatiaflow settings", *(f"  {name} = {value!r}" for name, value in asdict(self).items())])
@@ -143,7 +156,10 @@ settings = _from_environment()
 
 def resolve_seed(random_state: int | None) -> int:
     """Return the seed a verb uses: its ``random_state``, or :attr:`Settings.seed` when that is None."""
-    return settings.seed if random_state is None else int(random_state)
+    seed = settings.seed if random_state is None else int(random_state)
+    if seed < 0:
+        raise ValueError(f"random_state must not be negative; it is {seed}.")
+    return seed
 
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):

@@ -86,3 +86,24 @@ def test_calibration_of_a_true_std_is_the_diagonal(predicted):
     predicted.obsm["stflow_std"] = predicted.obsm["stflow_std"] / 3
     figure = sf.pl.calibration(predicted, show=False, return_fig=True)
     assert figure.axes[0].lines[1].get_ydata()[-2] < 0.6
+
+
+def test_he_lies_behind_the_spots_of_a_spatialdata():
+    from spatiaflow import _io
+
+    sdata = sf.datasets.simulated_tissue(200, seed=0)
+    (slide,) = _io.slides(sdata)
+    picture, scale, corner = _io.background(sdata, sdata["table"], slide, pixels=100)
+    image = np.asarray(sdata["he"].data)
+    found = _io.slide_image(sdata, slide, image_key="he")
+    step = round(scale / found.mpp)
+    np.testing.assert_array_equal(picture, image[:, ::step, ::step].transpose(1, 2, 0))
+    spot = (slide.xy[0] - corner) / scale  # of the small picture
+    np.testing.assert_allclose(spot * step, found.xy[0], atol=1e-6)
+
+
+def test_a_ceiling_may_be_an_array():
+    scores = pd.DataFrame({"a": [0.1, 0.3]}, index=["g", "h"])
+    figure = sf.pl.gene_scores(scores, ceiling=np.array([0.5, 0.6]), return_fig=True)
+    line = next(one for one in figure.axes[0].lines if one.get_label() == "noise ceiling")
+    np.testing.assert_allclose(line.get_ydata(), [0.6, 0.5])  # in the order of the scores

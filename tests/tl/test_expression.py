@@ -153,6 +153,7 @@ def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):
     assert list(tmp_path.rglob("*.ckpt"))
     resumed = sf.tl.train_stflow(slides, preset=FAST, genes=4, checkpoint_dir=tmp_path, resume=True)
     assert resumed.sha256 == whole.sha256
+    np.testing.assert_equal(resumed.history, whole.history)
     for path in tmp_path.rglob("*.ckpt"):
         torch.load(path, weights_only=True)
 
@@ -237,8 +238,59 @@ BAD_TRAINING = {
     "unknown preset": (lambda a: None, {"preset": "best"}, ValueError, "preset"),
     "unknown slide": (lambda a: None, {"validation": ["z"]}, ValueError, "validation"),
     "resume nothing": (lambda a: None, {"resume": True}, ValueError, "checkpoint_dir"),
-    "one spot": (lambda a: a._inplace_subset_obs([0]), {}, ValueError, "one spot"),
+    "one spot": (lambda a: a._inplace_subset_obs([0]), {}, ValueError, "single spot"),
+    "no spot": (lambda a: a._inplace_subset_obs([]), {}, ValueError, "no rows"),
+    "constant features": (lambda a: a.obsm["X_texture"].fill(1), {}, ValueError, "same in every row"),
+    "nothing to train on": (lambda a: None, {"validation": ["s0"]}, ValueError, "at least one must be left"),
+    "no epoch": (lambda a: None, {"max_epochs": 0}, ValueError, "max_epochs"),
+    "no target": (lambda a: None, {"target_sum": 0}, ValueError, "target_sum"),
+    "negative seed": (lambda a: None, {"random_state": -1}, ValueError, "random_state"),
+    "no such device": (lambda a: None, {"device": "tpu"}, ValueError, "device 'tpu'"),
 }
+
+
+@pytest.mark.parametrize(
+    "bad", [{"n_steps": 0}, {"n_samples": 0}, {"batch_size": 0}, {"batch_size": 2.5}, {"key_added": ""}]
+)
+def test_bad_arguments_are_named(slide, model, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        sf.tl.predict_expression(slide("t", seed=7), model=model, **bad)
+
+
+def test_a_model_is_needed(slide):
+    with pytest.raises(TypeError, match="path of a saved one"):
+        sf.tl.predict_expression(slide("t", seed=7), model=None)
+    with pytest.raises(ValueError, match="empty list"):
+        sf.tl.train_stflow([])
+
+
+def test_a_slide_given_twice_and_a_foreign_scale_are_noticed(slide):
+    with pytest.warns(UserWarning, match="'s0' and \"s0'\" have the same positions"):
+        sf.tl.train_stflow([slide(), slide()], preset=FAST, genes=4)
+    far = slide("far", seed=2)
+    far.uns["spatial"]["far"]["metadata"]["microns_per_pixel"] *= 3
+    with pytest.warns(UserWarning, match="'far' are 585 µm apart, those of the others 195"):
+        sf.tl.train_stflow([slide(), slide("s1", seed=1), far], preset=FAST, genes=4)
+
+
+def test_several_slides_in_one_table_are_noticed(slide):
+    both = ad.concat({"a": slide("a"), "b": slide("b", seed=1)}, label="section")
+    both.obsm["spatial"][both.obs["section"] == "b"] += 70  # neither array's spots lie on the other's
+    with pytest.warns(UserWarning, match="give library_key='section'"):
+        sf.tl.train_stflow(both, preset=FAST, genes=4, mpp=0.5)
+
+
+@pytest.mark.parametrize("change", ["seed", "max_epochs", "genes", "data"])
+def test_the_checkpoints_of_another_run_are_refused(slide, tmp_path, change):
+    data, arguments = slide(), {"preset": FAST, "genes": 4, "max_epochs": 2, "checkpoint_dir": tmp_path}
+    sf.tl.train_stflow(data, **arguments)
+    if change == "data":
+        data.X.data[0] += 1
+    else:
+        arguments |= {"seed": {"random_state": 1}, "max_epochs": {"max_epochs": 3}, "genes": {"genes": 3}}[change]
+    with pytest.raises(ValueError, match=f"another run.*{change}"):
+        sf.tl.train_stflow(data, resume=True, **arguments)
+    sf.tl.train_stflow(data, **arguments)  # without resume it is overwritten
 
 
 @pytest.mark.parametrize("case", BAD_TRAINING)

@@ -1,11 +1,11 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
-from spatiaflow._io._images import SlideImage, slide_image
+from spatiaflow._io._arguments import at_least_one, held_out, positive, slot_name
+from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, open_image
-from spatiaflow._io._slides import Slide, microns_per_unit, pitch, slides, unpack
+from spatiaflow._io._slides import Slide, collect, microns_per_unit, pitch, slides, unpack
 from spatiaflow._io._tables import (
-    background,
     check_encoder,
     counts,
     dense,
@@ -26,12 +26,15 @@ __all__ = [
     "Chunks",
     "Slide",
     "SlideImage",
+    "at_least_one",
     "background",
     "check_encoder",
+    "collect",
     "counts",
     "dense",
     "features",
     "groups",
+    "held_out",
     "library_sizes",
     "log_expression",
     "masks",
@@ -39,10 +42,12 @@ __all__ = [
     "morphology",
     "open_image",
     "pitch",
+    "positive",
     "same_encoder",
     "shared_genes",
     "slide_image",
     "slides",
+    "slot_name",
     "slot_as_anndata",
     "storable",
     "target_sum",

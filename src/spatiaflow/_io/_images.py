@@ -15,6 +15,8 @@ from spatialdata import SpatialData
 from spatiaflow._io._slides import Slide, _listing, image_scales
 from spatiaflow._settings import logger
 
+MAX_PICTURE = 2_000_000_000  # values of an image that is worth reading for the background of a figure
+
 
 @dataclass
 class SlideImage:
@@ -151,3 +153,31 @@ def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def background(data: AnnData | SpatialData, table: AnnData, slide: Slide, pixels: int = 600):
+    """Return a small picture of the slide's tissue, its µm per pixel and its corner (µm); None where there is none.
+
+    An AnnData's is its "hires" image; of a SpatialData's H&E every n-th pixel is taken.
+    """
+    if isinstance(data, AnnData):
+        library = table.uns.get("spatial", {}).get(slide.library_id, {})
+        image = library.get("images", {}).get("hires")
+        if image is None:
+            return None
+        return np.asarray(image), slide.mpp / float(library["scalefactors"]["tissue_hires_scalef"]), (0.0, 0.0)
+    extent = float(np.ptp(slide.xy, axis=0).max())
+    for name in data.images:
+        try:
+            found = _from_spatialdata(data, slide, name, extent / pixels)
+        except KeyError:  # of another coordinate system
+            continue
+        linear, image = found.affine[:2, :2], found.source
+        upright = np.all(np.diag(linear) > 0) and np.abs(linear - np.diag(np.diag(linear))).max() < 1e-6 * linear[0, 0]
+        if upright and found.is_rgb(len(image)) and image.dtype == np.uint8 and image.size < MAX_PICTURE:
+            break
+    else:
+        return None
+    step = max(1, int(extent / pixels / found.mpp))
+    picture = np.asarray(image[:3, ::step, ::step]).transpose(1, 2, 0)
+    return picture, found.mpp * step, tuple(found.affine[:2, 2] * slide.mpp)

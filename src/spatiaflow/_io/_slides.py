@@ -75,6 +75,43 @@ def slides(
     return found
 
 
+def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
+    """Return (object, table, slides by name) for one object or a list of them; no two slides have one name.
+
+    Warns of a slide that comes twice, and of slides whose spots are not as far apart as the others'.
+    """
+    objects = list(data) if isinstance(data, list | tuple) else [data]
+    if not objects:
+        raise ValueError("data is an empty list; give at least one AnnData or SpatialData.")
+    out, names, seen = [], {}, {}
+    for one in objects:
+        found = {}
+        for slide in slides(one, **where):
+            name = slide.library_id
+            while name in names:  # two objects may call their slide alike
+                name += "'"
+            names[name] = slide
+            if (twin := seen.setdefault(slide.xy.tobytes(), name)) != name:
+                warnings.warn(
+                    f"slides {twin!r} and {name!r} have the same positions: is one slide given twice? What is held out "
+                    "would then have been trained on.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            found[name] = slide
+        out.append((one, unpack(one, where.get("table_key", "table"))[1], found))
+    pitches = {name: slide.pitch for name, slide in names.items() if len(slide.rows) > 15}
+    usual = float(np.median(list(pitches.values()))) if pitches else 1.0
+    for name, step in pitches.items():
+        if abs(step / usual - 1) > 0.5:
+            warnings.warn(
+                f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.",
+                UserWarning,
+                stacklevel=3,
+            )
+    return out
+
+
 def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
     if spatial_key not in table.obsm:
         raise KeyError(
@@ -296,10 +333,15 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
             UserWarning,
             stacklevel=3,
         )
+    if library_key is None and (column := _column_of_slides(slide, table)) is not None:
+        warnings.warn(
+            f"spots of slide {slide.library_id!r} lie between one another, but form regular arrays where "
+            f"obs[{column!r}] is the same: are these several slides? Then give library_key={column!r}.",
+            UserWarning,
+            stacklevel=3,
+        )
     if distinct >= 16:
-        nearest = cKDTree(points).query(points, k=2)[0][:, 1]
-        is_lattice = np.subtract(*np.percentile(nearest, [80, 20])) < 0.1 * np.median(nearest)
-        step = float(np.median(nearest))
+        is_lattice, step = _lattice(points)
         closest = min(KNOWN_PITCHES, key=lambda known: abs(np.log(known / step)))
         if is_lattice and abs(step / closest - 1) > 0.15:
             warnings.warn(
@@ -309,6 +351,27 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _lattice(points: np.ndarray) -> tuple[bool, float]:
+    """Whether distinct points form a regular array, and their median distance."""
+    nearest = cKDTree(points).query(points, k=2)[0][:, 1]
+    step = float(np.median(nearest))
+    return np.subtract(*np.percentile(nearest, [80, 20])) < 0.1 * step, step
+
+
+def _column_of_slides(slide: Slide, table) -> str | None:
+    """A column of obs whose groups are regular arrays one by one while all rows together are not."""
+    if len(slide.rows) < 32 or _lattice(np.unique(slide.xy, axis=0))[0]:
+        return None
+    for name in table.obs.columns:
+        codes, groups = pd.factorize(table.obs[name].iloc[slide.rows])
+        if not (isinstance(table.obs[name].dtype, pd.CategoricalDtype) or table.obs[name].dtype == object):
+            continue
+        parts = [np.unique(slide.xy[codes == i], axis=0) for i in range(len(groups))] if 2 <= len(groups) <= 50 else []
+        if parts and all(len(part) >= 16 and _lattice(part)[0] for part in parts):
+            return name
+    return None
 
 
 def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False):
@@ -331,6 +394,8 @@ def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool 
             table = data.tables[table_key]
     else:
         raise TypeError(f"data must be an AnnData or a SpatialData, not {type(data).__name__}.")
+    if table.n_obs == 0:
+        raise ValueError("the table has no rows: no spot or cell is left.")
     if not table.obs_names.is_unique:
         raise ValueError("obs_names are not unique; call .obs_names_make_unique() first.")
     return data, table

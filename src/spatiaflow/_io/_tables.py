@@ -10,7 +10,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from spatiaflow._io._slides import Slide, _listing
+from spatiaflow._io._arguments import slot_name
+from spatiaflow._io._slides import _listing
 from spatiaflow._settings import logger
 
 # provenance of features, in uns[features_key]
@@ -55,20 +56,27 @@ def same_encoder(tables: list[AnnData], key: str) -> dict:
 
 def check_encoder(table: AnnData, key: str, expected: dict) -> None:
     """Refuse features that another encoder made than the one a model was trained with."""
+    known = "id" in expected and expected["id"] != expected["key"]
+    if known and "patch_um" in expected:
+        how = (
+            f"sf.pp.encode_patches(data, encoder={expected['id']!r}, patch_um={expected['patch_um']:g}"
+            + (", standardize=True" if expected.get("standardize") else "")
+            + (f", key_added={key!r})" if key in table.obsm else ")")
+        )
+    else:
+        how = f"the function that made the {expected['n_features']} features of the training slides"
     if key not in table.obsm:
         raise KeyError(
-            f"obsm has no {key!r}; it has {_listing(table.obsm)}. The model was trained on features of encoder "
-            f"{expected['id']!r} ({expected['n_features']} columns). Run sf.pp.encode_patches(data, "
-            f"encoder={expected['id']!r}) first, or give features_key=..."
+            f"obsm has no {key!r}; it has {_listing(table.obsm)}. The model was trained on {expected['n_features']} "
+            f"features. Run {how} first, or give features_key=..."
         )
     found = same_encoder([table], key)
-    for name in ("n_features", "id", "sha256", "mpp", "patch_um", "standardize"):
+    for name in ("n_features", "id", "sha256", "patch_um", "mpp", "standardize"):
         known = name in found and name in expected and (name != "id" or key in table.uns)
         if known and found[name] != expected[name]:
             raise ValueError(
                 f"obsm[{key!r}] was made with {name} {found[name]!r}, but the model was trained with {name} "
-                f"{expected[name]!r} (encoder {expected['id']!r}). Run sf.pp.encode_patches(data, "
-                f"encoder={expected['id']!r}) with the settings of the training slides."
+                f"{expected[name]!r}. Run {how}."
             )
 
 
@@ -145,7 +153,10 @@ def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = N
         duplicated = table.var_names[table.var_names.duplicated()][0]
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
     if layer is not None and layer not in table.layers:
-        raise KeyError(f"layers has no {layer!r}; it has {_listing(table.layers)}.")
+        raise KeyError(
+            f"layers has no {layer!r}; it has {_listing(table.layers)} (table of {table.n_obs} rows, first "
+            f"{table.obs_names[0]!r})."
+        )
     where = "X" if layer is None else f"layers[{layer!r}]"
     if genes is not None:
         missing = [gene for gene in genes if gene not in table.var_names]
@@ -183,6 +194,7 @@ def write(
     uns: dict | None = None,
 ) -> None:
     """Write ``obsm[key + suffix]``, ``obs[key + suffix]`` and ``uns[key]`` together."""
+    slot_name(key)
     for suffix, values in (arrays or {}).items():
         table.obsm[f"{key}{suffix}"] = values
     for suffix, values in (obs or {}).items():
@@ -230,15 +242,6 @@ def target_sum(table: AnnData, key: str) -> float | None:
     """Return what the values in ``obsm[key]`` are counts per; None for raw counts."""
     value = table.uns[key].get("normalization", {}).get("target_sum", 1e4)
     return None if value == "raw" else float(value)
-
-
-def background(table: AnnData, slide: Slide) -> tuple[np.ndarray, float] | None:
-    """Return the small image of an AnnData's slide and its µm per pixel, where there is one."""
-    library = table.uns.get("spatial", {}).get(slide.library_id, {})
-    image = library.get("images", {}).get("hires")
-    if image is None:
-        return None
-    return np.asarray(image), slide.mpp / float(library["scalefactors"]["tissue_hires_scalef"])
 
 
 def _plain(value):

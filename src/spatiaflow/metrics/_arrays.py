@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 
 def table(values, name: str) -> np.ndarray:
     """Return ``values`` as a finite float64 array (n, genes)."""
-    values = np.asarray(values, dtype=np.float64)
+    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"{name} must be an (n, genes) array; its shape is {values.shape}.")
     if len(values) == 0:

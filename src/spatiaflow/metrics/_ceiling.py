@@ -42,6 +42,8 @@ def noise_ceiling(
 
     Raises
     ------
+    TypeError
+        ``genes`` are not column numbers.
     ValueError
         Counts are negative, not integer, NaN or infinite.
     """
@@ -53,7 +55,9 @@ def noise_ceiling(
         )
     if n_repeats < 1:
         raise ValueError(f"n_repeats must be at least 1, not {n_repeats}.")
-    genes = np.arange(counts.shape[1]) if genes is None else np.asarray(genes, dtype=int)
+    genes = np.arange(counts.shape[1]) if genes is None else np.asarray(genes)
+    if not np.issubdtype(genes.dtype, np.integer):
+        raise TypeError("genes are column numbers here; of names, give var_names.get_indexer(names).")
     rng, data = np.random.default_rng(seed), data.astype(np.int64)
 
     def normalised(values) -> np.ndarray:

@@ -29,9 +29,13 @@ def load(path: str | Path) -> STFlow | Spatia:
     ------
     FileNotFoundError
         There is no such file.
+    TypeError
+        ``path`` is not a path.
     ValueError
         The file is truncated, corrupted, a pickle, or not a spatiaflow model.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"a model or the path of a saved one is needed, not {path!r}.")
     description, tensors = _base.read(path)
     if description["kind"] not in _KINDS:
         raise ValueError(f"{str(path)!r} holds a {description['kind']!r}; this version knows {', '.join(_KINDS)}.")

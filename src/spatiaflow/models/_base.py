@@ -62,8 +62,10 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         The file is truncated, corrupted, a pickle, or not a spatiaflow model.
     """
     path = Path(path)
+    if not path.is_file() and path.suffix != ".safetensors":  # as save() adds it
+        path = path.with_name(path.name + ".safetensors")
     if not path.is_file():
-        raise FileNotFoundError(f"no model file at {str(path)!r}.")
+        raise FileNotFoundError(f"no model file at {str(path)!r} (in {str(path.parent.resolve())!r}).")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get("spatiaflow")

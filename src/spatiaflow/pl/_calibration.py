@@ -54,6 +54,8 @@ def calibration(
     ------
     KeyError
         The slot or the counts of its genes are missing.
+    ValueError
+        ``draws`` are of another shape.
     """
     import matplotlib.pyplot as plt
 
@@ -61,6 +63,8 @@ def calibration(
     predicted = _io.slot_as_anndata(table, key)
     truth = _io.log_expression(table, list(predicted.var_names), layer, _io.target_sum(table, key))
     mean, std = predicted.X, predicted.layers["std"]
+    if draws is not None and np.shape(draws)[1:] != truth.shape:
+        raise ValueError(f"draws must be (n_draws, {truth.shape[0]}, {truth.shape[1]}); they are {np.shape(draws)}.")
     levels = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
     inside = []
     for level in levels:
@@ -90,6 +94,7 @@ def calibration(
     right.set(xlim=(0, top), ylim=(0, top), aspect="equal")
     right.set_xlabel("stated std (log1p)", fontsize=7)
     right.set_ylabel("root mean squared error", fontsize=7)
+    left.text(0.04, 0.96, f"n = {truth.size:,} values", transform=left.transAxes, ha="left", va="top", fontsize=6)
     for ax in (left, right):
         ax.tick_params(labelsize=6)
         sns.despine(ax=ax)

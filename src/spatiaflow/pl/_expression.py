@@ -60,11 +60,15 @@ def expression(
     ------
     KeyError
         The slot, a gene or the slide is missing.
+    ValueError
+        ``genes`` is empty.
     """
     import matplotlib.pyplot as plt
 
     _, table = _io.unpack(data, table_key)
     genes = [genes] if isinstance(genes, str) else list(genes)
+    if not genes:
+        raise ValueError("genes is empty; name at least one gene.")
     predicted = _io.slot_as_anndata(table, key)
     missing = [gene for gene in genes if gene not in predicted.var_names]
     if missing:
@@ -78,8 +82,10 @@ def expression(
     slide = by_name[library_id] if library_id else slides[0]
     has_truth = all(gene in table.var_names for gene in genes)
     columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
-    truth = _io.log_expression(table, genes, layer, _io.target_sum(table, key))[slide.rows] if has_truth else None
-    background = _io.background(table, slide)
+    per = _io.target_sum(table, key)
+    unit = "log1p counts" if per is None else f"log1p per {per / 1000:g}k" if per >= 1000 else f"log1p per {per:g}"
+    truth = _io.log_expression(table, genes, layer, per)[slide.rows] if has_truth else None
+    background = _io.background(data, table, slide)
 
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)
     width = 7.1 / 3 * len(columns)
@@ -98,7 +104,9 @@ def expression(
         top = max(float(np.quantile(shared, 0.995)), 1e-3)
         trusted = bool(predicted.var["trusted"].iloc[g]) if "trusted" in predicted.var else True
         for ax, column in zip(row, columns):
-            limit = (0, top) if column != "std" else (0, max(float(values["std"].max()), 1e-3))
+            limit = (0, top)
+            if column == "std":  # its own range: a spread is never near 0
+                limit = tuple(np.quantile(values["std"], [0.005, 0.995]) + [0, 1e-6])
             cmap = "viridis" if column != "std" else "magma"
             title = f"{gene}, {column}" + ("" if trusted or column != "predicted" else " (untrusted)")
             points = tissue_panel(
@@ -112,6 +120,9 @@ def expression(
                 bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
                 bar.ax.tick_params(labelsize=6, length=2)
                 bar.outline.set_visible(False)
-                bar.set_label("log1p per 10k" if column == "predicted" else "std", fontsize=6)
+                bar.set_label(unit if column == "predicted" else "std", fontsize=6)
     scale_bar(axes[-1, 0])
+    if f"{key}_ood" in table.obs and (share := (table.obs[f"{key}_ood"].to_numpy()[slide.rows] > 0.99).mean()) > 0.05:
+        note = f"{share:.0%} of the spots look unlike the training data (ood > 0.99)"
+        figure.supxlabel(note, fontsize=6, color="0.3")
     return finish(figure, show, return_fig)

@@ -88,7 +88,7 @@ def levels(
             title = f"{level}, component {row + 1} ({share[row]:.0%})"
             tissue_panel(
                 axes[row, column], slide, component, vmin=low, vmax=max(high, low + 1e-9),
-                background=_io.background(table, slide), title=title,
+                background=_io.background(data, table, slide), title=title,
             )  # fmt: skip
     scale_bar(axes[-1, 0])
     return finish(figure, show, return_fig)

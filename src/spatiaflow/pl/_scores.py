@@ -14,7 +14,7 @@ from spatiaflow.pl._tissue import finish
 def gene_scores(
     data: pd.DataFrame,
     *,
-    ceiling: pd.Series | None = None,
+    ceiling: pd.Series | np.ndarray | None = None,
     ylabel: str = "Pearson r",
     ax: Axes | None = None,
     show: bool | None = None,
@@ -27,7 +27,8 @@ def gene_scores(
     data
         Genes x methods, e.g. ``pd.DataFrame({"STFlow": metrics.pearson(...), "ridge": ...}, index=genes)``.
     ceiling
-        What noise allows for each gene (:func:`spatiaflow.metrics.noise_ceiling`), drawn as a line above.
+        What noise allows for each gene (:func:`spatiaflow.metrics.noise_ceiling`), drawn as a line above; an
+        array in the order of ``data``, or a Series by gene.
     ylabel
         Label of the score.
     ax
@@ -50,6 +51,8 @@ def gene_scores(
 
     if not isinstance(data, pd.DataFrame) or not data.shape[1]:
         raise TypeError("gene_scores draws a DataFrame of genes x methods.")
+    if ceiling is not None and not isinstance(ceiling, pd.Series):
+        ceiling = pd.Series(np.asarray(ceiling), index=data.index)
     scores = data.sort_values(data.columns[0], ascending=False)
     if ax is None:
         _, ax = plt.subplots(figsize=(max(3.5, 0.125 * len(scores) + 0.9), 2.4), layout="constrained")

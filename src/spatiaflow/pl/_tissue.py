@@ -15,9 +15,15 @@ def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, backgr
     """Draw one value a spot and return the collection; coordinates are µm."""
     x, y = slide.xy.T
     if background is not None:
-        image, scale = background  # µm per pixel of the background
+        image, scale, (left, upper) = background
         height, width = image.shape[:2]
-        ax.imshow(image, extent=(0, width * scale, height * scale, 0), alpha=0.45, interpolation="bilinear", zorder=0)
+        ax.imshow(
+            image,
+            extent=(left, left + width * scale, upper + height * scale, upper),
+            alpha=0.45,
+            interpolation="bilinear",
+            zorder=0,
+        )
     size = 0.92 * slide.pitch
     points = EllipseCollection(
         size, size, 0, units="xy", offsets=slide.xy, offset_transform=ax.transData, array=np.asarray(values, float),

@@ -101,8 +101,9 @@ def encode_patches(
     from spatiaflow.models.encoders import load_encoder
     from spatiaflow.pp._patches import cut
 
-    if not (np.isfinite(patch_um) and patch_um > 0):
-        raise ValueError(f"patch_um is the width of a patch in µm and must be positive, not {patch_um!r}.")
+    _io.positive(patch_um=patch_um)
+    _io.at_least_one(batch_size=batch_size)
+    _io.slot_name(key_added)
     started = time.perf_counter()
     data, table = _io.unpack(data, table_key, copy=copy)
     slides = _io.slides(
@@ -121,7 +122,7 @@ def encode_patches(
             found.source, found.channels_first, patch_um / pixels / found.mpp
         )
         found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
-        used = _check(image, found, slide, encoder, table, patch_um / pixels)
+        used = _check(image, found, slide, encoder, table, patch_um, pixels)
         parts = cut(
             image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size or 64
         )
@@ -154,8 +155,9 @@ def encode_patches(
     return data if copy else None
 
 
-def _check(image, found, slide, encoder, table, mpp: float) -> int:
+def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) -> int:
     """Return how many of the image's channels are used; refuse what cannot be meant."""
+    mpp = patch_um / pixels
     shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
     used = shape[0]
     names = [name.lower()[:1] for name in found.channels]
@@ -166,6 +168,10 @@ def _check(image, found, slide, encoder, table, mpp: float) -> int:
             f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {used}"
             f"{' (' + ', '.join(found.channels) + ')' if found.channels else ''}. Give another image_key= or encoder=, or "
             "choose channels: sdata[new_key] = sdata[image_key].sel(c=[...])."
+        )
+    if patch_um > found.mpp * max(shape[1:]):
+        raise ValueError(
+            f"patch_um={patch_um:g} is wider than image {found.name!r}, {found.mpp * max(shape[1:]):.0f} µm."
         )
     if image.dtype != np.uint8:
         raise ValueError(

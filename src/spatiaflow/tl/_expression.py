@@ -58,7 +58,7 @@ def train_stflow(
         Names, or how many of the genes with the largest variance of log-normalised expression (over all slides given;
         only genes that every slide measures).
     layer
-        Layer with raw counts; None reads ``X``.
+        Layer with raw counts of all genes measured, for the library size is their sum; None reads ``X``.
     target_sum
         Expression is log1p of counts per ``target_sum``; None: log1p of raw counts (the convention of HEST).
     preset
@@ -114,12 +114,13 @@ def train_stflow(
         preset = PRESETS[preset]
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
-    if isinstance(validation, float) and not 0 < validation < 1:
-        raise ValueError(f"validation as a fraction must lie between 0 and 1, not {validation}.")
-    objects = data if isinstance(data, list | tuple) else [data]
-    where = {"table_key": table_key, "shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key}
-    tables = [_io.unpack(one, table_key)[1] for one in objects]
-    slides = [_io.slides(one, spatial_key=spatial_key, mpp=mpp, **where) for one in objects]
+    _io.at_least_one(max_epochs=max_epochs)
+    _io.positive(target_sum=target_sum)
+    found = _io.collect(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    tables = [table for _, table, _ in found]
     encoder = _io.same_encoder(tables, features_key)
 
     if isinstance(genes, bool) or (isinstance(genes, int | np.integer) and genes < 1):
@@ -129,28 +130,28 @@ def train_stflow(
         if not genes or len(set(genes)) < len(genes):
             raise ValueError("genes names no gene, or one of them twice.")
     names = genes if isinstance(genes, list) else _io.shared_genes(tables)
-    parts, boxes, taken = [], {}, set()
-    for table, found in zip(tables, slides):
+    parts, boxes = [], {}
+    for _, table, slides in found:
         features = _io.features(table, features_key)
         library = _io.library_sizes(table, layer)
-        for slide in found:
-            library_id = slide.library_id
-            while library_id in taken:  # two objects may call their slide alike
-                library_id += "'"
-            taken.add(library_id)
-            parts.append((table, slide, library_id, features, library))
-            boxes[library_id] = {"n_obs": len(slide.rows), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
-    if isinstance(validation, list | tuple) and (unknown := set(validation) - taken):
-        raise ValueError(f"validation names slides that are not in data: {sorted(unknown)}; it has {sorted(taken)}.")
+        for name, slide in slides.items():
+            if len(slide.rows) < 2:
+                raise ValueError(f"slide {name!r} has a single spot; leave it out of the training.")
+            parts.append((table, slide, name, features, library))
+            boxes[name] = {"n_obs": len(slide.rows), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
+    _io.held_out(validation, boxes)
+    first = parts[0][3][0]
+    if all((features == first).all() for _, _, _, features, _ in parts):
+        raise ValueError(f"obsm[{features_key!r}] is the same in every row; there is nothing to learn from.")
     chosen = names if isinstance(genes, list) else _most_variable(parts, names, genes, layer, target_sum)
     training = []
-    for table, slide, library_id, features, library in parts:
+    for table, slide, name, features, library in parts:
         counts, _ = _io.counts(table, chosen, layer, rows=slide.rows)
         counts, size = _io.dense(counts), library[slide.rows]
         y = log_normalize(counts, size, target_sum)
-        training.append(SlideData(library_id, slide.xy, features[slide.rows], y, counts, size))
+        training.append(SlideData(name, slide.xy, features[slide.rows], y, counts, size))
     target = settings.torch_device(device)
-    pitch = float(np.median([slide.pitch for found in slides for slide in found]))
+    pitch = float(np.median([slide.pitch for _, slide, *_ in parts]))
     card = {"data": boxes, "n_genes": len(chosen), "target_sum": target_sum, "spatiaflow": spatiaflow.__version__}
     logger.info("training STFlow on %d slide(s), %d spots, device %s", len(training), sum(map(len, training)), target)
     return fit_stflow(
@@ -176,6 +177,8 @@ def _most_variable(parts, names, n, layer, target_sum) -> list[str]:
             for table, slide, _, _, library in parts
         ]
         variance.append(np.concatenate(y).var(0))
+    if n > len(names):
+        logger.warning("genes=%d were asked for; the slides share %d, and all are taken", n, len(names))
     order = np.argsort(-np.concatenate(variance), kind="stable")
     return [names[i] for i in order[:n]]
 
@@ -255,6 +258,8 @@ def predict_expression(
     from spatiaflow import models
 
     started = time.perf_counter()
+    _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
+    _io.slot_name(key_added)
     if not isinstance(model, models.STFlow):
         model = models.load(model)
     data, table = _io.unpack(data, table_key, copy=copy)

@@ -121,37 +121,35 @@ def train_spatia(
 
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
-    if isinstance(validation, float) and not 0 < validation < 1:
-        raise ValueError(f"validation as a fraction must lie between 0 and 1, not {validation}.")
+    _io.at_least_one(max_epochs=max_epochs)
+    _io.positive(crop_um=crop_um)
     modalities = check_modalities(modalities)
-    objects = data if isinstance(data, list | tuple) else [data]
-    where = {"table_key": table_key, "shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key}
-    tables = [_io.unpack(one, table_key)[1] for one in objects]
-    slides = [_io.slides(one, spatial_key=spatial_key, mpp=mpp, **where) for one in objects]
+    found = _io.collect(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
     if init is not None:
         init = init if isinstance(init, models.Spatia) else models.load(_file(init))
         config = init.config
         crop_um = config.crop_um
     else:
-        vocabulary = list(genes) if genes else list(dict.fromkeys(g for table in tables for g in table.var_names))
-        pitch = float(np.median([slide.pitch for found in slides for slide in found]))
+        vocabulary = list(genes) if genes else list(dict.fromkeys(g for _, table, _ in found for g in table.var_names))
+        pitch = float(np.median([slide.pitch for *_, slides in found for slide in slides.values()]))
         options = {"pitch_um": pitch, "crop_um": crop_um} | (preset or {})
         config = SpatiaConfig(genes=vocabulary if "genes" in modalities else [], channels=[], **options)
         if "image" in modalities:
-            config.channels = _channels(objects, slides, channels, config, image_key)
+            config.channels = _channels(found, channels, config, image_key)
     parts, boxes = [], {}
-    for one, table, found in zip(objects, tables, slides):
+    for one, table, slides in found:
         cells, inside = cell_slides(
-            one, table, found, genes=config.genes, channels=config.channels, channel_names=channels,
+            one, table, list(slides.values()), genes=config.genes, channels=config.channels, channel_names=channels,
             modalities=modalities, crop_um=crop_um, crop_pixels=config.crop_pixels, layer=layer, image_key=image_key,
         )  # fmt: skip
-        for slide, part in zip(found, cells):
-            while part.library_id in boxes:  # two objects may call their slide alike
-                part.library_id += "'"
-            boxes[part.library_id] = {"n_obs": len(part), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
+        for (name, slide), part in zip(slides.items(), cells):
+            part.library_id = name
+            boxes[name] = {"n_obs": len(part), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
             parts.append(part.take(np.flatnonzero(inside[slide.rows])) if "image" in modalities else part)
-    if isinstance(validation, list | tuple) and (unknown := set(validation) - set(boxes)):
-        raise ValueError(f"validation names slides that are not in data: {sorted(unknown)}; it has {sorted(boxes)}.")
+    _io.held_out(validation, boxes)
     training, held_out = hold_out(parts, validation, 2 * config.anchor_um)
     sizes = [np.asarray(part.counts.sum(1)).ravel() for part in training if part.counts is not None]
     target_sum = init.target_sum if init else float(np.median(np.concatenate(sizes))) if sizes else 1.0
@@ -175,13 +173,13 @@ def _file(model: str | Path) -> str | Path:
     return weights(str(model))
 
 
-def _channels(objects, slides, names, config, image_key) -> list[str]:
+def _channels(collected, names, config, image_key) -> list[str]:
     """Every channel of every slide, under the name it is given in ``names``."""
     from spatiaflow.pp._crops import slide_crops
 
     found = []
-    for one, part in zip(objects, slides):
-        for slide in part:
+    for one, _, slides in collected:
+        for slide in slides.values():
             crops = slide_crops(one, slide, crop_um=config.crop_um, pixels=config.crop_pixels, image_key=image_key)
             found += [str((names or {}).get(name, name)).lower() for name in crops.channels]
     return list(dict.fromkeys(found))
@@ -268,6 +266,8 @@ def embed_spatia(
     from spatiaflow.tl._cells import cell_slides, check_modalities
 
     started = time.perf_counter()
+    _io.at_least_one(batch_size=batch_size)
+    _io.slot_name(key_added)
     modalities = check_modalities(modalities)
     levels = (levels,) if isinstance(levels, str) else tuple(levels)
     if not levels or set(levels) - set(LEVELS):

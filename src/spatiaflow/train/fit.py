@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import tempfile
 import warnings
@@ -9,13 +11,49 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from scipy import sparse
 from torch.utils.data import DataLoader, Dataset
 
 from spatiaflow._settings import progress
 
-NEWEST, BEST = "last.ckpt", "best.ckpt"
+NEWEST, BEST, RUN = "last.ckpt", "best.ckpt", "run.json"
+
+
+def claim(folder: Path, resume: bool, **run) -> None:
+    """Note in a checkpoint folder what a run is made of; when resuming, refuse the state of another run.
+
+    Parameters
+    ----------
+    run
+        Settings (anything with a faithful ``repr``) and arrays, by name; a list of them counts as one.
+    """
+    now = {name: _digest(value) for name, value in run.items()}
+    note = folder / RUN
+    if resume and any(folder.rglob("*.ckpt")):
+        known = json.loads(note.read_text()) if note.exists() else {}
+        if other := [name for name in now if known.get(name) != now[name]]:
+            raise ValueError(
+                f"{str(folder)!r} holds another run: it differs in {', '.join(other)}. Give the arguments and data of that "
+                "run, or another checkpoint_dir."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(now, indent=1))
+
+
+def _digest(value) -> str:
+    digest = hashlib.sha256()
+    for one in value if isinstance(value, list) else [value]:
+        if sparse.issparse(one):
+            parts = [one.data, one.indices, one.indptr]
+        else:
+            parts = [one] if isinstance(one, np.ndarray) else [np.frombuffer(repr(one).encode(), np.uint8)]
+        for part in parts:
+            digest.update(f"{part.shape}{part.dtype}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def fit(

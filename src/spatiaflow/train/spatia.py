@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, scaled
-from spatiaflow.train.fit import fit
+from spatiaflow.train.fit import claim, fit
 
 LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.3, "contrast": 0.1, "niche": 1.0, "tissue": 0.5}
 
@@ -242,6 +242,13 @@ def fit_spatia(
     seed: int = 0,
 ) -> Spatia:
     """Fit a SPATIA to training slides; the epoch is chosen by the loss on validation slides."""
+    if checkpoint_dir is not None:
+        claim(
+            checkpoint_dir, resume, config=config, target_sum=target_sum, losses=losses, max_epochs=max_epochs, seed=seed,
+            batches_per_epoch=batches_per_epoch, learning_rate=learning_rate, init=init and init.sha256,
+            slides=tuple(s.library_id for s in [*slides, *validation]),
+            data=[v for s in [*slides, *validation] for v in (s.xy, s.counts, s.intensity)],
+        )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = SpatiaNetwork(config)

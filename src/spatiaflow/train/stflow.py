@@ -38,7 +38,7 @@ from spatiaflow.models.stflow import (
     STFlow,
     standardize,
 )  # fmt: skip
-from spatiaflow.train.fit import fit
+from spatiaflow.train.fit import claim, fit
 from spatiaflow.train.regions import Regions, WholeSlides
 
 MAX_FOLDS = 5
@@ -99,6 +99,12 @@ def fit_stflow(
     seed: int = 0,
 ) -> STFlow:
     """Fit an STFlow to training slides (raw features, log-normalised expression); every choice is made inside them."""
+    if checkpoint_dir is not None:
+        claim(
+            checkpoint_dir, resume, preset=preset, genes=tuple(genes), target_sum=target_sum, validation=repr(validation),
+            max_epochs=max_epochs or preset.max_epochs, seed=seed, slides=tuple(s.library_id for s in slides),
+            data=[value for s in slides for value in (s.xy, s.features, s.counts, s.library)],
+        )  # fmt: skip
     features = np.concatenate([s.features for s in slides]).astype(np.float64)
     mean, std = features.mean(0), features.std(0)
     std = np.where(std < 1e-6, 1.0, std)
@@ -262,9 +268,12 @@ def _fit_network(fold: _Fold, preset, weight, description, seed, where, resume, 
     if where is not None:
         finished = where / "finished.safetensors"
         if resume and finished.exists():
-            description, tensors = _base.read(finished)
-            module.denoiser.load_state_dict(tensors)
-            return module.denoiser, description["history"]
+            try:
+                description, tensors = _base.read(finished)
+                module.denoiser.load_state_dict(tensors)
+                return module.denoiser, description["history"]
+            except ValueError:
+                logger.warning("%s is damaged: its network is finished again from the last checkpoint", finished)
         if not resume and where.exists():
             shutil.rmtree(where)
         where.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,10 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +67,10 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, patches: Tensor) -> Tensor:
         """Encode uint8 patches, n x C x h x w; the result (n x F, float32) is on the CPU."""
-        out = torch.as_tensor(self.function(patches))
+        out = self.function(patches)
+        if not isinstance(out, Tensor | np.ndarray):
+            raise TypeError(f"encoder {self.id!r} must return a tensor or an array, not {type(out).__name__}.")
+        out = torch.as_tensor(out)
         if out.ndim != 2 or len(out) != len(patches):
             raise ValueError(
                 f"encoder {self.id!r} must return one vector a patch, ({len(patches)}, features); it returned {tuple(out.shape)}."
@@ -136,6 +141,8 @@ def load_encoder(
 
     Raises
     ------
+    ValueError
+        The name is almost that of an encoder.
     ImportError
         The model needs a package.
     OSError
@@ -161,6 +168,8 @@ def load_encoder(
         return _conch(checkpoint, device)
     if str(encoder) in TIMM:
         return _timm(str(encoder), checkpoint, device)
+    if not Path(encoder).exists() and (near := get_close_matches(str(encoder).lower(), SHORT_NAMES, 1, 0.75)):
+        raise ValueError(f"there is no encoder {str(encoder)!r}; did you mean {near[0]!r}?")
     return _transformers(str(encoder), device)
 
 

@@ -1,0 +1,40 @@
+"""Checks of arguments that verbs share."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+import numpy as np
+
+
+def at_least_one(**values) -> None:
+    """Refuse what is not a whole number of at least 1; None passes."""
+    for name, value in values.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+
+def positive(**values) -> None:
+    """Refuse what is not a positive, finite number; None passes."""
+    for name, value in values.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (number and np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, not {value!r}.")
+
+
+def slot_name(key_added) -> None:
+    """Refuse a name that no slot can have; None passes."""
+    if key_added is not None and not (isinstance(key_added, str) and key_added and "/" not in key_added):
+        raise ValueError(f"key_added must be the name of a slot (text without '/'), not {key_added!r}.")
+
+
+def held_out(validation, names) -> None:
+    """Refuse slides to hold out that are not there, or that leave nothing to train on; and an impossible fraction."""
+    if isinstance(validation, float) and not 0 < validation < 1:
+        raise ValueError(f"validation as a fraction must lie between 0 and 1, not {validation}.")
+    if isinstance(validation, list | tuple):
+        if unknown := sorted(set(validation) - set(names)):
+            raise ValueError(f"validation names slides that are not in data: {unknown}; it has {sorted(names)}.")
+        if not set(names) - set(validation):
+            raise ValueError("validation names every slide; at least one must be left to train on.")
