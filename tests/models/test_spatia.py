@@ -4,6 +4,7 @@ import torch
 from scipy import sparse
 
 from spatiaflow import models
+from spatiaflow.models.encoders._cell import ImageEncoder
 from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, scaled
 from spatiaflow.models.spatial import anchor_graph, anchors
 from spatiaflow.train.spatia import CellSlide
@@ -105,9 +106,10 @@ def test_a_missing_channel_leaves_no_trace(network, tokens):
         torch.testing.assert_close(network.image.reconstruction(garbage, present), one)
 
 
-def test_reconstruction_is_the_error_of_the_patches_that_were_hidden(network, tokens):
-    """Against a loop over cells, patches and channels."""
-    crops, encoder = tokens[2][:3], network.image
+def test_reconstruction_is_the_error_of_the_patches_that_were_hidden(tokens):
+    """Against a loop over cells, patches and channels, with the linear patch embedding of the published ViT-MAE."""
+    torch.manual_seed(0)
+    crops, encoder = tokens[2][:3], ImageEncoder(SpatiaConfig([], ["a", "b", "c"], stem_width=0, **SIZES)).eval()
     with torch.inference_mode():
         torch.manual_seed(4)
         found = float(encoder.reconstruction(crops))
@@ -125,6 +127,27 @@ def test_reconstruction_is_the_error_of_the_patches_that_were_hidden(network, to
                         errors.append(float(((predicted[n, p, :, :, c] - target) ** 2).mean()))
     assert len(errors) == 27  # three of four patches
     assert found == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_what_is_hidden_leaves_no_trace_in_its_reconstruction(network, tokens):
+    """Convolutions see beyond a patch; the gradient at hidden pixels must come through the target alone."""
+    encoder, crops = network.image, tokens[2].clone().requires_grad_()
+    seen = {}
+    handle = encoder.mae.decoder.register_forward_hook(lambda _, __, out: seen.update(logits=out.logits))
+    torch.manual_seed(5)
+    encoder.reconstruction(crops)
+    handle.remove()
+    torch.manual_seed(5)
+    kept = torch.rand(12, 4).argsort(1).argsort(1) < 1
+    (gradient,) = torch.autograd.grad(seen["logits"].square().sum(), crops)
+    of_patch = gradient.abs().amax(1).view(12, 2, 8, 2, 8).amax((2, 4)).view(12, 4)
+    assert (of_patch[~kept] == 0).all() and (of_patch[kept] > 0).all()
+    statistics = [m.running_mean.clone() for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    encoder.train()
+    encoder.reconstruction(tokens[2])
+    encoder.eval()
+    after = [m.running_mean for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert statistics and all(torch.equal(a, b) for a, b in zip(statistics, after))
 
 
 def test_at_weight_zero_each_modality_passes_unchanged(network, tokens):

@@ -41,6 +41,8 @@ class SpatiaConfig:
         Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
     width, n_heads, dropout
         Of every transformer and of every embedding.
+    stem_width
+        Channels of the first convolutions before the vision transformer; 0: its patch embedding is linear.
     image_layers, gene_layers, gene_latents
         Depth of the encoders, and the number of tokens that genes are gathered in.
     genes_to_image, image_to_gene
@@ -56,13 +58,14 @@ class SpatiaConfig:
 
     genes: list[str]
     channels: list[str]
-    crop_um: float = 10.2
+    crop_um: float = 20.4
     crop_pixels: int = 48
     patch_pixels: int = 8
     width: int = 128
     n_heads: int = 4
     dropout: float = 0.1
-    image_layers: int = 4
+    stem_width: int = 32
+    image_layers: int = 2
     gene_layers: int = 2
     gene_latents: int = 8
     genes_to_image: float = 1.0
@@ -209,7 +212,8 @@ class SpatiaNetwork(nn.Module):
 
     def log_rates(self, embedding: Tensor, level: str) -> Tensor:
         """Log of the expected share of the library, n x genes."""
-        return self.rates(self.heads[level](embedding))
+        with torch.autocast(embedding.device.type, enabled=False):  # a likelihood needs more than 8 bits
+            return self.rates(self.heads[level](embedding.float()))
 
     @property
     def theta(self) -> Tensor:

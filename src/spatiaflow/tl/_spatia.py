@@ -29,7 +29,7 @@ def train_spatia(
     losses: dict[str, float] | None = None,
     genes: list[str] | None = None,
     channels: dict[str, str] | None = None,
-    crop_um: float = 10.2,
+    crop_um: float = 20.4,
     layer: str | None = None,
     preset: dict | None = None,
     validation: list[str] | float = 0.1,

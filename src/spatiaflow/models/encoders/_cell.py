@@ -11,7 +11,8 @@ class ImageEncoder(nn.Module):
     """ViT-MAE of transformers over crops with any number of channels.
 
     Crops are n x C x p x p in units where 0 is a channel's background and 1 its bright end. A channel that a slide lacks
-    is filled with a learned value, which the linear patch embedding turns into a learned token.
+    is filled with a learned value. With ``stem_width`` convolutions stand in for the linear patch embedding: from tens of
+    thousands of cells a transformer alone does not learn what an edge is (Xiao et al. 2021, arXiv 2106.14881).
     """
 
     MASK_RATIO = 0.75
@@ -27,6 +28,10 @@ class ImageEncoder(nn.Module):
             decoder_num_attention_heads=c.n_heads, decoder_intermediate_size=2 * c.width, mask_ratio=self.MASK_RATIO,
         )  # fmt: skip
         self.mae = ViTMAEForPreTraining(config)
+        if c.stem_width:
+            self.mae.vit.embeddings.patch_embeddings.projection = stem(
+                len(c.channels), c.stem_width, c.width, c.patch_pixels
+            )
         self.patch = c.patch_pixels
         self.missing = nn.Parameter(torch.zeros(len(c.channels)))
         n_tokens = (c.crop_pixels // c.patch_pixels) ** 2
@@ -47,16 +52,36 @@ class ImageEncoder(nn.Module):
         """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation."""
         self.mae.config.mask_ratio = self.MASK_RATIO
         x = self.fill(crops, present)
-        seen = self.mae.vit(x)
+        noise = torch.rand(len(x), len(self.order), device=x.device)
+        n_kept = int(len(self.order) * (1 - self.MASK_RATIO))
+        kept = noise.argsort(1).argsort(1) < n_kept  # as the vision transformer will choose
+        side = int(len(self.order) ** 0.5)
+        shown = kept.view(-1, 1, side, side).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+        # convolutions see beyond a patch: what is masked must be gone before them
+        embed = self.mae.vit.embeddings.patch_embeddings.projection
+        mode = embed.training
+        embed.eval()  # crops with holes must not enter the running statistics
+        seen = self.mae.vit(torch.where(shown, x, self.missing[:, None, None]), noise=noise)
+        embed.train(mode)
         predicted = self.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits
         n, channels = crops.shape[:2]
         predicted = predicted.view(n, -1, self.patch**2, channels)  # n x patches x pixels x C
         target = F.unfold(x, self.patch, stride=self.patch).view(n, channels, self.patch**2, -1).permute(0, 3, 2, 1)
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-2) ** 0.5
-        weight = seen.mask[..., None].expand(-1, -1, channels)
+        weight = (~kept)[..., None].expand(-1, -1, channels)
         if present is not None:
             weight = weight * present[:, None]
         return ((predicted - target) ** 2).mean(2).mul(weight).sum() / weight.sum().clamp_min(1)
+
+
+def stem(n_channels: int, width: int, out: int, patch: int) -> nn.Sequential:
+    """Convolutions from crops to one vector a patch, as a patch embedding gives (n x out x p/patch x p/patch)."""
+    layers, channels = [], n_channels
+    while patch % 2 == 0 and len(layers) < 18:
+        for i, stride in ((channels, 2), (width, 1)):
+            layers += [nn.Conv2d(i, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels, width, patch = width, 2 * width, patch // 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, out, patch, patch))
 
 
 class GeneEncoder(nn.Module):

@@ -1,0 +1,53 @@
+"""Train the weights that the package carries: SPATIA on the part x < 16500 px of a Xenium slide of human pancreas.
+
+    python benchmarks/weights.py pancreas.zarr --checkpoints run
+
+``pancreas.zarr``: SpatialData with image ``"morphology"`` of 4 channels (dapi, bound, rna, prot) and a table of counts,
+in µm. Cells with fewer than 5 counts are left out, and a band of the training part chooses the epoch.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import spatialdata as sd
+
+import spatiaflow as sf
+from spatiaflow import _io
+
+MPP = 0.2125
+TRAINING_EDGE = 16500  # px
+WHERE = Path(sf.__file__).parent / "datasets" / "weights"
+
+
+def training_part(path: str):
+    """Cells of the training part with at least 5 counts, and genes without controls."""
+    sdata = sd.read_zarr(path)
+    table = sdata["table"]
+    (slide,) = _io.slides(sdata, mpp=1)
+    enough = np.asarray(table.X.sum(1)).ravel() >= 5
+    genes = ~table.var["control"].to_numpy(bool) if "control" in table.var else np.ones(table.n_vars, bool)
+    kept = enough & (slide.xy[:, 0] < TRAINING_EDGE * MPP)
+    part = table[kept, genes].copy()
+    del sdata.tables["table"]
+    sdata["table"] = part
+    return sdata
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store")
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=WHERE / "spatia-pancreas-small.safetensors")
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    model = sf.tl.train_spatia(
+        training_part(a.store), mpp=1, validation=0.05, max_epochs=a.epochs, checkpoint_dir=a.checkpoints,
+        resume=a.resume, precision=a.precision, random_state=a.seed,
+    )  # fmt: skip
+    print(model.save(a.out))
+    for name, values in model.history.items():
+        print(name, np.round(values, 4))
