@@ -63,3 +63,79 @@ def test_a_crop_is_what_lies_around_the_cell(pixels):
             left, top = int(np.ceil(x - 12.5 - 1e-6)), int(np.ceil(y - 12.5 - 1e-6))
             np.testing.assert_allclose(mean, image[:, top : top + 24, left : left + 24].mean((1, 2)), atol=1.0)
     assert crops.channels == ("dapi", "bound", "rna", "prot")
+
+
+def test_the_same_row_may_be_asked_for_twice():
+    image, xy = np.random.default_rng(1).integers(0, 255, (2, 60, 60)).astype(np.uint8), np.array([[9.0, 9], [40, 30]])
+    crops = crops_of(image, xy)
+    assert torch.equal(crops.read([1, 0, 1]), crops.read([0, 1])[[1, 0, 1]])
+
+
+def test_a_crop_may_fit_its_cell_and_says_its_scale():
+    sdata = sf.datasets.simulated_tissue(60, seed=0)
+    crops = sf.pp.crops(sdata, crop_um=None, pixels=24, image_key="fluorescence")
+    polygons = sdata["nuclei"].loc[sdata["table"].obs["cell_id"]]
+    side = 1.25 * np.maximum(polygons.bounds.maxx - polygons.bounds.minx, polygons.bounds.maxy - polygons.bounds.miny)
+    assert np.ptp(crops.scale) > 0.05
+    np.testing.assert_allclose(crops.scale * 24, side, atol=2)  # whole pixels of 0.5 µm, two of each
+    order = np.array([7, 3, 50])
+    assert torch.equal(crops.read(order), torch.stack([crops.take(np.array([i])).read([0])[0] for i in order]))
+    assert crops.read(order).shape == (3, 4, 24, 24)
+
+
+def test_pixels_of_other_cells_are_left_out():
+    """Against the polygon itself, pixel by pixel."""
+    import shapely
+
+    sdata = sf.datasets.simulated_tissue(60, seed=0)
+    whole = sf.pp.crops(sdata, crop_um=12.0, pixels=24, image_key="fluorescence")
+    own = sf.pp.crops(sdata, crop_um=12.0, pixels=24, own_pixels=True, image_key="fluorescence").read(range(60)).numpy()
+    polygons = sdata["nuclei"].loc[sdata["table"].obs["cell_id"]].geometry
+    size = 12 / whole.mpp
+    for crop, full, polygon, (x, y) in zip(own, whole.read(range(60)).numpy(), polygons, whole.xy):
+        left, top = np.ceil(x - size / 2 - 0.5 - 1e-6), np.ceil(y - size / 2 - 0.5 - 1e-6)
+        grid = np.meshgrid((left + np.arange(24) + 0.5) * whole.mpp, (top + np.arange(24) + 0.5) * whole.mpp)
+        inside = shapely.contains_xy(polygon, *grid)
+        np.testing.assert_array_equal(crop, full * inside)
+    assert (own == 0).mean() > 0.3
+
+
+def test_tiles_are_the_sums_of_their_cells():
+    sdata = sf.datasets.simulated_tissue(300, seed=0)
+    tiles, table = sf.pp.tiles(sdata, tile_um=40), sdata["table"]
+    members, (slide,) = tiles.uns["tiles"]["members"], _io.slides(sdata)
+    assert (members >= 0).all() and tiles.n_obs > 4
+    for t in range(tiles.n_obs):
+        mine = members == t
+        np.testing.assert_array_equal(tiles.X[t].toarray()[0], table.X[mine].sum(0).A1)
+        assert tiles.obs["n_cells"].iloc[t] == mine.sum() > 0
+        off = np.abs(slide.xy[mine] - tiles.obsm["spatial"][t] * slide.mpp)
+        assert off.max() <= 20
+    assert tiles.X.sum() == table.X.sum()
+
+
+def test_tiles_of_an_anndata_have_pictures(slide):
+    adata = slide("a")
+    adata.uns["spatial"]["a"]["images"] = {"hires": np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)}
+    tiles = sf.pp.tiles(adata, tile_um=600)
+    crops = sf.pp.crops(tiles, crop_um=600, pixels=16, image_key="hires")
+    assert crops.read(range(tiles.n_obs)).shape == (tiles.n_obs, 3, 16, 16)
+    np.testing.assert_allclose(crops.scale, 600 / 16)
+
+
+BAD_CROPS = {
+    "several slides": ({"library_key": "section"}, ValueError, "give library_id="),
+    "no such slide": ({"library_key": "section", "library_id": "z"}, KeyError, "no slide 'z'"),
+    "no polygons": ({"own_pixels": True}, ValueError, "need polygons or labels"),
+    "no width": ({"crop_um": 0}, ValueError, "crop_um"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CROPS)
+def test_bad_crops_are_a_clear_error(slide, case):
+    adata = slide("a")
+    adata.obs["section"] = np.where(np.arange(adata.n_obs) < 70, "x", "y")
+    adata.uns["spatial"]["a"]["images"] = {"hires": np.zeros((600, 600, 3), np.uint8)}
+    kwargs, error, message = BAD_CROPS[case]
+    with pytest.raises(error, match=message):
+        sf.pp.crops(adata, mpp=0.5, **({"image_key": "hires"} | kwargs))

@@ -153,6 +153,13 @@ def test_bad_arguments_are_clear_errors(tmp_path):
     adata = spots(tmp_path)
     with pytest.raises(ValueError, match="patch_um"):
         sf.pp.encode_patches(adata, patch_um=0)
+    for wide in ("112", 1e5):
+        with pytest.raises(ValueError, match="patch_um"):
+            sf.pp.encode_patches(adata, patch_um=wide)
+    with pytest.raises(ValueError, match="did you mean 'texture'"):
+        sf.pp.encode_patches(adata, encoder="textur")
+    with pytest.raises(TypeError, match="must return a tensor or an array, not NoneType"):
+        sf.pp.encode_patches(adata, encoder=lambda patches: None)
     with pytest.raises(ValueError, match="NaN or infinite features for 3 patches of 's'"):
         sf.pp.encode_patches(adata, encoder=lambda p: centre(p) * np.nan)
     assert not adata.obsm.keys() - {"spatial"}

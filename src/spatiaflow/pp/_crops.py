@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from anndata import AnnData
+from spatialdata import SpatialData
+from torch.nn import functional as F
 
 from spatiaflow import _io
-from spatiaflow.pp._patches import cut
+from spatiaflow.pp._patches import corners, cut
+
+MARGIN = 1.25  # of a crop that fits its cell, over the longer side of the cell's box
 
 
 @dataclass
 class Crops:
-    """Square crops around the cells of one slide.
+    """Square crops around the cells (or tiles) of one slide; made by :func:`spatiaflow.pp.crops`.
 
     Attributes
     ----------
@@ -23,19 +28,28 @@ class Crops:
     xy
         Middle of each crop, n x 2, pixels of the image.
     width
-        Side of a crop in pixels of the image.
+        Side of the crops in pixels of the image: one for all, or one of each.
     pixels
         Side of a crop as it is read.
     channels
         Names of the image's channels.
+    mpp
+        µm per pixel of the image.
+    masks
+        Pixels of each cell, where those of others are to be left out.
+    members
+        Of each crop, its place in ``masks``.
     """
 
     image: object
     xy: np.ndarray
-    width: float
+    width: float | np.ndarray
     pixels: int
     channels_first: bool
     channels: tuple[str, ...]
+    mpp: float = 1.0
+    masks: object | None = None
+    members: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -46,23 +60,51 @@ class Crops:
         n_channels = self.image.shape[0 if self.channels_first else 2]
         return len(self), n_channels, self.pixels, self.pixels
 
+    @property
+    def scale(self) -> np.ndarray:
+        """µm per pixel of each crop as it is read, n."""
+        return np.broadcast_to(np.asarray(self.width) * self.mpp / self.pixels, len(self))
+
+    def take(self, rows: np.ndarray) -> Crops:
+        """Some of the crops."""
+        width = self.width if np.isscalar(self.width) else self.width[rows]
+        members = None if self.members is None else self.members[rows]
+        return replace(self, xy=self.xy[rows], width=width, members=members)
+
     def batches(
         self, batch_size: int = 512, rows: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield (rows, crops n x C x p x p), tile of the image by tile, so that each part of it is read once."""
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
-        arguments = {"channels_first": self.channels_first, "batch_size": batch_size}
-        for part, crops in cut(self.image, self.xy[rows], self.width, self.pixels, **arguments):
-            yield rows[part], crops
+        for places, found in self._cut(rows, batch_size):
+            yield rows[places], found
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Return the crops of some cells, n x C x p x p, in the order of ``rows``."""
         rows, out = np.asarray(rows), None
-        arguments = {"channels_first": self.channels_first, "batch_size": max(len(rows), 1)}
-        for part, crops in cut(self.image, self.xy[rows], self.width, self.pixels, **arguments):
-            out = crops.new_empty(len(rows), *crops.shape[1:]) if out is None else out
-            out[torch.from_numpy(part)] = crops
+        for places, found in self._cut(rows, max(len(rows), 1)):
+            out = found.new_empty(len(rows), *found.shape[1:]) if out is None else out
+            out[torch.from_numpy(places)] = found
         return out if out is not None else torch.empty(0, *self.shape[1:])
+
+    def _cut(self, rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Yield (places in ``rows``, crops), one width after the other."""
+        sizes = np.round(np.broadcast_to(self.width, len(self))[rows]).astype(int)
+        arguments = {"channels_first": self.channels_first, "batch_size": batch_size}
+        for size in np.unique(sizes):
+            same = np.flatnonzero(sizes == size)
+            width = self.width if np.isscalar(self.width) else size
+            for part, found in cut(self.image, self.xy[rows[same]], width, self.pixels, **arguments):
+                if self.masks is not None:
+                    found = found * self._own(rows[same[part]], size).to(found.dtype)
+                yield same[part], found
+
+    def _own(self, rows: np.ndarray, size: int) -> torch.Tensor:
+        """Which pixels of the crops are their cell's own, n x 1 x p x p."""
+        start = corners(self.xy[rows], size)
+        inside = np.stack(list(self.masks.inside(self.members[rows], np.concatenate([start, start + size], 1))))
+        mask = torch.from_numpy(inside)[:, None].float()
+        return F.interpolate(mask, (self.pixels, self.pixels), mode="bilinear", antialias=True) > 0.5
 
     def intensity(self, n: int = 1000, low: float = 1.0, high: float = 99.5) -> np.ndarray:
         """Percentiles of each channel over evenly spaced cells, channels x 2: background and bright end."""
@@ -72,13 +114,113 @@ class Crops:
         return np.stack([low, np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))], 1)
 
 
-def slide_crops(data, slide: _io.Slide, *, crop_um: float, pixels: int, image_key=None) -> Crops:
-    """Crops of all cells of one slide."""
-    found = _io.slide_image(data, slide, image_key=image_key, mpp=crop_um / pixels)
-    width = crop_um / found.mpp
-    image, channels_first, factor = _io.open_image(found.source, found.channels_first, width / pixels)
+def crops(
+    data: AnnData | SpatialData,
+    *,
+    crop_um: float | None = 20.4,
+    pixels: int = 48,
+    own_pixels: bool = False,
+    library_id: str | None = None,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+) -> Crops:
+    """Crops of the cells of one slide, in the order of the table, cut from the image when they are read.
+
+    Nothing is written, and of the image only the parts around the cells asked for are read:
+    ``sf.pp.crops(sdata).read([0, 5])`` gives a tensor of 2 crops, ``.batches()`` runs over all of them tile by tile.
+
+    Parameters
+    ----------
+    data
+        Cells with an image; or tiles of :func:`spatiaflow.pp.tiles`, as an AnnData with an image.
+    crop_um
+        Side of a crop, µm. None fits each crop to its cell: 1.25 times the longer side of its polygon's box; ``.scale``
+        then says how many µm a pixel of each is.
+    pixels
+        Side of a crop after resampling.
+    own_pixels
+        Set what is not the cell's own (by its polygon or label) to 0, neighbouring cells above all.
+    library_id
+        The slide; may be None where there is one.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData; ``image_key`` may be omitted where one image shares the cells' coordinate system.
+    library_key
+        Column of ``.obs`` that tells slides apart.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say.
+
+    Returns
+    -------
+    :class:`spatiaflow.pp.Crops`
+
+    Raises
+    ------
+    KeyError
+        No image, several and no ``image_key``, or no such slide.
+    ValueError
+        Several slides and no ``library_id``, masks are asked for where there are none, or the scale is unknown.
+    """
+    _io.positive(crop_um=crop_um)
+    _io.at_least_one(pixels=pixels)
+    _, table = _io.unpack(data, table_key)
+    slides = {
+        slide.library_id: slide
+        for slide in _io.slides(
+            data,
+            table_key=table_key,
+            shapes_key=shapes_key,
+            labels_key=labels_key,
+            library_key=library_key,
+            spatial_key=spatial_key,
+            mpp=mpp,
+        )  # fmt: skip
+    }
+    if library_id is None and len(slides) > 1:
+        raise ValueError(f"there are {len(slides)} slides ({', '.join(slides)}): give library_id=.")
+    if library_id is not None and library_id not in slides:
+        raise KeyError(f"no slide {library_id!r}; there are {', '.join(slides)}.")
+    slide = slides[library_id] if library_id is not None else next(iter(slides.values()))
+    return slide_crops(data, slide, table, crop_um=crop_um, pixels=pixels, own_pixels=own_pixels, image_key=image_key)
+
+
+def slide_crops(
+    data, slide: _io.Slide, table=None, *, crop_um: float | None, pixels: int, own_pixels=False, image_key=None
+) -> Crops:
+    """Crops of all cells of one slide; ``crop_um`` None fits them to the cells."""
+    found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)
+    masks = None
+    if own_pixels or crop_um is None:
+        if isinstance(data, AnnData):
+            raise ValueError(
+                "crops that know their cell need polygons or labels of a SpatialData; an AnnData has none."
+            )
+        masks = _io.masks(data, table, slide, found)
+    if crop_um is None:
+        box = masks.bounds
+        width = MARGIN * np.maximum(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]).astype(float)
+        usual = np.median(width[width > 0]) if (width > 0).any() else pixels
+        width = np.clip(np.where(width > 0, width, usual), 4, 8 * usual)  # cells without area get the usual width
+    else:
+        width = crop_um / found.mpp
+    image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
     channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
     width, xy = width / factor, found.xy / factor
-    if abs(width / pixels - 1) < 0.02:  # so near that resampling would only blur
+    if crop_um is not None and abs(width / pixels - 1) < 0.02:  # so near that resampling would only blur
         width = pixels
-    return Crops(image, xy, width, pixels, channels_first, tuple(channels))
+    members = np.arange(len(xy)) if own_pixels else None
+    return Crops(
+        image,
+        xy,
+        width,
+        pixels,
+        channels_first,
+        tuple(channels),
+        found.mpp * factor,
+        masks if own_pixels else None,
+        members,
+    )

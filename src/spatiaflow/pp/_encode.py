@@ -169,10 +169,6 @@ def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) ->
             f"{' (' + ', '.join(found.channels) + ')' if found.channels else ''}. Give another image_key= or encoder=, or "
             "choose channels: sdata[new_key] = sdata[image_key].sel(c=[...])."
         )
-    if patch_um > found.mpp * max(shape[1:]):
-        raise ValueError(
-            f"patch_um={patch_um:g} is wider than image {found.name!r}, {found.mpp * max(shape[1:]):.0f} µm."
-        )
     if image.dtype != np.uint8:
         raise ValueError(
             f"image {found.name!r} is {image.dtype}; patches are encoded from uint8. Scale each channel to 0-255 first."
@@ -185,6 +181,10 @@ def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) ->
             f"{int(outside.sum())} of {len(outside)} spots of slide {slide.library_id!r} lie outside of image "
             f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {table.obs_names[slide.rows[np.argmax(outside)]]!r}). "
             + ("With x and y swapped all would lie inside." if swapped else "Are x and y swapped, or is mpp wrong?")
+        )
+    if patch_um > 4 * found.mpp * max(shape[1:]):
+        raise ValueError(
+            f"patch_um={patch_um:g} is many times the width of image {found.name!r}, {found.mpp * max(shape[1:]):.0f} µm."
         )
     if found.mpp > 1.5 * mpp:
         logger.warning(

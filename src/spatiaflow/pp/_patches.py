@@ -18,6 +18,11 @@ def by_tile(xy: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.any(np.diff(tile[order], axis=0), axis=1)) + 1) if len(order) else []
 
 
+def corners(xy: np.ndarray, size: int) -> np.ndarray:
+    """Top left pixel of patches of ``size`` pixels around points, n x 2 (x, y)."""
+    return np.ceil(xy - size / 2 - 0.5 - 1e-6).astype(int)
+
+
 def cut(
     image, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, batch_size: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -41,16 +46,16 @@ def cut(
     """
     height, breadth = image.shape[1:] if channels_first else image.shape[:2]
     size = max(1, round(width))
-    start = np.ceil(xy - size / 2 - 0.5 - 1e-6).astype(int)  # top left corner, x and y
+    start = corners(xy, size)
     for rows in by_tile(xy):
         x0, y0 = start[rows].min(0)
         x1, y1 = start[rows].max(0) + size
-        inner = slice(max(y0, 0), min(y1, height)), slice(max(x0, 0), min(x1, breadth))
+        at = [np.clip(np.arange(*ends), 0, n - 1) for ends, n in (((y0, y1), height), ((x0, x1), breadth))]
+        inner = tuple(slice(places[0], places[-1] + 1) for places in at)
         block = np.asarray(image[(slice(None), *inner)] if channels_first else image[(*inner, slice(None))])
         block = block if channels_first else block.transpose(2, 0, 1)
-        pad = ((0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - breadth, 0)))
-        if np.any(pad):
-            block = np.pad(block, pad, mode="edge")
+        if block.shape[1:] != (y1 - y0, x1 - x0):  # beyond the border
+            block = block[:, (at[0] - at[0][0])[:, None], at[1] - at[1][0]]
         windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2))
         for s in range(0, len(rows), batch_size):
             part = rows[s : s + batch_size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import numpy as np
 from scipy import sparse
@@ -44,7 +43,7 @@ def cell_slides(
             order = match_channels(crops.channels, channels or list(crops.channels), channel_names, slide.library_id)
             inside[slide.rows] = within(crops, slide.library_id)
             known = np.flatnonzero(inside[slide.rows])
-            intensity = replace(crops, xy=crops.xy[known]).intensity()
+            intensity = crops.take(known).intensity()
         counts = None if matrix is None else matrix[slide.rows]
         out.append(CellSlide(slide.library_id, slide.xy, counts, measured, crops, order, intensity))
     return out, inside
@@ -92,9 +91,10 @@ def match_channels(have, wanted: list[str], names: dict | None, library_id: str)
 def within(crops, library_id: str) -> np.ndarray:
     """Cells whose centre lies in the image."""
     shape = crops.image.shape[1:] if crops.channels_first else crops.image.shape[:2]
-    if min(shape) < crops.width:
+    if min(shape) < np.median(crops.width):
         raise ValueError(
-            f"the image of slide {library_id!r} is {shape[1]} x {shape[0]} px, smaller than a crop ({crops.width:.0f} px)."
+            f"the image of slide {library_id!r} is {shape[1]} x {shape[0]} px, smaller than a crop "
+            f"({np.median(crops.width):.0f} px)."
         )
     inside = ((crops.xy >= 0) & (crops.xy < np.array(shape)[::-1])).all(1)
     if not inside.any():

@@ -39,7 +39,7 @@ class CellSlide:
 
     def take(self, rows: np.ndarray) -> CellSlide:
         """Some of the cells."""
-        crops = None if self.crops is None else replace(self.crops, xy=self.crops.xy[rows])
+        crops = None if self.crops is None else self.crops.take(rows)
         counts = None if self.counts is None else self.counts[rows]
         return replace(self, xy=self.xy[rows], counts=counts, crops=crops)
 

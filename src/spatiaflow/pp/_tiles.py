@@ -1,0 +1,91 @@
+"""Tiles of tissue: the counts of the cells inside, summed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from spatialdata import SpatialData
+
+import spatiaflow
+from spatiaflow import _io
+
+
+def tiles(
+    data: AnnData | SpatialData,
+    *,
+    tile_um: float = 50.0,
+    layer: str | None = None,
+    table_key: str = "table",
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+) -> AnnData:
+    """Pool cells over a square grid: a niche (about 50 µm) or a piece of tissue (about 200 µm) a row.
+
+    Every cell belongs to exactly one tile, and a tile's counts are the sum of its cells'. Tiles without cells are left
+    out.
+
+    Parameters
+    ----------
+    data
+        Cells with counts and positions.
+    tile_um
+        Side of a tile, µm.
+    layer
+        Layer with raw counts; None reads ``X``.
+    table_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key
+        Column of ``.obs`` that tells slides apart.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say.
+
+    Returns
+    -------
+    AnnData, tiles x genes: ``X`` (CSR, summed counts), ``.obs["library_id"]``, ``["n_cells"]``, ``.obsm["spatial"]`` (centre,
+    in the unit of the cells' own positions) and ``.uns["tiles"]`` with ``tile_um`` and ``members``, the tile of each cell
+    (its row; -1 for rows of the table that stand on no slide). The images of an AnnData's slides are kept in
+    ``.uns["spatial"]``, so that ``pp.crops(tiles, crop_um=tile_um, library_key="library_id")`` cuts them.
+
+    Raises
+    ------
+    ValueError
+        Counts are not raw, or the scale is unknown.
+    """
+    _io.positive(tile_um=tile_um)
+    _, table = _io.unpack(data, table_key)
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
+    members, centres, names, libraries = np.full(table.n_obs, -1), [], [], []
+    for slide in slides:
+        cell = np.floor(slide.xy / tile_um).astype(
+            int
+        )  # a grid from the origin, so that it does not move with the cells
+        place, which = np.unique(cell, axis=0, return_inverse=True)
+        members[slide.rows] = len(names) + which.ravel()
+        centres.append((place + 0.5) * tile_um / slide.mpp)
+        names += [f"{slide.library_id}_{x}_{y}" for x, y in place]
+        libraries += [slide.library_id] * len(place)
+    known = np.flatnonzero(members >= 0)
+    pool = sparse.csr_matrix((np.ones(len(known), counts.dtype), (members[known], known)), (len(names), table.n_obs))
+    obs = pd.DataFrame(
+        {"library_id": pd.Categorical(libraries), "n_cells": np.bincount(members[known], minlength=len(names))},
+        index=names,
+    )
+    out = AnnData(sparse.csr_matrix(pool @ counts), obs=obs, var=table.var[[]].copy())
+    out.obsm["spatial"] = np.concatenate(centres)
+    images = table.uns.get("spatial", {}) if isinstance(data, AnnData) else {}
+    out.uns["spatial"] = {}
+    for slide in slides:
+        known = dict(images.get(slide.library_id, {}))
+        known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
+        out.uns["spatial"][slide.library_id] = known
+    out.uns["tiles"] = {"tile_um": float(tile_um), "members": members, "spatiaflow": spatiaflow.__version__}
+    return out
