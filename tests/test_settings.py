@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -39,3 +40,17 @@ def test_environment_is_read():
     )
     assert out.stdout.split() == ["5", "False", "/m", "/c", "info"]
     assert "seed = " in repr(sf.settings)
+
+
+def test_numba_does_not_lift_the_limit_of_threads():
+    code = (
+        "import numba, numpy, torch, spatiaflow\n"
+        "numba.config.THREADING_LAYER = 'omp'\n"
+        "double = numba.njit(parallel=True)(lambda a: a + a)\n"
+        "torch.ones(2), double(numpy.ones(10**5))\n"
+        "spatiaflow.settings.torch_device('cpu')\n"
+        "print(torch.get_num_threads())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.split()[-1] == "1"

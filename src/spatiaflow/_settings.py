@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 
 logger = logging.getLogger("spatiaflow")
 
 _LEVELS = ("debug", "info", "warning", "error")
+
+
+def _keep_thread_limit(torch) -> None:
+    """Give torch back the limit of ``OMP_NUM_THREADS``, which numba (scanpy, squidpy) lifts for the whole process.
+
+    Threads beyond the free cores wait for one another by spinning: small networks then train up to 70 times slower.
+    """
+    limit, numba = os.environ.get("OMP_NUM_THREADS", ""), sys.modules.get("numba")
+    lifted = numba is not None and torch.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+    if lifted and limit.isdigit() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
 
 
 def _default_cache() -> Path:
@@ -90,6 +103,7 @@ class Settings:
         """
         import torch
 
+        _keep_thread_limit(torch)
         name = str(device or self.device)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -156,10 +170,10 @@ settings = _from_environment()
 
 def resolve_seed(random_state: int | None) -> int:
     """Return the seed a verb uses: its ``random_state``, or :attr:`Settings.seed` when that is None."""
-    seed = settings.seed if random_state is None else int(random_state)
-    if seed < 0:
-        raise ValueError(f"random_state must not be negative; it is {seed}.")
-    return seed
+    seed = settings.seed if random_state is None else random_state
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"random_state must be a whole number that is not negative, not {seed!r}.")
+    return int(seed)
 
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):

@@ -89,3 +89,13 @@ def test_ceiling_of_a_real_section_is_near_the_one_known():
     variance = normalised(train[shared].to_numpy()).var(0)
     genes = test.columns.get_indexer(np.array(shared)[np.argsort(-variance)[:50]])
     assert metrics.noise_ceiling(test.to_numpy(), genes=genes, n_repeats=3).mean() == pytest.approx(0.80, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [({"genes": ["a"]}, TypeError, "get_loc"), ({"genes": [-1]}, ValueError, "from 0 to 5"),
+     ({"genes": [6]}, ValueError, "from 0 to 5"), ({"target_sum": -1}, ValueError, "target_sum")],
+)  # fmt: skip
+def test_columns_that_are_not_there_are_refused(bad, error, message):
+    with pytest.raises(error, match=message):
+        metrics.noise_ceiling(np.random.default_rng(0).poisson(5, (50, 6)), **bad)

@@ -1,6 +1,7 @@
 import numpy as np
+import pandas as pd
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 
 from spatiaflow import metrics
 
@@ -74,3 +75,13 @@ def test_shapes_and_missing_values_are_refused(pair):
     guess[3, 2] = np.nan
     with pytest.raises(ValueError, match="prediction has 1 NaN"):
         metrics.spearman(truth, guess)
+
+
+def test_labels_that_differ_are_refused():
+    rng = np.random.default_rng(0)
+    truth = pd.DataFrame(rng.normal(size=(9, 3)), columns=list("abc"))
+    for other in (truth[list("cba")], truth.sample(frac=1, random_state=0)):
+        with pytest.raises(ValueError, match="align first"):
+            metrics.pearson(truth, other)
+    np.testing.assert_allclose(metrics.pearson(truth, truth), 1)
+    np.testing.assert_allclose(metrics.pearson(sparse.csr_matrix(truth), truth), 1)

@@ -64,7 +64,8 @@ def test_genes_equal_attention_over_written_out_tokens(network):
     k, v = (f(tokens).view(5, 20, h, 8).transpose(1, 2) for f in (gene.key, gene.value))
     mask = measured[:, None, None].expand(-1, h, q.shape[2], -1)
     seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = gene.queries + gene.out(seen.transpose(1, 2).reshape(5, -1, 32)) + gene.size(size[:, None])[:, None]
+    gathered = gene.gathered_norm(seen.transpose(1, 2).reshape(5, -1, 32))
+    out = gene.queries + gene.out(gathered) + gene.size(size[:, None])[:, None]
     slow = gene.layers(gene.norm(out))
     torch.testing.assert_close(gene(values, measured, size), slow, atol=1e-5, rtol=0)
 

@@ -107,3 +107,21 @@ def test_a_ceiling_may_be_an_array():
     figure = sf.pl.gene_scores(scores, ceiling=np.array([0.5, 0.6]), return_fig=True)
     line = next(one for one in figure.axes[0].lines if one.get_label() == "noise ceiling")
     np.testing.assert_allclose(line.get_ydata(), [0.6, 0.5])  # in the order of the scores
+
+
+def test_ties_among_zeros_do_not_count_as_covered(slide):
+    """A perfect law of sparse counts lies on the diagonal."""
+    rng = np.random.default_rng(0)
+    adata = slide("t", n=20)
+    counts = rng.poisson(0.1, (400, 12)).astype(float)
+    counts[:, -1] = 1000 - counts[:, :-1].sum(1)  # so that libraries are known
+    adata.X = counts
+    genes = [f"G{g}" for g in range(11)]
+    draws = np.log1p(rng.poisson(0.1, (200, 400, 11)) * 10.0)
+    adata.obsm["stflow"], adata.obsm["stflow_std"] = draws.mean(0), draws.std(0) + 1e-6
+    adata.uns["stflow"] = {"genes": genes}
+    figure = sf.pl.calibration(adata, draws=draws, return_fig=True)
+    nominal, observed = figure.axes[0].lines[1].get_data()
+    np.testing.assert_allclose(observed, nominal, atol=0.03)
+    with pytest.raises(ValueError, match="draws must be"):
+        sf.pl.calibration(adata, draws=draws[:, :5], return_fig=True)

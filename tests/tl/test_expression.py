@@ -245,6 +245,11 @@ BAD_TRAINING = {
     "no epoch": (lambda a: None, {"max_epochs": 0}, ValueError, "max_epochs"),
     "no target": (lambda a: None, {"target_sum": 0}, ValueError, "target_sum"),
     "negative seed": (lambda a: None, {"random_state": -1}, ValueError, "random_state"),
+    "no genes": (lambda a: None, {"genes": 12.0}, ValueError, "genes must be names"),
+    "no whole seed": (lambda a: None, {"random_state": np.random.default_rng(0)}, ValueError, "random_state"),
+    "half is most": (lambda a: None, {"validation": 0.8}, ValueError, "not above 0.5"),
+    "an empty list": (lambda a: None, {"validation": []}, ValueError, "validation is empty"),
+    "a number of slides": (lambda a: None, {"validation": 1}, ValueError, "validation as a fraction"),
     "no such device": (lambda a: None, {"device": "tpu"}, ValueError, "device 'tpu'"),
 }
 
@@ -271,6 +276,77 @@ def test_a_slide_given_twice_and_a_foreign_scale_are_noticed(slide):
     far.uns["spatial"]["far"]["metadata"]["microns_per_pixel"] *= 3
     with pytest.warns(UserWarning, match="'far' are 585 µm apart, those of the others 195"):
         sf.tl.train_stflow([slide(), slide("s1", seed=1), far], preset=FAST, genes=4)
+
+
+def test_a_name_to_hold_out_is_one_name(slide):
+    slides = [slide(name, n=6, seed=i) for i, name in enumerate(["A1", "A2", "A10"])]
+    one = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation="A10")
+    same = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation=["A10"])
+    assert one.sha256 == same.sha256
+
+
+def test_printed_arrays_are_arrays(mirror):
+    """Spots of her2st are jittered: a wrong scale and slides mixed in one table are noticed all the same."""
+    with sf.settings.override(mirror=str(mirror)):
+        slides = [sf.datasets.her2st(section) for section in ("C2", "C3")]
+    for one in slides:
+        one.obsm["X_f"] = np.random.default_rng(0).normal(size=(one.n_obs, 4)).astype(np.float32)
+        scale = one.uns.pop("spatial")[one.obs["library_id"].iloc[0]]["metadata"]["microns_per_pixel"]
+    options = {"preset": FAST, "genes": 4, "features_key": "X_f"}
+    with pytest.warns(UserWarning, match="spot arrays have a pitch"):
+        sf.tl.train_stflow(slides, mpp=2 * scale, **options)
+    with pytest.warns(UserWarning, match="give library_key='library_id'"):
+        sf.tl.train_stflow(ad.concat(slides), mpp=scale, **options)
+
+
+def test_networks_of_a_run_that_was_overwritten_are_gone(slide, tmp_path, monkeypatch):
+    from spatiaflow.train import stflow
+
+    slides = [slide(name, n=6, seed=i) for i, name in enumerate(["a", "b", "c"])]
+    arguments = {"preset": FAST, "genes": 4, "max_epochs": 2}
+    clean = sf.tl.train_stflow(slides, random_state=1, **arguments)
+    sf.tl.train_stflow(slides, random_state=0, checkpoint_dir=tmp_path, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(stflow, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, **arguments)
+    resumed = sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, resume=True, **arguments)
+    assert resumed.sha256 == clean.sha256
+    last = next(tmp_path.glob("fold_0/last.ckpt"))
+    last.write_bytes(last.read_bytes()[:2000])
+    (tmp_path / "fold_0" / "finished.safetensors").write_bytes(b"cut")
+    again = sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, resume=True, **arguments)
+    assert again.sha256 == clean.sha256
+
+
+def test_features_of_unknown_origin_are_noticed(slide, model):
+    test = slide("t", seed=7)
+    known = test.uns.pop("X_texture")
+    with pytest.warns(UserWarning, match="where obsm.*comes from is unknown.*patch_um=112"):
+        sf.tl.predict_expression(test, model=model)
+    bare = [slide(name, seed=i) for i, name in enumerate("ab")]
+    for one in bare:
+        del one.uns["X_texture"]
+    blind = sf.tl.train_stflow(bare, preset=FAST, genes=4)
+    test.uns["X_texture"] = known
+    sf.tl.predict_expression(test, model=blind)  # the model knows no better: not refused
+
+
+def test_positions_may_have_another_name(slide, model):
+    test = slide("t", seed=7)
+    test.obsm["X_pos"] = test.obsm.pop("spatial")
+    sf.tl.predict_expression(test, model=model, spatial_key="X_pos")
+    assert "X_pos" in sf.get.expression(test).obsm
+    sf.pl.expression(test, "G0", spatial_key="X_pos", return_fig=True)
+
+
+def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
+    test = slide("t", seed=7)
+    sf.tl.predict_expression(test, model=model)
+    few = test[:, model.genes[:2]].copy()
+    few.uns["stflow"]["genes"] = test.uns["stflow"]["genes"]
+    with pytest.warns(UserWarning, match="library size"):
+        sf.pl.expression(few, model.genes[0], return_fig=True)
 
 
 def test_several_slides_in_one_table_are_noticed(slide):

@@ -5,6 +5,7 @@ from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, open_image
 from spatiaflow._io._slides import Slide, collect, microns_per_unit, pitch, slides, unpack
+from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
     counts,
@@ -26,6 +27,7 @@ __all__ = [
     "Chunks",
     "Slide",
     "SlideImage",
+    "StoredCounts",
     "at_least_one",
     "background",
     "check_encoder",

@@ -29,12 +29,23 @@ def slot_name(key_added) -> None:
         raise ValueError(f"key_added must be the name of a slot (text without '/'), not {key_added!r}.")
 
 
-def held_out(validation, names) -> None:
-    """Refuse slides to hold out that are not there, or that leave nothing to train on; and an impossible fraction."""
-    if isinstance(validation, float) and not 0 < validation < 1:
-        raise ValueError(f"validation as a fraction must lie between 0 and 1, not {validation}.")
-    if isinstance(validation, list | tuple):
-        if unknown := sorted(set(validation) - set(names)):
-            raise ValueError(f"validation names slides that are not in data: {unknown}; it has {sorted(names)}.")
-        if not set(names) - set(validation):
-            raise ValueError("validation names every slide; at least one must be left to train on.")
+def held_out(validation, names, largest: float = 0.99):
+    """Return slides to hold out as a list of names, or a fraction as float; None stays. Refuse what cannot be meant."""
+    if validation is None:
+        return None
+    if isinstance(validation, Real) and not isinstance(validation, bool):
+        if not 0 < validation <= largest:
+            raise ValueError(
+                f"validation as a fraction must lie above 0 and not above {largest:g}; it is {validation}."
+            )
+        return float(validation)
+    if not isinstance(validation, str | list | tuple | set):
+        raise ValueError(f"validation must be None, a fraction, or names of slides, not {validation!r}.")
+    chosen = [validation] if isinstance(validation, str) else [str(name) for name in validation]
+    if unknown := sorted(set(chosen) - set(names)):
+        raise ValueError(f"validation names slides that are not in data: {unknown}; it has {sorted(names)}.")
+    if not chosen:
+        raise ValueError("validation is empty; None chooses by itself.")
+    if not set(names) - set(chosen):
+        raise ValueError("validation names every slide; at least one must be left to train on.")
+    return chosen

@@ -20,6 +20,10 @@ class Chunks:
         self.axes = (1, 2) if channels_first else (0, 1)
         self.edges = [_edges(array.chunks[axis], array.shape[axis]) for axis in self.axes]
         self.cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self.budget = CACHE_BYTES
+
+    def __getstate__(self):  # another process decodes for itself
+        return self.__dict__ | {"cache": OrderedDict()}
 
     def __getitem__(self, key) -> np.ndarray:
         wanted = [key[axis] for axis in self.axes]
@@ -47,7 +51,7 @@ class Chunks:
             key[axis] = slice(int(edges[k]), int(edges[k + 1]))
         chunk = np.asarray(self.array[tuple(key)])
         self.cache[i, j] = chunk
-        while sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES and len(self.cache) > 1:
+        while sum(c.nbytes for c in self.cache.values()) > self.budget and len(self.cache) > 1:
             self.cache.popitem(last=False)
         return chunk
 

@@ -16,6 +16,18 @@ from spatialdata import SpatialData
 
 # pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
 KNOWN_PITCHES = (200.0, 141.0, 100.0, 16.0, 8.0, 2.0)
+SLIDE_COLUMNS = (
+    "library_id",
+    "library",
+    "sample",
+    "sample_id",
+    "section",
+    "slide",
+    "slide_id",
+    "mouse",
+    "donor",
+    "batch",
+)
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
 XENIUM_MPP = 0.2125
 COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
@@ -335,8 +347,8 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
         )
     if library_key is None and (column := _column_of_slides(slide, table)) is not None:
         warnings.warn(
-            f"spots of slide {slide.library_id!r} lie between one another, but form regular arrays where "
-            f"obs[{column!r}] is the same: are these several slides? Then give library_key={column!r}.",
+            f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
+            f"library_key={column!r}.",
             UserWarning,
             stacklevel=3,
         )
@@ -354,24 +366,38 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
 
 
 def _lattice(points: np.ndarray) -> tuple[bool, float]:
-    """Whether distinct points form a regular array, and their median distance."""
+    """Whether distinct points form an array of spots, printed ones jittered, and their median distance."""
     nearest = cKDTree(points).query(points, k=2)[0][:, 1]
     step = float(np.median(nearest))
-    return np.subtract(*np.percentile(nearest, [80, 20])) < 0.1 * step, step
+    low, lower, upper, high = np.percentile(nearest, [10, 20, 80, 90])
+    return upper - lower < 0.17 * step and high - low < 0.25 * step, step
 
 
 def _column_of_slides(slide: Slide, table) -> str | None:
-    """A column of obs whose groups are regular arrays one by one while all rows together are not."""
-    if len(slide.rows) < 32 or _lattice(np.unique(slide.xy, axis=0))[0]:
+    """A column of obs that seems to tell slides apart: by its name, or because its groups alone are regular arrays."""
+    if len(slide.rows) < 32:
         return None
+    regular = _lattice(np.unique(slide.xy, axis=0))[0]
     for name in table.obs.columns:
-        codes, groups = pd.factorize(table.obs[name].iloc[slide.rows])
-        if not (isinstance(table.obs[name].dtype, pd.CategoricalDtype) or table.obs[name].dtype == object):
+        column = table.obs[name].iloc[slide.rows]
+        if not (isinstance(column.dtype, pd.CategoricalDtype) or column.dtype == object):
             continue
-        parts = [np.unique(slide.xy[codes == i], axis=0) for i in range(len(groups))] if 2 <= len(groups) <= 50 else []
-        if parts and all(len(part) >= 16 and _lattice(part)[0] for part in parts):
+        codes, groups = pd.factorize(column)
+        parts = [slide.xy[codes == i] for i in range(len(groups))] if 2 <= len(groups) <= 50 else []
+        if len(parts) < 2:
+            continue
+        if str(name).lower() in SLIDE_COLUMNS and _overlap(parts[0], parts[1]):
+            return name
+        if not regular and all(len(part) >= 16 and _lattice(np.unique(part, axis=0))[0] for part in parts):
             return name
     return None
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether the boxes of two sets of points share more than half of the smaller one."""
+    low, high = np.maximum(first.min(0), second.min(0)), np.minimum(first.max(0), second.max(0))
+    area = min(np.ptp(first, axis=0).prod(), np.ptp(second, axis=0).prod())
+    return bool((high > low).all() and (high - low).prod() > 0.5 * area)
 
 
 def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False):
@@ -393,7 +419,9 @@ def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool 
             data = SpatialData.init_from_elements({**elements, table_key: table}, attrs=dict(data.attrs))
             table = data.tables[table_key]
     else:
-        raise TypeError(f"data must be an AnnData or a SpatialData, not {type(data).__name__}.")
+        raise TypeError(
+            f"data must be an AnnData or a SpatialData (to train also a list of them), not {type(data).__name__}."
+        )
     if table.n_obs == 0:
         raise ValueError("the table has no rows: no spot or cell is left.")
     if not table.obs_names.is_unique:

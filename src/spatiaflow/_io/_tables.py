@@ -71,6 +71,17 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             f"features. Run {how} first, or give features_key=..."
         )
     found = same_encoder([table], key)
+    if known and key not in table.uns:
+        warnings.warn(
+            f"uns has no {key!r}, so where obsm[{key!r}] comes from is unknown; the model needs what {how} gives.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if not known and key in table.uns:
+        logger.warning(
+            "the model does not know what made the features it was trained on; obsm[%r] is taken for it", key
+        )
+        return
     for name in ("n_features", "id", "sha256", "patch_um", "mpp", "standardize"):
         known = name in found and name in expected and (name != "id" or key in table.uns)
         if known and found[name] != expected[name]:
@@ -139,8 +150,9 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     out = AnnData(np.asarray(table.obsm[key]), obs=table.obs.copy(), var=var)
     if f"{key}_std" in table.obsm:
         out.layers["std"] = np.asarray(table.obsm[f"{key}_std"])
-    if "spatial" in table.obsm:
-        out.obsm["spatial"] = np.asarray(table.obsm["spatial"])
+    where = table.uns[key].get("params", {}).get("spatial_key", "spatial")
+    if where in table.obsm:
+        out.obsm[where] = np.asarray(table.obsm[where])
     for name in ("spatial", "spatialdata_attrs"):
         if name in table.uns:
             out.uns[name] = table.uns[name]
@@ -230,12 +242,20 @@ def storable(value):
     return str(value)
 
 
-def log_expression(table: AnnData, genes: list[str], layer: str | None, target_sum: float | None) -> np.ndarray:
-    """Return measured log1p expression (n_obs x genes) of counts per ``target_sum`` of each row's whole library."""
+def log_expression(table: AnnData, genes: list[str], layer: str | None, key: str) -> np.ndarray:
+    """Return measured log1p expression (n_obs x genes), normalised as the prediction in the slot ``key`` is."""
+    per, known = target_sum(table, key), table.uns[key].get("params", {}).get("n_vars", table.n_vars)
+    if per is not None and table.n_vars < known:
+        warnings.warn(
+            f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum over "
+            "all genes, is no longer known, and measured values are too high. Draw from the whole table.",
+            UserWarning,
+            stacklevel=3,
+        )
     values = dense(counts(table, genes, layer)[0])
-    if target_sum is None:
+    if per is None:
         return np.log1p(values)
-    return np.log1p(values * (target_sum / np.maximum(library_sizes(table, layer), 1))[:, None])
+    return np.log1p(values * (per / np.maximum(library_sizes(table, layer), 1))[:, None])
 
 
 def target_sum(table: AnnData, key: str) -> float | None:

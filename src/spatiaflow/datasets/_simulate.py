@@ -59,6 +59,7 @@ def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60):
     --------
     >>> sdata = sf.datasets.simulated_tissue(500)  # doctest: +SKIP
     """
+    n_cells, n_genes = int(n_cells), int(n_genes)
     if n_cells < 20:
         raise ValueError(f"n_cells must be at least 20, not {n_cells}.")
     if n_genes < 30:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 
 def table(values, name: str) -> np.ndarray:
     """Return ``values`` as a finite float64 array (n, genes)."""
+    if type(values).__name__ == "AnnData":
+        raise TypeError(f"{name} must be an array: give .X, a layer or an obsm of the AnnData.")
     values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"{name} must be an (n, genes) array; its shape is {values.shape}.")
@@ -19,6 +22,16 @@ def table(values, name: str) -> np.ndarray:
 
 def tables(**values) -> list[np.ndarray]:
     """Return several (n, genes) arrays, checked to be of one shape."""
+    frames = {name: value for name, value in values.items() if isinstance(value, pd.DataFrame)}
+    for name, frame in frames.items():
+        reference = next(iter(frames.values()))
+        if frame.shape == reference.shape and not (
+            frame.index.equals(reference.index) and frame.columns.equals(reference.columns)
+        ):
+            raise ValueError(
+                f"{name} has other row or column labels than {next(iter(frames))}, or another order of them; align first: "
+                f"{name}.loc[{next(iter(frames))}.index, {next(iter(frames))}.columns]."
+            )
     out = [table(value, name) for name, value in values.items()]
     (first, *others), names = out, list(values)
     for other, name in zip(others, names[1:]):

@@ -72,7 +72,7 @@ def bootstrap_blocks(
     Raises
     ------
     ValueError
-        A slide has fewer than 2 blocks.
+        A slide has fewer than 2 blocks, or ``n_boot`` is less than 1.
     """
     blocks, slides = _strata(blocks, library)
     members = [np.flatnonzero(blocks == block) for block in range(blocks.max() + 1)]
@@ -150,6 +150,8 @@ def _strata(blocks, library, n: int | None = None) -> tuple[np.ndarray, list[np.
 
 def _resamples(slides, n_boot, seed):
     """For every slide, how often each of its blocks is drawn: (n_boot, blocks of the slide)."""
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be at least 1, not {n_boot}.")
     rng = np.random.default_rng(seed)
     for members in slides:
         yield rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_boot)

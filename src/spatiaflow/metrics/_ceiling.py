@@ -45,8 +45,10 @@ def noise_ceiling(
     TypeError
         ``genes`` are not column numbers.
     ValueError
-        Counts are negative, not integer, NaN or infinite.
+        Counts are negative, not integer, NaN or infinite, or there is no such column.
     """
+    if type(counts).__name__ == "AnnData":
+        raise TypeError("counts must be an array or a sparse matrix: give .X or a layer of the AnnData.")
     counts = sparse.csr_matrix(counts)
     data = counts.data
     if not np.isfinite(data).all() or (data < 0).any() or (data != np.round(data)).any():
@@ -57,7 +59,11 @@ def noise_ceiling(
         raise ValueError(f"n_repeats must be at least 1, not {n_repeats}.")
     genes = np.arange(counts.shape[1]) if genes is None else np.asarray(genes)
     if not np.issubdtype(genes.dtype, np.integer):
-        raise TypeError("genes are column numbers here; of names, give var_names.get_indexer(names).")
+        raise TypeError("genes are column numbers here; of names, give [var_names.get_loc(name) for name in names].")
+    if genes.size and not (0 <= genes.min() and genes.max() < counts.shape[1]):
+        raise ValueError(f"genes are column numbers from 0 to {counts.shape[1] - 1}; some are not.")
+    if target_sum is not None and not target_sum > 0:
+        raise ValueError(f"target_sum must be positive, not {target_sum}.")
     rng, data = np.random.default_rng(seed), data.astype(np.int64)
 
     def normalised(values) -> np.ndarray:

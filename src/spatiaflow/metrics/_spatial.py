@@ -81,10 +81,14 @@ def _weights(n: int, xy, k: int, graph) -> sparse.csr_matrix:
         graph = sparse.csr_matrix(graph)
         if graph.shape != (n, n):
             raise ValueError(f"graph must be ({n}, {n}), one row a position; it is {graph.shape}.")
+        if graph.sum() == 0:
+            raise ValueError("graph has no weights: nothing is next to anything.")
         return graph
     xy = np.asarray(xy, dtype=np.float64)
     if xy.shape != (n, 2) or not np.isfinite(xy).all():
         raise ValueError(f"xy must hold finite positions ({n}, 2); its shape is {xy.shape}.")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}.")
     if n <= k:
         raise ValueError(f"{k} neighbours need more than {k} positions; there are {n}.")
     found = cKDTree(xy).query(xy, k=k + 1)[1]

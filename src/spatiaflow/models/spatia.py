@@ -86,6 +86,7 @@ class CrossAttention(nn.Module):
         self.weight = weight
         self.norm, self.other_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.attention = nn.MultiheadAttention(c.width, c.n_heads, c.dropout, batch_first=True)
+        nn.init.zeros_(self.attention.out_proj.weight)  # starts with each modality on its own
         self.feed_forward = GatedMLP(c.width, 2 * c.width, c.width)
 
     def forward(self, tokens: Tensor, other: Tensor) -> Tensor:
@@ -164,16 +165,24 @@ class SpatiaNetwork(nn.Module):
         self.no_image, self.no_genes = (nn.Parameter(0.02 * torch.randn(1, 1, d)) for _ in range(2))
         self.to_gene, self.to_image = CrossAttention(c, c.image_to_gene), CrossAttention(c, c.genes_to_image)
         self.cell = nn.Sequential(nn.LayerNorm(2 * d), nn.Linear(2 * d, d))
+        # starts as the sum of both: a random square matrix would bury what little variance many directions have
+        self.cell[1].weight.data.copy_(torch.eye(d).repeat(1, 2))
         self.hidden_cell = nn.Parameter(0.02 * torch.randn(d))  # stands for a cell that is to be predicted
         self.niche_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.niche_layers))
         self.tissue_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.tissue_layers))
         self.niche_norm, self.tissue_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        # where a cell's image and its genes find each other
+        self.project = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "genes")})
         # predicted counts: one matrix of genes for all levels
         self.heads = nn.ModuleDict(
             {level: nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for level in LEVELS}
         )
         self.rates = nn.Linear(d, len(c.genes))
         self.log_theta = nn.Parameter(torch.zeros(len(c.genes)))
+
+    def match(self, tokens: Tensor, modality: str) -> Tensor:
+        """Unit vectors (n x d) of one modality's tokens; a cell's image and genes have a large scalar product."""
+        return F.normalize(self.project[modality](tokens.mean(1)), dim=1)
 
     def fuse(self, image: Tensor | None, genes: Tensor | None, n: int) -> Tensor:
         """Cell embeddings (n x d) from image tokens (n x t x d) and gene tokens (n x m x d); None: missing."""

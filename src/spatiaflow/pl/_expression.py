@@ -22,6 +22,7 @@ def expression(
     labels_key: str | None = None,
     library_key: str | None = None,
     library_id: str | None = None,
+    spatial_key: str = "spatial",
     mpp: float | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -45,8 +46,8 @@ def expression(
         Elements of a SpatialData.
     library_key, library_id
         Column of ``.obs`` that tells slides apart, and the slide to draw (the first when None).
-    mpp
-        µm per pixel when the data do not say.
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when the data do not say.
     show
         Show the figure; None: when matplotlib is interactive.
     return_fig
@@ -74,8 +75,9 @@ def expression(
     if missing:
         raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(predicted.var_names[:8])}, ...")
     slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp
-    )
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
     by_name = {slide.library_id: slide for slide in slides}
     if library_id is not None and library_id not in by_name:
         raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
@@ -84,7 +86,7 @@ def expression(
     columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
     per = _io.target_sum(table, key)
     unit = "log1p counts" if per is None else f"log1p per {per / 1000:g}k" if per >= 1000 else f"log1p per {per:g}"
-    truth = _io.log_expression(table, genes, layer, per)[slide.rows] if has_truth else None
+    truth = _io.log_expression(table, genes, layer, key)[slide.rows] if has_truth else None
     background = _io.background(data, table, slide)
 
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)

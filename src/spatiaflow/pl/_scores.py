@@ -46,12 +46,18 @@ def gene_scores(
     ------
     TypeError
         ``data`` is not a DataFrame of genes x methods.
+    ValueError
+        ``ceiling`` has another length.
     """
     import matplotlib.pyplot as plt
 
     if not isinstance(data, pd.DataFrame) or not data.shape[1]:
         raise TypeError("gene_scores draws a DataFrame of genes x methods.")
     if ceiling is not None and not isinstance(ceiling, pd.Series):
+        if np.shape(ceiling) != (len(data),):
+            raise ValueError(
+                f"ceiling must have one value for each of {len(data)} genes; its shape is {np.shape(ceiling)}."
+            )
         ceiling = pd.Series(np.asarray(ceiling), index=data.index)
     scores = data.sort_values(data.columns[0], ascending=False)
     if ax is None:

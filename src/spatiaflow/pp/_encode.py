@@ -130,6 +130,10 @@ def encode_patches(
             values = encoder(patches[:, :used].to(target)).numpy()
             if out is None:
                 out = np.full((table.n_obs, values.shape[1]), np.nan, np.float32)
+            if values.shape[1] != out.shape[1]:
+                raise ValueError(
+                    f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
+                )
             out[slide.rows[rows]] = values
             bar.update(len(rows))
         if bad := int((~np.isfinite(out[slide.rows])).any(1).sum()):

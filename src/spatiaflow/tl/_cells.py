@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from spatiaflow import _io
 from spatiaflow._settings import logger
-from spatiaflow.pp._crops import slide_crops
+from spatiaflow.pp._crops import Crops, slide_crops
 from spatiaflow.train.spatia import CellSlide
 
 MODALITIES = ("image", "genes")
+MANIFEST = (
+    "store", "tissue", "platform", "table_key", "image_key", "shapes_key", "labels_key", "library_key", "mpp"
+)  # fmt: skip
 MIN_COVERAGE = 0.1  # of the model's genes: below it an embedding would rest on what the model was never shown
 
 
@@ -24,48 +30,112 @@ def check_modalities(modalities) -> tuple[str, ...]:
     return chosen
 
 
-def cell_slides(
-    data, table, slides, *, genes: list[str], channels: list[str] | None, channel_names: dict | None, modalities,
-    crop_um: float, crop_pixels: int, layer: str | None, image_key: str | None,
-) -> tuple[list[CellSlide], np.ndarray]:  # fmt: skip
-    """Cells of every slide with crops and counts in the model's vocabulary; and which cells lie in an image (n_obs).
+@dataclass
+class Part:
+    """Cells of one slide in the slide's own genes and channels."""
 
-    ``channels`` None takes the image's own.
-    """
-    out, inside = [], np.zeros(table.n_obs, bool)
-    measured, matrix = (
-        vocabulary_counts(table, genes, layer) if "genes" in modalities else (np.zeros(len(genes), bool), None)
-    )
+    slide: _io.Slide
+    counts: sparse.csr_matrix | _io.StoredCounts | None
+    genes: list[str]
+    crops: Crops | None
+    inside: np.ndarray  # n, bool: the cell lies in the image
+    tissue: str = ""
+
+
+def parts(
+    data, table, slides, *, modalities, crop_um: float, crop_pixels: int, layer: str | None, image_key: str | None,
+    stored: _io.StoredCounts | None = None, tissue: str = "",
+) -> list[Part]:  # fmt: skip
+    """Cells of every slide with crops and counts; ``stored`` counts stay where they are."""
+    matrix = None
+    if "genes" in modalities:
+        matrix = (
+            stored if stored is not None else sparse.csr_matrix(_io.counts(table, None, layer)[0], dtype=np.float32)
+        )
+    out = []
     for slide in slides:
-        crops, order, intensity = None, np.zeros(0, int), None
+        crops, inside = None, np.zeros(len(slide.rows), bool)
         if "image" in modalities:
-            crops = slide_crops(data, slide, crop_um=crop_um, pixels=crop_pixels, image_key=image_key)
-            order = match_channels(crops.channels, channels or list(crops.channels), channel_names, slide.library_id)
-            inside[slide.rows] = within(crops, slide.library_id)
-            known = np.flatnonzero(inside[slide.rows])
-            intensity = crops.take(known).intensity()
-        counts = None if matrix is None else matrix[slide.rows]
-        out.append(CellSlide(slide.library_id, slide.xy, counts, measured, crops, order, intensity))
-    return out, inside
+            crops = slide_crops(data, slide, table, crop_um=crop_um, pixels=crop_pixels, image_key=image_key)
+            inside = within(crops, slide.library_id)
+        counts = None if matrix is None else matrix.take(slide.rows) if stored is not None else matrix[slide.rows]
+        out.append(Part(slide, counts, list(table.var_names), crops, inside, tissue))
+    return out
 
 
-def vocabulary_counts(table, genes: list[str], layer: str | None) -> tuple[np.ndarray, sparse.csr_matrix]:
-    """Which genes of the vocabulary the table measures, and its counts with a column for each gene of it."""
-    have = [gene for gene in genes if gene in set(table.var_names)]
-    if len(have) < max(1, MIN_COVERAGE * len(genes)):
+def cell_slide(part: Part, genes: list[str], channels: list[str], names: dict | None, library_id: str) -> CellSlide:
+    """The cells of a slide in a model's vocabulary of genes and channels; what the slide lacks is masked."""
+    counts, measured = part.counts, np.zeros(len(genes), bool)
+    if counts is not None:
+        place = {gene: i for i, gene in enumerate(genes)}
+        columns = np.array([place.get(gene, -1) for gene in part.genes])
+        measured[columns[columns >= 0]] = True
+        if sparse.issparse(counts):
+            coo = counts.tocoo()
+            known = columns[coo.col] >= 0
+            entries = coo.data[known], (coo.row[known], columns[coo.col[known]])
+            counts = sparse.csr_matrix(entries, (counts.shape[0], len(genes)))
+        else:
+            counts = counts.named(columns, len(genes))
+    order, intensity = np.zeros(0, int), None
+    if part.crops is not None:
+        order = match_channels(part.crops.channels, channels, names, library_id)
+        intensity = part.crops.take(np.flatnonzero(part.inside)).intensity()
+    return CellSlide(library_id, part.slide.xy, counts, measured, part.crops, order, intensity, part.tissue)
+
+
+def check_coverage(have: list[str], genes: list[str]) -> float:
+    """Return the share of the model's genes that are measured; refuse a table that measures too few."""
+    n = len(set(genes) & set(have))
+    if n < max(1, MIN_COVERAGE * len(genes)):
         raise ValueError(
-            f"var_names hold {len(have)} of the model's {len(genes)} genes; at least {MIN_COVERAGE:.0%} are needed. The "
+            f"var_names hold {n} of the model's {len(genes)} genes; at least {MIN_COVERAGE:.0%} are needed. The "
             f"model knows e.g. {', '.join(genes[:5])}; are the identifiers of one kind (symbols, Ensembl)? "
             "modalities='image' does without genes."
         )
-    if len(have) < len(genes):
-        logger.info("%d of the model's %d genes are measured; the others are masked", len(have), len(genes))
-    values, _ = _io.counts(table, have, layer)
-    place = {gene: i for i, gene in enumerate(genes)}
-    columns = np.array([place[gene] for gene in have])
-    coo = sparse.coo_matrix(values)
-    matrix = sparse.csr_matrix((coo.data.astype(np.float32), (coo.row, columns[coo.col])), (table.n_obs, len(genes)))
-    return np.isin(np.arange(len(genes)), columns), matrix
+    if n < len(genes):
+        logger.info("%d of the model's %d genes are measured; the others are masked", n, len(genes))
+    return n / len(genes)
+
+
+def read_corpus(manifest: str | Path, **options) -> list[Part]:
+    """Cells of every store of a manifest; counts and images stay on disk.
+
+    Of each cell are held its position, its place in the image and a pointer to its counts.
+    """
+    from spatialdata import read_zarr
+
+    manifest, out = Path(manifest), []
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    if "store" not in table or not len(table):
+        raise ValueError(
+            f"{str(manifest)!r} needs a row a store and a column 'store'; it has {', '.join(table.columns)}."
+        )
+    if unknown := [name for name in table.columns if name not in MANIFEST]:
+        raise ValueError(f"{str(manifest)!r} has a column {unknown[0]!r}; known are {', '.join(MANIFEST)}.")
+    for row in table.to_dict("records"):
+        given = {name: value for name, value in row.items() if value}
+        store, tissue = manifest.parent / given.pop("store"), given.pop("tissue", "")
+        given.pop("platform", None)
+        table_key, image_key = given.get("table_key", "table"), given.pop("image_key", None)
+        if "mpp" in given:
+            given["mpp"] = float(given["mpp"])
+        data = read_zarr(store)
+        slides = _io.slides(data, **given)
+        group = f"tables/{table_key}/" + (f"layers/{options['layer']}" if options.get("layer") else "X")
+        stored = _io.StoredCounts(store, group) if "genes" in options["modalities"] else None
+        for part in parts(data, data[table_key], slides, stored=stored, tissue=tissue, image_key=image_key, **options):
+            part.slide = replace(
+                part.slide, library_id=f"{store.stem}:{part.slide.library_id}", xy=np.float32(part.slide.xy)
+            )
+            part.slide.__dict__.pop("pitch", None)
+            if part.crops is not None:
+                part.crops.xy = np.float32(part.crops.xy)
+            out.append(part)
+    for part in out:  # what all images together may keep decoded
+        if part.crops is not None and hasattr(part.crops.image, "budget"):
+            part.crops.image.budget //= len(out)
+    return out
 
 
 def match_channels(have, wanted: list[str], names: dict | None, library_id: str) -> np.ndarray:

@@ -66,7 +66,8 @@ def train_stflow(
         configuration, 1,147,724 parameters at 1024 features and 50 genes), or a :class:`spatiaflow.models.Preset`.
     validation
         What is held out inside ``data`` to stop, stack and calibrate: None holds out each slide in turn (contiguous
-        blocks where there are fewer than three), a list names slides, a fraction holds out contiguous blocks.
+        blocks where there are fewer than three), names hold out slides, a fraction (at most 0.5) one of 1 / fraction
+        contiguous blocks of every slide.
     max_epochs
         Epochs of each network; the preset's when None.
     checkpoint_dir
@@ -123,7 +124,7 @@ def train_stflow(
     tables = [table for _, table, _ in found]
     encoder = _io.same_encoder(tables, features_key)
 
-    if isinstance(genes, bool) or (isinstance(genes, int | np.integer) and genes < 1):
+    if genes is None or isinstance(genes, bool | float) or (isinstance(genes, int | np.integer) and genes < 1):
         raise ValueError(f"genes must be names, or how many genes (at least 1), not {genes!r}.")
     if not isinstance(genes, int | np.integer):
         genes = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
@@ -139,7 +140,7 @@ def train_stflow(
                 raise ValueError(f"slide {name!r} has a single spot; leave it out of the training.")
             parts.append((table, slide, name, features, library))
             boxes[name] = {"n_obs": len(slide.rows), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
-    _io.held_out(validation, boxes)
+    validation = _io.held_out(validation, boxes, largest=0.5)
     first = parts[0][3][0]
     if all((features == first).all() for _, _, _, features, _ in parts):
         raise ValueError(f"obsm[{features_key!r}] is the same in every row; there is nothing to learn from.")
@@ -156,7 +157,7 @@ def train_stflow(
     logger.info("training STFlow on %d slide(s), %d spots, device %s", len(training), sum(map(len, training)), target)
     return fit_stflow(
         training, genes=chosen, encoder=encoder, target_sum=target_sum, preset=preset, pitch=pitch, card=card,
-        validation=list(validation) if isinstance(validation, tuple) else validation, max_epochs=max_epochs,
+        validation=validation, max_epochs=max_epochs,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
         accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision,
         seed=resolve_seed(random_state),
@@ -294,7 +295,8 @@ def predict_expression(
     params = {
         "model_sha256": model.sha256, "features_key": features_key, "encoder": model.encoder["id"], "n_samples": n_samples,
         "n_steps": n_steps or model.preset.n_steps, "random_state": resolve_seed(random_state),
-        "standardize": model.standardize, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
+        "standardize": model.standardize, "spatial_key": spatial_key, "n_vars": table.n_vars,
+        "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     _io.write(
         table, key_added, arrays={"": result.mean, "_std": result.std}, obs={"_ood": result.ood},

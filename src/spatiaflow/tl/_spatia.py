@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ DEFAULT_WEIGHTS = "spatia-pancreas-small"
 
 
 def train_spatia(
-    data: AnnData | SpatialData | list[AnnData | SpatialData],
+    data: AnnData | SpatialData | list[AnnData | SpatialData] | str | Path,
     *,
     modalities: tuple[str, ...] = ("image", "genes"),
     init: Spatia | str | Path | None = None,
@@ -38,6 +39,7 @@ def train_spatia(
     resume: bool = False,
     devices: int | str = 1,
     precision: str = "32-true",
+    workers: int = 0,
     table_key: str = "table",
     image_key: str | None = None,
     shapes_key: str | None = None,
@@ -50,16 +52,18 @@ def train_spatia(
 ) -> Spatia:
     """Train SPATIA on the cells of one or many slides, without labels.
 
-    Losses, each of which has a name and a weight: ``genes`` (hidden counts of a cell from the rest of it, negative
-    binomial), ``image_to_genes`` (all counts from the image alone), ``reconstruction`` (masked patches of the image),
-    ``contrast`` (a cell's image finds its genes among a batch), ``niche`` and ``tissue`` (the counts of cells that are
-    hidden altogether, from their surroundings).
+    Losses, each of which has a name and a weight: ``genes`` (counts of a cell from those of its genes that are not
+    hidden, negative binomial), ``image_to_genes`` (all counts from the image alone), ``reconstruction`` (masked patches
+    of the image), ``contrast`` (a cell's image finds its genes among a batch), ``niche`` and ``tissue`` (the counts of
+    cells that are hidden altogether, from their surroundings).
 
     Parameters
     ----------
     data
         One object, or a list with one or more slides each. Panels and channels may differ between them: what a slide
-        lacks is masked there.
+        lacks is masked there. Or the path of a manifest, a CSV with a SpatialData store a row (columns ``store`` and, where
+        needed, ``tissue``, ``platform``, ``table_key``, ``image_key``, ``shapes_key``, ``labels_key``, ``library_key``,
+        ``mpp``): counts and images then stay on disk and are read region by region.
     modalities
         ``"image"``, ``"genes"`` or both.
     init
@@ -87,6 +91,8 @@ def train_spatia(
         Go on from what ``checkpoint_dir`` holds.
     devices, precision
         Passed to :class:`lightning.Trainer`.
+    workers
+        Processes that read batches while the model trains; 0 reads between the steps.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -116,52 +122,67 @@ def train_spatia(
     """
     from spatiaflow import models
     from spatiaflow.models.spatia import SpatiaConfig
-    from spatiaflow.tl._cells import cell_slides, check_modalities
+    from spatiaflow.tl import _cells as cells
     from spatiaflow.train.spatia import fit_spatia, hold_out
 
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
     _io.at_least_one(max_epochs=max_epochs)
     _io.positive(crop_um=crop_um)
-    modalities = check_modalities(modalities)
-    found = _io.collect(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
+    modalities = cells.check_modalities(modalities)
     if init is not None:
         init = init if isinstance(init, models.Spatia) else models.load(_file(init))
-        config = init.config
-        crop_um = config.crop_um
+        crop_um = init.config.crop_um
+    sizes = SpatiaConfig([], [], **({"crop_um": crop_um} | (preset or {}))) if init is None else init.config
+    options = {"modalities": modalities, "crop_um": sizes.crop_um, "crop_pixels": sizes.crop_pixels, "layer": layer}
+    named = {}
+    if isinstance(data, str | Path):
+        for part in cells.read_corpus(data, **options):
+            named[part.slide.library_id] = part
     else:
-        vocabulary = list(genes) if genes else list(dict.fromkeys(g for _, table, _ in found for g in table.var_names))
-        pitch = float(np.median([slide.pitch for *_, slides in found for slide in slides.values()]))
-        options = {"pitch_um": pitch, "crop_um": crop_um} | (preset or {})
-        config = SpatiaConfig(genes=vocabulary if "genes" in modalities else [], channels=[], **options)
-        if "image" in modalities:
-            config.channels = _channels(found, channels, config, image_key)
-    parts, boxes = [], {}
-    for one, table, slides in found:
-        cells, inside = cell_slides(
-            one, table, list(slides.values()), genes=config.genes, channels=config.channels, channel_names=channels,
-            modalities=modalities, crop_um=crop_um, crop_pixels=config.crop_pixels, layer=layer, image_key=image_key,
+        found = _io.collect(
+            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+            spatial_key=spatial_key, mpp=mpp,
         )  # fmt: skip
-        for (name, slide), part in zip(slides.items(), cells):
-            part.library_id = name
-            boxes[name] = {"n_obs": len(part), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
-            parts.append(part.take(np.flatnonzero(inside[slide.rows])) if "image" in modalities else part)
-    _io.held_out(validation, boxes)
-    training, held_out = hold_out(parts, validation, 2 * config.anchor_um)
-    sizes = [np.asarray(part.counts.sum(1)).ravel() for part in training if part.counts is not None]
-    target_sum = init.target_sum if init else float(np.median(np.concatenate(sizes))) if sizes else 1.0
+        for one, table, slides in found:
+            own = list(slides.values())
+            named |= zip(slides, cells.parts(one, table, own, image_key=image_key, **options))
+    if init is not None:
+        config = init.config
+        for part in named.values() if "genes" in modalities else ():
+            cells.check_coverage(part.genes, config.genes)
+    else:
+        known, seen = channels or {}, [part.crops.channels for part in named.values() if part.crops is not None]
+        config = replace(
+            sizes,
+            genes=_distinct(genes or (g for part in named.values() for g in part.genes))
+            if "genes" in modalities
+            else [],
+            channels=_distinct(str(known.get(name, name)).lower() for names in seen for name in names),
+            pitch_um=float(np.median([part.slide.pitch for part in named.values()])),
+        )
+    ready, boxes = [], {}
+    for name, part in named.items():
+        boxes[name] = {"n_obs": len(part.slide.rows), "box_um": [*part.slide.xy.min(0), *part.slide.xy.max(0)]}
+        slide = cells.cell_slide(part, config.genes, config.channels, channels, name)
+        ready.append(slide.take(np.flatnonzero(part.inside)) if "image" in modalities else slide)
+    validation = _io.held_out(validation, boxes)
+    training, held_out = hold_out(ready, validation, 2 * config.anchor_um)
+    depth = [np.asarray(s.counts[s.spread(4000)].sum(1)).ravel() for s in training if s.counts is not None]
+    target_sum = init.target_sum if init else float(np.median(np.concatenate(depth))) if depth else 1.0
     target = settings.torch_device(device)
     card = {"data": boxes, "modalities": list(modalities), "spatiaflow": spatiaflow.__version__}
-    logger.info("training SPATIA on %d cells of %d slide(s), device %s", sum(map(len, training)), len(parts), target)
+    logger.info("training SPATIA on %d cells of %d slide(s), device %s", sum(map(len, training)), len(ready), target)
     return fit_spatia(
         training, config, card=card, target_sum=max(target_sum, 1.0), losses=losses, validation=held_out, init=init,
         max_epochs=max_epochs, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
-        accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision,
+        accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, workers=workers,
         seed=resolve_seed(random_state),
     )  # fmt: skip
+
+
+def _distinct(names) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 def _file(model: str | Path) -> str | Path:
@@ -171,18 +192,6 @@ def _file(model: str | Path) -> str | Path:
     from spatiaflow.datasets import weights
 
     return weights(str(model))
-
-
-def _channels(collected, names, config, image_key) -> list[str]:
-    """Every channel of every slide, under the name it is given in ``names``."""
-    from spatiaflow.pp._crops import slide_crops
-
-    found = []
-    for one, _, slides in collected:
-        for slide in slides.values():
-            crops = slide_crops(one, slide, crop_um=config.crop_um, pixels=config.crop_pixels, image_key=image_key)
-            found += [str((names or {}).get(name, name)).lower() for name in crops.channels]
-    return list(dict.fromkeys(found))
 
 
 def embed_spatia(
@@ -263,12 +272,12 @@ def embed_spatia(
     """
     from spatiaflow import models
     from spatiaflow.models.spatia import LEVELS
-    from spatiaflow.tl._cells import cell_slides, check_modalities
+    from spatiaflow.tl import _cells
 
     started = time.perf_counter()
     _io.at_least_one(batch_size=batch_size)
     _io.slot_name(key_added)
-    modalities = check_modalities(modalities)
+    modalities = _cells.check_modalities(modalities)
     levels = (levels,) if isinstance(levels, str) else tuple(levels)
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be among {', '.join(LEVELS)}, not {levels!r}.")
@@ -285,36 +294,32 @@ def embed_spatia(
         spatial_key=spatial_key, mpp=mpp,
     )  # fmt: skip
     c = model.config
-    cells, inside = cell_slides(
-        data, table, slides, genes=c.genes, channels=c.channels, channel_names=channels, modalities=modalities,
-        crop_um=c.crop_um, crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
+    coverage = _cells.check_coverage(list(table.var_names), c.genes) if "genes" in modalities else 0.0
+    found = _cells.parts(
+        data, table, slides, modalities=modalities, crop_um=c.crop_um, crop_pixels=c.crop_pixels, layer=layer,
+        image_key=image_key,
     )  # fmt: skip
+    cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
     target, size = settings.torch_device(device), batch_size or 512
     out = {level: np.full((table.n_obs, c.width), np.nan, np.float32) for level in levels}
     looks = []  # row, column and weight of the attention
     bar = progress(None, "embedding", total=sum(map(len, cells)), unit="cell")
-    for slide, part in zip(slides, cells):
-        found = model.embed(
-            part,
-            inside[slide.rows],
-            batch_size=size,
-            device=target,
-            levels=levels,
-            update=bar.update,
-            attention=attention,
+    for part, one in zip(found, cells):
+        rows = part.slide.rows
+        levels_of = model.embed(
+            one, part.inside, batch_size=size, device=target, levels=levels, update=bar.update, attention=attention
         )
         if attention:
-            weight = found.pop("attention").tocoo()
-            looks.append((slide.rows[weight.row], slide.rows[weight.col], weight.data))
-        for level, values in found.items():
-            out[level][slide.rows] = values
+            weight = levels_of.pop("attention").tocoo()
+            looks.append((rows[weight.row], rows[weight.col], weight.data))
+        for level, values in levels_of.items():
+            out[level][rows] = values
     bar.close()
     if attention:
         row, column, weight = (np.concatenate(v) for v in zip(*looks))
         table.obsp[f"{key_added}_attention"] = sparse.csr_matrix((weight, (row, column)), (table.n_obs, table.n_obs))
     unit = [v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in out.values()]
     used = [name for i, name in enumerate(c.channels) if any(len(p.channels) and p.channels[i] >= 0 for p in cells)]
-    coverage = float(cells[0].measured.mean()) if c.genes and "genes" in modalities else 0.0
     params = {
         "model_sha256": model.sha256, "levels": list(levels), "modalities": list(modalities), "crop_um": c.crop_um,
         "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
+import shutil
 import tempfile
 import warnings
 from contextlib import nullcontext
@@ -17,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from scipy import sparse
 from torch.utils.data import DataLoader, Dataset
 
-from spatiaflow._settings import progress
+from spatiaflow._settings import logger, progress
 
 NEWEST, BEST, RUN = "last.ckpt", "best.ckpt", "run.json"
 
@@ -39,6 +41,9 @@ def claim(folder: Path, resume: bool, **run) -> None:
                 f"{str(folder)!r} holds another run: it differs in {', '.join(other)}. Give the arguments and data of that "
                 "run, or another checkpoint_dir."
             )
+    if not resume:  # what an earlier run left must not be taken for this one's, should it be interrupted early
+        for old in [*folder.glob("fold_*"), *folder.glob("*.ckpt")]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(now, indent=1))
 
@@ -71,6 +76,7 @@ def fit(
     devices: int | str = 1,
     precision: str = "32-true",
     accelerator: str = "cpu",
+    workers: int = 0,
 ) -> None:
     """Train ``module`` and leave it with the weights of its best validation epoch.
 
@@ -98,13 +104,24 @@ def fit(
         newest = Path(folder) / NEWEST
         trainer.fit(
             module,
-            DataLoader(training, batch_size=None),
+            DataLoader(training, batch_size=None, num_workers=workers),
             DataLoader(validation, batch_size=None),
-            ckpt_path=newest if resume and newest.exists() else None,
+            ckpt_path=newest if resume and _readable(newest) else None,
             weights_only=True,
         )
         saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
         module.load_state_dict(saved["state_dict"])
+
+
+def _readable(checkpoint: Path) -> bool:
+    if not checkpoint.exists():
+        return False
+    try:
+        torch.load(checkpoint, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        logger.warning("%s is damaged: this network starts anew", checkpoint)
+        return False
+    return True
 
 
 class _Epochs(Callback):

@@ -28,19 +28,26 @@ class CellSlide:
 
     library_id: str
     xy: np.ndarray  # n x 2, µm
-    counts: sparse.csr_matrix | None  # n x genes of the vocabulary
+    counts: sparse.csr_matrix | object | None  # [rows] -> CSR, rows x genes of the vocabulary
     measured: np.ndarray  # genes, bool: on this slide's panel
     crops: object | None  # .read(rows) -> n x slide channels x p x p
     channels: np.ndarray  # for each channel of the model, its place on this slide, or -1
     intensity: np.ndarray | None  # slide channels x 2: background and bright end
+    tissue: str = ""
 
     def __len__(self) -> int:
         return len(self.xy)
 
+    def spread(self, n: int) -> np.ndarray:
+        """Rows of at most n evenly spaced cells."""
+        return np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))
+
     def take(self, rows: np.ndarray) -> CellSlide:
         """Some of the cells."""
         crops = None if self.crops is None else self.crops.take(rows)
-        counts = None if self.counts is None else self.counts[rows]
+        counts = self.counts
+        if counts is not None:
+            counts = counts[rows] if sparse.issparse(counts) else counts.take(rows)
         return replace(self, xy=self.xy[rows], counts=counts, crops=crops)
 
 
@@ -76,8 +83,8 @@ class CellRegions(Dataset):
     """Batches of cells from one field; item b of an epoch depends on the seed, the epoch and b alone.
 
     A batch is a few contiguous patches of cells scattered over a field of ``field_um``: neighbours for the niche level,
-    patches far apart for the tissue level, at the price of one small region. Slides are drawn with probability
-    proportional to the square root of their cells, so that a large one does not drown the others.
+    patches far apart for the tissue level, at the price of one small region. Tissues, and slides within a tissue, are drawn
+    with probability proportional to the square root of their cells, so that large ones do not drown the others.
     """
 
     def __init__(
@@ -87,7 +94,12 @@ class CellRegions(Dataset):
         self.patches, self.cells, self.fields, self.field_um = patches, cells, fields, field_um
         self.seed, self.epoch = seed, 0
         self.trees = [cKDTree(s.xy) for s in slides]
-        share = np.sqrt([len(s) for s in slides])
+        cells_of = np.array([len(s) for s in slides], float)
+        tissue = np.array([s.tissue for s in slides])
+        share = np.zeros(len(slides))
+        for name in np.unique(tissue):
+            same = tissue == name
+            share[same] = np.sqrt(cells_of[same].sum()) * np.sqrt(cells_of[same]) / np.sqrt(cells_of[same]).sum()
         self.share = share / share.sum()
 
     def __len__(self) -> int:
@@ -133,14 +145,16 @@ class SpatiaTraining(L.LightningModule):
         super().__init__()
         self.network, self.weights, self.target_sum, self.learning_rate = network, weights, target_sum, learning_rate
         self.history = {}
-        d = network.config.width
-        self.project = torch.nn.ModuleDict({k: torch.nn.Linear(d, d) for k in ("image", "genes")})
         self.log_temperature = torch.nn.Parameter(torch.tensor(np.log(0.1), dtype=torch.float32))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.02)
+        dispersion = [self.network.log_theta]  # a scale on its own, in units of 1 and without decay
+        others = [p for p in self.parameters() if p is not self.network.log_theta]
+        groups = [{"params": others}, {"params": dispersion, "lr": 10 * self.learning_rate, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=0.02)
+        rates = [g["lr"] for g in optimizer.param_groups]
         steps = max(int(self.trainer.estimated_stepping_batches), 2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def losses(self, b: dict) -> dict[str, Tensor]:
@@ -177,13 +191,11 @@ class SpatiaTraining(L.LightningModule):
         from_image = net.fuse(image, None, n) if image is not None and "counts" in b else None
         from_genes = net.fuse(None, genes, n) if image is not None and genes is not None else None
         if "genes" in on and genes is not None:
-            out["genes"] = misfit(both, "cell", hidden)
+            out["genes"] = misfit(both, "cell", measured)
         if "image_to_genes" in on and from_image is not None:
             out["image_to_genes"] = misfit(from_image, "cell", measured)
         if "contrast" in on and image is not None and genes is not None:
-            a = F.normalize(self.project["image"](image.mean(1)), dim=1)
-            e = F.normalize(self.project["genes"](genes.mean(1)), dim=1)
-            logit = a @ e.T / self.log_temperature.exp().clamp(0.02, 1)
+            logit = net.match(image, "image") @ net.match(genes, "genes").T / self.log_temperature.exp().clamp(0.02, 1)
             target = torch.arange(n, device=device)
             out["contrast"] = (F.cross_entropy(logit, target) + F.cross_entropy(logit.T, target)) / 2
         if on & {"niche", "tissue"} and genes is not None:
@@ -219,15 +231,47 @@ class SpatiaTraining(L.LightningModule):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()}
 
 
-def start_rates(network: SpatiaNetwork, slides: list[CellSlide]) -> None:
-    """Start the predicted rates at each gene's mean share of the library."""
-    total, size = np.zeros(len(network.config.genes)), np.zeros(len(network.config.genes))
+def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
+    """Start the predicted rates at each gene's mean share of the library, and the gene encoder at principal components.
+
+    From evenly spaced cells of each slide; a gene counts where it is measured. From random weights the encoder would need
+    far more cells than a slide has before it knows what a principal component tells.
+    """
+    n_genes = len(network.config.genes)
+    total, size, cells, sums, squares, excess, expected = (np.zeros(n_genes) for _ in range(7))
+    values = []
     for s in slides:
-        if s.counts is not None:
-            total += np.asarray(s.counts.sum(0)).ravel()
-            size += s.counts.sum() * s.measured
+        if s.counts is None:
+            continue
+        counts = s.counts[s.spread(n)].toarray()
+        value = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
+        values.append((value, s.measured))
+        total += counts.sum(0)
+        size += counts.sum() * s.measured
+        cells += len(counts) * s.measured
+        sums += value.sum(0)
+        squares += (value**2).sum(0)
+        rate = counts.sum(1, keepdims=True) * counts.sum(0) / max(counts.sum(), 1)
+        excess += ((counts - rate) ** 2 - rate).sum(0)  # = rate^2 / theta in expectation
+        expected += (rate**2).sum(0)
+    mean = sums / np.maximum(cells, 1)
+    spread = np.sqrt(np.maximum(squares / np.maximum(cells, 1) - mean**2, 0))
     with torch.no_grad():
         network.rates.bias.copy_(torch.from_numpy(np.log((total + 0.5) / np.maximum(size, 1)).clip(-15, 0)))
+        # what cells differ by will be explained; the dispersion left is smaller
+        theta = np.clip(3 * expected / np.maximum(excess, 1e-3 * expected + 1e-12), 0.3, 30)
+        network.log_theta.copy_(torch.from_numpy(np.log(np.expm1(theta))))
+        if network.gene is not None:
+            network.gene.usual_size.fill_(np.log1p(target_sum))
+            network.gene.centre.copy_(torch.from_numpy(mean))
+            spread = np.where(spread < 1e-3, 1.0, spread)
+            network.gene.spread.copy_(torch.from_numpy(spread))
+            z = np.concatenate([(v - mean) / spread * measured for v, measured in values]).clip(-5, 5)
+            _, singular, axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)
+            d = min(network.gene.direction.shape[1], len(axes))
+            # half-way to whitened, so that the first few do not drown the others
+            scale = (singular[:d] / singular[0] + 1e-3) ** -0.5 * n_genes / singular[0] * len(z[:n]) ** 0.5
+            network.gene.direction[:, :d] = torch.from_numpy((axes[:d].T * scale).astype(np.float32))
 
 
 def fit_spatia(
@@ -247,22 +291,25 @@ def fit_spatia(
     accelerator: str = "cpu",
     devices: int | str = 1,
     precision: str = "32-true",
+    workers: int = 0,
     seed: int = 0,
 ) -> Spatia:
     """Fit a SPATIA to training slides; the epoch is chosen by the loss on validation slides."""
     if checkpoint_dir is not None:
+        everything = [*slides, *validation]
         claim(
             checkpoint_dir, resume, config=config, target_sum=target_sum, losses=losses, max_epochs=max_epochs, seed=seed,
             batches_per_epoch=batches_per_epoch, learning_rate=learning_rate, init=init and init.sha256,
-            slides=tuple(s.library_id for s in [*slides, *validation]),
-            data=[v for s in [*slides, *validation] for v in (s.xy, s.counts, s.intensity)],
+            slides=tuple(s.library_id for s in everything),
+            data=[v for s in everything for v in (s.xy, s.intensity)],
+            counts=[s.counts[s.spread(4000)] for s in everything if s.counts is not None],
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = SpatiaNetwork(config)
         module = SpatiaTraining(network, LOSSES | (losses or {}), target_sum, learning_rate)
     if init is None:
-        start_rates(network, slides)
+        start_genes(network, slides, target_sum)
     else:
         network.load_state_dict(init.network.state_dict())
     n_cells = sum(map(len, slides))
@@ -272,6 +319,6 @@ def fit_spatia(
     fit(
         module, training, held_out, max_epochs=max_epochs, patience=max_epochs, monitor="val_loss", seed=seed,
         description="SPATIA", checkpoint_dir=checkpoint_dir, resume=resume, accelerator=accelerator, devices=devices,
-        precision=precision,
+        precision=precision, workers=workers,
     )  # fmt: skip
     return Spatia(network=network, target_sum=target_sum, history=module.history, card=card)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,8 +273,6 @@ def _fit_network(fold: _Fold, preset, weight, description, seed, where, resume, 
                 return module.denoiser, description["history"]
             except ValueError:
                 logger.warning("%s is damaged: its network is finished again from the last checkpoint", finished)
-        if not resume and where.exists():
-            shutil.rmtree(where)
         where.mkdir(parents=True, exist_ok=True)
     fit(
         module, Regions(fold.training, preset, fold.prior, seed), WholeSlides(fold.held_out, preset, fold.prior, seed),

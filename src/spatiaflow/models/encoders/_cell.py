@@ -90,6 +90,8 @@ class GeneEncoder(nn.Module):
     A few learned queries gather the measured genes by cross-attention, then attend to one another. Keys and values are
     linear in the token and the queries are the same for all cells, so they are projected once per gene and never per
     cell: logits are ``a_g + x_g b_g``. Cost is linear in the genes. Genes that are not measured, or hidden, are left out.
+    Values are centred and scaled by ``centre`` and ``spread`` of the training data: a mean over hundreds of genes would
+    else be the same for all cells but for a trace.
     """
 
     def __init__(self, c):
@@ -97,10 +99,16 @@ class GeneEncoder(nn.Module):
         d = c.width
         self.n_heads = c.n_heads
         self.identity = nn.Parameter(0.02 * torch.randn(len(c.genes), d))
-        self.direction = nn.Parameter(0.02 * torch.randn(len(c.genes), d))
+        self.direction = nn.Parameter(torch.randn(len(c.genes), d))
+        self.register_buffer("centre", torch.zeros(len(c.genes)))
+        self.register_buffer("spread", torch.ones(len(c.genes)))
+        self.register_buffer("usual_size", torch.zeros(()))
         self.queries = nn.Parameter(torch.randn(c.gene_latents, d))
         self.key, self.value = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
-        self.out, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
+        self.key.weight.data *= 0.05  # starts as a mean over genes, which keeps what a linear map keeps
+        nn.init.eye_(self.value.weight)
+        self.out, self.norm, self.gathered_norm = nn.Linear(d, d), nn.LayerNorm(d), nn.LayerNorm(d)
+        nn.init.eye_(self.out.weight)
         self.size = nn.Linear(1, d)
         layer = nn.TransformerEncoderLayer(
             d, c.n_heads, 4 * d, c.dropout, activation="gelu", batch_first=True, norm_first=True
@@ -120,6 +128,7 @@ class GeneEncoder(nn.Module):
             log1p of the counts over the measured genes, n.
         """
         n, m, h = len(values), len(self.queries), self.n_heads
+        values = ((values - self.centre) / self.spread).clamp(-5, 5)
         q = self.queries.view(m, h, -1)
         k_identity, k_direction = (self.key(t).view(len(t), h, -1) for t in (self.identity, self.direction))
         v_identity, v_direction = (self.value(t).view(len(t), h, -1) for t in (self.identity, self.direction))
@@ -129,5 +138,6 @@ class GeneEncoder(nn.Module):
         weight = torch.nan_to_num(logits.masked_fill(~measured[:, None, None], -torch.inf).softmax(-1))
         gathered = torch.einsum("nhmg,ghd->nmhd", weight, v_identity)
         gathered = gathered + torch.einsum("nhmg,ghd->nmhd", weight * values[:, None, None], v_direction)
-        tokens = self.queries + self.out(gathered.reshape(n, m, -1)) + self.size(size[:, None])[:, None]
+        gathered = self.gathered_norm(gathered.reshape(n, m, -1))
+        tokens = self.queries + self.out(gathered) + self.size(size[:, None] - self.usual_size)[:, None]
         return self.layers(self.norm(tokens))

@@ -141,6 +141,8 @@ def load_encoder(
 
     Raises
     ------
+    TypeError
+        ``encoder`` is none of these.
     ValueError
         The name is almost that of an encoder.
     ImportError
@@ -160,6 +162,8 @@ def load_encoder(
         raise ValueError(
             f"checkpoint= is for {', '.join(TIMM)} and conch; give the folder of the model as encoder instead."
         )
+    if not isinstance(encoder, str | Path):
+        raise TypeError(f"encoder must be a name, a path, a function or an Encoder, not {encoder!r}.")
     if str(encoder) == "texture":
         return Encoder(
             "texture", _texture.texture, _texture.MPP, multiple=_texture.PIXEL_MULTIPLE, feature_names=_texture.names()

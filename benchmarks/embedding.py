@@ -1,0 +1,408 @@
+"""Cell, niche and tissue embeddings: image to expression, retrieval, annotation and domains, beside simple baselines.
+
+    python benchmarks/embedding.py pancreas --store pancreas.zarr --weights spatia-pancreas-small
+    python benchmarks/embedding.py starmap --seeds 3
+
+Pancreas: everything is fitted on x < 16500 px, tested on x > 19500; between them 17000-19000 shows the shift along the
+slide. STARmap: fitted on two mice, tested on the third; penalties are chosen by leaving one of the two out. Neighbours
+are looked up inside a part or a mouse. Each row is written to ``benchmarks/results/embedding-*.csv`` with its command.
+"""
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from scipy.spatial import cKDTree
+from torch import nn
+
+import spatiaflow as sf
+from spatiaflow import _io
+from spatiaflow.models.counts import log_likelihood
+from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.spatia import Spatia, SpatiaNetwork, scaled
+from spatiaflow.train.spatia import augmented
+
+RESULTS = Path(__file__).parent / "results"
+MPP = 0.2125
+PARTS = {"train": (0, 16500), "validation": (17000, 19000), "test": (19500, 99999)}  # px
+MIN_COUNTS, N_GENES, BLOCK_UM = 15, 50, 500.0
+ALPHAS = np.geomspace(1e1, 1e6, 11)
+
+
+def write(data: str, rows: list[dict]) -> None:
+    """One CSV a data set, with the command, version and date in every row."""
+    RESULTS.mkdir(exist_ok=True)
+    note = {"command": " ".join(sys.argv), "version": sf.__version__, "date": datetime.date.today().isoformat()}
+    table = pd.DataFrame([row | note for row in rows])
+    path = RESULTS / f"embedding-{data}.csv"
+    table.to_csv(path, index=False)
+    print(table.drop(columns=list(note)).round(4).to_string(index=False), flush=True)
+
+
+# ---- pancreas ----------------------------------------------------------------------------------------------------
+
+
+def pancreas_parts(store: str) -> dict:
+    """A SpatialData for each part, with all its cells: they are neighbours; scores are over those with 15 counts."""
+    import spatialdata as sd
+
+    whole = sd.read_zarr(store)
+    table = whole["table"]
+    (slide,) = _io.slides(whole, mpp=1)
+    genes = ~table.var["control"].to_numpy(bool) if "control" in table.var else np.ones(table.n_vars, bool)
+    enough = np.asarray(table[:, genes].X.sum(1)).ravel() >= 5
+    out = {}
+    for name, (low, high) in PARTS.items():
+        x = slide.xy[:, 0] / MPP
+        part = table[(x >= low) & (x < high) & enough, genes].copy()
+        elements = {key: element for _, key, element in whole.gen_elements() if key != "table"}
+        out[name] = sd.SpatialData.init_from_elements({**elements, "table": part})
+    return out
+
+
+def expression(table, genes=None):
+    """log1p of counts per 100; and which cells are scored."""
+    counts = sparse.csr_matrix(table.X)
+    total = np.asarray(counts.sum(1)).ravel()
+    y = np.log1p(counts.multiply(100 / np.maximum(total, 1)[:, None]).toarray())
+    return (y if genes is None else y[:, genes]), total >= MIN_COUNTS
+
+
+def around(xy: np.ndarray, values: np.ndarray, k: int = 15) -> np.ndarray:
+    """Mean of the k nearest other cells."""
+    index = cKDTree(xy).query(xy, k=k + 1)[1][:, 1:]
+    return np.mean([values[index[:, j]] for j in range(k)], 0)
+
+
+def folds(xy: np.ndarray, n: int = 4) -> np.ndarray:
+    """Contiguous bands along x."""
+    return np.digitize(xy[:, 0], np.quantile(xy[:, 0], np.arange(1, n) / n))
+
+
+class Probe:
+    """Ridge regression from z-scored features; its penalty by leaving out bands of the training part."""
+
+    def __init__(self, x, y, fold):
+        self.mean, self.std = x.mean(0), x.std(0) + 1e-6
+        z = (x - self.mean) / self.std
+        score = np.zeros(len(ALPHAS))
+        for f in np.unique(fold):
+            for i, model in enumerate(self._fit(z[fold != f], y[fold != f], ALPHAS)):
+                score[i] += np.nanmean(gene_pearson(y[fold == f], z[fold == f] @ model[0] + model[1]))
+        self.inner = score.max() / len(np.unique(fold))
+        ((self.w, self.b),) = self._fit(z, y, [ALPHAS[score.argmax()]])
+
+    @staticmethod
+    def _fit(z, y, alphas):
+        mean_z, mean_y = z.mean(0), y.mean(0)
+        a = z - mean_z
+        values, axes = np.linalg.eigh(a.T @ a)
+        projected = axes.T @ (a.T @ (y - mean_y))
+        for alpha in alphas:
+            w = axes @ (projected / (np.maximum(values, 0) + alpha)[:, None])
+            yield w, mean_y - mean_z @ w
+
+    def __call__(self, x):
+        return (x - self.mean) / self.std @ self.w + self.b
+
+
+def supervised_cnn(
+    parts: dict, top: np.ndarray, seed: int, max_epochs: int = 30, patience: int = 4
+) -> tuple[dict, str]:
+    """Embeddings of a small CNN trained to predict all counts, with SPATIA's augmentation and crops, to convergence.
+
+    The epoch is chosen on the last band of the training part.
+    """
+    crops = {name: sf.pp.crops(part, mpp=1) for name, part in parts.items()}
+    tables = {name: part["table"] for name, part in parts.items()}
+    intensity = {name: c.intensity() for name, c in crops.items()}
+    counts = sparse.csr_matrix(tables["train"].X).astype(np.float32)
+    y, scored = expression(tables["train"], top)
+    band = folds(crops["train"].xy, 20) == 19
+    rows, held = np.flatnonzero(scored & ~band), np.flatnonzero(scored & band)
+    torch.manual_seed(seed)
+
+    def block(i, j, stride):
+        return nn.Sequential(nn.Conv2d(i, j, 3, stride, 1, bias=False), nn.BatchNorm2d(j), nn.ReLU())
+
+    channels = crops["train"].shape[1]
+    net = nn.Sequential(
+        block(channels, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1), block(64, 128, 2),
+        block(128, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    head, log_theta = nn.Linear(128, counts.shape[1]), nn.Parameter(torch.zeros(counts.shape[1]))
+    total = np.asarray(counts.sum(0)).ravel()
+    head.bias.data = torch.from_numpy(np.log((total + 0.5) / total.sum())).float()
+    weights = [*net.parameters(), *head.parameters(), log_theta]
+    optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=0.02)
+    rng, places = np.random.default_rng(seed), np.arange(channels)
+    images = {name: c.read(np.arange(len(c))) for name, c in crops.items()}  # uint8, under 1 GB
+
+    @torch.inference_mode()
+    def embed(name, which):
+        net.eval()
+        chunks = np.array_split(which, max(1, len(which) // 512))
+        return torch.cat([net(scaled(images[name][c], intensity[name], places)) for c in chunks])
+
+    best, waited, kept = -1.0, 0, None
+    for epoch in range(max_epochs):
+        net.train()
+        for g in optimizer.param_groups:  # halves when it stalls
+            g["lr"] = 1e-3 * 0.5**waited
+        for batch in np.array_split(rng.permutation(rows), len(rows) // 256):
+            with torch.autocast("cpu", torch.bfloat16):
+                z = net(augmented(scaled(images["train"][batch], intensity["train"], places), rng))
+            seen = torch.from_numpy(counts[batch].toarray())
+            mean = seen.sum(1, keepdim=True) * torch.exp(head(z.float()).clamp(-15, 3))
+            loss = -log_likelihood(seen, mean.clamp_min(1e-6), nn.functional.softplus(log_theta) + 0.01).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.inference_mode():
+            predicted = np.log1p(100 * torch.exp(head(embed("train", held)))).numpy()[:, top]
+        score = np.nanmean(gene_pearson(y[held], predicted))
+        print(f"CNN epoch {epoch} {score:.4f}", flush=True)
+        if score > best:
+            best, waited, kept = score, 0, {k: v.clone() for k, v in net.state_dict().items()}
+        elif (waited := waited + 1) > patience:
+            break
+    net.load_state_dict(kept)
+    return {name: embed(name, np.arange(len(c))).numpy() for name, c in crops.items()}, f"{epoch + 1} epochs"
+
+
+def spatia_levels(parts: dict, model, modalities) -> dict:
+    """Level -> part -> embedding."""
+    out = {level: {} for level in ("cell", "niche", "tissue")}
+    for name, part in parts.items():
+        sf.tl.embed_spatia(part, model=model, modalities=modalities, mpp=1, key_added="b")
+        for level in out:
+            out[level][name] = np.asarray(part["table"].obsm[f"b_{level}"])
+    return out
+
+
+def join(*features: dict) -> dict:
+    return {name: np.concatenate([f[name] for f in features], 1) for name in features[0]}
+
+
+def retrieval(parts: dict, model: Spatia, seed: int, n: int = 1000) -> dict:
+    """How often the image of a cell is the first (or among ten) that its genes find among 1,000 test cells."""
+    part, c = parts["test"], model.config
+    table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=c.crop_um, pixels=c.crop_pixels)
+    counts, rng = sparse.csr_matrix(table[:, c.genes].X), np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(np.flatnonzero(np.asarray(counts.sum(1)).ravel() >= MIN_COUNTS), n, replace=False))
+    order = np.array([[ch.lower() for ch in crops.channels].index(name) for name in c.channels])
+    x = scaled(crops.read(chosen), crops.intensity(), order)
+    value = torch.from_numpy(counts[chosen].toarray().astype(np.float32))
+    size = value.sum(1, keepdim=True)
+    network = model.network.eval()
+    with torch.inference_mode():
+        genes = network.gene(
+            torch.log1p(value * model.target_sum / size),
+            torch.ones(1, len(c.genes), dtype=bool),
+            torch.log1p(size[:, 0]),
+        )
+        score = network.match(genes, "genes") @ network.match(network.image(x), "image").T
+    rank = (score >= score.diagonal()[:, None]).sum(1).numpy()
+    return {"top 1": np.mean(rank <= 1), "top 10": np.mean(rank <= 10), "median rank": float(np.median(rank))}
+
+
+def pancreas(a) -> None:
+    parts = pancreas_parts(a.store)
+    tables = {name: part["table"] for name, part in parts.items()}
+    y_all, scored = expression(tables["train"])
+    top = np.argsort(-y_all[scored].var(0), kind="stable")[:N_GENES]  # on training cells alone
+    y, use = {}, {}
+    for name, table in tables.items():
+        y[name], use[name] = expression(table, top)
+    xy = {name: _io.slides(part, mpp=1)[0].xy for name, part in parts.items()}
+    blocks = sf.metrics.spatial_blocks(xy["test"][use["test"]], BLOCK_UM)
+    fold = folds(xy["train"][use["train"]])
+    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
+    features, seconds, notes = {}, {}, {}
+
+    def timed(name, make):
+        start = time.perf_counter()
+        features[name] = make()
+        seconds[name] = time.perf_counter() - start
+
+    def with_neighbours(name):
+        return join(features[name], {k: around(xy[k], v) for k, v in features[name].items()})
+
+    def hand():
+        out = {}
+        for name, part in parts.items():
+            sf.pp.morphology_profile(part, mpp=1)
+            out[name] = np.nan_to_num(part["table"].obsm["morphology"].to_numpy())
+        return out
+
+    if not a.quick:
+        timed("hand features", hand)
+        timed("hand features + neighbours", lambda: with_neighbours("hand features"))
+        found = supervised_cnn(parts, top, a.seed)
+        features["CNN, supervised"], notes["CNN, supervised"] = found
+        timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
+    torch.manual_seed(a.seed)
+    untrained = Spatia(network=SpatiaNetwork(model.config), target_sum=model.target_sum, history={}, card={})
+    features["untrained SPATIA, image, cell"] = spatia_levels(parts, untrained, "image")["cell"]
+    image = spatia_levels(parts, model, "image")
+    features["SPATIA image, cell"] = image["cell"]
+    features["SPATIA image, cell + neighbours' mean"] = join(
+        image["cell"], {k: around(xy[k], v) for k, v in image["cell"].items()}
+    )
+    features["SPATIA image, niche"] = image["niche"]
+    features["SPATIA image, cell + niche"] = join(image["cell"], image["niche"])
+    features["SPATIA image, all levels"] = join(*image.values())
+    if a.self_supervised:
+        own = spatia_levels(parts, sf.models.load(a.self_supervised), "image")
+        features["SPATIA image, self-supervised (no genes), cell"] = own["cell"]
+    rng = np.random.default_rng(a.seed)
+    features["SPATIA image, all levels, shuffled"] = {
+        k: v[rng.permutation(len(v))] for k, v in features["SPATIA image, all levels"].items()
+    }
+    rows, predictions, truth = [], {}, y["test"][use["test"]]
+    for name, x in features.items():
+        probe = Probe(x["train"][use["train"]], y["train"][use["train"]], fold)
+        predictions[name] = probe(x["test"][use["test"]])
+        shift = np.nanmean(gene_pearson(y["validation"][use["validation"]], probe(x["validation"][use["validation"]])))
+        by_block = [
+            np.nanmean(gene_pearson(truth[blocks == b], predictions[name][blocks == b]))
+            for b in np.unique(blocks) if (blocks == b).sum() >= 100
+        ]  # fmt: skip
+        rows.append({
+            "task": "image to expression", "method": name, "inner": probe.inner, "17000-19000": shift,
+            "test": np.nanmean(gene_pearson(truth, predictions[name])), "test, 500 um blocks": np.mean(by_block),
+            "features": x["train"].shape[1], "seconds": seconds.get(name, np.nan), "note": notes.get(name, ""),
+        })  # fmt: skip
+    simple = [r for r in rows if "SPATIA" not in r["method"]]
+    if simple:
+        best = max(simple, key=lambda r: r["inner"])["method"]
+        for row in rows:
+            difference = sf.metrics.paired_pearson_difference(
+                truth, predictions[row["method"]], predictions[best], blocks
+            )
+            row |= dict(zip(("minus best simple", "low", "high"), difference)) | {"best simple": best}
+    n_test = int(use["test"].sum())
+    for name, found in (("SPATIA", model), ("untrained", untrained)):
+        rows.append(
+            {
+                "task": "retrieval among 1,000",
+                "method": name,
+                **retrieval(parts, found, a.seed),
+                "note": f"{n_test} cells",
+            }
+        )
+    write("pancreas", rows)
+
+
+# ---- STARmap -----------------------------------------------------------------------------------------------------
+
+
+class Classifier:
+    """Logistic regression on z-scores; penalty and class weights by leaving one training mouse out."""
+
+    def __init__(self, x, label, mouse):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import f1_score
+
+        self.mean, self.std = x.mean(0), x.std(0) + 1e-6
+        z, scores = (x - self.mean) / self.std, {}
+        for c in (0.003, 0.01, 0.03, 0.1, 0.3):
+            for balance in (None, "balanced"):
+                inner = []
+                for m in np.unique(mouse):
+                    fit = LogisticRegression(C=c, class_weight=balance, max_iter=300).fit(
+                        z[mouse != m], label[mouse != m]
+                    )
+                    inner.append(f1_score(label[mouse == m], fit.predict(z[mouse == m]), average="macro"))
+                scores[c, balance] = np.mean(inner)
+        c, balance = max(scores, key=scores.get)
+        self.inner = max(scores.values())
+        self.model = LogisticRegression(C=c, class_weight=balance, max_iter=500).fit(z, label)
+
+    def macro_f1(self, x, label):
+        from sklearn.metrics import f1_score
+
+        return f1_score(label, self.model.predict((x - self.mean) / self.std), average="macro")
+
+
+def starmap(a) -> None:
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    data = sf.datasets.starmap_mpfc()
+    counts, xy = np.asarray(data.X.todense(), float), np.asarray(data.obsm["spatial"], float)
+    total = counts.sum(1, keepdims=True)
+    y = np.log1p(counts / total * np.median(total))
+    mouse, kind, layer = (data.obs[name].astype(str).to_numpy() for name in ("mouse", "cell_type", "layer"))
+    rows = []
+    for seed in range(a.seeds):
+        for held in dict.fromkeys(mouse):
+            train, test = mouse != held, mouse == held
+            axes = PCA(30, random_state=0).fit(y[train])
+            pca = axes.transform(y)
+
+            def mean_around(values, xy=xy):
+                out = np.empty_like(values)
+                for m in dict.fromkeys(mouse):
+                    out[mouse == m] = around(xy[mouse == m], values[mouse == m], 30)
+                return out
+
+            features = {}
+            if seed == 0:
+                features = {
+                    "genes": y, "PCA": pca, "genes + neighbours": np.hstack([y, mean_around(y)]),
+                    "PCA + neighbours": np.hstack([pca, mean_around(pca)]), "neighbours": mean_around(pca),
+                }  # fmt: skip
+                shuffled = xy.copy()
+                for m in dict.fromkeys(mouse):
+                    shuffled[mouse == m] = np.random.default_rng(0).permutation(xy[mouse == m])
+                features["PCA + neighbours, coordinates shuffled"] = np.hstack([pca, mean_around(pca, shuffled)])
+            start = time.perf_counter()
+            model = sf.tl.train_spatia(
+                data[train].copy(), modalities="genes", mpp=1, library_key="mouse", max_epochs=a.epochs, random_state=seed
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            found = data.copy()
+            sf.tl.embed_spatia(found, model=model, modalities="genes", mpp=1, library_key="mouse")
+            cell, niche, tissue = (np.asarray(found.obsm[f"X_spatia_{level}"]) for level in ("cell", "niche", "tissue"))
+            features |= {
+                "SPATIA cell": cell, "SPATIA niche": niche, "SPATIA tissue": tissue,
+                "SPATIA cell + niche": np.hstack([cell, niche]), "SPATIA all levels": np.hstack([cell, niche, tissue]),
+            }  # fmt: skip
+            for name, x in features.items():
+                row = {"mouse": held, "seed": seed, "method": name, "features": x.shape[1]}
+                for task, label in (("type", kind), ("layer", layer)):
+                    probe = Classifier(x[train], label[train], mouse[train])
+                    row |= {f"{task} F1": probe.macro_f1(x[test], label[test]), f"{task} inner": probe.inner}
+                z = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
+                z = PCA(min(20, x.shape[1]), random_state=0).fit(z[train]).transform(z)
+                groups = KMeans(4, n_init=10, random_state=0).fit(z[train]).predict(z[test])  # fitted on the other mice
+                row |= {
+                    "layer ARI": adjusted_rand_score(layer[test], groups),
+                    "layer NMI": normalized_mutual_info_score(layer[test], groups),
+                    "seconds": seconds if "SPATIA" in name else np.nan,
+                }  # fmt: skip
+                rows.append(row)
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    write("starmap", rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", choices=["pancreas", "starmap"])
+    parser.add_argument("--store")
+    parser.add_argument("--weights", default="spatia-pancreas-small")
+    parser.add_argument("--self-supervised", help="weights trained without genes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="SPATIA's rows alone")
+    a = parser.parse_args()
+    {"pancreas": pancreas, "starmap": starmap}[a.data](a)
