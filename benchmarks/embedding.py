@@ -223,13 +223,22 @@ def pancreas(a) -> None:
     xy = {name: _io.slides(part, mpp=1)[0].xy for name, part in parts.items()}
     blocks = sf.metrics.spatial_blocks(xy["test"][use["test"]], BLOCK_UM)
     fold = folds(xy["train"][use["train"]])
-    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
     features, seconds, notes = {}, {}, {}
 
     def timed(name, make):
-        start = time.perf_counter()
-        features[name] = make()
+        """Make features, or take those that an earlier run left in ``--cache``."""
+        file = a.cache and a.cache / f"{name.replace(' ', '_')}-{a.seed}.npz"
+        if file and file.exists():
+            with np.load(file) as known:
+                features[name] = {part: known[part] for part in parts}
+                seconds[name], notes[name] = float(known["seconds"]), str(known["note"])
+            return
+        start, found = time.perf_counter(), make()
+        features[name], notes[name] = found if isinstance(found, tuple) else (found, "")
         seconds[name] = time.perf_counter() - start
+        if file:
+            a.cache.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **features[name], seconds=seconds[name], note=notes[name])
 
     def with_neighbours(name):
         return join(features[name], {k: around(xy[k], v) for k, v in features[name].items()})
@@ -244,9 +253,11 @@ def pancreas(a) -> None:
     if not a.quick:
         timed("hand features", hand)
         timed("hand features + neighbours", lambda: with_neighbours("hand features"))
-        found = supervised_cnn(parts, top, a.seed)
-        features["CNN, supervised"], notes["CNN, supervised"] = found
+        timed("CNN, supervised", lambda: supervised_cnn(parts, top, a.seed))
         timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
+    if a.baselines_only:
+        return
+    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
     torch.manual_seed(a.seed)
     untrained = Spatia(network=SpatiaNetwork(model.config), target_sum=model.target_sum, history={}, card={})
     features["untrained SPATIA, image, cell"] = spatia_levels(parts, untrained, "image")["cell"]
@@ -403,6 +414,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--cache", type=Path, help="folder that keeps the features of baselines")
+    parser.add_argument("--baselines-only", action="store_true")
     parser.add_argument("--quick", action="store_true", help="SPATIA's rows alone")
     a = parser.parse_args()
     {"pancreas": pancreas, "starmap": starmap}[a.data](a)

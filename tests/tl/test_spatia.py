@@ -1,3 +1,5 @@
+import dataclasses
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -296,3 +298,59 @@ def test_weights_go_by_name_or_path(slides, model, tmp_path):
         embedded(slides[0], "unheard-of")
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.safetensors"):
         embedded(slides[0], tmp_path / "elsewhere.safetensors")
+
+
+@pytest.fixture(scope="module")
+def corpus(slides, tmp_path_factory):
+    """Two stores: one with fewer genes and without two channels, of another tissue."""
+    folder = tmp_path_factory.mktemp("corpus")
+    slides[0].write(folder / "a.zarr")
+    few = slides[1]["table"][:, 5:].copy()
+    image = slides[1]["fluorescence"]
+    edited(slides[1], table=few, fluorescence=image_like(slides[1], image.values[:2], image.c.values[:2])).write(
+        folder / "b.zarr"
+    )
+    manifest = folder / "corpus.csv"
+    manifest.write_text("store,tissue,image_key\na.zarr,gland,fluorescence\nb.zarr,skin,fluorescence\n")
+    return manifest
+
+
+def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
+    on_disk = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0)
+    objects = [sd.read_zarr(corpus.parent / name) for name in ("a.zarr", "b.zarr")]
+    in_memory = train(objects)
+    assert on_disk.config.pitch_um == pytest.approx(in_memory.config.pitch_um, rel=1e-6)
+    assert dataclasses.replace(on_disk.config, pitch_um=in_memory.config.pitch_um) == in_memory.config
+    assert len(on_disk.config.genes) == slides[0]["table"].n_vars and len(on_disk.config.channels) == 4
+    # positions are kept in single precision; tissues weigh as one slide each here
+    np.testing.assert_allclose(on_disk.history["train_loss"], in_memory.history["train_loss"], rtol=2e-3)
+    assert set(on_disk.card["data"]) == {"a:nuclei", "b:nuclei"}
+
+
+def test_batches_may_be_read_by_other_processes(corpus):
+    alone = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0)
+    helped = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0, workers=2)
+    assert helped.sha256 == alone.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("path\na.zarr\n", "a column 'store'"), ("store,colour\na.zarr,red\n", "has a column 'colour'"), ("store\n", "needs a row")],
+)  # fmt: skip
+def test_a_bad_manifest_is_a_clear_error(tmp_path, text, message):
+    (tmp_path / "corpus.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sf.tl.train_spatia(tmp_path / "corpus.csv")
+
+
+def test_tissues_are_drawn_in_balance():
+    from spatiaflow.models.spatia import SpatiaConfig
+    from spatiaflow.train.spatia import CellRegions, CellSlide
+
+    def cells(n, tissue):
+        return CellSlide(
+            "s", np.random.default_rng(n).random((n, 2)), None, np.zeros(0, bool), None, None, None, tissue
+        )
+
+    regions = CellRegions([cells(400, "a"), cells(100, "a"), cells(500, "b")], SpatiaConfig([], []), 1)
+    np.testing.assert_allclose(regions.share, [1 / 3, 1 / 6, 1 / 2])
