@@ -1,0 +1,130 @@
+"""Speed of cells: crops against squidpy's generator, embedding against the bare encoder, and what a corpus holds in memory.
+
+    python benchmarks/cells.py crops --store pancreas.zarr
+    python benchmarks/cells.py embed --store pancreas.zarr --weights spatia-pancreas-small
+    python benchmarks/cells.py corpus --stores pancreas.zarr merfish.zarr simulated.zarr
+
+Ratios are taken in one process, on the threads that torch has; nothing else should run.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import spatiaflow as sf
+
+PIXELS, MPP = 48, 0.2125
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def resident_gb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def crops(a) -> None:
+    """48 px, 4 channels, table order, Zarr on disk."""
+    import spatialdata as sd
+    import squidpy as sq
+
+    sdata = sd.read_zarr(a.store)
+    found = sf.pp.crops(sdata, mpp=1, crop_um=PIXELS * MPP, pixels=PIXELS)
+    n = len(found)
+    start = time.perf_counter()
+    first = found.read(np.arange(n))
+    cold = time.perf_counter() - start
+    start = time.perf_counter()
+    whole = np.asarray(found.image.array)  # decoding alone
+    reading = time.perf_counter() - start
+    found.image = whole
+    start = time.perf_counter()
+    again = found.read(np.arange(n))
+    gather = time.perf_counter() - start
+    assert torch.equal(first, again)
+    print(
+        f"{n} crops: end to end {cold:.2f} s ({n / cold:,.0f}/s), reading {reading:.2f} s, gather {n / gather:,.0f}/s"
+    )
+    table = sdata["table"][: a.n].copy()
+    table.obsm["spatial"] = found.xy[: a.n]
+    table.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": PIXELS}}}
+    container = sq.im.ImageContainer(np.moveaxis(whole, 0, -1), dims=("y", "x", "channels"))
+    start = time.perf_counter()
+    for _ in container.generate_spot_crops(table, library_id="s", size=PIXELS // 2, as_array=True):
+        pass
+    squidpy = (time.perf_counter() - start) / a.n
+    print(f"squidpy, image in memory: {1 / squidpy:,.0f}/s; end to end is {squidpy * n / cold:.1f} times faster")
+
+
+def embed(a) -> None:
+    import spatialdata as sd
+
+    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
+    c = model.config
+    sdata = sd.read_zarr(a.store)
+    start = time.perf_counter()
+    sf.tl.embed_spatia(sdata, model=model, mpp=1)
+    whole, peak = time.perf_counter() - start, peak_gb()
+    n = sdata["table"].n_obs
+    bare, network = 0.0, model.network.eval()
+    with torch.inference_mode():  # encoders alone, on tensors that are there
+        images, present = torch.rand(512, len(c.channels), c.crop_pixels, c.crop_pixels), None
+        values, measured = torch.rand(512, len(c.genes)), torch.ones(1, len(c.genes), dtype=torch.bool)
+        for i in range(12):
+            start = time.perf_counter()
+            network.fuse(network.image(images, present), network.gene(values, measured, values.sum(1)), 512)
+            bare += (time.perf_counter() - start) if i >= 2 else 0.0
+    bare *= n / 5120
+    print(f"{n} cells: {whole:.1f} s, encoders alone {bare:.1f} s, ratio {whole / bare:.2f}; peak {peak:.2f} GB")
+
+
+def corpus(a) -> None:
+    from spatiaflow.models.spatia import SpatiaConfig
+    from spatiaflow.tl import _cells
+    from spatiaflow.train.spatia import CellRegions
+
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder) / "corpus.csv"
+        rows = [f"{Path(s).resolve()},{Path(s).stem},{a.image_key or ''}" for s in a.stores]
+        manifest.write_text("\n".join(["store,tissue,image_key", *rows]))
+        options = {"modalities": ("image", "genes"), "crop_um": 20.4, "crop_pixels": 48, "layer": None}
+        parts = _cells.read_corpus(manifest, **options)
+    genes = list(dict.fromkeys(g for p in parts for g in p.genes))
+    channels = list(dict.fromkeys(str(c).lower() for p in parts for c in p.crops.channels))
+    slides = [_cells.cell_slide(p, genes, channels, None, p.slide.library_id) for p in parts]
+    regions = CellRegions(slides, SpatiaConfig(genes, channels), 60)
+    n = sum(map(len, slides))
+    held = sum(
+        s.xy.nbytes + s.crops.xy.nbytes + s.counts.pointers.nbytes + s.counts.rows.nbytes + tree.data.nbytes
+        + tree.indices.nbytes + tree.size * 80
+        for s, tree in zip(slides, regions.trees)
+    )  # fmt: skip
+    print(f"{len(slides)} slides, {n} cells, {len(genes)} genes, {len(channels)} channels: {held / n:.1f} bytes a cell")
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=workers)
+        start, cells = time.perf_counter(), 0
+        for batch in loader:
+            cells += sum(batch["sizes"])
+        seconds = time.perf_counter() - start
+        print(
+            f"{workers} workers: {cells / seconds:,.0f} cells/s over {len(regions)} batches, process {resident_gb():.2f} GB"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["crops", "embed", "corpus"])
+    parser.add_argument("--store")
+    parser.add_argument("--stores", nargs="*")
+    parser.add_argument("--image-key")
+    parser.add_argument("--weights", default="spatia-pancreas-small")
+    parser.add_argument("--n", type=int, default=2000, help="cells that squidpy cuts")
+    a = parser.parse_args()
+    {"crops": crops, "embed": embed, "corpus": corpus}[a.what](a)
