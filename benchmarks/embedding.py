@@ -258,6 +258,11 @@ def pancreas(a) -> None:
     if a.baselines_only:
         return
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
+    for box in model.card["data"].values():
+        if box["box_um"][2] >= PARTS["validation"][0] * MPP:
+            raise SystemExit(
+                f"the weights were trained on x up to {box['box_um'][2]:.0f} um: that is not before the test part"
+            )
     torch.manual_seed(a.seed)
     untrained = Spatia(network=SpatiaNetwork(model.config), target_sum=model.target_sum, history={}, card={})
     features["untrained SPATIA, image, cell"] = spatia_levels(parts, untrained, "image")["cell"]

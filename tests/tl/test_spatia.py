@@ -354,3 +354,43 @@ def test_tissues_are_drawn_in_balance():
 
     regions = CellRegions([cells(400, "a"), cells(100, "a"), cells(500, "b")], SpatiaConfig([], []), 1)
     np.testing.assert_allclose(regions.share, [1 / 3, 1 / 6, 1 / 2])
+
+
+def test_crops_may_fit_their_cells(slides):
+    """The scale is given to the model: with other polygons around the same pixels a cell's embedding differs."""
+    model = train(slides, preset=TINY | {"adaptive": True})
+    table = embedded(slides[0], model)
+    polygons = slides[0]["nuclei"].copy()
+    polygons.geometry = polygons.geometry.scale(1.6, 1.6, origin="centroid")
+    wide = embedded(edited(slides[0], nuclei=polygons), model)
+    assert np.isfinite(table.obsm["X_spatia"]).all()
+    assert np.abs(wide.obsm["X_spatia_cell"] - table.obsm["X_spatia_cell"]).max() > 1e-3
+
+
+def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
+    import torch
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    small = ViTMAEConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+    )  # fmt: skip
+    published = ViTMAEForPreTraining(small)
+    published.save_pretrained(tmp_path / "mae")
+    model = train(slides, preset=TINY | {"backbone": str(tmp_path / "mae")}, max_epochs=1)
+    assert model.network.image.mae.config.hidden_size == 24
+    # one epoch moves the weights a little: they are the published ones, not others drawn at random
+    known, now = published.state_dict(), model.network.image.mae.state_dict()
+    name = next(k for k in known if "encoder" in k and known[k].ndim == 2)
+    assert torch.nn.functional.cosine_similarity(known[name].ravel(), now[name].ravel(), dim=0) > 0.5
+    again = sf.models.load(model.save(tmp_path / "model"))  # needs no published folder any more
+    np.testing.assert_array_equal(
+        embedded(slides[0], again).obsm["X_spatia"], embedded(slides[0], model).obsm["X_spatia"]
+    )
+    with pytest.raises(OSError, match="could not be loaded"):
+        train(slides, preset=TINY | {"backbone": str(tmp_path / "nothing")})
+
+
+def test_a_wrong_size_in_the_preset_is_named(slides):
+    with pytest.raises(ValueError, match="preset holds.*depth"):
+        train(slides, preset={"depth": 3})

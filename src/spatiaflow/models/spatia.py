@@ -39,6 +39,11 @@ class SpatiaConfig:
         Vocabulary; a model without images has no channels.
     crop_um, crop_pixels, patch_pixels
         Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
+    adaptive
+        Crops fit their cells, ``crop_um`` is the usual width, and the model is told the scale of each.
+    backbone
+        Configuration of a published ViT-MAE in place of the small one; :func:`spatiaflow.tl.train_spatia` takes its name,
+        ``preset={"backbone": "facebook/vit-mae-base"}``.
     width, n_heads, dropout
         Of every transformer and of every embedding.
     stem_width
@@ -61,6 +66,8 @@ class SpatiaConfig:
     crop_um: float = 20.4
     crop_pixels: int = 48
     patch_pixels: int = 8
+    adaptive: bool = False
+    backbone: dict | None = None
     width: int = 128
     n_heads: int = 4
     dropout: float = 0.1
@@ -250,6 +257,13 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     return out
 
 
+def relative_scale(crops, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
+    """Size of a pixel of some crops over the usual one, n."""
+    if not c.adaptive:
+        return torch.ones(len(rows))
+    return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
+
+
 class Spatia:
     """A fitted SPATIA: network, scaling of images and counts, and what it was trained on.
 
@@ -298,7 +312,10 @@ class Spatia:
             image = genes = None
             if crops is not None:
                 present = torch.from_numpy(slide.channels >= 0).expand(len(rows), -1)
-                image = network.image(scaled(crops, slide.intensity, slide.channels).to(device), present.to(device))
+                size = relative_scale(slide.crops, rows, self.config)
+                image = network.image(
+                    scaled(crops, slide.intensity, slide.channels).to(device), present.to(device), size.to(device)
+                )
             if slide.counts is not None:
                 counts = slide.counts[rows].toarray()
                 size = counts.sum(1)

@@ -121,6 +121,7 @@ def train_spatia(
     embed_spatia : apply the model.
     """
     from spatiaflow import models
+    from spatiaflow.models.encoders._cell import published_mae
     from spatiaflow.models.spatia import SpatiaConfig
     from spatiaflow.tl import _cells as cells
     from spatiaflow.train.spatia import fit_spatia, hold_out
@@ -133,8 +134,15 @@ def train_spatia(
     if init is not None:
         init = init if isinstance(init, models.Spatia) else models.load(_file(init))
         crop_um = init.config.crop_um
-    sizes = SpatiaConfig([], [], **({"crop_um": crop_um} | (preset or {}))) if init is None else init.config
-    options = {"modalities": modalities, "crop_um": sizes.crop_um, "crop_pixels": sizes.crop_pixels, "layer": layer}
+    preset, backbone = dict(preset or {}), None
+    if isinstance(preset.get("backbone"), str | Path):
+        preset["backbone"], backbone = published_mae(str(preset["backbone"]))
+    try:
+        sizes = SpatiaConfig([], [], **({"crop_um": crop_um} | preset)) if init is None else init.config
+    except TypeError as error:
+        raise ValueError(f"preset holds what models.SpatiaConfig has no name for: {error}.") from error
+    width = None if sizes.adaptive else sizes.crop_um
+    options = {"modalities": modalities, "crop_um": width, "crop_pixels": sizes.crop_pixels, "layer": layer}
     named = {}
     if isinstance(data, str | Path):
         for part in cells.read_corpus(data, **options):
@@ -177,7 +185,7 @@ def train_spatia(
         training, config, card=card, target_sum=max(target_sum, 1.0), losses=losses, validation=held_out, init=init,
         max_epochs=max_epochs, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
         accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, workers=workers,
-        seed=resolve_seed(random_state),
+        seed=resolve_seed(random_state), backbone=backbone,
     )  # fmt: skip
 
 
@@ -296,8 +304,8 @@ def embed_spatia(
     c = model.config
     coverage = _cells.check_coverage(list(table.var_names), c.genes) if "genes" in modalities else 0.0
     found = _cells.parts(
-        data, table, slides, modalities=modalities, crop_um=c.crop_um, crop_pixels=c.crop_pixels, layer=layer,
-        image_key=image_key,
+        data, table, slides, modalities=modalities, crop_um=None if c.adaptive else c.crop_um,
+        crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
     )  # fmt: skip
     cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
     target, size = settings.torch_device(device), batch_size or 512

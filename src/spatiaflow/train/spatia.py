@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from spatiaflow.models.counts import log_likelihood
-from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, scaled
+from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, relative_scale, scaled
 from spatiaflow.train.fit import claim, fit
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
@@ -131,6 +131,7 @@ class CellRegions(Dataset):
             if slide.crops is not None:
                 x = scaled(slide.crops.read(rows), slide.intensity, slide.channels)
                 part["crops"] = augmented(x, rng) if self.augment else x
+                part["scale"] = relative_scale(slide.crops, rows, c)
                 part["present"] = torch.from_numpy(np.tile(slide.channels >= 0, (len(rows), 1)))
             parts.append(part)
         out = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -169,7 +170,7 @@ class SpatiaTraining(L.LightningModule):
             if self.training and len(c.channels) > 1:  # a channel goes missing for a whole batch, so that it may
                 drop = torch.rand(len(c.channels), generator=g).to(device) < 0.1
                 present = present & ~drop if (present & ~drop).any(1).all() else present
-            image = net.image(b["crops"], present)
+            image = net.image(b["crops"], present, b["scale"])
             if "reconstruction" in on:
                 some = slice(None, None, 4)  # it is dear, and neighbours look alike
                 out["reconstruction"] = net.image.reconstruction(b["crops"][some], present[some])
@@ -293,6 +294,7 @@ def fit_spatia(
     precision: str = "32-true",
     workers: int = 0,
     seed: int = 0,
+    backbone: dict[str, Tensor] | None = None,
 ) -> Spatia:
     """Fit a SPATIA to training slides; the epoch is chosen by the loss on validation slides."""
     if checkpoint_dir is not None:
@@ -307,6 +309,8 @@ def fit_spatia(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = SpatiaNetwork(config)
+        if backbone is not None:
+            network.image.mae.load_state_dict(backbone)
         module = SpatiaTraining(network, LOSSES | (losses or {}), target_sum, learning_rate)
     if init is None:
         start_genes(network, slides, target_sum)

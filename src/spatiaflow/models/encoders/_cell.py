@@ -21,57 +21,94 @@ class ImageEncoder(nn.Module):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-        config = ViTMAEConfig(
-            image_size=c.crop_pixels, patch_size=c.patch_pixels, num_channels=len(c.channels), hidden_size=c.width,
-            num_hidden_layers=c.image_layers, num_attention_heads=c.n_heads, intermediate_size=4 * c.width,
-            hidden_dropout_prob=0.0, decoder_hidden_size=c.width // 2, decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=c.n_heads, decoder_intermediate_size=2 * c.width, mask_ratio=self.MASK_RATIO,
-        )  # fmt: skip
-        self.mae = ViTMAEForPreTraining(config)
-        if c.stem_width:
+        if c.backbone:  # a published model: channels are mixed into its own, crops resized, tokens narrowed
+            config = ViTMAEConfig(**c.backbone)
+            self.mix = nn.Conv2d(len(c.channels), config.num_channels, 1)
+            self.narrow = nn.Linear(config.hidden_size, c.width)
+            config.mask_ratio = self.MASK_RATIO
+        else:
+            config = ViTMAEConfig(
+                image_size=c.crop_pixels, patch_size=c.patch_pixels, num_channels=len(c.channels), hidden_size=c.width,
+                num_hidden_layers=c.image_layers, num_attention_heads=c.n_heads, intermediate_size=4 * c.width,
+                hidden_dropout_prob=0.0, decoder_hidden_size=c.width // 2, decoder_num_hidden_layers=1,
+                decoder_num_attention_heads=c.n_heads, decoder_intermediate_size=2 * c.width, mask_ratio=self.MASK_RATIO,
+            )  # fmt: skip
+            self.mix = self.narrow = nn.Identity()
+        self.mae, self.published = ViTMAEForPreTraining(config), bool(c.backbone)
+        if c.stem_width and not c.backbone:
             self.mae.vit.embeddings.patch_embeddings.projection = stem(
                 len(c.channels), c.stem_width, c.width, c.patch_pixels
             )
-        self.patch = c.patch_pixels
+        self.patch, self.pixels = config.patch_size, config.image_size
         self.missing = nn.Parameter(torch.zeros(len(c.channels)))
-        n_tokens = (c.crop_pixels // c.patch_pixels) ** 2
-        self.register_buffer("order", torch.arange(n_tokens).float(), persistent=False)
+        self.size = nn.Linear(1, c.width) if c.adaptive else None
+        self.register_buffer("order", torch.arange((self.pixels // self.patch) ** 2).float(), persistent=False)
 
     def fill(self, crops: Tensor, present: Tensor | None) -> Tensor:
         """Centre intensities, and put learned values where a channel is missing (``present``: n x C, bool)."""
         x = 2 * crops - 1
         return x if present is None else torch.where(present[..., None, None], x, self.missing[:, None, None])
 
-    def forward(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
-        """Tokens n x (1 + patches) x d of whole crops: nothing is masked, and the same crop gives the same tokens."""
+    def pictures(self, crops: Tensor, present: Tensor | None) -> Tensor:
+        """What the vision transformer sees, n x its channels x its pixels twice."""
+        x = self.mix(self.fill(crops, present))
+        if x.shape[-1] != self.pixels:
+            x = F.interpolate(x, (self.pixels, self.pixels), mode="bilinear", antialias=True, align_corners=False)
+        return x
+
+    def forward(self, crops: Tensor, present: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Tokens n x (1 + patches) x d of whole crops: nothing is masked, and the same crop gives the same tokens.
+
+        ``scale`` (n) is the size of a pixel over the usual one, for a model whose crops fit their cells.
+        """
         self.mae.config.mask_ratio = 0.0  # constant noise keeps the patches in their order
         noise = self.order.expand(len(crops), -1)
-        return self.mae.vit(self.fill(crops, present), noise=noise).last_hidden_state
+        tokens = self.narrow(self.mae.vit(self.pictures(crops, present), noise=noise).last_hidden_state)
+        return tokens if self.size is None else tokens + self.size(torch.log(scale)[:, None])[:, None]
 
     def reconstruction(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
         """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation."""
         self.mae.config.mask_ratio = self.MASK_RATIO
-        x = self.fill(crops, present)
+        x = self.pictures(crops, present)
         noise = torch.rand(len(x), len(self.order), device=x.device)
         n_kept = int(len(self.order) * (1 - self.MASK_RATIO))
         kept = noise.argsort(1).argsort(1) < n_kept  # as the vision transformer will choose
         side = int(len(self.order) ** 0.5)
         shown = kept.view(-1, 1, side, side).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         # convolutions see beyond a patch: what is masked must be gone before them
+        blank = 0.0 if self.published else self.missing[:, None, None]
         embed = self.mae.vit.embeddings.patch_embeddings.projection
         mode = embed.training
         embed.eval()  # crops with holes must not enter the running statistics
-        seen = self.mae.vit(torch.where(shown, x, self.missing[:, None, None]), noise=noise)
+        seen = self.mae.vit(torch.where(shown, x, blank), noise=noise)
         embed.train(mode)
         predicted = self.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits
-        n, channels = crops.shape[:2]
+        n, channels = x.shape[:2]
         predicted = predicted.view(n, -1, self.patch**2, channels)  # n x patches x pixels x C
+        if self.published:  # the mixed channels are learned: they must not become easy to predict
+            x, present = x.detach(), None
         target = F.unfold(x, self.patch, stride=self.patch).view(n, channels, self.patch**2, -1).permute(0, 3, 2, 1)
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-2) ** 0.5
         weight = (~kept)[..., None].expand(-1, -1, channels)
         if present is not None:
             weight = weight * present[:, None]
         return ((predicted - target) ** 2).mean(2).mul(weight).sum() / weight.sum().clamp_min(1)
+
+
+def published_mae(name: str) -> tuple[dict, dict]:
+    """Configuration and weights of a ViT-MAE by hub id or local folder."""
+    from transformers import ViTMAEForPreTraining
+
+    try:
+        model, loading = ViTMAEForPreTraining.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"the ViT-MAE {name!r} could not be loaded: {error}\nWithout network, copy its folder (config.json, "
+            "model.safetensors) here and give the folder's path."
+        ) from error
+    if loading["missing_keys"]:
+        raise OSError(f"{name!r} lacks tensors of a ViT-MAE, first {sorted(loading['missing_keys'])[0]!r}.")
+    return model.config.to_diff_dict(), model.state_dict()
 
 
 def stem(n_channels: int, width: int, out: int, patch: int) -> nn.Sequential:
