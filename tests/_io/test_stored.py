@@ -54,3 +54,13 @@ def test_what_is_not_raw_or_not_sparse_is_refused(stored):
         _io.StoredCounts(path, "layers/half")[np.arange(500)]
     with pytest.raises(ValueError, match="CSR"):
         _io.StoredCounts(path, "layers/dense")
+
+
+def test_a_damaged_chunk_is_named(stored):
+    path, _ = stored
+    counts = _io.StoredCounts(path, "X")
+    for chunk in (path / "X" / "data").rglob("*"):
+        if chunk.is_file() and "json" not in chunk.name and chunk.name[0] != ".":
+            chunk.write_bytes(b"\x07" * chunk.stat().st_size)
+    with pytest.raises(OSError, match="X/data is damaged at chunk 0"):
+        counts[np.arange(5)]

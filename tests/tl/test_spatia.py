@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import anndata as ad
 import numpy as np
@@ -394,3 +395,14 @@ def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
 def test_a_wrong_size_in_the_preset_is_named(slides):
     with pytest.raises(ValueError, match="preset holds.*depth"):
         train(slides, preset={"depth": 3})
+
+
+def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
+    shutil.copytree(corpus.parent, tmp_path / "c")
+    for chunk in (tmp_path / "c" / "a.zarr" / "images" / "fluorescence").rglob("*"):
+        if chunk.is_file() and "json" not in chunk.name and chunk.name[0] != ".":
+            chunk.write_bytes(b"\x07" * chunk.stat().st_size)
+    with pytest.raises(OSError, match="of an image could not be read"):
+        sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, preset=TINY, crop_um=12.0)
+    with pytest.raises(OSError, match="of an image could not be read"):
+        train([sd.read_zarr(tmp_path / "c" / "a.zarr")])

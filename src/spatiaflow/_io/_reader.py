@@ -49,7 +49,13 @@ class Chunks:
         key = [slice(None)] * self.ndim
         for axis, edges, k in zip(self.axes, self.edges, (i, j)):
             key[axis] = slice(int(edges[k]), int(edges[k + 1]))
-        chunk = np.asarray(self.array[tuple(key)])
+        try:
+            chunk = np.asarray(self.array[tuple(key)])
+        except Exception as error:  # each codec has errors of its own
+            where = " and ".join(
+                f"{name} {s.start}-{s.stop}" for name, s in zip("yx", (key[axis] for axis in self.axes))
+            )
+            raise OSError(f"the pixels {where} of an image could not be read, its file is damaged: {error}") from error
         self.cache[i, j] = chunk
         while sum(c.nbytes for c in self.cache.values()) > self.budget and len(self.cache) > 1:
             self.cache.popitem(last=False)

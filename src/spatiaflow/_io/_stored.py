@@ -72,7 +72,10 @@ class StoredCounts:
         chunk = at // size
         for c in np.unique(chunk):
             if (name, c) not in self._cache:
-                self._cache[name, c] = array[c * size : (c + 1) * size]
+                try:
+                    self._cache[name, c] = array[c * size : (c + 1) * size]
+                except Exception as error:  # each codec has errors of its own
+                    raise OSError(f"{self.store}/{self.group}/{name} is damaged at chunk {c}: {error}") from error
                 if len(self._cache) > CACHE_CHUNKS:
                     self._cache.popitem(last=False)
             here = chunk == c
