@@ -176,11 +176,11 @@ def supervised_cnn(
     return {name: embed(name, np.arange(len(c))).numpy() for name, c in crops.items()}, f"{epoch + 1} epochs"
 
 
-def spatia_levels(parts: dict, model, modalities) -> dict:
+def spatia_levels(parts: dict, model, modalities, scaling="slide") -> dict:
     """Level -> part -> embedding."""
     out = {level: {} for level in ("cell", "niche", "tissue")}
     for name, part in parts.items():
-        sf.tl.embed_spatia(part, model=model, modalities=modalities, mpp=1, key_added="b")
+        sf.tl.embed_spatia(part, model=model, modalities=modalities, scaling=scaling, mpp=1, key_added="b")
         for level in out:
             out[level][name] = np.asarray(part["table"].obsm[f"b_{level}"])
     return out
@@ -274,6 +274,8 @@ def pancreas(a) -> None:
     features["SPATIA image, niche"] = image["niche"]
     features["SPATIA image, cell + niche"] = join(image["cell"], image["niche"])
     features["SPATIA image, all levels"] = join(*image.values())
+    fixed = spatia_levels(parts, model, "image", "training")
+    features["SPATIA image, all levels, intensities of the training part"] = join(*fixed.values())
     if a.self_supervised:
         own = spatia_levels(parts, sf.models.load(a.self_supervised), "image")
         features["SPATIA image, self-supervised (no genes), cell"] = own["cell"]

@@ -1,4 +1,4 @@
-"""Gene expression from histology, end to end: train on some slides, predict a held-out one, compare, draw.
+"""End to end: expression from histology on a held-out slide, compared and drawn; then cells, niches and tissue.
 
 python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
 python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
@@ -60,12 +60,20 @@ def main() -> None:
         + ", ".join(f"{k} {v:.3f}" for k, v in scores.mean().items())
     )
 
+    figures = {}
+    if args.data == "simulated":  # cells with a fluorescence image, in stains that the bundled weights know
+        sf.tl.embed_spatia(test, modalities="image", image_key="fluorescence")
+        sf.tl.cluster_niches(test, n_clusters=3)
+        figures["levels"] = sf.pl.levels(test, show=False, return_fig=True)
+        figures["niches"] = sf.pl.crops(test, "niche", image_key="fluorescence", show=False, return_fig=True)
+
     best = scores["STFlow"].sort_values(ascending=False).index[:3].tolist()
-    for name, figure in {
+    figures |= {
         "expression": sf.pl.expression(test, best, show=False, return_fig=True),
         "gene_scores": sf.pl.gene_scores(scores, show=False, return_fig=True),
         "calibration": sf.pl.calibration(test, show=False, return_fig=True),
-    }.items():
+    }
+    for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=200, bbox_inches="tight")
     print(f"figures, scores and model in {args.out}/ after {time.perf_counter() - started:.0f} s")
 

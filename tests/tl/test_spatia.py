@@ -406,3 +406,48 @@ def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
         sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, preset=TINY, crop_um=12.0)
     with pytest.raises(OSError, match="of an image could not be read"):
         train([sd.read_zarr(tmp_path / "c" / "a.zarr")])
+
+
+def test_intensities_scaled_as_in_training(slides, model):
+    """By the training slides' percentiles a darker image stays darker; by its own it is scaled back."""
+    image = slides[0]["fluorescence"]
+    dark = edited(slides[0], fluorescence=image_like(slides[0], (image.values // 2).astype(np.uint8), image.c.values))
+    own, fixed = (
+        [embedded(s, model, scaling=how).obsm["X_spatia_cell"] for s in (slides[0], dark)]
+        for how in ("slide", "training")
+    )
+    assert np.abs(own[0] - own[1]).mean() < 0.5 * np.abs(fixed[0] - fixed[1]).mean()
+    assert not embedded(slides[0], model, scaling="training").uns["X_spatia"]["params"]["transductive"]
+    with pytest.raises(ValueError, match="scaling must be"):
+        embedded(slides[0], model, scaling="none")
+
+
+def test_bundled_weights_need_no_argument_and_no_network(slides):
+    """On tissue that they never saw, whose genes they do not know."""
+    known = sf.datasets.weights()
+    assert known.loc["spatia-pancreas-small", "bytes"] < 20e6
+    model = sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
+    assert all(box["box_um"][2] < 16500 * 0.2125 for box in model.card["data"].values())  # the rest is for tests
+    table = embedded(slides[0], None, modalities="image")
+    assert table.uns["X_spatia"]["params"]["model_sha256"] == model.sha256
+    assert np.isfinite(table.obsm["X_spatia"]).all()
+    assert (
+        (sf.datasets.weights("spatia-pancreas-small").with_suffix(".md"))
+        .read_text()
+        .startswith("# spatia-pancreas-small")
+    )
+
+
+def test_bundled_weights_tell_cell_types_of_other_cells_of_their_slide(mirror):
+    """On the public region, by genes: neighbours in the embedding have the publishers' cluster more often than by chance."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    with sf.settings.override(mirror=str(mirror)):
+        sdata = sf.datasets.xenium_pancreas()
+    table = sdata["table"]
+    sdata["table"] = table = table[table.obs["cluster"].notna().to_numpy()][::6].copy()
+    sf.tl.embed_spatia(sdata, modalities="genes", levels="cell")
+    x, y = np.asarray(table.obsm["X_spatia_cell"]), table.obs["cluster"].astype(str).to_numpy()
+    half = np.arange(len(x)) % 2 == 0
+    agreement = KNeighborsClassifier(15).fit(x[half], y[half]).score(x[~half], y[~half])
+    assert agreement > 2 * pd.Series(y).value_counts(normalize=True).iloc[0]

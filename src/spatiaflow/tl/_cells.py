@@ -84,6 +84,27 @@ def cell_slide(part: Part, genes: list[str], channels: list[str], names: dict | 
     return CellSlide(library_id, part.slide.xy, counts, measured, part.crops, order, intensity, part.tissue)
 
 
+def intensity_of(slides: list[CellSlide], channels: list[str]) -> dict[str, list[float]]:
+    """Background and bright end of each channel, median over the slides that have it."""
+    out = {}
+    for i, name in enumerate(channels):
+        known = [s.intensity[s.channels[i]] for s in slides if s.crops is not None and s.channels[i] >= 0]
+        if known:
+            out[name] = [float(v) for v in np.median(known, 0)]
+    return out
+
+
+def with_intensity(slide: CellSlide, intensity: dict, channels: list[str]) -> CellSlide:
+    """The slide's cells, scaled as the training slides were."""
+    if slide.crops is None:
+        return slide
+    own = slide.intensity.copy()
+    for name, place in zip(channels, slide.channels):
+        if place >= 0:
+            own[place] = intensity[name]
+    return replace(slide, intensity=own)
+
+
 def check_coverage(have: list[str], genes: list[str]) -> float:
     """Return the share of the model's genes that are measured; refuse a table that measures too few."""
     n = len(set(genes) & set(have))

@@ -179,7 +179,10 @@ def train_spatia(
     depth = [np.asarray(s.counts[s.spread(4000)].sum(1)).ravel() for s in training if s.counts is not None]
     target_sum = init.target_sum if init else float(np.median(np.concatenate(depth))) if depth else 1.0
     target = settings.torch_device(device)
-    card = {"data": boxes, "modalities": list(modalities), "spatiaflow": spatiaflow.__version__}
+    card = {
+        "data": boxes, "modalities": list(modalities), "intensity": cells.intensity_of(training, config.channels),
+        "spatiaflow": spatiaflow.__version__,
+    }  # fmt: skip
     logger.info("training SPATIA on %d cells of %d slide(s), device %s", sum(map(len, training)), len(ready), target)
     return fit_spatia(
         training, config, card=card, target_sum=max(target_sum, 1.0), losses=losses, validation=held_out, init=init,
@@ -210,6 +213,7 @@ def embed_spatia(
     modalities: tuple[str, ...] = ("image", "genes"),
     channels: dict[str, str] | None = None,
     layer: str | None = None,
+    scaling: str = "slide",
     attention: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
@@ -244,6 +248,9 @@ def embed_spatia(
         does not know are left out, those that the image lacks are masked.
     layer
         Layer with raw counts; None reads ``X``.
+    scaling
+        Of image intensities: ``"slide"`` by percentiles over the slide's own cells, which evens out stain and exposure but
+        looks at all cells at once (transductive; it is recorded), or ``"training"`` by those of the training slides.
     attention
         Also write how much each neighbour weighs in a cell's niche.
     table_key, image_key, shapes_key, labels_key
@@ -289,6 +296,8 @@ def embed_spatia(
     levels = (levels,) if isinstance(levels, str) else tuple(levels)
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be among {', '.join(LEVELS)}, not {levels!r}.")
+    if scaling not in ("slide", "training"):
+        raise ValueError(f"scaling must be 'slide' or 'training', not {scaling!r}.")
     if not isinstance(model, models.Spatia):
         model = models.load(_file(model or DEFAULT_WEIGHTS))
     for modality, known in (("image", model.config.channels), ("genes", model.config.genes)):
@@ -308,6 +317,8 @@ def embed_spatia(
         crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
     )  # fmt: skip
     cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
+    if scaling == "training":
+        cells = [_cells.with_intensity(one, model.card["intensity"], c.channels) for one in cells]
     target, size = settings.torch_device(device), batch_size or 512
     out = {level: np.full((table.n_obs, c.width), np.nan, np.float32) for level in levels}
     looks = []  # row, column and weight of the attention
@@ -330,6 +341,7 @@ def embed_spatia(
     used = [name for i, name in enumerate(c.channels) if any(len(p.channels) and p.channels[i] >= 0 for p in cells)]
     params = {
         "model_sha256": model.sha256, "levels": list(levels), "modalities": list(modalities), "crop_um": c.crop_um,
+        "scaling": scaling, "transductive": scaling == "slide" and "image" in modalities,
         "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     _io.write(
