@@ -4,7 +4,7 @@ from spatiaflow._io._arguments import at_least_one, held_out, positive, slot_nam
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, open_image
-from spatiaflow._io._slides import Slide, collect, microns_per_unit, pitch, slides, unpack
+from spatiaflow._io._slides import Slide, collect, microns_per_unit, one_slide, pitch, slides, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
@@ -42,6 +42,7 @@ __all__ = [
     "masks",
     "microns_per_unit",
     "morphology",
+    "one_slide",
     "open_image",
     "pitch",
     "positive",

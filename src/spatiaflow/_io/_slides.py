@@ -124,6 +124,14 @@ def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[st
     return out
 
 
+def one_slide(found: list[Slide], library_id: str | None) -> Slide:
+    """Return the slide of a name, the first without one."""
+    by_name = {slide.library_id: slide for slide in found}
+    if library_id is not None and library_id not in by_name:
+        raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
+    return found[0] if library_id is None else by_name[library_id]
+
+
 def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
     if spatial_key not in table.obsm:
         raise KeyError(

@@ -78,10 +78,7 @@ def expression(
         data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
         spatial_key=spatial_key, mpp=mpp,
     )  # fmt: skip
-    by_name = {slide.library_id: slide for slide in slides}
-    if library_id is not None and library_id not in by_name:
-        raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
-    slide = by_name[library_id] if library_id else slides[0]
+    slide = _io.one_slide(slides, library_id)
     has_truth = all(gene in table.var_names for gene in genes)
     columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
     per = _io.target_sum(table, key)

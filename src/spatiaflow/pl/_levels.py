@@ -201,7 +201,4 @@ def _slide(data, library_id, table_key, shapes_key, labels_key, library_key, mpp
     found = _io.slides(
         data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp
     )
-    by_name = {slide.library_id: slide for slide in found}
-    if library_id is not None and library_id not in by_name:
-        raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
-    return by_name[library_id] if library_id else found[0]
+    return _io.one_slide(found, library_id)

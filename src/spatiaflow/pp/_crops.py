@@ -168,23 +168,14 @@ def crops(
     _io.positive(crop_um=crop_um)
     _io.at_least_one(pixels=pixels)
     _, table = _io.unpack(data, table_key)
-    slides = {
-        slide.library_id: slide
-        for slide in _io.slides(
-            data,
-            table_key=table_key,
-            shapes_key=shapes_key,
-            labels_key=labels_key,
-            library_key=library_key,
-            spatial_key=spatial_key,
-            mpp=mpp,
-        )  # fmt: skip
-    }
+    slides = _io.slides(
+        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+        spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
     if library_id is None and len(slides) > 1:
-        raise ValueError(f"there are {len(slides)} slides ({', '.join(slides)}): give library_id=.")
-    if library_id is not None and library_id not in slides:
-        raise KeyError(f"no slide {library_id!r}; there are {', '.join(slides)}.")
-    slide = slides[library_id] if library_id is not None else next(iter(slides.values()))
+        names = ", ".join(slide.library_id for slide in slides)
+        raise ValueError(f"there are {len(slides)} slides ({names}): give library_id=.")
+    slide = _io.one_slide(slides, library_id)
     return slide_crops(data, slide, table, crop_um=crop_um, pixels=pixels, own_pixels=own_pixels, image_key=image_key)
 
 
