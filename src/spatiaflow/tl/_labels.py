@@ -221,8 +221,7 @@ def _candidates(method: str, n: int) -> list:
             lambda: KNeighborsClassifier(1)
         ]
     return [
-        lambda c=c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-        for c in (1e-3, 1e-2, 1e-1)
+        lambda c=c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)) for c in (1e-3, 1e-2, 1e-1)
     ]
 
 
