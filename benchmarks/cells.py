@@ -57,7 +57,7 @@ def crops(a) -> None:
     table.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": PIXELS}}}
     container = sq.im.ImageContainer(np.moveaxis(whole, 0, -1), dims=("y", "x", "channels"))
     start = time.perf_counter()
-    for _ in container.generate_spot_crops(table, library_id="s", size=PIXELS // 2, as_array=True):
+    for _ in container.generate_spot_crops(table, library_id="s", spot_scale=1.0, as_array=True):
         pass
     squidpy = (time.perf_counter() - start) / a.n
     print(f"squidpy, image in memory: {1 / squidpy:,.0f}/s; end to end is {squidpy * n / cold:.1f} times faster")
