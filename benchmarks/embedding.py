@@ -38,7 +38,8 @@ ALPHAS = np.geomspace(1e1, 1e6, 11)
 def write(data: str, rows: list[dict]) -> None:
     """One CSV a data set, with the command, version and date in every row."""
     RESULTS.mkdir(exist_ok=True)
-    note = {"command": " ".join(Path(word).name if "/" in word else word for word in sys.argv), "version": sf.__version__, "date": datetime.date.today().isoformat()}
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    note = {"command": command, "version": sf.__version__, "date": datetime.date.today().isoformat()}
     table = pd.DataFrame([row | note for row in rows])
     path = RESULTS / f"embedding-{data}.csv"
     table.to_csv(path, index=False)
