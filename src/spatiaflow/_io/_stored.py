@@ -19,8 +19,8 @@ class StoredCounts:
     fastest.
     """
 
-    def __init__(self, store: str | Path, group: str, columns: np.ndarray | None = None, n_genes: int | None = None):
-        self.store, self.group, self.columns, self.n_genes = str(store), group, columns, n_genes
+    def __init__(self, store: str | Path, group: str):
+        self.store, self.group, self.columns, self.n_genes = str(store), group, None, None
         encoding = self._open().attrs.get("encoding-type")
         if encoding != "csr_matrix":
             raise ValueError(

@@ -149,7 +149,6 @@ def read_corpus(manifest: str | Path, **options) -> list[Part]:
             part.slide = replace(
                 part.slide, library_id=f"{store.stem}:{part.slide.library_id}", xy=np.float32(part.slide.xy)
             )
-            part.slide.__dict__.pop("pitch", None)
             if part.crops is not None:
                 part.crops.xy = np.float32(part.crops.xy)
             out.append(part)

@@ -235,8 +235,8 @@ class SpatiaTraining(L.LightningModule):
 def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
     """Start the predicted rates at each gene's mean share of the library, and the gene encoder at principal components.
 
-    From evenly spaced cells of each slide; a gene counts where it is measured. From random weights the encoder would need
-    far more cells than a slide has before it knows what a principal component tells.
+    From evenly spaced cells of each slide; a gene counts where it is measured. From random weights the
+    encoder is slow to learn what a principal component tells.
     """
     n_genes = len(network.config.genes)
     total, size, cells, sums, squares, excess, expected = (np.zeros(n_genes) for _ in range(7))

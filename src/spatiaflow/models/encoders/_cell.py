@@ -11,8 +11,8 @@ class ImageEncoder(nn.Module):
     """ViT-MAE of transformers over crops with any number of channels.
 
     Crops are n x C x p x p in units where 0 is a channel's background and 1 its bright end. A channel that a slide lacks
-    is filled with a learned value. With ``stem_width`` convolutions stand in for the linear patch embedding: from tens of
-    thousands of cells a transformer alone does not learn what an edge is (Xiao et al. 2021, arXiv 2106.14881).
+    is filled with a learned value. With ``stem_width`` convolutions stand in for the linear patch embedding, which learns
+    more from few cells (Xiao et al. 2021, arXiv 2106.14881).
     """
 
     MASK_RATIO = 0.75
