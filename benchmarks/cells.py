@@ -88,7 +88,7 @@ def embed(a) -> None:
 def corpus(a) -> None:
     from spatiaflow.models.spatia import SpatiaConfig
     from spatiaflow.tl import _cells
-    from spatiaflow.train.spatia import CellRegions
+    from spatiaflow.train.spatia import CellBatches
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "corpus.csv"
@@ -99,22 +99,22 @@ def corpus(a) -> None:
     genes = list(dict.fromkeys(g for p in parts for g in p.genes))
     channels = list(dict.fromkeys(str(c).lower() for p in parts for c in p.crops.channels))
     slides = [_cells.cell_slide(p, genes, channels, None, p.slide.library_id) for p in parts]
-    regions = CellRegions(slides, SpatiaConfig(genes, channels), 60)
+    batches = CellBatches(slides, SpatiaConfig(genes, channels), 60)
     n = sum(map(len, slides))
     held = sum(
         s.xy.nbytes + s.crops.xy.nbytes + s.counts.pointers.nbytes + s.counts.rows.nbytes + tree.data.nbytes
         + tree.indices.nbytes + tree.size * 80
-        for s, tree in zip(slides, regions.trees)
+        for s, tree in zip(slides, batches.trees)
     )  # fmt: skip
     print(f"{len(slides)} slides, {n} cells, {len(genes)} genes, {len(channels)} channels: {held / n:.1f} bytes a cell")
     for workers in (0, 2):
-        loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=workers)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)
         start, cells = time.perf_counter(), 0
         for batch in loader:
-            cells += sum(batch["sizes"])
+            cells += sum(len(batch[part]["measured"]) for part in ("cells", "fields"))
         seconds = time.perf_counter() - start
         print(
-            f"{workers} workers: {cells / seconds:,.0f} cells/s over {len(regions)} batches, process {resident_gb():.2f} GB"
+            f"{workers} workers: {cells / seconds:,.0f} cells/s over {len(batches)} batches, process {resident_gb():.2f} GB"
         )
 
 

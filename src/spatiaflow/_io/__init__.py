@@ -3,7 +3,7 @@
 from spatiaflow._io._arguments import at_least_one, held_out, positive, slot_name
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
-from spatiaflow._io._reader import Chunks, open_image
+from spatiaflow._io._reader import Chunks, Decoded, open_image
 from spatiaflow._io._slides import Slide, collect, microns_per_unit, one_slide, pitch, slides, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
@@ -25,6 +25,7 @@ from spatiaflow._io._tables import (
 
 __all__ = [
     "Chunks",
+    "Decoded",
     "Slide",
     "SlideImage",
     "StoredCounts",

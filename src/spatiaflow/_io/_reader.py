@@ -12,6 +12,27 @@ import numpy as np
 CACHE_BYTES = 512 * 2**20  # decoded chunks that neighbouring tiles share
 
 
+class Decoded:
+    """Decoded chunks of one or several images, the least recently used forgotten first."""
+
+    def __init__(self, budget: int):
+        self.budget, self.used, self.chunks = budget, 0, OrderedDict()
+
+    def __getstate__(self):  # another process decodes for itself
+        return {"budget": self.budget, "used": 0, "chunks": OrderedDict()}
+
+    def get(self, key):
+        if key in self.chunks:
+            self.chunks.move_to_end(key)
+        return self.chunks.get(key)
+
+    def put(self, key, chunk: np.ndarray) -> None:
+        self.chunks[key] = chunk
+        self.used += chunk.nbytes
+        while self.used > self.budget and len(self.chunks) > 1:
+            self.used -= self.chunks.popitem(last=False)[1].nbytes
+
+
 class Chunks:
     """A chunked array (dask, Zarr) that decodes each chunk once while it stays in the cache; sliced like the array."""
 
@@ -19,11 +40,7 @@ class Chunks:
         self.array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, array.dtype
         self.axes = (1, 2) if channels_first else (0, 1)
         self.edges = [_edges(array.chunks[axis], array.shape[axis]) for axis in self.axes]
-        self.cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self.budget = CACHE_BYTES
-
-    def __getstate__(self):  # another process decodes for itself
-        return self.__dict__ | {"cache": OrderedDict()}
+        self.decoded = Decoded(CACHE_BYTES)
 
     def __getitem__(self, key) -> np.ndarray:
         wanted = [key[axis] for axis in self.axes]
@@ -43,9 +60,8 @@ class Chunks:
         return np.concatenate(rows, self.axes[0])
 
     def _chunk(self, i: int, j: int) -> np.ndarray:
-        if (i, j) in self.cache:
-            self.cache.move_to_end((i, j))
-            return self.cache[i, j]
+        if (known := self.decoded.get((self, i, j))) is not None:
+            return known
         key = [slice(None)] * self.ndim
         for axis, edges, k in zip(self.axes, self.edges, (i, j)):
             key[axis] = slice(int(edges[k]), int(edges[k + 1]))
@@ -56,9 +72,7 @@ class Chunks:
                 f"{name} {s.start}-{s.stop}" for name, s in zip("yx", (key[axis] for axis in self.axes))
             )
             raise OSError(f"the pixels {where} of an image could not be read, its file is damaged: {error}") from error
-        self.cache[i, j] = chunk
-        while sum(c.nbytes for c in self.cache.values()) > self.budget and len(self.cache) > 1:
-            self.cache.popitem(last=False)
+        self.decoded.put((self, i, j), chunk)
         return chunk
 
 

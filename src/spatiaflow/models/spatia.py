@@ -65,7 +65,7 @@ class SpatiaConfig:
     channels: list[str]
     crop_um: float = 20.4
     crop_pixels: int = 48
-    patch_pixels: int = 8
+    patch_pixels: int = 16
     adaptive: bool = False
     backbone: dict | None = None
     width: int = 128
@@ -103,6 +103,18 @@ class CrossAttention(nn.Module):
         other = self.other_norm(other)
         seen = self.attention(self.norm(tokens), other, other, need_weights=False)[0]
         return tokens + self.weight * (seen + self.feed_forward(seen))
+
+
+class Residual(nn.Module):
+    """A small perceptron beside the identity, which is what it starts as."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        nn.init.zeros_(self.layers[2].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
 
 
 class ContextLayer(nn.Module):
@@ -181,9 +193,7 @@ class SpatiaNetwork(nn.Module):
         # where a cell's image and its genes find each other
         self.project = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "genes")})
         # predicted counts: one matrix of genes for all levels
-        self.heads = nn.ModuleDict(
-            {level: nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) for level in LEVELS}
-        )
+        self.heads = nn.ModuleDict({level: Residual(d) for level in LEVELS})
         self.rates = nn.Linear(d, len(c.genes))
         self.log_theta = nn.Parameter(torch.zeros(len(c.genes)))
 
@@ -225,6 +235,12 @@ class SpatiaNetwork(nn.Module):
             h = layer(h, others, around.neighbors, rows)
             others = cells + h
         return total / len(self.niche_layers)
+
+    def contextual(self) -> set[nn.Parameter]:
+        """What the niche and tissue levels are made of."""
+        layers = (self.niche_layers, self.tissue_layers, self.niche_norm, self.tissue_norm)
+        heads = (self.heads["niche"], self.heads["tissue"])
+        return {p for module in (*layers, *heads) for p in module.parameters()} | {self.hidden_cell}
 
     def log_rates(self, embedding: Tensor, level: str) -> Tensor:
         """Log of the expected share of the library, n x genes."""

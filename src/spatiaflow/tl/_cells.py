@@ -19,6 +19,7 @@ MODALITIES = ("image", "genes")
 MANIFEST = (
     "store", "tissue", "platform", "table_key", "image_key", "shapes_key", "labels_key", "library_key", "mpp"
 )  # fmt: skip
+TRAINING_BYTES = 1536 * 2**20  # of decoded image that training keeps: scattered cells come back to the same places
 MIN_COVERAGE = 0.1  # of the model's genes: below it an embedding would rest on what the model was never shown
 
 
@@ -82,6 +83,14 @@ def cell_slide(part: Part, genes: list[str], channels: list[str], names: dict | 
         order = match_channels(part.crops.channels, channels, names, library_id)
         intensity = part.crops.take(np.flatnonzero(part.inside)).intensity()
     return CellSlide(library_id, part.slide.xy, counts, measured, part.crops, order, intensity, part.tissue)
+
+
+def share_memory(parts: list[Part]) -> None:
+    """Let the images of all parts keep their decoded chunks in one place of fixed size."""
+    decoded = _io.Decoded(TRAINING_BYTES)
+    for part in parts:
+        if part.crops is not None and hasattr(part.crops.image, "decoded"):
+            part.crops.image.decoded = decoded
 
 
 def intensity_of(slides: list[CellSlide], channels: list[str]) -> dict[str, list[float]]:
@@ -152,9 +161,6 @@ def read_corpus(manifest: str | Path, **options) -> list[Part]:
             if part.crops is not None:
                 part.crops.xy = np.float32(part.crops.xy)
             out.append(part)
-    for part in out:  # what all images together may keep decoded
-        if part.crops is not None and hasattr(part.crops.image, "budget"):
-            part.crops.image.budget //= len(out)
     return out
 
 

@@ -155,6 +155,7 @@ def train_spatia(
         for one, table, slides in found:
             own = list(slides.values())
             named |= zip(slides, cells.parts(one, table, own, image_key=image_key, **options))
+    cells.share_memory([*named.values()])
     if init is not None:
         config = init.config
         for part in named.values() if "genes" in modalities else ():

@@ -42,7 +42,7 @@ def claim(folder: Path, resume: bool, **run) -> None:
                 "run, or another checkpoint_dir."
             )
     if not resume:  # what an earlier run left must not be taken for this one's, should it be interrupted early
-        for old in [*folder.glob("fold_*"), *folder.glob("*.ckpt")]:
+        for old in [*folder.rglob("*.ckpt"), *folder.glob("fold_*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(now, indent=1))

@@ -1,7 +1,8 @@
-"""Training SPATIA: contiguous regions of cells as batches, and losses that need no labels."""
+"""Training SPATIA: scattered cells and contiguous fields as batches, and losses that need no labels."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def hold_out(slides: list[CellSlide], validation, gap: float) -> tuple[list[Cell
 
 
 def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turn and mirror each crop; change gain, gamma and background of each channel, alike for a whole region."""
+    """Turn and mirror each crop; change gain, gamma and background of each channel a little, alike for all.
+
+    Brightness tells of expression: with thrice the change, or one of its own for each cell, held-out parts of the tissue
+    lose .01 of correlation.
+    """
     n, c = x.shape[:2]
     which = torch.from_numpy(rng.integers(0, 8, n))
     for k in range(8):
@@ -74,25 +79,20 @@ def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
         x[which == k] = turned.flip(3) if k >= 4 else turned
     gain, gamma, shift = (
         torch.from_numpy(v.astype(np.float32)).view(1, c, 1, 1)
-        for v in (rng.lognormal(0, 0.25, c), rng.lognormal(0, 0.2, c), rng.normal(0, 0.04, c))
+        for v in (rng.lognormal(0, 0.08, c), rng.lognormal(0, 0.06, c), rng.normal(0, 0.012, c))
     )
     return x.clamp_min(0) ** gamma * gain + shift
 
 
-class CellRegions(Dataset):
-    """Batches of cells from one field; item b of an epoch depends on the seed, the epoch and b alone.
+class _Batches(Dataset):
+    """Item b of an epoch depends on the seed, the epoch and b alone.
 
-    A batch is a few contiguous patches of cells scattered over a field of ``field_um``: neighbours for the niche level,
-    patches far apart for the tissue level, at the price of one small region. Tissues, and slides within a tissue, are drawn
-    with probability proportional to the square root of their cells, so that large ones do not drown the others.
+    Tissues, and slides within a tissue, are drawn with probability proportional to the square root of their cells, so that
+    large ones do not drown the others.
     """
 
-    def __init__(
-        self, slides, config, n_batches, *, fields=2, patches=3, cells=96, field_um=300.0, seed=0, augment=True
-    ):
-        self.slides, self.config, self.n_batches, self.augment = slides, config, n_batches, augment
-        self.patches, self.cells, self.fields, self.field_um = patches, cells, fields, field_um
-        self.seed, self.epoch = seed, 0
+    def __init__(self, slides: list[CellSlide], config: SpatiaConfig, n_batches: int, seed: int):
+        self.slides, self.config, self.n_batches, self.seed, self.epoch = slides, config, n_batches, seed, 0
         self.trees = [cKDTree(s.xy) for s in slides]
         cells_of = np.array([len(s) for s in slides], float)
         tissue = np.array([s.tissue for s in slides])
@@ -109,62 +109,148 @@ class CellRegions(Dataset):
         if not 0 <= b < len(self):
             raise IndexError(b)
         rng = np.random.default_rng([self.seed, self.epoch, b])
-        return self.batch([self._field(rng) for _ in range(self.fields)], rng)
+        return self.batch(b, rng) | {"seed": int(rng.integers(2**31))}
 
-    def _field(self, rng) -> tuple[int, np.ndarray]:
+    def place(self, rng) -> tuple[int, int]:
+        """A slide and one of its cells."""
         which = int(rng.choice(len(self.slides), p=self.share))
-        slide, tree = self.slides[which], self.trees[which]
-        first = int(rng.integers(len(slide)))
-        around = tree.query_ball_point(slide.xy[first], self.field_um)
-        centres = np.append(rng.choice(around, self.patches - 1), first)
+        return which, int(rng.integers(len(self.slides[which])))
+
+
+class ScatteredCells(_Batches):
+    """Batches for the losses of single cells: crops, counts and positions of cells from many places.
+
+    Neighbours look alike, and a step that sees few places teaches an encoder little. The cells are drawn from ``places``
+    contiguous regions that stay the same for ``stretch`` batches on end, so that images are read region by region.
+    """
+
+    def __init__(
+        self, slides, config, n_batches, *, cells=256, places=24, stretch=16, radius_um=150.0, seed=0, augment=True
+    ):
+        super().__init__(slides, config, n_batches, seed)
+        self.cells, self.places, self.stretch, self.radius_um, self.augment = cells, places, stretch, radius_um, augment
+        self._known = None, None
+
+    def batch(self, b: int, rng) -> dict[str, Tensor]:
+        which, rows = self._pool(b // self.stretch)
+        chosen = rng.choice(len(rows), min(self.cells, len(rows)), replace=False)
+        parts = [self._read(k, np.sort(rows[chosen[which[chosen] == k]]), rng) for k in np.unique(which[chosen])]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _pool(self, stretch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slide and row of all cells of the regions of one stretch."""
+        key = self.epoch, stretch
+        if self._known[0] != key:
+            rng, pool = np.random.default_rng([self.seed, *key, 1]), {}
+            for which, first in (self.place(rng) for _ in range(self.places)):
+                around = self.trees[which].query_ball_point(self.slides[which].xy[first], self.radius_um)
+                pool[which] = np.union1d(pool.get(which, []), around).astype(int)
+            which = np.repeat([*pool], [len(rows) for rows in pool.values()])
+            self._known = key, (which, np.concatenate([*pool.values()]))
+        return self._known[1]
+
+    def _read(self, which: int, rows: np.ndarray, rng) -> dict[str, Tensor]:
+        slide, n = self.slides[which], len(rows)
+        part = {"xy": torch.from_numpy(slide.xy[rows]), "measured": torch.from_numpy(np.tile(slide.measured, (n, 1)))}
+        if slide.counts is not None:
+            part["counts"] = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32))
+        if slide.crops is not None:
+            x = scaled(slide.crops.read(rows), slide.intensity, slide.channels)
+            part["crops"] = augmented(x, rng) if self.augment else x
+            part["scale"] = relative_scale(slide.crops, rows, self.config)
+            part["present"] = torch.from_numpy(np.tile(slide.channels >= 0, (n, 1)))
+        return part
+
+
+class Fields(_Batches):
+    """Batches for the niche and tissue levels: one contiguous field of cells, embedded by encoders that are done.
+
+    ``views`` holds for every slide its cell embeddings: from both modalities, from the image, from the genes.
+    """
+
+    def __init__(self, slides, views: list[list[np.ndarray]], config, n_batches, *, cells=1024, seed=0):
+        super().__init__(slides, config, n_batches, seed)
+        self.views, self.cells = views, cells
+
+    def batch(self, b: int, rng) -> dict:
+        which, first = self.place(rng)
+        slide, views = self.slides[which], self.views[which]
         k = min(self.cells, len(slide))
-        return which, np.unique(tree.query(slide.xy[centres], k=[*range(1, k + 1)])[1])
-
-    def batch(self, chosen: list[tuple[int, np.ndarray]], rng) -> dict:
-        """Gather regions: crops, counts, panels, and the spatial structure of each."""
-        c, parts = self.config, []
-        for which, rows in chosen:
-            slide = self.slides[which]
-            part = {"measured": torch.from_numpy(np.tile(slide.measured, (len(rows), 1)))}
-            if slide.counts is not None:
-                part["counts"] = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32))
-            if slide.crops is not None:
-                x = scaled(slide.crops.read(rows), slide.intensity, slide.channels)
-                part["crops"] = augmented(x, rng) if self.augment else x
-                part["scale"] = relative_scale(slide.crops, rows, c)
-                part["present"] = torch.from_numpy(np.tile(slide.channels >= 0, (len(rows), 1)))
-            parts.append(part)
-        out = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        around = [Surroundings.of(self.slides[which].xy[rows], c) for which, rows in chosen]
-        return out | {"around": around, "sizes": [len(rows) for _, rows in chosen], "seed": int(rng.integers(2**31))}
+        rows = np.sort(self.trees[which].query(slide.xy[first], k=[*range(1, k + 1)])[1])
+        share = np.array([2.0, 1.0, 1.0][: len(views)])  # both modalities twice as often as one of them
+        view = views[int(rng.choice(len(views), p=share / share.sum()))]
+        return {
+            "cells": torch.from_numpy(np.asarray(view[rows], np.float32)),
+            "counts": torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)),
+            "measured": torch.from_numpy(np.tile(slide.measured, (len(rows), 1))),
+            "around": Surroundings.of(slide.xy[rows], self.config),
+        }
 
 
-class SpatiaTraining(L.LightningModule):
+class _Training(L.LightningModule):
     """One training step; every loss has a name, a weight that may be 0, and a line in the history."""
 
-    def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=1e-3):
+    def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=5e-4):
         super().__init__()
-        self.network, self.weights, self.target_sum, self.learning_rate = network, weights, target_sum, learning_rate
-        self.history = {}
-        self.log_temperature = torch.nn.Parameter(torch.tensor(np.log(0.1), dtype=torch.float32))
+        self.network, self.target_sum, self.learning_rate = network, target_sum, learning_rate
+        self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}
 
     def configure_optimizers(self):
-        dispersion = [self.network.log_theta]  # a scale on its own, in units of 1 and without decay
-        others = [p for p in self.parameters() if p is not self.network.log_theta]
-        groups = [{"params": others}, {"params": dispersion, "lr": 10 * self.learning_rate, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=0.02)
+        net, rate = self.network, self.learning_rate
+        groups = [
+            # a scale on its own, in units of 1 and without decay
+            {"params": [net.log_theta], "lr": 10 * rate, "weight_decay": 0.0},
+            # begins from nothing; the others from principal components
+            {"params": list(net.image.parameters()) if net.image else [], "lr": 2 * rate},
+        ]
+        known = {p for group in groups for p in group["params"]}
+        groups.append({"params": [p for p in self.parameters() if p not in known]})
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, weight_decay=0.02)
         rates = [g["lr"] for g in optimizer.param_groups]
         steps = max(int(self.trainer.estimated_stepping_batches), 2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def losses(self, b: dict) -> dict[str, Tensor]:
+    def misfit(self, embedding: Tensor, level: str, counts: Tensor, which: Tensor) -> Tensor:
+        """Nats a gene of counts under the negative binomial of a level."""
+        net = self.network
+        mean = counts.sum(1, keepdim=True).clamp_min(1) * torch.exp(net.log_rates(embedding, level).clamp(-15, 3))
+        log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
+        return -(log_p * which).sum() / which.sum().clamp_min(1)
+
+    def _step(self, b: dict, stage: str) -> Tensor:
+        torch.manual_seed(b["seed"])  # dropout and masks belong to the batch, so that a resumed run repeats them
+        losses = self.losses(b, torch.Generator().manual_seed(b["seed"]))
+        total = sum(self.weights[name] * value for name, value in losses.items())
+        for name, value in {"loss": total, **losses}.items():
+            self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=len(b["measured"]))
+        return total
+
+    def training_step(self, b: dict, _):
+        return self._step(b, "train")
+
+    def validation_step(self, b: dict, _):
+        self._step(b, "val")
+
+    def transfer_batch_to_device(self, b: dict, device, _):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()}
+
+
+class CellTraining(_Training):
+    """Losses of single cells: they train the encoders and their fusion."""
+
+    NAMES = ("genes", "image_to_genes", "reconstruction", "contrast")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_temperature = torch.nn.Parameter(torch.tensor(np.log(0.1), dtype=torch.float32))
+
+    def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
         """Every loss whose weight is not 0 and whose data are there."""
-        net, c, on = self.network, self.network.config, {k for k, w in self.weights.items() if w > 0}
-        device = self.log_temperature.device
-        g = torch.Generator().manual_seed(b["seed"])
-        n, out, image, genes = sum(b["sizes"]), {}, None, None
-        measured = b["measured"]
+        net, c, on, measured, out, image = self.network, self.network.config, self.weights, b["measured"], {}, None
+        n, device = len(measured), measured.device
         if "crops" in b:
             present = b["present"]
             if self.training and len(c.channels) > 1:  # a channel goes missing for a whole batch, so that it may
@@ -172,64 +258,40 @@ class SpatiaTraining(L.LightningModule):
                 present = present & ~drop if (present & ~drop).any(1).all() else present
             image = net.image(b["crops"], present, b["scale"])
             if "reconstruction" in on:
-                some = slice(None, None, 4)  # it is dear, and neighbours look alike
+                some = slice(None, None, 4 if "counts" in b else 1)  # it is dear, and not what teaches most
                 out["reconstruction"] = net.image.reconstruction(b["crops"][some], present[some])
-        if "counts" in b:
-            counts, size = b["counts"], b["counts"].sum(1)
-            hidden = (torch.rand(counts.shape, generator=g) < torch.rand((n, 1), generator=g)).to(device) & measured
-            seen = measured & ~hidden
-            visible = (counts * seen).sum(1)
-            # normalised by what is visible, so that hidden counts leave no trace
-            scale = self.target_sum / visible.clamp_min(1) * (seen.sum(1) / measured.sum(1).clamp_min(1))
-            genes = net.gene(torch.log1p(counts * seen * scale[:, None]), seen, torch.log1p(visible))
-
-        def misfit(embedding, level, which):
-            mean = size[:, None].clamp_min(1) * torch.exp(net.log_rates(embedding, level).clamp(-15, 3))
-            log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
-            return -(log_p * which).sum() / which.sum().clamp_min(1)
-
-        both = net.fuse(image, genes, n)
-        from_image = net.fuse(image, None, n) if image is not None and "counts" in b else None
-        from_genes = net.fuse(None, genes, n) if image is not None and genes is not None else None
-        if "genes" in on and genes is not None:
-            out["genes"] = misfit(both, "cell", measured)
-        if "image_to_genes" in on and from_image is not None:
-            out["image_to_genes"] = misfit(from_image, "cell", measured)
-        if "contrast" in on and image is not None and genes is not None:
+        if "counts" not in b:
+            return out
+        counts = b["counts"]
+        hidden = torch.rand(counts.shape, generator=g) < torch.rand((n, 1), generator=g)
+        seen = measured & ~hidden.to(device)
+        visible = (counts * seen).sum(1)
+        # normalised by what is visible, so that hidden counts leave no trace
+        scale = self.target_sum / visible.clamp_min(1) * (seen.sum(1) / measured.sum(1).clamp_min(1))
+        genes = net.gene(torch.log1p(counts * seen * scale[:, None]), seen, torch.log1p(visible))
+        if "genes" in on:
+            out["genes"] = self.misfit(net.fuse(image, genes, n), "cell", counts, measured)
+        if image is not None and "image_to_genes" in on:
+            out["image_to_genes"] = self.misfit(net.fuse(image, None, n), "cell", counts, measured)
+        if image is not None and "contrast" in on:
             logit = net.match(image, "image") @ net.match(genes, "genes").T / self.log_temperature.exp().clamp(0.02, 1)
             target = torch.arange(n, device=device)
             out["contrast"] = (F.cross_entropy(logit, target) + F.cross_entropy(logit.T, target)) / 2
-        if on & {"niche", "tissue"} and genes is not None:
-            absent = torch.rand(n, generator=g).to(device) < 0.25
-            levels = []
-            for around, part in zip(b["around"], torch.arange(n, device=device).split(b["sizes"])):
-                view = [v for v in (both, from_image, from_genes, both) if v is not None]
-                cells = view[int(torch.randint(len(view), (1,), generator=g))][part]
-                cells = torch.where(absent[part, None], net.hidden_cell, cells)
-                levels.append(net.context(cells, around))
-            which = absent[:, None] & measured
-            for name, embedding in zip(("niche", "tissue"), (torch.cat(x) for x in zip(*levels))):
-                if name in on:
-                    out[name] = misfit(embedding, name, which)
         return out
 
-    def _step(self, b: dict, stage: str) -> Tensor:
-        losses = self.losses(b)
-        total = sum(self.weights[name] * value for name, value in losses.items())
-        for name, value in {"loss": total, **losses}.items():
-            self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=sum(b["sizes"]))
-        return total
 
-    def training_step(self, b: dict, _):
-        torch.manual_seed(b["seed"])  # dropout and masks belong to the batch, so that a resumed run repeats them
-        return self._step(b, "train")
+class ContextTraining(_Training):
+    """Counts of cells that are hidden altogether, from their surroundings: trains the niche and tissue levels."""
 
-    def validation_step(self, b: dict, _):
-        torch.manual_seed(b["seed"])
-        self._step(b, "val")
+    NAMES = ("niche", "tissue")
 
-    def transfer_batch_to_device(self, b: dict, device, _):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()}
+    def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
+        """Every loss whose weight is not 0."""
+        absent = (torch.rand(len(b["cells"]), generator=g) < 0.25).to(b["cells"].device)
+        cells = torch.where(absent[:, None], self.network.hidden_cell, b["cells"])
+        levels = zip(self.NAMES, self.network.context(cells, b["around"]))
+        which = absent[:, None] & b["measured"]
+        return {name: self.misfit(x, name, b["counts"], which) for name, x in levels if name in self.weights}
 
 
 def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
@@ -268,11 +330,14 @@ def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: flo
             spread = np.where(spread < 1e-3, 1.0, spread)
             network.gene.spread.copy_(torch.from_numpy(spread))
             z = np.concatenate([(v - mean) / spread * measured for v, measured in values]).clip(-5, 5)
-            _, singular, axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)
+            axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
             d = min(network.gene.direction.shape[1], len(axes))
-            # half-way to whitened, so that the first few do not drown the others
-            scale = (singular[:d] / singular[0] + 1e-3) ** -0.5 * n_genes / singular[0] * len(z[:n]) ** 0.5
-            network.gene.direction[:, :d] = torch.from_numpy((axes[:d].T * scale).astype(np.float32))
+            # turned, so that no dimension is a component alone: who scales each dimension alike, as linear probes do,
+            # would whiten them else, and drown the first in the last
+            turn = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
+            axes = torch.from_numpy((axes[:d].T @ turn).astype(np.float32))  # genes x d
+            network.gene.direction[:, :d] = axes * n_genes**0.5
+            network.rates.weight[:, :d] = 0.3 * axes  # the way back, shrunk: what is rare is noisy
 
 
 def fit_spatia(
@@ -286,7 +351,7 @@ def fit_spatia(
     init: Spatia | None = None,
     max_epochs: int = 20,
     batches_per_epoch: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     accelerator: str = "cpu",
@@ -311,18 +376,52 @@ def fit_spatia(
         network = SpatiaNetwork(config)
         if backbone is not None:
             network.image.mae.load_state_dict(backbone)
-        module = SpatiaTraining(network, LOSSES | (losses or {}), target_sum, learning_rate)
     if init is None:
         start_genes(network, slides, target_sum)
     else:
         network.load_state_dict(init.network.state_dict())
-    n_cells = sum(map(len, slides))
-    n_batches = batches_per_epoch or max(32, -(-n_cells // 512))
-    training = CellRegions(slides, config, n_batches, seed=seed)
-    held_out = CellRegions(validation, config, max(2, min(8, n_batches // 4)), seed=seed + 1, augment=False)
-    fit(
-        module, training, held_out, max_epochs=max_epochs, patience=max_epochs, monitor="val_loss", seed=seed,
-        description="SPATIA", checkpoint_dir=checkpoint_dir, resume=resume, accelerator=accelerator, devices=devices,
-        precision=precision, workers=workers,
-    )  # fmt: skip
-    return Spatia(network=network, target_sum=target_sum, history=module.history, card=card)
+    weights, n_cells = LOSSES | (losses or {}), sum(map(len, slides))
+    options = {
+        "max_epochs": max_epochs, "patience": max_epochs, "monitor": "val_loss", "seed": seed, "resume": resume,
+        "accelerator": accelerator, "devices": devices, "precision": precision,
+    }  # fmt: skip
+    history = {}
+
+    def stage(name, training, batches, held_out, **more):
+        module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, learning_rate)
+        folder = None if checkpoint_dir is None else checkpoint_dir / name
+        fit(module, batches, held_out, description=f"SPATIA, {name}", checkpoint_dir=folder, **options, **more)
+        for key, values in module.history.items():
+            history.setdefault(key, values)
+
+    if any(weights[name] > 0 for name in CellTraining.NAMES):
+        n = batches_per_epoch or max(32, -(-n_cells // 256))
+        held_out = ScatteredCells(validation, config, max(2, min(16, n // 4)), seed=seed + 1, augment=False)
+        stage("cells", CellTraining, ScatteredCells(slides, config, n, seed=seed), held_out, workers=workers)
+    if config.genes and any(weights[name] > 0 for name in ContextTraining.NAMES):
+        n = batches_per_epoch or max(32, -(-n_cells // 1024))
+        with tempfile.TemporaryDirectory() as folder:
+            views = [cell_views(network, s, target_sum, Path(folder) / str(i)) for i, s in enumerate(slides + validation)]
+            held_out = Fields(validation, views[len(slides) :], config, max(2, min(16, n // 4)), seed=seed + 1)
+            trained = network.contextual()
+            for p in network.parameters():
+                p.requires_grad_(p in trained)
+            stage("context", ContextTraining, Fields(slides, views[: len(slides)], config, n, seed=seed), held_out)
+            network.requires_grad_(True)
+    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
+
+
+def cell_views(network: SpatiaNetwork, slide: CellSlide, target_sum: float, folder: Path) -> list[np.ndarray]:
+    """Cell embeddings of a slide from both modalities, from the image and from the genes, half precision, on disk."""
+    folder.mkdir()
+    model = Spatia(network=network, target_sum=target_sum, history={}, card={})
+    views = [slide]
+    if slide.crops is not None and slide.counts is not None:
+        views += [replace(slide, counts=None), replace(slide, crops=None)]
+    out = []
+    for i, view in enumerate(views):
+        device = next(network.parameters()).device
+        found = model.embed(view, np.ones(len(view), bool), device=device, levels=("cell",))["cell"]
+        np.save(folder / f"{i}.npy", found.astype(np.float16))
+        out.append(np.load(folder / f"{i}.npy", mmap_mode="r"))
+    return out

@@ -15,7 +15,7 @@ class ImageEncoder(nn.Module):
     more from few cells (Xiao et al. 2021, arXiv 2106.14881).
     """
 
-    MASK_RATIO = 0.75
+    MASK_RATIO = 0.5  # of some nine patches; with fewer left there is little to go by
 
     def __init__(self, c):
         super().__init__()
@@ -151,6 +151,9 @@ class GeneEncoder(nn.Module):
             d, c.n_heads, 4 * d, c.dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, c.gene_layers, norm=nn.LayerNorm(d), enable_nested_tensor=False)
+        for layer in self.layers.layers:  # starts as the identity
+            for last in (layer.self_attn.out_proj, layer.linear2):
+                nn.init.zeros_(last.weight)
 
     def forward(self, values: Tensor, measured: Tensor, size: Tensor) -> Tensor:
         """Tokens n x latents x d.
