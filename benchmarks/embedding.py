@@ -1,7 +1,8 @@
 """Cell, niche and tissue embeddings: image to expression, retrieval, annotation and domains, beside simple baselines.
 
     python benchmarks/embedding.py pancreas --store pancreas.zarr --weights spatia-pancreas-small
-    python benchmarks/embedding.py starmap --seeds 3
+    python benchmarks/embedding.py starmap --seeds 3 --epochs 20
+    python benchmarks/embedding.py simulated --seeds 3
 
 Pancreas: everything is fitted on x < 16500 px, tested on x > 19500; between them 17000-19000 shows the shift along the
 slide. All parts are of one slide, so intensities are scaled by the training part's; scaled part by part is a row of its
@@ -209,14 +210,10 @@ def retrieval(parts: dict, model: Spatia, seed: int, n: int = 1000) -> dict:
     known = np.array([model.card["intensity"][name] for name in c.channels])
     x = scaled(crops.read(chosen), known[np.argsort(order)], order)
     value = torch.from_numpy(counts[chosen].toarray().astype(np.float32))
-    size = value.sum(1, keepdim=True)
+    measured = torch.ones(1, len(c.genes), dtype=torch.bool)
     network = model.network.eval()
     with torch.inference_mode():
-        genes = network.gene(
-            torch.log1p(value * model.target_sum / size),
-            torch.ones(1, len(c.genes), dtype=bool),
-            torch.log1p(size[:, 0]),
-        )
+        genes = network.gene_tokens(value, measured, measured, model.target_sum)
         score = network.match(genes, "genes") @ network.match(network.image(x), "image").T
     rank = (score >= score.diagonal()[:, None]).sum(1).numpy()
     return {"top 1": np.mean(rank <= 1), "top 10": np.mean(rank <= 10), "median rank": float(np.median(rank))}
@@ -435,62 +432,124 @@ def starmap(a) -> None:
     total = counts.sum(1, keepdims=True)
     y = np.log1p(counts / total * np.median(total))
     mouse, kind, layer = (data.obs[name].astype(str).to_numpy() for name in ("mouse", "cell_type", "layer"))
-    rows = []
-    for seed in range(a.seeds):
-        for held in dict.fromkeys(mouse):
-            train, test = mouse != held, mouse == held
-            axes = PCA(30, random_state=0).fit(y[train])
-            pca = axes.transform(y)
+    mice, rows = list(dict.fromkeys(mouse)), []
 
-            def mean_around(values, xy=xy):
-                out = np.empty_like(values)
-                for m in dict.fromkeys(mouse):
-                    out[mouse == m] = around(xy[mouse == m], values[mouse == m], 30)
-                return out
+    def by_mouse(values, change):
+        out = np.empty(values.shape)
+        for m in mice:
+            out[mouse == m] = change(values[mouse == m], m)
+        return out
 
-            features = {}
-            if seed == 0:
-                features = {
-                    "genes": y, "PCA": pca, "genes + neighbours": np.hstack([y, mean_around(y)]),
-                    "PCA + neighbours": np.hstack([pca, mean_around(pca)]), "neighbours": mean_around(pca),
-                }  # fmt: skip
-                shuffled = xy.copy()
-                for m in dict.fromkeys(mouse):
-                    shuffled[mouse == m] = np.random.default_rng(0).permutation(xy[mouse == m])
-                features["PCA + neighbours, coordinates shuffled"] = np.hstack([pca, mean_around(pca, shuffled)])
+    def mean_around(values, xy=xy):
+        return by_mouse(values, lambda v, m: around(xy[mouse == m], v, 30))
+
+    def simple(train) -> dict:
+        """Baselines; "own" is scaled by each mouse's own mean and spread, which sees the test mouse whole."""
+        shuffled = by_mouse(xy, lambda v, m: np.random.default_rng(0).permutation(v))
+        own = by_mouse(y, lambda v, m: (v - v.mean(0)) / (v.std(0) + 1e-6))
+        out = {}
+        for note, values in (("", (y - y[train].mean(0)) / (y[train].std(0) + 1e-6)), (", own", own)):
+            pca = PCA(30, random_state=0).fit(values[train]).transform(values)
+            out |= {
+                f"genes{note}": values, f"PCA{note}": pca, f"genes + neighbours{note}": np.hstack([values, mean_around(values)]),
+                f"PCA + neighbours{note}": np.hstack([pca, mean_around(pca)]), f"neighbours{note}": mean_around(pca),
+            }  # fmt: skip
+        return out | {"PCA + neighbours, own, coordinates shuffled": np.hstack([pca, mean_around(pca, shuffled)])}
+
+    def learned(train, seed, held) -> tuple[dict, float]:
+        file = a.cache and a.cache / f"starmap-{held}-{seed}.npz"
+        if not (file and file.exists()):
             start = time.perf_counter()
             model = sf.tl.train_spatia(
                 data[train].copy(), modalities="genes", mpp=1, library_key="mouse", max_epochs=a.epochs, random_state=seed
             )  # fmt: skip
-            seconds = time.perf_counter() - start
-            found = data.copy()
+            seconds, found = time.perf_counter() - start, data.copy()
             sf.tl.embed_spatia(found, model=model, modalities="genes", mpp=1, library_key="mouse")
-            cell, niche, tissue = (np.asarray(found.obsm[f"X_spatia_{level}"]) for level in ("cell", "niche", "tissue"))
+            levels = {
+                level: np.asarray(found.obsm[f"X_spatia_{level}"], float) for level in ("cell", "niche", "tissue")
+            }
+            if not file:
+                return levels, seconds
+            a.cache.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **levels, seconds=seconds)
+        with np.load(file) as known:
+            return {level: known[level] for level in ("cell", "niche", "tissue")}, float(known["seconds"])
+
+    for seed in range(a.seeds):
+        for held in mice:
+            train, test = mouse != held, mouse == held
+            features = simple(train) if seed == 0 else {}
+            levels, seconds = learned(train, seed, held)
+            cell, niche, tissue = levels.values()
             features |= {
-                "SPATIA cell": cell, "SPATIA niche": niche, "SPATIA tissue": tissue,
-                "SPATIA cell + niche": np.hstack([cell, niche]), "SPATIA all levels": np.hstack([cell, niche, tissue]),
+                "SPATIA cell": cell, "SPATIA cell, neighbours' mean": mean_around(cell), "SPATIA niche": niche,
+                "SPATIA tissue": tissue, "SPATIA cell + niche": np.hstack([cell, niche]),
+                "SPATIA all levels": np.hstack([cell, niche, tissue]),
             }  # fmt: skip
             for name, x in features.items():
                 row = {"mouse": held, "seed": seed, "method": name, "features": x.shape[1]}
                 for task, label in (("type", kind), ("layer", layer)):
                     probe = Classifier(x[train], label[train], mouse[train])
                     row |= {f"{task} F1": probe.macro_f1(x[test], label[test]), f"{task} inner": probe.inner}
-                z = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
-                z = PCA(min(20, x.shape[1]), random_state=0).fit(z[train]).transform(z)
-                groups = KMeans(4, n_init=10, random_state=0).fit(z[train]).predict(z[test])  # fitted on the other mice
-                row |= {
-                    "layer ARI": adjusted_rand_score(layer[test], groups),
-                    "layer NMI": normalized_mutual_info_score(layer[test], groups),
-                    "seconds": seconds if "SPATIA" in name else np.nan,
-                }  # fmt: skip
-                rows.append(row)
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                for note, fitted in (
+                    ("", train),
+                    (", own", test),
+                ):  # clusters of the other mice, or of the mouse itself
+                    groups = KMeans(4, n_init=10, random_state=0).fit(x[fitted]).predict(x[test])
+                    row |= {
+                        f"layer ARI{note}": adjusted_rand_score(layer[test], groups),
+                        f"layer NMI{note}": normalized_mutual_info_score(layer[test], groups),
+                    }
+                rows.append(row | {"seconds": seconds if "SPATIA" in name else np.nan})
+                print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     write("starmap", rows)
+
+
+# ---- simulated tissue --------------------------------------------------------------------------------------------
+
+
+def simulated(a) -> None:
+    """Planted niches from each level by k-means; planted rates of genes from images alone by a linear probe."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score
+
+    rows, options = [], {"image_key": "fluorescence"}
+    for seed in range(a.seeds):
+        slides = [sf.datasets.simulated_tissue(1500, seed=10 * seed + i) for i in range(4)]
+        preset = {"crop_pixels": 24, "patch_pixels": 8}
+        model = sf.tl.train_spatia(
+            slides[:3], crop_um=12.0, preset=preset, max_epochs=a.epochs, random_state=seed, **options
+        )
+        for slide in slides:
+            sf.tl.embed_spatia(slide, model=model, **options)
+            sf.tl.embed_spatia(slide, model=model, modalities="image", key_added="image", **options)
+        tables = [slide["table"] for slide in slides]
+        test, driver = tables[3], tables[3].var["driver"].astype(str).to_numpy()
+
+        def probed(key, tables=tables):
+            x, y = ([f(t) for t in tables] for f in (lambda t: t.obsm[key], lambda t: np.log(t.layers["rate"] + 1e-6)))
+            slide = np.repeat(range(3), [len(v) for v in x[:3]])
+            probe = Probe(np.concatenate(x[:3]), np.concatenate(y[:3]), slide)
+            return gene_pearson(y[3], probe(x[3]))
+
+        for level in ("cell", "niche", "tissue"):
+            groups = KMeans(3, n_init=10, random_state=0).fit_predict(test.obsm[f"X_spatia_{level}"])
+            score = probed(f"image_{level}")
+            rows.append(
+                {"seed": seed, "level": level, "niche ARI": adjusted_rand_score(test.obs["niche"], groups)}
+                | {
+                    f"image to {name} genes": np.mean(score[driver == name])
+                    for name in np.unique(driver)
+                    if name != "none"
+                }
+            )
+            print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    write("simulated", rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", choices=["pancreas", "starmap"])
+    parser.add_argument("data", choices=["pancreas", "starmap", "simulated"])
     parser.add_argument("--store")
     parser.add_argument("--weights", default="spatia-pancreas-small")
     parser.add_argument("--self-supervised", help="weights trained without genes")
@@ -501,4 +560,4 @@ if __name__ == "__main__":
     parser.add_argument("--baselines-only", action="store_true")
     parser.add_argument("--quick", action="store_true", help="SPATIA's rows alone")
     a = parser.parse_args()
-    {"pancreas": pancreas, "starmap": starmap}[a.data](a)
+    {"pancreas": pancreas, "starmap": starmap, "simulated": simulated}[a.data](a)

@@ -126,7 +126,7 @@ def test_reconstruction_is_the_error_of_the_patches_that_were_hidden(tokens):
                         patch = x[n, c, 8 * (p // 2) : 8 * (p // 2) + 8, 8 * (p % 2) : 8 * (p % 2) + 8]
                         target = (patch - patch.mean()) / torch.sqrt(patch.var() + 1e-2)
                         errors.append(float(((predicted[n, p, :, :, c] - target) ** 2).mean()))
-    assert len(errors) == 27  # three of four patches
+    assert len(errors) == 18  # two of four patches
     assert found == pytest.approx(np.mean(errors), rel=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_what_is_hidden_leaves_no_trace_in_its_reconstruction(network, tokens):
     encoder.reconstruction(crops)
     handle.remove()
     torch.manual_seed(5)
-    kept = torch.rand(12, 4).argsort(1).argsort(1) < 1
+    kept = torch.rand(12, 4).argsort(1).argsort(1) < 2
     (gradient,) = torch.autograd.grad(seen["logits"].square().sum(), crops)
     of_patch = gradient.abs().amax(1).view(12, 2, 8, 2, 8).amax((2, 4)).view(12, 4)
     assert (of_patch[~kept] == 0).all() and (of_patch[kept] > 0).all()

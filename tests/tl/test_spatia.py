@@ -451,3 +451,106 @@ def test_bundled_weights_tell_cell_types_of_other_cells_of_their_slide(mirror):
     half = np.arange(len(x)) % 2 == 0
     agreement = KNeighborsClassifier(15).fit(x[half], y[half]).score(x[~half], y[~half])
     assert agreement > 2 * pd.Series(y).value_counts(normalize=True).iloc[0]
+
+
+def test_batches_are_of_one_size_and_lose_nothing():
+    import torch
+
+    from spatiaflow.models.spatia import full
+
+    rng, parts, done = np.random.default_rng(0), [], 0
+    for n in rng.integers(1, 9, 30):
+        rows = np.arange(done, done + n)
+        parts.append((rows, torch.from_numpy(rows)[:, None] * 2))
+        done += n
+    out = list(full(iter(parts), 8))
+    assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
+    np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))
+
+
+def test_scattered_cells_come_from_many_places_and_repeat():
+    from scipy import sparse
+
+    from spatiaflow.models.spatia import SpatiaConfig
+    from spatiaflow.train.spatia import CellSlide, ScatteredCells
+
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(2.0, (3000, 4)).astype(np.float32))
+    xy = rng.uniform(0, 3000, (3000, 2))
+    slide = CellSlide("s", xy, counts, np.ones(4, bool), None, np.zeros(0, int), None).standardised(8.0)
+    config = SpatiaConfig(list("abcd"), [])
+    batches = ScatteredCells([slide], config, 40, cells=64, places=12, stretch=8)
+    first = batches[3]
+    assert len(first["xy"]) == 64
+    row = {tuple(p): i for i, p in enumerate(xy)}
+    mine = [row[tuple(p)] for p in first["xy"].numpy()]
+    np.testing.assert_array_equal(first["counts"], counts[mine].toarray())  # counts and positions of the same cells
+    assert len(set(mine)) == 64
+    spread = np.linalg.norm(xy[mine] - xy[mine].mean(0), axis=1).mean()
+    assert spread > 600  # cells of one region of 150 µm lie within 150 µm
+    again = ScatteredCells([slide], config, 40, cells=64, places=12, stretch=8)
+    again[20]
+    np.testing.assert_array_equal(again[3]["xy"], first["xy"])  # whatever was asked for before
+
+    def cells_of(b):
+        return {tuple(p) for p in batches[b]["xy"].numpy()}
+
+    assert cells_of(3) & cells_of(4) and len(cells_of(3) | cells_of(8)) > 110  # a stretch shares places
+    batches.epoch = 1
+    assert not np.array_equal(batches[3]["xy"], first["xy"])
+
+
+def test_genes_are_standardised_by_slide():
+    from spatiaflow.models.spatia import gene_standard
+
+    rng = np.random.default_rng(0)
+    counts = rng.poisson([5.0, 1.0, 0.0, 3.0], (5000, 4)).astype(float)
+    measured = np.array([True, True, True, False])
+    centre, spread, share = gene_standard(counts, measured, 9.0)
+    values = np.log1p(counts / counts.sum(1, keepdims=True) * 9)
+    np.testing.assert_allclose(centre[:2], values[:, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(spread[:2], values[:, :2].std(0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(share[0]), counts[:, 0].sum() / counts.sum(), rtol=1e-3)
+    assert (centre[3], spread[3], share[3]) == (0, 1, 0) and spread[2] == 1
+    usual = np.array([[1.0] * 4, [2.0] * 4, [-2.0] * 4])
+    few = gene_standard(counts[:5], measured, 9.0, usual)
+    np.testing.assert_allclose(few[0, :3], 1.0, atol=0.15)  # few cells lean on the training data
+    many = gene_standard(counts, measured, 9.0, usual)
+    np.testing.assert_allclose(many[0, :2], centre[:2], atol=0.05)
+
+
+def test_a_batch_effect_of_genes_is_evened_out(slides):
+    """Capture that differs gene by gene moves embeddings less when a slide is standardised by its own cells."""
+    model = train(slides, modalities="genes", max_epochs=2)
+    table = slides[0]["table"].copy()
+    factor = np.random.default_rng(0).choice([1, 4], table.n_vars)
+    table.X = table.X.multiply(factor).tocsr().astype(np.float32)
+    other = edited(slides[0], table=table)
+    moved = {}
+    for scaling in ("slide", "training"):
+        a, b = (
+            embedded(s, model, modalities="genes", scaling=scaling).obsm["X_spatia_cell"] for s in (slides[0], other)
+        )
+        moved[scaling] = np.linalg.norm(a - b, axis=1).mean()
+    assert moved["slide"] < 0.7 * moved["training"]
+
+
+def test_a_channel_that_goes_missing_in_training_leaves_statistics_alone():
+    import torch
+
+    from spatiaflow.models.encoders._cell import ImageEncoder
+    from spatiaflow.models.spatia import SpatiaConfig
+
+    encoder = ImageEncoder(SpatiaConfig([], ["a", "b"], crop_pixels=16, patch_pixels=8, width=16)).train()
+
+    def statistics():
+        return [m.running_mean.clone() for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+    before, crops = statistics(), torch.rand(4, 2, 16, 16)
+    with encoder.steady():
+        encoder(crops)
+    assert all(torch.equal(a, b) for a, b in zip(before, statistics()))
+    with encoder.steady(False):
+        encoder(crops)
+    assert not any(torch.equal(a, b) for a, b in zip(before, statistics()))

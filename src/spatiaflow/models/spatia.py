@@ -6,6 +6,8 @@ bidirectional cross-attention between the two, then attention over neighbouring 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -201,6 +203,20 @@ class SpatiaNetwork(nn.Module):
         """Unit vectors (n x d) of one modality's tokens; a cell's image and genes have a large scalar product."""
         return F.normalize(self.project[modality](tokens.mean(1)), dim=1)
 
+    def gene_tokens(
+        self, counts: Tensor, seen: Tensor, measured: Tensor, target_sum: float, standard: Tensor | None = None
+    ) -> Tensor:
+        """Gene tokens (n x latents x d) from those counts (n x genes) that are seen.
+
+        Normalised by what is seen, so that hidden counts leave no trace, then centred and scaled by ``standard`` (3 x genes
+        or n x 3 x genes, see :func:`gene_standard`), by default the training data's.
+        """
+        standard = self.gene.standard if standard is None else standard
+        visible = (counts * seen).sum(1)
+        scale = target_sum / visible.clamp_min(1) * (seen.sum(1) / measured.sum(1).clamp_min(1))
+        values = torch.log1p(counts * seen * scale[:, None])
+        return self.gene((values - standard[..., 0, :]) / standard[..., 1, :], seen, torch.log1p(visible))
+
     def fuse(self, image: Tensor | None, genes: Tensor | None, n: int) -> Tensor:
         """Cell embeddings (n x d) from image tokens (n x t x d) and gene tokens (n x m x d); None: missing."""
         image = self.no_image.expand(n, -1, -1) if image is None else image
@@ -273,11 +289,68 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     return out
 
 
+def gene_standard(
+    counts: np.ndarray, measured: np.ndarray, target_sum: float, usual: np.ndarray | None = None
+) -> np.ndarray:
+    """How a slide's genes are standardised, 3 x genes, float32.
+
+    Parameters
+    ----------
+    counts
+        Of some of its cells, n x genes.
+    measured
+        Genes on its panel, bool.
+    usual
+        What the training data have; few cells lean on it, as if 200 of its cells were among them.
+
+    Returns
+    -------
+    Mean and deviation of log1p(counts per ``target_sum``), and the log of the share of all counts.
+    """
+    values = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
+    centre, square = values.mean(0), (values**2).mean(0)
+    share = (counts.sum(0) + 0.5) / max(counts.sum(), 1)
+    if usual is not None:
+        own = len(counts) / (len(counts) + 200)
+        centre, square, share = (
+            own * now + (1 - own) * known
+            for now, known in ((centre, usual[0]), (square, usual[0] ** 2 + usual[1] ** 2), (share, np.exp(usual[2])))
+        )
+    spread = np.sqrt(np.maximum(square - centre**2, 0))
+    out = np.stack([centre, np.where(spread < 1e-3, 1.0, spread), np.log(share)])
+    return np.where(measured, out, [[0.0], [1.0], [0.0]]).astype(np.float32)
+
+
 def relative_scale(crops, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
     """Size of a pixel of some crops over the usual one, n."""
     if not c.adaptive:
         return torch.ones(len(rows))
     return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
+
+
+def ahead(items: Iterator) -> Iterator:
+    """Yield items while the next one is made in a thread of its own."""
+    n_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # of this thread's own
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+    torch.set_num_threads(n_threads)
+
+
+def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Join parts (rows, crops) to batches of one size: for each new size convolutions are planned, and kept, anew."""
+    held, n = [], 0
+    for part in parts:
+        held.append(part)
+        n += len(part[0])
+        if n >= size:
+            rows, crops = np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
+            yield rows[:size], crops[:size]
+            held, n = [(rows[size:], crops[size:])], n - size
+    if n:
+        yield np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
 
 
 class Spatia:
@@ -324,7 +397,9 @@ class Spatia:
         """
         network = self.network.to(device).eval()
         cells = torch.empty(len(slide), self.config.width)
-        for rows, crops in self._batches(slide, inside, batch_size):
+        measured = torch.from_numpy(slide.measured)[None].to(device)
+        standard = None if slide.standard is None else torch.from_numpy(slide.standard).to(device)
+        for rows, crops in ahead(self._batches(slide, inside, batch_size)):
             image = genes = None
             if crops is not None:
                 present = torch.from_numpy(slide.channels >= 0).expand(len(rows), -1)
@@ -333,11 +408,8 @@ class Spatia:
                     scaled(crops, slide.intensity, slide.channels).to(device), present.to(device), size.to(device)
                 )
             if slide.counts is not None:
-                counts = slide.counts[rows].toarray()
-                size = counts.sum(1)
-                values = np.log1p(counts * (self.target_sum / np.maximum(size, 1))[:, None])
-                values, size = (torch.from_numpy(v.astype(np.float32)).to(device) for v in (values, np.log1p(size)))
-                genes = network.gene(values, torch.from_numpy(slide.measured)[None].to(device), size)
+                counts = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)).to(device)
+                genes = network.gene_tokens(counts, measured, measured, self.target_sum, standard)
             cells[rows] = network.fuse(image, genes, len(rows)).cpu()
             update(len(rows))
         out = {"cell": cells}
@@ -358,7 +430,7 @@ class Spatia:
     def _batches(slide, inside: np.ndarray, batch_size: int):
         with_image = np.flatnonzero(inside) if slide.crops is not None else np.zeros(0, int)
         if len(with_image):
-            yield from slide.crops.batches(batch_size, with_image)
+            yield from full(slide.crops.batches(batch_size, with_image), batch_size)
         rest = np.setdiff1d(np.arange(len(slide)), with_image)
         for s in range(0, len(rest), batch_size):
             yield rest[s : s + batch_size], None

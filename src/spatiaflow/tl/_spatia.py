@@ -178,7 +178,9 @@ def train_spatia(
     validation = _io.held_out(validation, boxes)
     training, held_out = hold_out(ready, validation, 2 * config.anchor_um)
     depth = [np.asarray(s.counts[s.spread(4000)].sum(1)).ravel() for s in training if s.counts is not None]
-    target_sum = init.target_sum if init else float(np.median(np.concatenate(depth))) if depth else 1.0
+    target_sum = init.target_sum if init else max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
+    standard = {s.library_id: s.standardised(target_sum).standard for s in ready}  # of whole slides
+    training, held_out = ([replace(s, standard=standard[s.library_id]) for s in part] for part in (training, held_out))
     target = settings.torch_device(device)
     card = {
         "data": boxes, "modalities": list(modalities), "intensity": cells.intensity_of(training, config.channels),
@@ -186,7 +188,7 @@ def train_spatia(
     }  # fmt: skip
     logger.info("training SPATIA on %d cells of %d slide(s), device %s", sum(map(len, training)), len(ready), target)
     return fit_spatia(
-        training, config, card=card, target_sum=max(target_sum, 1.0), losses=losses, validation=held_out, init=init,
+        training, config, card=card, target_sum=target_sum, losses=losses, validation=held_out, init=init,
         max_epochs=max_epochs, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
         accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, workers=workers,
         seed=resolve_seed(random_state), backbone=backbone,
@@ -250,8 +252,9 @@ def embed_spatia(
     layer
         Layer with raw counts; None reads ``X``.
     scaling
-        Of image intensities: ``"slide"`` by percentiles over the slide's own cells, which evens out stain and exposure but
-        looks at all cells at once (transductive; it is recorded), or ``"training"`` by those of the training slides.
+        Of image intensities and of genes: ``"slide"`` by the slide's own cells (percentiles; mean and deviation of each
+        gene), which evens out stain, exposure and batch but looks at all cells at once (transductive; it is recorded), or
+        ``"training"`` by those of the training slides: for a part of a slide, or one of unlike composition.
     attention
         Also write how much each neighbour weighs in a cell's niche.
     table_key, image_key, shapes_key, labels_key
@@ -320,6 +323,8 @@ def embed_spatia(
     cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
     if scaling == "training":
         cells = [_cells.with_intensity(one, model.card["intensity"], c.channels) for one in cells]
+    elif "genes" in modalities:
+        cells = [one.standardised(model.target_sum, model.network.gene.standard.cpu().numpy()) for one in cells]
     target, size = settings.torch_device(device), batch_size or 512
     out = {level: np.full((table.n_obs, c.width), np.nan, np.float32) for level in levels}
     looks = []  # row, column and weight of the attention
@@ -342,7 +347,7 @@ def embed_spatia(
     used = [name for i, name in enumerate(c.channels) if any(len(p.channels) and p.channels[i] >= 0 for p in cells)]
     params = {
         "model_sha256": model.sha256, "levels": list(levels), "modalities": list(modalities), "crop_um": c.crop_um,
-        "scaling": scaling, "transductive": scaling == "slide" and "image" in modalities,
+        "scaling": scaling, "transductive": scaling == "slide",
         "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     _io.write(

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from spatiaflow.models.counts import log_likelihood
-from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, relative_scale, scaled
+from spatiaflow.models.spatia import (
+    Spatia,
+    SpatiaConfig,
+    SpatiaNetwork,
+    Surroundings,
+    gene_standard,
+    relative_scale,
+    scaled,
+)
 from spatiaflow.train.fit import claim, fit
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
@@ -35,6 +43,7 @@ class CellSlide:
     channels: np.ndarray  # for each channel of the model, its place on this slide, or -1
     intensity: np.ndarray | None  # slide channels x 2: background and bright end
     tissue: str = ""
+    standard: np.ndarray | None = None  # 3 x genes, how its genes are standardised; None: as the training data's
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -42,6 +51,13 @@ class CellSlide:
     def spread(self, n: int) -> np.ndarray:
         """Rows of at most n evenly spaced cells."""
         return np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))
+
+    def standardised(self, target_sum: float, usual: np.ndarray | None = None) -> CellSlide:
+        """The slide with its genes standardised by its own cells."""
+        if self.counts is None:
+            return self
+        counts = self.counts[self.spread(4000)].toarray()
+        return replace(self, standard=gene_standard(counts, self.measured, target_sum, usual))
 
     def take(self, rows: np.ndarray) -> CellSlide:
         """Some of the cells."""
@@ -154,6 +170,7 @@ class ScatteredCells(_Batches):
         part = {"xy": torch.from_numpy(slide.xy[rows]), "measured": torch.from_numpy(np.tile(slide.measured, (n, 1)))}
         if slide.counts is not None:
             part["counts"] = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32))
+            part["standard"] = torch.from_numpy(slide.standard).expand(n, -1, -1)
         if slide.crops is not None:
             x = scaled(slide.crops.read(rows), slide.intensity, slide.channels)
             part["crops"] = augmented(x, rng) if self.augment else x
@@ -183,6 +200,7 @@ class Fields(_Batches):
             "cells": torch.from_numpy(np.asarray(view[rows], np.float32)),
             "counts": torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)),
             "measured": torch.from_numpy(np.tile(slide.measured, (len(rows), 1))),
+            "standard": torch.from_numpy(slide.standard)[None],
             "around": Surroundings.of(slide.xy[rows], self.config),
         }
 
@@ -213,10 +231,11 @@ class _Training(L.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def misfit(self, embedding: Tensor, level: str, counts: Tensor, which: Tensor) -> Tensor:
-        """Nats a gene of counts under the negative binomial of a level."""
-        net = self.network
-        mean = counts.sum(1, keepdim=True).clamp_min(1) * torch.exp(net.log_rates(embedding, level).clamp(-15, 3))
+    def misfit(self, embedding: Tensor, level: str, b: dict, which: Tensor) -> Tensor:
+        """Nats a gene of counts under the negative binomial of a level; what genes have more on a slide is its own."""
+        net, counts = self.network, b["counts"]
+        log_rate = net.log_rates(embedding, level) + (b["standard"][:, 2] - net.gene.standard[2])
+        mean = counts.sum(1, keepdim=True).clamp_min(1) * torch.exp(log_rate.clamp(-15, 3))
         log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
         return -(log_p * which).sum() / which.sum().clamp_min(1)
 
@@ -252,11 +271,13 @@ class CellTraining(_Training):
         net, c, on, measured, out, image = self.network, self.network.config, self.weights, b["measured"], {}, None
         n, device = len(measured), measured.device
         if "crops" in b:
-            present = b["present"]
+            present, drop = b["present"], torch.zeros(len(c.channels), dtype=torch.bool, device=device)
             if self.training and len(c.channels) > 1:  # a channel goes missing for a whole batch, so that it may
                 drop = torch.rand(len(c.channels), generator=g).to(device) < 0.1
-                present = present & ~drop if (present & ~drop).any(1).all() else present
-            image = net.image(b["crops"], present, b["scale"])
+                drop = drop & (present & ~drop).any(1).all()
+            present = present & ~drop
+            with net.image.steady(bool(drop.any())):
+                image = net.image(b["crops"], present, b["scale"])
             if "reconstruction" in on:
                 some = slice(None, None, 4 if "counts" in b else 1)  # it is dear, and not what teaches most
                 out["reconstruction"] = net.image.reconstruction(b["crops"][some], present[some])
@@ -265,14 +286,11 @@ class CellTraining(_Training):
         counts = b["counts"]
         hidden = torch.rand(counts.shape, generator=g) < torch.rand((n, 1), generator=g)
         seen = measured & ~hidden.to(device)
-        visible = (counts * seen).sum(1)
-        # normalised by what is visible, so that hidden counts leave no trace
-        scale = self.target_sum / visible.clamp_min(1) * (seen.sum(1) / measured.sum(1).clamp_min(1))
-        genes = net.gene(torch.log1p(counts * seen * scale[:, None]), seen, torch.log1p(visible))
+        genes = net.gene_tokens(counts, seen, measured, self.target_sum, b["standard"])
         if "genes" in on:
-            out["genes"] = self.misfit(net.fuse(image, genes, n), "cell", counts, measured)
+            out["genes"] = self.misfit(net.fuse(image, genes, n), "cell", b, measured)
         if image is not None and "image_to_genes" in on:
-            out["image_to_genes"] = self.misfit(net.fuse(image, None, n), "cell", counts, measured)
+            out["image_to_genes"] = self.misfit(net.fuse(image, None, n), "cell", b, measured)
         if image is not None and "contrast" in on:
             logit = net.match(image, "image") @ net.match(genes, "genes").T / self.log_temperature.exp().clamp(0.02, 1)
             target = torch.arange(n, device=device)
@@ -291,53 +309,45 @@ class ContextTraining(_Training):
         cells = torch.where(absent[:, None], self.network.hidden_cell, b["cells"])
         levels = zip(self.NAMES, self.network.context(cells, b["around"]))
         which = absent[:, None] & b["measured"]
-        return {name: self.misfit(x, name, b["counts"], which) for name, x in levels if name in self.weights}
+        return {name: self.misfit(x, name, b, which) for name, x in levels if name in self.weights}
 
 
 def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
-    """Start the predicted rates at each gene's mean share of the library, and the gene encoder at principal components.
+    """Start predicted rates at each gene's mean share of the library, and both ways to them at principal components.
 
-    From evenly spaced cells of each slide; a gene counts where it is measured. From random weights the
-    encoder is slow to learn what a principal component tells.
+    From evenly spaced cells of each slide; a gene counts where it is measured.
     """
+    slides = [s for s in slides if s.counts is not None]
+    if network.gene is None or not slides:
+        return
     n_genes = len(network.config.genes)
-    total, size, cells, sums, squares, excess, expected = (np.zeros(n_genes) for _ in range(7))
-    values = []
+    cells, excess, expected, standard, z = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), 0.0, []
     for s in slides:
-        if s.counts is None:
-            continue
         counts = s.counts[s.spread(n)].toarray()
-        value = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
-        values.append((value, s.measured))
-        total += counts.sum(0)
-        size += counts.sum() * s.measured
+        values = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
+        z.append(((values - s.standard[0]) / s.standard[1] * s.measured).clip(-5, 5))
         cells += len(counts) * s.measured
-        sums += value.sum(0)
-        squares += (value**2).sum(0)
+        standard = standard + len(counts) * s.measured * s.standard
         rate = counts.sum(1, keepdims=True) * counts.sum(0) / max(counts.sum(), 1)
         excess += ((counts - rate) ** 2 - rate).sum(0)  # = rate^2 / theta in expectation
         expected += (rate**2).sum(0)
-    mean = sums / np.maximum(cells, 1)
-    spread = np.sqrt(np.maximum(squares / np.maximum(cells, 1) - mean**2, 0))
+    standard = np.where(cells > 0, standard / np.maximum(cells, 1), [[0.0], [1.0], [0.0]])
+    # what cells differ by will be explained; the dispersion left is smaller
+    theta = np.clip(3 * expected / np.maximum(excess, 1e-3 * expected + 1e-12), 0.3, 30)
+    z = np.concatenate(z)
+    axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
+    d = min(network.config.width, len(axes))
+    # turned, so that no dimension is a component alone: who scales each dimension alike, as linear probes do, would whiten
+    # them else, and drown the first in the last
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
+    axes = torch.from_numpy((axes[:d].T @ turn).astype(np.float32))  # genes x d
     with torch.no_grad():
-        network.rates.bias.copy_(torch.from_numpy(np.log((total + 0.5) / np.maximum(size, 1)).clip(-15, 0)))
-        # what cells differ by will be explained; the dispersion left is smaller
-        theta = np.clip(3 * expected / np.maximum(excess, 1e-3 * expected + 1e-12), 0.3, 30)
+        network.gene.usual_size.fill_(np.log1p(target_sum))
+        network.gene.standard.copy_(torch.from_numpy(standard))
+        network.gene.direction[:, :d] = axes * n_genes**0.5
+        network.rates.weight[:, :d] = 0.3 * axes  # the way back, shrunk: what is rare is noisy
+        network.rates.bias.copy_(torch.from_numpy(standard[2].clip(-15, 0)))
         network.log_theta.copy_(torch.from_numpy(np.log(np.expm1(theta))))
-        if network.gene is not None:
-            network.gene.usual_size.fill_(np.log1p(target_sum))
-            network.gene.centre.copy_(torch.from_numpy(mean))
-            spread = np.where(spread < 1e-3, 1.0, spread)
-            network.gene.spread.copy_(torch.from_numpy(spread))
-            z = np.concatenate([(v - mean) / spread * measured for v, measured in values]).clip(-5, 5)
-            axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
-            d = min(network.gene.direction.shape[1], len(axes))
-            # turned, so that no dimension is a component alone: who scales each dimension alike, as linear probes do,
-            # would whiten them else, and drown the first in the last
-            turn = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
-            axes = torch.from_numpy((axes[:d].T @ turn).astype(np.float32))  # genes x d
-            network.gene.direction[:, :d] = axes * n_genes**0.5
-            network.rates.weight[:, :d] = 0.3 * axes  # the way back, shrunk: what is rare is noisy
 
 
 def fit_spatia(
@@ -382,31 +392,38 @@ def fit_spatia(
         network.load_state_dict(init.network.state_dict())
     weights, n_cells = LOSSES | (losses or {}), sum(map(len, slides))
     options = {
-        "max_epochs": max_epochs, "patience": max_epochs, "monitor": "val_loss", "seed": seed, "resume": resume,
+        "patience": max_epochs, "monitor": "val_loss", "seed": seed, "resume": resume,
         "accelerator": accelerator, "devices": devices, "precision": precision,
     }  # fmt: skip
     history = {}
 
-    def stage(name, training, batches, held_out, **more):
+    def stage(name, training, batches, held_out, max_epochs, **more):
         module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, learning_rate)
         folder = None if checkpoint_dir is None else checkpoint_dir / name
-        fit(module, batches, held_out, description=f"SPATIA, {name}", checkpoint_dir=folder, **options, **more)
+        fit(
+            module, batches, held_out, description=f"SPATIA, {name}", checkpoint_dir=folder, max_epochs=max_epochs,
+            **options, **more,
+        )  # fmt: skip
         for key, values in module.history.items():
             history.setdefault(key, values)
 
     if any(weights[name] > 0 for name in CellTraining.NAMES):
         n = batches_per_epoch or max(32, -(-n_cells // 256))
         held_out = ScatteredCells(validation, config, max(2, min(16, n // 4)), seed=seed + 1, augment=False)
-        stage("cells", CellTraining, ScatteredCells(slides, config, n, seed=seed), held_out, workers=workers)
+        batches = ScatteredCells(slides, config, n, seed=seed)
+        stage("cells", CellTraining, batches, held_out, max_epochs, workers=workers)
     if config.genes and any(weights[name] > 0 for name in ContextTraining.NAMES):
-        n = batches_per_epoch or max(32, -(-n_cells // 1024))
+        n = batches_per_epoch or max(8, -(-n_cells // 512))
         with tempfile.TemporaryDirectory() as folder:
-            views = [cell_views(network, s, target_sum, Path(folder) / str(i)) for i, s in enumerate(slides + validation)]
+            views = [
+                cell_views(network, s, target_sum, Path(folder) / str(i)) for i, s in enumerate(slides + validation)
+            ]
             held_out = Fields(validation, views[len(slides) :], config, max(2, min(16, n // 4)), seed=seed + 1)
             trained = network.contextual()
             for p in network.parameters():
                 p.requires_grad_(p in trained)
-            stage("context", ContextTraining, Fields(slides, views[: len(slides)], config, n, seed=seed), held_out)
+            batches = Fields(slides, views[: len(slides)], config, n, seed=seed)
+            stage("context", ContextTraining, batches, held_out, -(-max_epochs // 2))  # it is done sooner
             network.requires_grad_(True)
     return Spatia(network=network, target_sum=target_sum, history=history, card=card)
 

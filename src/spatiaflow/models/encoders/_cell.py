@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +46,17 @@ class ImageEncoder(nn.Module):
         self.size = nn.Linear(1, c.width) if c.adaptive else None
         self.register_buffer("order", torch.arange((self.pixels // self.patch) ** 2).float(), persistent=False)
 
+    @contextmanager
+    def steady(self, on: bool = True):
+        """Batches with holes or without a channel must not enter the running statistics; they go by them."""
+        embed = self.mae.vit.embeddings.patch_embeddings.projection
+        mode = embed.training
+        embed.train(mode and not on)
+        try:
+            yield
+        finally:
+            embed.train(mode)
+
     def fill(self, crops: Tensor, present: Tensor | None) -> Tensor:
         """Centre intensities, and put learned values where a channel is missing (``present``: n x C, bool)."""
         x = 2 * crops - 1
@@ -77,11 +90,8 @@ class ImageEncoder(nn.Module):
         shown = kept.view(-1, 1, side, side).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         # convolutions see beyond a patch: what is masked must be gone before them
         blank = 0.0 if self.published else self.missing[:, None, None]
-        embed = self.mae.vit.embeddings.patch_embeddings.projection
-        mode = embed.training
-        embed.eval()  # crops with holes must not enter the running statistics
-        seen = self.mae.vit(torch.where(shown, x, blank), noise=noise)
-        embed.train(mode)
+        with self.steady():
+            seen = self.mae.vit(torch.where(shown, x, blank), noise=noise)
         predicted = self.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits
         n, channels = x.shape[:2]
         predicted = predicted.view(n, -1, self.patch**2, channels)  # n x patches x pixels x C
@@ -127,8 +137,8 @@ class GeneEncoder(nn.Module):
     A few learned queries gather the measured genes by cross-attention, then attend to one another. Keys and values are
     linear in the token and the queries are the same for all cells, so they are projected once per gene and never per
     cell: logits are ``a_g + x_g b_g``. Cost is linear in the genes. Genes that are not measured, or hidden, are left out.
-    Values are centred and scaled by ``centre`` and ``spread`` of the training data: a mean over hundreds of genes would
-    else be the same for all cells but for a trace.
+    Values come centred and scaled, gene by gene: a mean over hundreds of genes would else be the same for all cells but
+    for a trace. ``standard`` holds what does it for the training data.
     """
 
     def __init__(self, c):
@@ -137,8 +147,8 @@ class GeneEncoder(nn.Module):
         self.n_heads = c.n_heads
         self.identity = nn.Parameter(0.02 * torch.randn(len(c.genes), d))
         self.direction = nn.Parameter(torch.randn(len(c.genes), d))
-        self.register_buffer("centre", torch.zeros(len(c.genes)))
-        self.register_buffer("spread", torch.ones(len(c.genes)))
+        # of log-normalised counts centre and spread, and the log of each gene's share of all counts
+        self.register_buffer("standard", torch.stack([torch.zeros(len(c.genes)), *2 * [torch.ones(len(c.genes))]]))
         self.register_buffer("usual_size", torch.zeros(()))
         self.queries = nn.Parameter(torch.randn(c.gene_latents, d))
         self.key, self.value = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
@@ -161,14 +171,14 @@ class GeneEncoder(nn.Module):
         Parameters
         ----------
         values
-            Log-normalised expression, n x genes.
+            Expression, log-normalised and standardised, n x genes.
         measured
             n x genes or 1 x genes, bool: False is not measured, or hidden.
         size
             log1p of the counts over the measured genes, n.
         """
         n, m, h = len(values), len(self.queries), self.n_heads
-        values = ((values - self.centre) / self.spread).clamp(-5, 5)
+        values = values.clamp(-5, 5)
         q = self.queries.view(m, h, -1)
         k_identity, k_direction = (self.key(t).view(len(t), h, -1) for t in (self.identity, self.direction))
         v_identity, v_direction = (self.value(t).view(len(t), h, -1) for t in (self.identity, self.direction))
