@@ -503,6 +503,25 @@ def starmap(a) -> None:
                 rows.append(row | {"seconds": seconds if "SPATIA" in name else np.nan})
                 print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     write("starmap", rows)
+    summary(pd.DataFrame(rows))
+
+
+def summary(table: pd.DataFrame) -> None:
+    """Mean over mice (of the means over seeds), and SPATIA's difference to the best baseline, paired by mouse, with its error."""
+    scores = ["type F1", "layer F1", "layer ARI", "layer ARI, own"]
+    by_mouse = table.groupby(["method", "mouse"], sort=False)[scores].mean()
+    mean = by_mouse.groupby("method", sort=False).mean()
+    print(mean.round(3).to_string())
+    learned = mean.index.str.startswith("SPATIA")
+    for score in scores:
+        best = mean.loc[~learned, score].idxmax()
+        for method in mean.index[learned]:
+            difference = by_mouse.loc[method, score] - by_mouse.loc[best, score]
+            error = difference.std(ddof=1) / len(difference) ** 0.5
+            seeds = table[table["method"] == method].groupby("mouse")[score].std().mean()
+            print(
+                f"{score}: {method} - {best}: {difference.mean():+.3f} +- {error:.3f} (deviation over seeds {seeds:.3f})"
+            )
 
 
 # ---- simulated tissue --------------------------------------------------------------------------------------------

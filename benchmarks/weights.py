@@ -38,6 +38,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store")
     parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--modalities", nargs="+", default=["image", "genes"])
     parser.add_argument("--init", type=Path, help="weights to go on from")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--epochs", type=int, default=16)
@@ -46,8 +47,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     model = sf.tl.train_spatia(
-        training_part(a.store), mpp=1, validation=0.05, max_epochs=a.epochs, checkpoint_dir=a.checkpoints,
-        resume=a.resume, init=a.init, precision=a.precision, random_state=a.seed,
+        training_part(a.store), mpp=1, modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs,
+        checkpoint_dir=a.checkpoints, resume=a.resume, init=a.init, precision=a.precision, random_state=a.seed,
     )  # fmt: skip
     print(model.save(a.out))
     for name, values in model.history.items():

@@ -290,28 +290,30 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
 
 
 def gene_standard(
-    counts: np.ndarray, measured: np.ndarray, target_sum: float, usual: np.ndarray | None = None
+    counts: sparse.csr_matrix, measured: np.ndarray, target_sum: float, usual: np.ndarray | None = None
 ) -> np.ndarray:
     """How a slide's genes are standardised, 3 x genes, float32.
 
     Parameters
     ----------
     counts
-        Of some of its cells, n x genes.
+        Of its cells, n x genes.
     measured
         Genes on its panel, bool.
     usual
-        What the training data have; few cells lean on it, as if 200 of its cells were among them.
+        What the training data have; few cells lean on it, as if 50 of its cells were among them.
 
     Returns
     -------
     Mean and deviation of log1p(counts per ``target_sum``), and the log of the share of all counts.
     """
-    values = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
-    centre, square = values.mean(0), (values**2).mean(0)
-    share = (counts.sum(0) + 0.5) / max(counts.sum(), 1)
+    counts = sparse.csr_matrix(counts, dtype=np.float64)
+    n, total = counts.shape[0], np.asarray(counts.sum(1))
+    values = counts.multiply(target_sum / np.maximum(total, 1)).tocsr().log1p()
+    centre, square = (np.asarray(v.sum(0)).ravel() / n for v in (values, values.multiply(values)))
+    share = (np.asarray(counts.sum(0)).ravel() + 0.5) / max(total.sum(), 1)
     if usual is not None:
-        own = len(counts) / (len(counts) + 200)
+        own = n / (n + 50)
         centre, square, share = (
             own * now + (1 - own) * known
             for now, known in ((centre, usual[0]), (square, usual[0] ** 2 + usual[1] ** 2), (share, np.exp(usual[2])))

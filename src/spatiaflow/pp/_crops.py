@@ -107,8 +107,9 @@ class Crops:
         return F.interpolate(mask, (self.pixels, self.pixels), mode="bilinear", antialias=True) > 0.5
 
     def intensity(self, n: int = 1000, low: float = 1.0, high: float = 99.5) -> np.ndarray:
-        """Percentiles of each channel over evenly spaced cells, channels x 2: background and bright end."""
-        sample = self.read(np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)))
+        """Percentiles of each channel over cells from side to side, channels x 2: background and bright end."""
+        along = np.lexsort(self.xy.T)  # the order of the table plays no part
+        sample = self.read(along[np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))])
         flat = sample.numpy().transpose(1, 0, 2, 3).reshape(sample.shape[1], -1)
         low, high = np.percentile(flat, [low, high], axis=1)
         return np.stack([low, np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))], 1)

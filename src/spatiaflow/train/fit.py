@@ -92,7 +92,8 @@ def fit(
         best = ModelCheckpoint(
             folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False
         )
-        callbacks = [EarlyStopping(monitor, patience=patience), best, _Epochs(training, seed, description)]
+        epochs = _Epochs(training, seed, description)
+        callbacks = [EarlyStopping(monitor, patience=patience), best, epochs]
         if checkpoint_dir is not None:
             last = ModelCheckpoint(folder, NEWEST.removesuffix(".ckpt"), enable_version_counter=False)
             callbacks.append(last)
@@ -111,6 +112,7 @@ def fit(
         )
         saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
         module.load_state_dict(saved["state_dict"])
+        module.history = epochs.history  # also of a run that was done before it was resumed
 
 
 def _readable(checkpoint: Path) -> bool:
@@ -153,7 +155,6 @@ class _Epochs(Callback):
 
     def on_train_end(self, trainer, module):
         self.bar.close()
-        module.history = self.history
 
     def state_dict(self):
         return {"history": self.history}

@@ -56,7 +56,7 @@ class CellSlide:
         """The slide with its genes standardised by its own cells."""
         if self.counts is None:
             return self
-        counts = self.counts[self.spread(4000)].toarray()
+        counts = self.counts if sparse.issparse(self.counts) else self.counts[self.spread(4000)]
         return replace(self, standard=gene_standard(counts, self.measured, target_sum, usual))
 
     def take(self, rows: np.ndarray) -> CellSlide:
