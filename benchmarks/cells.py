@@ -2,7 +2,7 @@
 
     python benchmarks/cells.py crops --store pancreas.zarr
     python benchmarks/cells.py embed --store pancreas.zarr --weights spatia-pancreas-small
-    python benchmarks/cells.py corpus --stores pancreas.zarr merfish.zarr simulated.zarr
+    python benchmarks/cells.py corpus --stores pancreas.zarr,,1 merfish.zarr simulated.zarr,fluorescence
 
 Ratios are taken in one process, on the threads that torch has; nothing else should run.
 """
@@ -88,18 +88,23 @@ def embed(a) -> None:
 def corpus(a) -> None:
     from spatiaflow.models.spatia import SpatiaConfig
     from spatiaflow.tl import _cells
-    from spatiaflow.train.spatia import CellBatches
+    from spatiaflow.train.spatia import ScatteredCells
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "corpus.csv"
-        rows = [f"{Path(s).resolve()},{Path(s).stem},{a.image_key or ''}" for s in a.stores]
-        manifest.write_text("\n".join(["store,tissue,image_key", *rows]))
+        rows = []
+        for given in a.stores:
+            store, image_key, mpp = (given.split(",") + ["", ""])[:3]
+            rows.append(f"{Path(store).resolve()},{Path(store).stem},{image_key},{mpp}")
+        manifest.write_text("\n".join(["store,tissue,image_key,mpp", *rows]))
         options = {"modalities": ("image", "genes"), "crop_um": 20.4, "crop_pixels": 48, "layer": None}
         parts = _cells.read_corpus(manifest, **options)
+    _cells.share_memory(parts)
     genes = list(dict.fromkeys(g for p in parts for g in p.genes))
     channels = list(dict.fromkeys(str(c).lower() for p in parts for c in p.crops.channels))
-    slides = [_cells.cell_slide(p, genes, channels, None, p.slide.library_id) for p in parts]
-    batches = CellBatches(slides, SpatiaConfig(genes, channels), 60)
+    slides = [_cells.cell_slide(p, genes, channels, None, p.slide.library_id).standardised(100.0) for p in parts]
+    slides = [s.take(np.flatnonzero(p.inside)) for s, p in zip(slides, parts)]
+    batches = ScatteredCells(slides, SpatiaConfig(genes, channels), 64)
     n = sum(map(len, slides))
     held = sum(
         s.xy.nbytes + s.crops.xy.nbytes + s.counts.pointers.nbytes + s.counts.rows.nbytes + tree.data.nbytes
@@ -111,7 +116,7 @@ def corpus(a) -> None:
         loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)
         start, cells = time.perf_counter(), 0
         for batch in loader:
-            cells += sum(len(batch[part]["measured"]) for part in ("cells", "fields"))
+            cells += len(batch["xy"])
         seconds = time.perf_counter() - start
         print(
             f"{workers} workers: {cells / seconds:,.0f} cells/s over {len(batches)} batches, process {resident_gb():.2f} GB"
@@ -122,8 +127,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["crops", "embed", "corpus"])
     parser.add_argument("--store")
-    parser.add_argument("--stores", nargs="*")
-    parser.add_argument("--image-key")
+    parser.add_argument("--stores", nargs="*", help="STORE[,IMAGE_KEY[,MPP]] ...")
     parser.add_argument("--weights", default="spatia-pancreas-small")
     parser.add_argument("--n", type=int, default=2000, help="cells that squidpy cuts")
     a = parser.parse_args()

@@ -40,14 +40,16 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--modalities", nargs="+", default=["image", "genes"])
     parser.add_argument("--init", type=Path, help="weights to go on from")
+    parser.add_argument("--context-only", action="store_true", help="leave the cell level as --init has it")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--out", type=Path, default=WHERE / "spatia-pancreas-small.safetensors")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
+    losses = {"genes": 0, "image_to_genes": 0, "reconstruction": 0, "contrast": 0} if a.context_only else None
     model = sf.tl.train_spatia(
-        training_part(a.store), mpp=1, modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs,
+        training_part(a.store), mpp=1, losses=losses, modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs,
         checkpoint_dir=a.checkpoints, resume=a.resume, init=a.init, precision=a.precision, random_state=a.seed,
     )  # fmt: skip
     print(model.save(a.out))

@@ -109,7 +109,7 @@ class _Batches(Dataset):
 
     def __init__(self, slides: list[CellSlide], config: SpatiaConfig, n_batches: int, seed: int):
         self.slides, self.config, self.n_batches, self.seed, self.epoch = slides, config, n_batches, seed, 0
-        self.trees = [cKDTree(s.xy) for s in slides]
+        self.trees = [cKDTree(s.xy, leafsize=32) for s in slides]  # half the nodes, half the memory
         cells_of = np.array([len(s) for s in slides], float)
         tissue = np.array([s.tissue for s in slides])
         share = np.zeros(len(slides))
@@ -271,13 +271,11 @@ class CellTraining(_Training):
         net, c, on, measured, out, image = self.network, self.network.config, self.weights, b["measured"], {}, None
         n, device = len(measured), measured.device
         if "crops" in b:
-            present, drop = b["present"], torch.zeros(len(c.channels), dtype=torch.bool, device=device)
-            if self.training and len(c.channels) > 1:  # a channel goes missing for a whole batch, so that it may
-                drop = torch.rand(len(c.channels), generator=g).to(device) < 0.1
-                drop = drop & (present & ~drop).any(1).all()
-            present = present & ~drop
-            with net.image.steady(bool(drop.any())):
-                image = net.image(b["crops"], present, b["scale"])
+            present = b["present"]
+            if self.training and len(c.channels) > 1:  # channels go missing, so that they may
+                kept = present & (torch.rand(present.shape, generator=g).to(device) > 0.1)
+                present = torch.where(kept.any(1, keepdim=True), kept, present)
+            image = net.image(b["crops"], present, b["scale"])
             if "reconstruction" in on:
                 some = slice(None, None, 4 if "counts" in b else 1)  # it is dear, and not what teaches most
                 out["reconstruction"] = net.image.reconstruction(b["crops"][some], present[some])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,17 +44,6 @@ class ImageEncoder(nn.Module):
         self.size = nn.Linear(1, c.width) if c.adaptive else None
         self.register_buffer("order", torch.arange((self.pixels // self.patch) ** 2).float(), persistent=False)
 
-    @contextmanager
-    def steady(self, on: bool = True):
-        """Batches with holes or without a channel must not enter the running statistics; they go by them."""
-        embed = self.mae.vit.embeddings.patch_embeddings.projection
-        mode = embed.training
-        embed.train(mode and not on)
-        try:
-            yield
-        finally:
-            embed.train(mode)
-
     def fill(self, crops: Tensor, present: Tensor | None) -> Tensor:
         """Centre intensities, and put learned values where a channel is missing (``present``: n x C, bool)."""
         x = 2 * crops - 1
@@ -90,8 +77,11 @@ class ImageEncoder(nn.Module):
         shown = kept.view(-1, 1, side, side).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         # convolutions see beyond a patch: what is masked must be gone before them
         blank = 0.0 if self.published else self.missing[:, None, None]
-        with self.steady():
-            seen = self.mae.vit(torch.where(shown, x, blank), noise=noise)
+        embed = self.mae.vit.embeddings.patch_embeddings.projection
+        mode = embed.training
+        embed.eval()  # crops with holes must not enter the running statistics
+        seen = self.mae.vit(torch.where(shown, x, blank), noise=noise)
+        embed.train(mode)
         predicted = self.mae.decoder(seen.last_hidden_state, seen.ids_restore).logits
         n, channels = x.shape[:2]
         predicted = predicted.view(n, -1, self.patch**2, channels)  # n x patches x pixels x C
