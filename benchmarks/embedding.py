@@ -238,6 +238,7 @@ def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> l
     axes = PCA(15, random_state=0).fit((image["train"] - mean) / std)
     sets["PCA of image features"] = {name: axes.transform((image[name] - mean) / std) for name in parts}
     sets["PCA of genes and of image features, side by side"] = join(*sets.values())
+    sets["all genes"] = y
     if "CNN, supervised" in features:
         sets["CNN, supervised"] = {name: features["CNN, supervised"][name] for name in parts}
     genes, both = (spatia_levels(parts, model, m) for m in ("genes", ("image", "genes")))
