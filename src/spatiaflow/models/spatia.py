@@ -7,7 +7,6 @@ bidirectional cross-attention between the two, then attention over neighbouring 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -330,17 +329,6 @@ def relative_scale(crops, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
     return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
 
 
-def ahead(items: Iterator) -> Iterator:
-    """Yield items while the next one is made in a thread of its own."""
-    n_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # of this thread's own
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
-    torch.set_num_threads(n_threads)
-
-
 def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Join parts (rows, crops) to batches of one size: for each new size convolutions are planned, and kept, anew."""
     held, n = [], 0
@@ -393,7 +381,7 @@ class Spatia:
         inside
             Cells whose image is there, n, bool; the others are embedded without it.
         batch_size
-            Cells encoded at a time, and tokens of context worked on at a time.
+            Cells encoded at a time.
         update
             Called with the number of cells done.
         """
@@ -401,7 +389,7 @@ class Spatia:
         cells = torch.empty(len(slide), self.config.width)
         measured = torch.from_numpy(slide.measured)[None].to(device)
         standard = None if slide.standard is None else torch.from_numpy(slide.standard).to(device)
-        for rows, crops in ahead(self._batches(slide, inside, batch_size)):
+        for rows, crops in self._batches(slide, inside, batch_size):
             image = genes = None
             if crops is not None:
                 present = torch.from_numpy(slide.channels >= 0).expand(len(rows), -1)
@@ -415,12 +403,13 @@ class Spatia:
             cells[rows] = network.fuse(image, genes, len(rows)).cpu()
             update(len(rows))
         out = {"cell": cells}
+        rows = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # what its caches hold
         if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
-            out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, batch_size))
+            out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, rows))
         found = {level: out[level].numpy() for level in levels}
         if attention:
-            weight = network.niche_attention(cells.to(device), around, batch_size).cpu()
+            weight = network.niche_attention(cells.to(device), around, rows).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
             index = around.neighbors.index.numpy()[row, column]
             found["attention"] = sparse.csr_matrix(
