@@ -42,7 +42,7 @@ def crops(a) -> None:
     first = found.read(np.arange(n))
     cold = time.perf_counter() - start
     start = time.perf_counter()
-    whole = np.asarray(found.image.array)  # decoding alone
+    whole = found.image.array[:]  # decoding alone
     reading = time.perf_counter() - start
     found.image = whole
     start = time.perf_counter()

@@ -123,6 +123,21 @@ def test_memory_holds_a_part_of_the_image(monkeypatch):
         assert 0 < held == opened.decoded.used <= 400_000
 
 
+def test_an_image_of_a_store_is_read_without_dask(tmp_path):
+    import zarr
+
+    values = RNG.integers(0, 255, (3, 700, 800), dtype=np.uint8)
+    stored = zarr.create_array(tmp_path / "image.zarr", data=values, chunks=(1, 300, 300))
+    for array, plain in (
+        (da.from_zarr(stored), True),
+        (da.from_zarr(stored)[::-1], False),
+        (da.from_zarr(stored) + 0, False),
+    ):
+        opened, _, _ = open_image(array, True)
+        assert isinstance(opened.array, zarr.Array) == plain
+        np.testing.assert_array_equal(opened[:, 250:650, 10:790], array[:, 250:650, 10:790])
+
+
 def test_images_that_share_memory_keep_their_pixels_apart():
     source = RNG.integers(0, 255, (2, 3, 900, 900), dtype=np.uint8)
     images = [open_image(da.from_array(values, chunks=(3, 300, 300)), True)[0] for values in source]
