@@ -228,6 +228,20 @@ def test_training_lowers_every_loss(slides):
         assert history[f"train_{name}"][-1] < history[f"train_{name}"][0], name
 
 
+def test_the_context_is_trained_with_dropout(slides, monkeypatch):
+    from spatiaflow.train.spatia import ContextTraining
+
+    modes, losses = set(), ContextTraining.losses
+
+    def watched(self, b, g):
+        modes.add((self.training, self.network.niche_layers.training))
+        return losses(self, b, g)
+
+    monkeypatch.setattr(ContextTraining, "losses", watched)
+    train(slides, max_epochs=1)
+    assert modes == {(True, True), (False, False)}
+
+
 def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
     whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
     assert train(slides, max_epochs=3).sha256 == whole.sha256

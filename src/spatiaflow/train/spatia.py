@@ -85,8 +85,7 @@ def hold_out(slides: list[CellSlide], validation, gap: float) -> tuple[list[Cell
 def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Turn and mirror each crop; change gain, gamma and background of each channel a little, alike for all.
 
-    Brightness tells of expression: with thrice the change, or one of its own for each cell, held-out parts of the tissue
-    lose .01 of correlation.
+    Brightness tells of expression: a large change, or one of its own for each cell, would teach to overlook it.
     """
     n, c = x.shape[:2]
     which = torch.from_numpy(rng.integers(0, 8, n))
@@ -420,6 +419,7 @@ def fit_spatia(
             trained = network.contextual()
             for p in network.parameters():
                 p.requires_grad_(p in trained)
+            network.train()  # embedding left it in the mode of inference, and the trainer keeps what it finds
             batches = Fields(slides, views[: len(slides)], config, n, seed=seed)
             stage("context", ContextTraining, batches, held_out, -(-max_epochs // 2))  # it is done sooner
             network.requires_grad_(True)
