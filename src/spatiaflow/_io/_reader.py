@@ -48,16 +48,16 @@ class Chunks:
             range(np.searchsorted(edges, s.start, "right") - 1, np.searchsorted(edges, s.stop, "left"))
             for edges, s in zip(self.edges, wanted)
         ]
-        rows = []
+        shape = [len(range(*s.indices(length))) for s, length in zip(key, self.shape)]
+        out, inner, here = np.empty(shape, self.dtype), list(key), [slice(None)] * self.ndim
         for i in spans[0]:
-            row = []
             for j in spans[1]:
-                inner = list(key)
                 for axis, edges, k, s in zip(self.axes, self.edges, (i, j), wanted):
-                    inner[axis] = slice(max(s.start - edges[k], 0), s.stop - edges[k])
-                row.append(self._chunk(i, j)[tuple(inner)])
-            rows.append(np.concatenate(row, self.axes[1]))
-        return np.concatenate(rows, self.axes[0])
+                    first, last = max(s.start, edges[k]), min(s.stop, edges[k + 1])
+                    inner[axis] = slice(first - edges[k], last - edges[k])
+                    here[axis] = slice(first - s.start, last - s.start)
+                out[tuple(here)] = self._chunk(i, j)[tuple(inner)]
+        return out
 
     def _chunk(self, i: int, j: int) -> np.ndarray:
         if (known := self.decoded.get((self, i, j))) is not None:

@@ -82,10 +82,11 @@ class Crops:
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Return the crops of some cells, n x C x p x p, in the order of ``rows``."""
         rows, out = np.asarray(rows), None
-        for places, found in self._cut(rows, max(len(rows), 1)):
-            out = found.new_empty(len(rows), *found.shape[1:]) if out is None else out
-            out[torch.from_numpy(places)] = found
-        return out if out is not None else torch.empty(0, *self.shape[1:])
+        for places, found in self._cut(rows, 64):  # few enough to stay in the processor's cache until they are copied
+            if out is None:
+                out = np.empty((len(rows), *found.shape[1:]), found.numpy().dtype)
+            out[places] = found.numpy()
+        return torch.from_numpy(out) if out is not None else torch.empty(0, *self.shape[1:])
 
     def _cut(self, rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield (places in ``rows``, crops), one width after the other."""

@@ -56,13 +56,13 @@ def cut(
         block = block if channels_first else block.transpose(2, 0, 1)
         if block.shape[1:] != (y1 - y0, x1 - x0):  # beyond the border
             block = block[:, (at[0] - at[0][0])[:, None], at[1] - at[1][0]]
-        windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2))
+        windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2)).transpose(1, 2, 0, 3, 4)
         for s in range(0, len(rows), batch_size):
             part = rows[s : s + batch_size]
-            found = windows[:, start[part, 1] - y0, start[part, 0] - x0].transpose(1, 0, 2, 3)
+            found = windows[start[part, 1] - y0, start[part, 0] - x0]  # n x C x size x size
             # uint8 stays, and is resampled as it is, many times faster than as float32; wider integers become float32,
             # which holds each of 16 bits exactly
-            patches = torch.from_numpy(found.astype(np.uint8 if block.dtype == np.uint8 else np.float32))
+            patches = torch.from_numpy(found if found.dtype == np.uint8 else found.astype(np.float32, copy=False))
             if size != pixels:
                 patches = F.interpolate(patches, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
             yield part, patches
