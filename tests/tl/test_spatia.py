@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import torch
 from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
@@ -242,6 +243,35 @@ def test_the_context_is_trained_with_dropout(slides, monkeypatch):
     assert modes == {(True, True), (False, False)}
 
 
+def test_context_asks_for_hidden_cells_and_never_sees_them(slides, model):
+    from spatiaflow.models.spatia import Surroundings
+    from spatiaflow.train.spatia import ContextTraining, nearest_hidden
+
+    table, config, rng = slides[0]["table"], model.config, np.random.default_rng(0)
+    xy, n = table.obsm["spatial"], table.n_obs
+    around = Surroundings.of(xy, config)
+    absent = torch.from_numpy(rng.random(n) < 0.25)
+    target, found = nearest_hidden(absent, around.neighbors)
+    for i in range(n):
+        known = [j for j, real in zip(around.neighbors.index[i].tolist(), around.neighbors.mask[i]) if real]
+        hidden = [j for j in known if absent[j]]
+        assert bool(found[i]) == bool(hidden)
+        if hidden:
+            assert target[i] == min(hidden, key=lambda j: np.linalg.norm(xy[j] - xy[i]))
+    assert (target[absent] == torch.arange(n)[absent]).all() and found.float().mean() > 0.8
+
+    module = ContextTraining(model.network, {"niche": 1.0, "tissue": 1.0}, model.target_sum)
+    cells = torch.randn(n, config.width, requires_grad=True)
+    counts = torch.from_numpy(table.X.toarray())
+    measured, standard = torch.ones(counts.shape, dtype=bool), model.network.gene.standard[None]
+    batch = {"cells": cells, "counts": counts, "measured": measured, "standard": standard, "around": around}
+    sum(module.losses(batch, torch.Generator().manual_seed(1)).values()).backward()
+    absent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.25
+    assert (cells.grad[absent] == 0).all()
+    assert (cells.grad[~absent].abs().sum(1) > 0).all()
+    model.network.zero_grad()
+
+
 def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
     whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
     assert train(slides, max_epochs=3).sha256 == whole.sha256
@@ -279,8 +309,8 @@ def test_attention_is_a_share_of_the_neighbours(slides, model):
     table = embedded(slides[0], model, attention=True)
     weight = table.obsp["X_spatia_attention"]
     np.testing.assert_allclose(np.asarray(weight.sum(1)).ravel(), 1, atol=1e-5)
-    assert weight.diagonal().max() == 0
-    assert np.diff(weight.indptr).min() >= model.config.niche_neighbors
+    assert 0 < weight.diagonal().min() and weight.diagonal().max() < 1  # a cell is part of its niche
+    assert np.diff(weight.indptr).min() >= model.config.niche_neighbors + 1
     import matplotlib.pyplot as plt
 
     for color in (None, "cell_type"):

@@ -160,7 +160,7 @@ class ContextLayer(nn.Module):
 class Surroundings:
     """The spatial structure of a slide (or a region): who sees whom; computed once."""
 
-    neighbors: Graph
+    neighbors: Graph  # the cell itself first, then the nearest
     nearest: Tensor  # n, the anchor nearest to each cell
     tissue: Graph  # cells to anchors
     n_anchors: int
@@ -170,7 +170,11 @@ class Surroundings:
         """Surroundings of cells at positions ``xy`` (n x 2, µm)."""
         chosen = anchors(xy, c.anchor_um)
         tissue = anchor_graph(xy, xy[chosen], c.tissue_anchors, c.anchor_um)
-        return cls(spatial_graph(xy, c.niche_neighbors, scale=c.pitch_um), tissue.index[:, 0], tissue, len(chosen))
+        around = spatial_graph(xy, c.niche_neighbors, scale=c.pitch_um)
+        n = len(around)
+        itself = Graph(torch.arange(n)[:, None], torch.ones(n, 1, dtype=torch.bool), around.offset.new_zeros(n, 1, 2))
+        parts = (torch.cat(pair, 1) for pair in zip(*((g.index, g.mask, g.offset) for g in (itself, around))))
+        return cls(Graph(*parts), tissue.index[:, 0], tissue, len(chosen))
 
 
 class SpatiaNetwork(nn.Module):
@@ -226,8 +230,8 @@ class SpatiaNetwork(nn.Module):
     def context(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Niche and tissue embeddings (n x d each) of cells (n x d) in their surroundings.
 
-        Every cell asks what lies around it without showing itself, so that a niche is about the neighbours; what the
-        cell is, its own embedding says.
+        Every cell asks the cells around it, itself among them, from the same blank token: nothing but attention says how
+        much of a niche its own cell makes.
         """
         h, others = self.hidden_cell.expand(len(cells), -1), cells
         for layer in self.niche_layers:
@@ -243,7 +247,7 @@ class SpatiaNetwork(nn.Module):
         return niche, self.tissue_norm(t)
 
     def niche_attention(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> Tensor:
-        """How much each cell's neighbours weigh in its niche, mean of heads and layers, n x k."""
+        """How much each cell and its neighbours weigh in its niche, mean of heads and layers, n x k."""
         h, others, total = self.hidden_cell.expand(len(cells), -1), cells, 0.0
         for layer in self.niche_layers:
             total = total + layer.weights(h, others, around.neighbors, rows)

@@ -109,7 +109,7 @@ def attention(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw whom a cell attends to: its neighbours, the darker the more they weigh in its niche embedding.
+    """Draw whom a cell attends to: itself and its neighbours, the darker the more they weigh in its niche embedding.
 
     Weights are means over heads and layers and sum to 1. They say where the model looks, not what causes what.
 

@@ -25,6 +25,7 @@ from spatiaflow.models.spatia import (
     relative_scale,
     scaled,
 )
+from spatiaflow.models.spatial import Graph
 from spatiaflow.train.fit import claim, fit
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
@@ -295,8 +296,19 @@ class CellTraining(_Training):
         return out
 
 
+def nearest_hidden(absent: Tensor, around: Graph) -> tuple[Tensor, Tensor]:
+    """For each cell the nearest of those around it that are absent (n, bool), itself first, and whether there is one."""
+    index = around.index.to(absent.device)
+    hidden = absent[index] & around.mask.to(absent.device)  # n x k, nearest first
+    return index.gather(1, hidden.int().argmax(1, keepdim=True))[:, 0], hidden.any(1)
+
+
 class ContextTraining(_Training):
-    """Counts of cells that are hidden altogether, from their surroundings: trains the niche and tissue levels."""
+    """Counts of cells that are hidden altogether, from what is around them: trains the niche and tissue levels.
+
+    A hidden cell is asked for its own counts, any other for those of the hidden cell nearest to it: so the levels learn
+    what cells hereabouts are like, and how much a cell says of its own surroundings.
+    """
 
     NAMES = ("niche", "tissue")
 
@@ -304,9 +316,10 @@ class ContextTraining(_Training):
         """Every loss whose weight is not 0."""
         absent = (torch.rand(len(b["cells"]), generator=g) < 0.25).to(b["cells"].device)
         cells = torch.where(absent[:, None], self.network.hidden_cell, b["cells"])
+        target, found = nearest_hidden(absent, b["around"].neighbors)
+        asked, which = b | {"counts": b["counts"][target]}, found[:, None] & b["measured"]
         levels = zip(self.NAMES, self.network.context(cells, b["around"]))
-        which = absent[:, None] & b["measured"]
-        return {name: self.misfit(x, name, b, which) for name, x in levels if name in self.weights}
+        return {name: self.misfit(x, name, asked, which) for name, x in levels if name in self.weights}
 
 
 def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
@@ -410,7 +423,7 @@ def fit_spatia(
         batches = ScatteredCells(slides, config, n, seed=seed)
         stage("cells", CellTraining, batches, held_out, max_epochs, workers=workers)
     if config.genes and any(weights[name] > 0 for name in ContextTraining.NAMES):
-        n = batches_per_epoch or max(8, -(-n_cells // 512))
+        n = batches_per_epoch or max(16, -(-n_cells // 512))
         with tempfile.TemporaryDirectory() as folder:
             views = [
                 cell_views(network, s, target_sum, Path(folder) / str(i)) for i, s in enumerate(slides + validation)
