@@ -16,6 +16,7 @@ def tiles(
     data: AnnData | SpatialData,
     *,
     tile_um: float = 50.0,
+    groupby: str | None = None,
     layer: str | None = None,
     table_key: str = "table",
     shapes_key: str | None = None,
@@ -35,6 +36,9 @@ def tiles(
         Cells with counts and positions.
     tile_um
         Side of a tile, µm.
+    groupby
+        Column of ``.obs``: the shares of its groups among a tile's cells are kept in ``.obsm[groupby]``, for
+        :func:`spatiaflow.tl.pair_transitions`.
     layer
         Layer with raw counts; None reads ``X``.
     table_key, shapes_key, labels_key
@@ -48,11 +52,14 @@ def tiles(
     -------
     AnnData, tiles x genes: ``X`` (CSR, summed counts), ``.obs["library_id"]``, ``["n_cells"]``, ``.obsm["spatial"]`` (centre,
     in the unit of the cells' own positions) and ``.uns["tiles"]`` with ``tile_um`` and ``members``, the tile of each cell
-    (its row; -1 for rows of the table that stand on no slide). The images of an AnnData's slides are kept in
+    (its row; -1 for rows of the table that stand on no slide); with ``groupby`` ``.obsm[groupby]``, tiles x groups, whose names
+    are ``.uns["tiles"][groupby]``. The images of an AnnData's slides are kept in
     ``.uns["spatial"]``, so that ``pp.crops(tiles, crop_um=tile_um, library_key="library_id")`` cuts them.
 
     Raises
     ------
+    KeyError
+        ``groupby`` is no column.
     ValueError
         Counts are not raw, or the scale is unknown.
     """
@@ -88,4 +95,9 @@ def tiles(
         known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
         out.uns["spatial"][slide.library_id] = known
     out.uns["tiles"] = {"tile_um": float(tile_um), "members": members, "spatiaflow": spatiaflow.__version__}
+    if groupby is not None:
+        state = _io.groups(table, groupby)
+        one = state.cat.codes.to_numpy()[:, None] == np.arange(len(state.cat.categories))
+        out.obsm[groupby] = (pool @ one).astype(np.float32) / obs["n_cells"].to_numpy(np.float32)[:, None]
+        out.uns["tiles"][groupby] = [*map(str, state.cat.categories)]
     return out

@@ -3,5 +3,14 @@
 from spatiaflow.tl._expression import predict_expression, train_stflow
 from spatiaflow.tl._labels import annotate, cluster_niches
 from spatiaflow.tl._spatia import embed_spatia, train_spatia
+from spatiaflow.tl._transitions import pair_transitions
 
-__all__ = ["annotate", "cluster_niches", "embed_spatia", "predict_expression", "train_spatia", "train_stflow"]
+__all__ = [
+    "annotate",
+    "cluster_niches",
+    "embed_spatia",
+    "pair_transitions",
+    "predict_expression",
+    "train_spatia",
+    "train_stflow",
+]

@@ -1,0 +1,184 @@
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+import spatiaflow as sf
+
+W = np.random.default_rng(0).normal(size=(6, 120)) * 0.6
+SHIFT = np.random.default_rng(1).normal(size=120) * (np.random.default_rng(2).random(120) < 0.3) * 0.5
+GONE = np.random.default_rng(3).normal(size=120) * 2.0 * (np.random.default_rng(4).random(120) < 0.5)
+
+
+def tissue(n_a, n_b, *, seed=0, unmatched=0.0, depth=300, same=False, niches=1, noise=0.0):
+    """Cells of states A and B with six latent directions; B is shifted. Some of A have no counterpart in B."""
+    rng = np.random.default_rng([seed, n_a, n_b])
+    latent = rng.normal(size=(n_a + n_b, 6))
+    if same:  # the cells of B are those of A
+        latent[n_a:] = latent[:n_b]
+    alone = np.r_[rng.random(n_a) < unmatched, np.zeros(n_b, bool)]
+    state = np.r_[np.zeros(n_a), np.ones(n_b)]
+    log = -1 + latent @ W + state[:, None] * SHIFT + alone[:, None] * GONE
+    log = log + noise * rng.normal(size=log.shape)
+    rate = np.exp(log) / np.exp(log).sum(1, keepdims=True)
+    counts = rng.poisson(rate * depth * rng.lognormal(0, 0.3, (len(log), 1)))
+    obs = pd.DataFrame(
+        {"state": pd.Categorical(np.where(state, "B", "A")), "niche": rng.integers(0, niches, len(log)).astype(str)},
+        index=[f"c{i}" for i in range(len(log))],
+    )
+    out = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs)
+    out.obsm["spatial"] = rng.uniform(0, 500, (len(log), 2))
+    out.obs["alone"] = alone
+    return out, latent
+
+
+def paired(adata, **options):
+    sf.tl.pair_transitions(adata, **({"transitions": [("A", "B")], "groupby": "state"} | options))
+    return adata.uns["transitions"]
+
+
+def test_slots(tmp_path):
+    adata, _ = tissue(60, 80, niches=2)
+    before = adata.X.copy()
+    found = paired(adata, niche_key="niche", top_k=10)
+    assert list(found.columns) == ["source", "target", "transition", "niche", "confidence"]
+    state, niche = adata.obs["state"], adata.obs["niche"]
+    assert (state[found["source"]] == "A").all() and (state[found["target"]] == "B").all()
+    assert (niche[found["source"]].to_numpy() == niche[found["target"]].to_numpy()).all()
+    assert (niche[found["source"]].to_numpy() == found["niche"]).all()
+    assert set(found["source"]) == set(adata.obs_names[state == "A"]) and found["confidence"].between(0, 1).all()
+    plan = adata.obsp["transition_plan"]
+    assert plan.dtype == np.float32 and np.diff(plan.indptr).max() <= 10
+    problems = adata.uns["transition_plan"]["problems"]
+    rows = adata.obs_names.get_indexer(found["source"])
+    mass = np.asarray(plan.sum(1)).ravel()
+    assert (mass[rows] > 0).all() and mass[state == "B"].sum() == 0
+    for niche, one in problems.set_index("niche").iterrows():
+        here = rows[(found["niche"] == niche).to_numpy()]
+        assert len(here) == one["n_source"]
+        np.testing.assert_allclose(mass[here].mean(), one["mass"] * (1 - one["dropped"]), atol=0.02)
+    for source, target in zip(found["source"], found["target"]):
+        assert plan[adata.obs_names.get_loc(source), adata.obs_names.get_loc(target)] > 0
+    assert (before != adata.X).nnz == 0
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    again = ad.read_h5ad(tmp_path / "a.h5ad")
+    pd.testing.assert_frame_equal(again.uns["transitions"], found, check_dtype=False)
+    copy = sf.tl.pair_transitions(
+        again, transitions=[("A", "B")], groupby="state", niche_key="niche", top_k=10, copy=True
+    )
+    pd.testing.assert_frame_equal(copy.uns["transitions"], found)  # seeded
+
+
+@pytest.mark.parametrize("pairs", ["sample", "argmax"])
+def test_planted_matching_is_recovered(pairs):
+    """Each cell of B is a cell of A after the shift: its pair lies within a fifth of the distance of two random cells."""
+    adata, latent = tissue(400, 400, same=True, depth=20000)
+    found = paired(adata, unbalanced=None, epsilon=0.005, pairs=pairs)
+    names = adata.obs_names
+    apart = latent[names.get_indexer(found["source"])] - latent[names.get_indexer(found["target"])]
+    tolerance = 0.2 * np.sqrt(2 * 6)
+    assert (np.linalg.norm(apart, axis=1) < tolerance).mean() >= 0.95
+    problems = adata.uns["transition_plan"]["problems"]
+    assert problems["marginal_error"].max() <= 1e-3
+
+
+def test_confidence_does_not_depend_on_the_size_of_the_group():
+    """Groups of 20 to 2,000, equal and not, drawn from one population: in one table, so that they share components."""
+    sizes = [(20, 20), (20, 600), (600, 20), (100, 100), (600, 600), (2000, 2000)]
+    parts = [tissue(n, m, seed=i)[0] for i, (n, m) in enumerate(sizes)]
+    parts += [tissue(20, 20, seed=10 + i)[0] for i in range(5)]  # so small that one alone says little
+    for i, part in enumerate(parts):
+        part.obs["niche"] = str(min(i, len(sizes))) if i else str(len(sizes))
+    adata = ad.concat(parts, index_unique="-")
+    adata.obs["group"] = np.repeat([str(i) for i in range(len(parts))], [part.n_obs for part in parts])
+    found = paired(adata, niche_key="group")
+    mean = found.groupby("niche")["confidence"].mean()
+    small = mean[["0", *map(str, range(len(sizes), len(parts)))]].mean()
+    values = np.array([small, *mean[[str(i) for i in range(1, len(sizes))]]])
+    assert np.ptp(values) <= 0.05, values
+
+
+def test_confidence_ranks_those_without_a_counterpart_below():
+    adata, _ = tissue(500, 500, unmatched=0.15)
+    auc = {}
+    for confidence in ("mass", "entropy", "peak"):
+        found = paired(adata, confidence=confidence)
+        alone = adata.obs["alone"].loc[found["source"]].to_numpy()
+        auc[confidence] = roc_auc_score(~alone, found["confidence"])
+    assert auc["mass"] >= 0.9 and auc["mass"] > max(auc["entropy"], auc["peak"])
+
+
+def test_confidence_falls_with_noise():
+    """Noise of measurement makes matches of two halves disagree; what is the cells' own costs mass."""
+    by_depth = [paired(tissue(300, 300, depth=depth)[0])["confidence"].mean() for depth in (300, 100, 30, 10)]
+    assert (np.diff(by_depth) < -0.01).all() and by_depth[-1] < 0.6 * by_depth[0], by_depth
+    by_noise = [paired(tissue(300, 300, noise=noise)[0])["confidence"].mean() for noise in (0.0, 0.5, 1.0, 2.0)]
+    assert (np.diff(by_noise) < 0).all(), by_noise
+
+
+def test_niches_that_hold_one_state_only():
+    adata, _ = tissue(60, 60)
+    adata.obs["niche"] = np.where(adata.obs["state"] == "A", "x", "y")
+    with pytest.warns(UserWarning, match="no niche holds 5 cells of both states"):
+        found = paired(adata, niche_key="niche")
+    assert (found["niche"] == "").all() and len(found) == 60
+    adata.obs.loc[adata.obs_names[:3], "niche"] = None
+    with pytest.warns(UserWarning, match="3 rows have no niche"):
+        paired(adata, niche_key="niche")
+
+
+def test_negative_control_pairs_disjoint_halves():
+    adata, _ = tissue(80, 10)
+    found = paired(adata, transitions=[("A", "A"), ("A", "B")])
+    control = found[found["transition"] == "A -> A"]
+    assert len(control) == 40 and not set(control["source"]) & set(control["target"])
+    assert len(found) == 40 + 80
+
+
+def test_other_terms_of_the_cost():
+    adata, latent = tissue(150, 150)
+    adata.obsm["where"] = latent[:, :2] + 0.0
+    found = paired(adata, cost={"where": 1.0}, epsilon=0.005, unbalanced=None)
+    names = adata.obs_names
+    apart = latent[names.get_indexer(found["source"]), :2] - latent[names.get_indexer(found["target"]), :2]
+    assert np.median(np.linalg.norm(apart, axis=1)) < 0.6
+    assert paired(adata, cost={"genes": 1.0, "composition": 0.5}, mpp=1)["confidence"].gt(0).any()
+    with pytest.raises(KeyError, match="obsm has no 'nothing'"):
+        paired(adata, cost={"nothing": 1.0})
+    with pytest.raises(ValueError, match="positive weight"):
+        paired(adata, cost={"genes": 0.0})
+
+
+def test_tiles_are_paired_by_the_shares_of_their_cells():
+    adata, _ = tissue(1500, 1500)
+    side = np.where(adata.obs["state"] == "A", 0, 400)  # A on the left, B on the right, both between
+    adata.obsm["spatial"] = adata.obsm["spatial"] * [1.0, 1.0] + np.c_[side, np.zeros(len(side))]
+    tiles = sf.pp.tiles(adata, tile_um=50, groupby="state", mpp=1)
+    np.testing.assert_allclose(tiles.obsm["state"].sum(1), 1, rtol=1e-6)
+    found = paired(tiles)
+    share = pd.DataFrame(tiles.obsm["state"], tiles.obs_names, tiles.uns["tiles"]["state"])
+    assert (share.loc[found["source"], "B"] < 0.05).all() and (share.loc[found["target"], "B"] >= 0.05).all()
+    members = tiles.uns["tiles"]["members"]
+    expected = (adata.obs["state"].to_numpy()[members == 3] == "B").mean()
+    np.testing.assert_allclose(share["B"].iloc[3], expected, rtol=1e-6)
+
+
+def test_bad_input():
+    adata, _ = tissue(30, 30)
+    with pytest.raises(ValueError, match="no state 'C'; did you mean"):
+        paired(adata, transitions=[("A", "C")])
+    with pytest.raises(ValueError, match="fewer than min_cells=50"):
+        paired(adata, min_cells=50)
+    with pytest.raises(KeyError, match="obs has no 'stat'"):
+        paired(adata, groupby="stat")
+    for bad in ([], ["A"], [("A",)], [("A", "B"), ("A", "B")]):
+        with pytest.raises(ValueError, match="transitions"):
+            paired(adata, transitions=bad)
+    with pytest.raises(ValueError, match="confidence must be one of"):
+        paired(adata, confidence="certain")
+    assert paired(adata, transitions=("A", "B"))["transition"].eq("A -> B").all()
+    adata.X = adata.X * 0.5
+    with pytest.raises(ValueError, match="raw counts"):
+        paired(adata)
