@@ -70,3 +70,29 @@ def time_features(t: Tensor, n: int = 256, scale: float = 1000.0) -> Tensor:
     rate = torch.exp(torch.arange(n // 2, device=t.device) * (-math.log(1e4) / (n // 2)))
     phase = scale * t[:, None] * rate
     return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+METHODS = {"euler": 1, "midpoint": 2, "heun": 2}  # evaluations a step
+
+
+def integrate(
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, n_evaluations: int, *, method="heun", trajectory=False
+) -> Tensor:
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in even steps.
+
+    With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
+    if (n := n_evaluations // METHODS[method]) < 1:
+        raise ValueError(f"{method!r} needs at least {METHODS[method]} evaluations, not {n_evaluations}.")
+    states, step = [x], 1 / n
+    for t in (i / n for i in range(n)):
+        v = velocity(x, t)
+        if method == "midpoint":
+            v = velocity(x + step / 2 * v, t + step / 2)
+        elif method == "heun":
+            v = (v + velocity(x + step * v, t + step)) / 2
+        x = x + step * v
+        states.append(x)
+    return torch.stack(states) if trajectory else x

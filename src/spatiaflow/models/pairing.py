@@ -19,7 +19,9 @@ class Plan:
     mass: np.ndarray  # n, transported over prescribed
     entropy: np.ndarray  # n, of the row, over the logarithm of the targets it could choose from
     mean: np.ndarray  # n x d, of the whole row's targets, in coordinates ``at``
-    marginal_error: float  # relative L1 of both marginals, the worst of the problems solved
+    marginal_error: (
+        float  # relative L1 of both marginals, the worst of the problems solved; NaN where they may give way
+    )
 
     @property
     def dropped(self) -> np.ndarray:
@@ -87,7 +89,7 @@ def _solve(x, y, at, unit, epsilon, rho, top_k, device) -> Plan:
             a, b, cost, epsilon, rho, method="sinkhorn_translation_invariant", numItermax=2000, stopThr=1e-7
         )
     mass = plan.sum(1)
-    error = torch.maximum((mass - a).abs().sum(), (plan.sum(0) - b).abs().sum())
+    error = torch.nan if rho is not None else torch.maximum((mass - a).abs().sum(), (plan.sum(0) - b).abs().sum())
     share = plan / mass.clamp_min(1e-300)[:, None]
     best = share.topk(min(top_k, m), dim=1)
     entropy = -torch.xlogy(share, share).sum(1) / max(np.log(m), 1e-12)

@@ -143,6 +143,71 @@ def morphology_profile(
     return data if copy else None
 
 
+def image_profile(
+    data: AnnData | np.ndarray,
+    *,
+    channels: list[str] | None = None,
+    mpp: float | None = None,
+    nuclei: str | None = None,
+) -> pd.DataFrame:
+    """Measure the cell in the middle of each image, without polygons: for generated images, and real ones to compare with.
+
+    Its nucleus is what is brighter than Otsu's threshold in the channel of nuclei and connected with the bright pixel nearest to
+    the middle.
+
+    Parameters
+    ----------
+    data
+        Images, n x channels x pixels x pixels; or what :func:`spatiaflow.tl.generate_morphology` returned.
+    channels
+        Names of the channels; an AnnData knows them.
+    mpp
+        µm per pixel; an AnnData knows it.
+    nuclei
+        Channel that shows nuclei; by default the first whose name holds "dapi", else the first.
+
+    Returns
+    -------
+    DataFrame with a row an image and the columns of :func:`morphology_profile`: shape in µm, and of each channel mean, standard
+    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found.
+
+    Raises
+    ------
+    ValueError
+        The number of channels differs from the images', ``nuclei`` is no channel, or channels or scale are not known.
+    """
+    from scipy.ndimage import label
+    from skimage.filters import threshold_otsu
+
+    if isinstance(data, AnnData):
+        known = data.uns["morphology"]
+        images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]
+    else:
+        images = np.asarray(data)
+    if channels is None or mpp is None:
+        raise ValueError("images alone do not say what they show: give channels= and mpp= (µm per pixel).")
+    channels = list(map(str, channels))
+    if images.ndim != 4 or images.shape[1] != len(channels):
+        raise ValueError(f"images must be n x {len(channels)} channels x pixels x pixels; they are {images.shape}.")
+    if nuclei is None:
+        nuclei = next((name for name in channels if "dapi" in name.lower()), channels[0])
+    if nuclei not in channels:
+        raise ValueError(f"nuclei={nuclei!r} is no channel; there are {', '.join(channels)}.")
+    which, step = channels.index(nuclei), max(1, round(1.0 / mpp))
+    middle = (np.array(images.shape[2:]) - 1) / 2
+    names = [f"{name}_{kind}" for name in _column_names(tuple(channels)) for kind in INTENSITY]
+    out = np.full((len(images), len(SHAPE) + len(names)), np.nan)
+    for row, image in zip(out, images):
+        bright = image[which].astype(np.float64)
+        if np.ptp(bright) == 0:
+            continue
+        parts, _ = label(bright > threshold_otsu(bright))
+        at = np.argwhere(parts)
+        mask = parts == parts[tuple(at[((at - middle) ** 2).sum(1).argmin()])]
+        row[:] = np.concatenate([_shape(mask, mpp), _intensity(image.astype(np.float64), mask, step).ravel()])
+    return pd.DataFrame(out, columns=[*SHAPE, *names])
+
+
 def _column_names(channels: tuple[str, ...]) -> list[str]:
     """Names of channels that can stand in a column: Xenium has 'ATP1A1/CD45/E-Cadherin', unnamed channels are numbers."""
     names = [re.sub(r"[^A-Za-z0-9_.-]", "_", f"channel_{name}" if name.isdigit() else name) for name in channels]

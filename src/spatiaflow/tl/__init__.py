@@ -2,6 +2,7 @@
 
 from spatiaflow.tl._expression import predict_expression, train_stflow
 from spatiaflow.tl._labels import annotate, cluster_niches
+from spatiaflow.tl._morphology import generate_morphology, train_morphology
 from spatiaflow.tl._spatia import embed_spatia, train_spatia
 from spatiaflow.tl._transitions import pair_transitions
 
@@ -9,8 +10,10 @@ __all__ = [
     "annotate",
     "cluster_niches",
     "embed_spatia",
+    "generate_morphology",
     "pair_transitions",
     "predict_expression",
+    "train_morphology",
     "train_spatia",
     "train_stflow",
 ]

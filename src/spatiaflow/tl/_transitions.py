@@ -124,7 +124,8 @@ def pair_transitions(
     ``.uns[f"{key_added}s"]`` : DataFrame with one row a source and transition: ``source`` and ``target`` (names of
         ``.obs_names``), ``transition`` ("A -> B"), ``niche`` ("" where paired over the whole table), ``confidence`` in [0, 1]
     ``.uns[f"{key_added}_plan"]`` : dict with ``problems`` (DataFrame: one row a transition and niche, numbers of cells, mean
-        transported mass, mean share of it beyond ``top_k``, relative error of the marginals) and ``params``
+        transported mass, mean share of it beyond ``top_k``, relative error of the marginals or NaN where they may give way)
+        and ``params``
 
     Raises
     ------
@@ -185,7 +186,8 @@ def pair_transitions(
     params = {
         "transitions": [f"{a} -> {b}" for a, b in wanted], "groupby": groupby, "niche_key": niche_key or "",
         "cost": {k: float(v) for k, v in cost.items()}, "epsilon": epsilon, "unbalanced": unbalanced or 0.0,
-        "confidence": confidence, "pairs": pairs, "n_components": n_components, "top_k": top_k, "random_state": seed,
+        "confidence": confidence, "pairs": pairs,
+        "min_share": min_share, "n_components": n_components, "top_k": top_k, "random_state": seed,
         "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     n, keep = table.n_obs, value > 0
@@ -195,6 +197,13 @@ def pair_transitions(
     table.uns[f"{key_added}_plan"] = {"problems": pd.DataFrame(notes, columns=columns), "params": params}
     logger.info("wrote obsp['%s_plan'], uns['%ss'] (%d pairs)", key_added, key_added, len(table.uns[f"{key_added}s"]))
     return data if copy else None
+
+
+def targets_of(table: AnnData, params: dict) -> dict[str, np.ndarray]:
+    """Rows of the targets of each transition of a call of :func:`pair_transitions`."""
+    states = _States.of(table, params["groupby"], params["min_share"], 1)
+    rng = [params["random_state"], 1]
+    return {name: states.sides(*name.split(" -> "), np.random.default_rng(rng))[1] for name in params["transitions"]}
 
 
 def _choice(**values) -> None:

@@ -1,0 +1,280 @@
+"""Flow matching from the image of a cell to how it would look in another state, where it is (SPATIA, generative part)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatiaflow.models import _base
+from spatiaflow.models.flow import integrate, time_features
+from spatiaflow.models.spatial import GatedMLP
+
+MODALITY_LEVELS = ("cell", "niche")
+
+
+@dataclass
+class MorphologyConfig:
+    """Hyper-parameters of the generator.
+
+    Attributes
+    ----------
+    channels, crop_um, crop_pixels
+        Images: their channels by name, their side on the tissue and in pixels.
+    transitions
+        Names of the transitions, "A -> B".
+    profile
+        Names of the morphology features that the alignment loss speaks of.
+    n_embedding, n_genes
+        Width of a cell's, niche's and tissue's embedding, and length of a transition's shift of genes.
+    n_neighbors
+        Neighbours that a cell's image is conditioned on, one token each.
+    spatial
+        Whether niche, tissue and neighbours condition the image at all.
+    noise
+        Standard deviation of what is added to the control image, whose pixels run from about -1 to 1; without noise a cell has
+        one outcome. ``start="noise"`` leaves the control out and begins from pure noise.
+    patch_pixels, width, n_layers, n_heads
+        Of the transformer over patches.
+    drop
+        Probability that a sample is trained without conditions, for guidance.
+    """
+
+    channels: list[str]
+    transitions: list[str]
+    profile: list[str] = field(default_factory=list)
+    crop_um: float = 20.4
+    crop_pixels: int = 48
+    n_embedding: int = 128
+    n_genes: int = 0
+    n_neighbors: int = 12
+    spatial: bool = True
+    start: str = "control"
+    noise: float = 0.3
+    patch_pixels: int = 4
+    width: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    drop: float = 0.1
+
+
+@dataclass
+class Conditions:
+    """What an image is generated under; every tensor has a row a cell."""
+
+    cell: Tensor  # n x d: the source cell's embedding
+    niche: Tensor  # n x d
+    tissue: Tensor  # n x d
+    neighbors: Tensor  # n x k x (d + 2): embeddings of its neighbours, and where they lie, in crops
+    transition: Tensor  # n, place in the vocabulary
+    genes: Tensor  # n x genes: mean shift of the transition
+    profile: Tensor  # n x features: mean shift of the transition
+    level: Tensor  # n: 0 a cell, 1 a tile
+
+    def rows(self, which) -> Conditions:
+        """Some of the cells."""
+        return Conditions(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    def to(self, device) -> Conditions:
+        """The same on a device."""
+        return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+class Block(nn.Module):
+    """Transformer block on patches: attention among them, to the neighbours, and a perceptron; modulated by the conditions."""
+
+    def __init__(self, c: MorphologyConfig):
+        super().__init__()
+        d = c.width
+        self.heads = c.n_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(d, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.feed_forward = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.modulation = nn.Linear(d, 6 * d)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.around = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
+        if self.around is not None:
+            nn.init.zeros_(self.around.out_proj.weight)
+
+    def forward(self, x: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
+        """Patches n x p x d, conditions n x d, tokens of neighbours n x k x d."""
+        shift, scale, gate, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, -1)
+        h = self.norms[0](x) * (1 + scale) + shift
+        n, p, d = h.shape
+        q, k, v = self.qkv(h).view(n, p, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, p, d)
+        x = x + gate * self.out(h)
+        if self.around is not None:
+            x = x + self.around(x, around, around, need_weights=False)[0]
+        return x + gate_2 * self.feed_forward(self.norms[1](x) * (1 + scale_2) + shift_2)
+
+
+class MorphologyNetwork(nn.Module):
+    """Velocity of an image under conditions: a diffusion transformer on patches, with the control image beside."""
+
+    def __init__(self, c: MorphologyConfig):
+        super().__init__()
+        self.config, d = c, c.width
+        self.side = c.crop_pixels // c.patch_pixels
+        n_channels, patch = len(c.channels), c.patch_pixels
+        # a few convolutions before and after: patches alone leave seams
+        self.stem = nn.Sequential(
+            nn.Conv2d(2 * n_channels, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, d, patch, stride=patch)
+        )
+        self.place = nn.Parameter(0.02 * torch.randn(1, self.side**2, d))
+        self.time = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
+        self.known = nn.ModuleDict({
+            name: nn.Linear(size, d)
+            for name, size in {
+                "cell": c.n_embedding, "niche": c.n_embedding, "tissue": c.n_embedding, "genes": c.n_genes,
+                "profile": len(c.profile),
+            }.items()
+            if size and (c.spatial or name not in ("niche", "tissue"))
+        })  # fmt: skip
+        self.transition, self.level = nn.Embedding(len(c.transitions), d), nn.Embedding(2, d)
+        self.nothing = nn.Parameter(0.02 * torch.randn(d))  # stands for conditions that are dropped
+        self.neighbor = GatedMLP(c.n_embedding + 2, 2 * d, d) if c.spatial else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, 32 * patch**2)
+        self.tail = nn.Sequential(
+            nn.Conv2d(32 + 2 * n_channels, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, n_channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.tail[2].weight)
+        nn.init.zeros_(self.tail[2].bias)
+
+    def condition(self, c: Conditions, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """One vector (n x d) and the neighbours' tokens (n x k x d); samples that are not ``kept`` (n, bool) see neither."""
+        vector = self.transition(c.transition) + self.level(c.level)
+        for name, layer in self.known.items():
+            vector = vector + layer(getattr(c, name))
+        around = self.neighbor(c.neighbors) if self.neighbor is not None else None
+        if kept is not None:
+            vector = torch.where(kept[:, None], vector, self.nothing)
+            around = None if around is None else torch.where(kept[:, None, None], around, self.nothing)
+        return vector, around
+
+    def forward(self, x: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
+        """Velocity (n x C x p x p) at x (alike) and times t (n)."""
+        both = torch.cat([x, control], 1)
+        h = self.stem(both).flatten(2).transpose(1, 2) + self.place
+        condition = F.silu(condition + self.time(time_features(t, 128)))
+        for block in self.blocks:
+            h = block(h, condition, around)
+        h = self.head(self.norm(h)).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
+        return self.tail(torch.cat([F.pixel_shuffle(h, self.config.patch_pixels), both], 1))
+
+
+class Surrogate(nn.Module):
+    """Morphology of a cell from its image, differentiable: a small convolutional network fitted to measured profiles."""
+
+    def __init__(self, n_channels: int, n_features: int, width: int = 24):
+        super().__init__()
+        layers, n = [], n_channels
+        for out in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(n, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
+            n = out
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * n, n_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardised features (n x f) of images (n x C x p x p)."""
+        return self.layers(x)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int = 64) -> Tensor:
+    """Mean absolute difference of sorted projections of two samples of one size (n x f) on random directions."""
+    directions = F.normalize(torch.randn(a.shape[1], n, generator=generator), dim=0).to(a.device)
+    return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean()
+
+
+class MorphologyFlow:
+    """A fitted generator of cell images; made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
+
+    Attributes
+    ----------
+    config
+        Vocabulary of channels and transitions, and all sizes.
+    shifts
+        Of every transition and niche the mean shift of genes and of the profile.
+    intensity
+        Background and bright end of every channel, by which images are scaled.
+    history, card
+        As of the other models.
+    """
+
+    def __init__(
+        self, *, network: MorphologyNetwork, surrogate: Surrogate | None, shifts: dict, intensity: dict, history, card
+    ):
+        self.network, self.config, self.surrogate = network.eval(), network.config, surrogate
+        self.shifts, self.intensity, self.history, self.card = shifts, intensity, history, card
+
+    def __repr__(self) -> str:
+        return f"MorphologyFlow: {', '.join(self.config.transitions)}; channels {', '.join(self.config.channels)}"
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        control: Tensor,
+        conditions: Conditions,
+        noise: Tensor,
+        *,
+        n_steps=10,
+        method="heun",
+        guidance=0.0,
+        trajectory=False,
+    ) -> Tensor:
+        """Images in the target state (n x C x p x p) from control images and standard normal noise of their shape.
+
+        ``n_steps`` counts evaluations of the network along the path; with guidance s the velocity is
+        (1 + s) v(conditions) - s v(nothing). With ``trajectory`` all states between, steps + 1 of them, come first.
+        """
+        network, c = self.network, self.config
+        x = start(control, noise, c)
+        condition, around = network.condition(conditions)
+        if guidance:
+            none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            free, free_around = network.condition(conditions, none)
+
+        def velocity(x, t):
+            times = torch.full((len(x),), t, device=x.device)
+            v = network(x, times, control, condition, around)
+            if guidance:
+                v = (1 + guidance) * v - guidance * network(x, times, control, free, free_around)
+            return v
+
+        return integrate(velocity, x, n_steps, method=method, trajectory=trajectory)
+
+    def save(self, path) -> object:
+        """Write the model to one safetensors file, atomically, and return its path."""
+        description = {
+            "config": asdict(self.config), "shifts": self.shifts, "intensity": self.intensity, "history": self.history,
+            "card": self.card,
+        }  # fmt: skip
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        if self.surrogate is not None:
+            tensors |= {f"surrogate.{k}": v for k, v in self.surrogate.state_dict().items()}
+        return _base.save(path, "MorphologyFlow", description, tensors)
+
+    @classmethod
+    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
+        """Rebuild a model from the description and tensors of its file."""
+        try:
+            config = MorphologyConfig(**d["config"])
+            parts = {"network": MorphologyNetwork(config), "surrogate": None}
+            if any(name.startswith("surrogate.") for name in tensors):
+                parts["surrogate"] = Surrogate(len(config.channels), len(config.profile))
+            for name, module in parts.items():
+                if module is not None:
+                    found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+                    module.load_state_dict(found)
+            return cls(**parts, shifts=d["shifts"], intensity=d["intensity"], history=d["history"], card=d["card"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the file's header and tensors do not make a MorphologyFlow: {error}") from error
+
+
+def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
+    """Where the path begins: the control image with a little noise, or noise alone."""
+    return noise if c.start == "noise" else control + c.noise * noise

@@ -1,0 +1,546 @@
+"""How cells of one state would look in another: train the generator on pairs, and generate."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+import time
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scipy.spatial import cKDTree
+from spatialdata import SpatialData
+
+import spatiaflow
+from spatiaflow import _io
+from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow.tl import _cells
+from spatiaflow.tl._transitions import targets_of
+
+LEVELS = ("cell", "niche", "tissue")
+
+
+def train_morphology(
+    data: AnnData | SpatialData,
+    *,
+    pairs_key: str = "transition",
+    use_rep: str = "X_spatia",
+    profile_key: str = "morphology",
+    spatial: bool = True,
+    start: str = "control",
+    weighted: bool = True,
+    losses: dict[str, float] | None = None,
+    preset: dict | None = None,
+    crop_um: float = 20.4,
+    crop_pixels: int = 48,
+    validation: float = 0.1,
+    max_epochs: int = 20,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    devices: int | str = 1,
+    precision: str = "32-true",
+    layer: str | None = None,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    random_state: int | None = None,
+):
+    """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
+
+    A flow from the image of a source cell (with a little noise, so that it has more than one outcome) to the image of its
+    target, under what is known of the source: its embedding, those of its niche and tissue, its neighbours and where they
+    lie, the transition, and the mean shift of genes and morphology in it. Each pair counts by its confidence.
+
+    Parameters
+    ----------
+    data
+        Cells with an image, with pairs, embeddings and morphology.
+    pairs_key
+        ``key_added`` of :func:`pair_transitions`.
+    use_rep
+        Embeddings of the levels: ``.obsm[f"{use_rep}_cell"]``, ``_niche`` and ``_tissue``.
+    profile_key
+        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``; only the alignment loss and the shift of
+        morphology need it.
+    spatial
+        Condition on niche, tissue and neighbours.
+    start
+        ``"control"`` or ``"noise"``: where the flow begins.
+    weighted
+        Weigh pairs by their confidence.
+    losses
+        Weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
+        generated and real images) and ``"contrast"`` (another transition's conditions must fit worse); 0 switches one off.
+    preset
+        Other hyper-parameters by name, see :class:`spatiaflow.models.MorphologyConfig`.
+    crop_um, crop_pixels
+        Side of the images on the tissue and in pixels.
+    validation
+        Share of each slide held out as a band, to choose the epoch.
+    max_epochs, checkpoint_dir, resume, devices, precision
+        As in :func:`train_spatia`.
+    layer
+        Layer with raw counts, for the shift of genes.
+    table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
+        As everywhere.
+    batch_size
+        Pairs a step, 64 by default.
+    device
+        Overrides ``settings.device``.
+    random_state
+        Seed; ``settings.seed`` when None.
+
+    Returns
+    -------
+    :class:`spatiaflow.models.MorphologyFlow`, with ``.history``, ``.card`` and ``.save(path)``.
+
+    Raises
+    ------
+    KeyError
+        Pairs or embeddings are missing.
+    ValueError
+        A transition has no pairs, or no pair lies in the image.
+    """
+    from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
+    from spatiaflow.train import morphology as train
+
+    seed, target = resolve_seed(random_state), settings.torch_device(device)
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
+    _io.at_least_one(max_epochs=max_epochs, batch_size=batch_size)
+    cells = _Cells.of(
+        data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
+        labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    table = cells.table
+    if f"{pairs_key}s" not in table.uns or f"{pairs_key}_plan" not in table.obsp:
+        raise KeyError(
+            f"uns has no {pairs_key + 's'!r}; run sf.tl.pair_transitions(data, transitions=..., groupby=...) first."
+        )
+    found = table.uns[f"{pairs_key}s"]
+    params = table.uns[f"{pairs_key}_plan"]["params"]
+    names = [*params["transitions"]]
+    profile, features = _profile(table, profile_key)
+    pairs, shifts = _pairs(table, found, table.obsp[f"{pairs_key}_plan"], params, profile, layer, cells.inside)
+    config = MorphologyConfig(
+        channels=list(cells.channels), transitions=names, profile=features, crop_um=crop_um, crop_pixels=crop_pixels,
+        n_embedding=cells.embedding["cell"].shape[1], n_genes=pairs.genes.shape[1], spatial=spatial, start=start,
+        **(preset or {}),
+    )  # fmt: skip
+    around = cells.surroundings(config.n_neighbors)
+    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
+    with where as folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        used = np.union1d(pairs.source, pairs.target)
+        images, image_of = cells.images(used, Path(folder) / "images.npy")
+        band = cells.band(validation)
+        surrogate, r2 = None, []
+        if features:
+            known = np.isfinite(profile[used]).all(1)
+            order = np.flatnonzero(known)
+            surrogate, r2 = train.fit_surrogate(
+                _Some(images, order), profile[used][order], band[used][order], seed=seed, device=target
+            )
+        network, history = train.fit_morphology(
+            pairs.within(~band), pairs.within(band), images, image_of, around, config, surrogate, losses=losses,
+            weighted=weighted, max_epochs=max_epochs, batch_size=batch_size or 64,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
+            accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
+        )  # fmt: skip
+        del images
+    card = {
+        "data": cells.boxes, "use_rep": use_rep, "pairs": {n: int((found["transition"] == n).sum()) for n in names},
+        "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted,
+        "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
+        "spatiaflow": spatiaflow.__version__,
+    }  # fmt: skip
+    return MorphologyFlow(
+        network=network, surrogate=surrogate, shifts=shifts, intensity=cells.intensity, history=history, card=card
+    )
+
+
+class _Some:
+    """Some rows of an array that stays on disk."""
+
+    def __init__(self, array, rows):
+        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
+
+    def __getitem__(self, which):
+        return self.array[self.rows[which]]
+
+
+@dataclass
+class _Cells:
+    """All cells of a table: images, embeddings, positions."""
+
+    table: AnnData
+    parts: list
+    embedding: dict[str, np.ndarray]
+    channels: tuple[str, ...]
+    intensity: dict[str, list[float]]
+    crop_um: float
+
+    @classmethod
+    def of(
+        cls,
+        data,
+        use_rep,
+        crop_um,
+        crop_pixels,
+        *,
+        table_key,
+        image_key,
+        shapes_key,
+        labels_key,
+        library_key,
+        spatial_key,
+        mpp,
+    ):
+        _, table = _io.unpack(data, table_key)
+        embedding = {
+            level: _io.features(table, f"{use_rep}_{level}", "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
+            for level in LEVELS
+        }
+        slides = _io.slides(
+            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+            spatial_key=spatial_key, mpp=mpp,
+        )  # fmt: skip
+        parts = _cells.parts(
+            data,
+            table,
+            slides,
+            modalities=("image",),
+            crop_um=crop_um,
+            crop_pixels=crop_pixels,
+            layer=None,
+            image_key=image_key,
+        )
+        _cells.share_memory(parts)
+        channels = tuple(dict.fromkeys(str(c).lower() for part in parts for c in part.crops.channels))
+        ready = [_cells.cell_slide(part, [], list(channels), None, part.slide.library_id) for part in parts]
+        return cls(table, parts, embedding, channels, _cells.intensity_of(ready, list(channels)), crop_um)
+
+    @property
+    def boxes(self) -> dict:
+        return {
+            p.slide.library_id: {"n_obs": len(p.slide.rows), "box_um": [*p.slide.xy.min(0), *p.slide.xy.max(0)]}
+            for p in self.parts
+        }
+
+    @property
+    def positions(self) -> np.ndarray:
+        """µm, n x 2; rows of the table that stand on no slide are NaN."""
+        out = np.full((self.table.n_obs, 2), np.nan)
+        for part in self.parts:
+            out[part.slide.rows] = part.slide.xy
+        return out
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Rows of the table whose cell lies in its image."""
+        out = np.zeros(self.table.n_obs, bool)
+        for part in self.parts:
+            out[part.slide.rows[part.inside]] = True
+        return out
+
+    def band(self, share: float) -> np.ndarray:
+        """Rows at the far end of each slide's longer side."""
+        out = np.zeros(self.table.n_obs, bool)
+        for part in self.parts:
+            along = part.slide.xy[:, int(np.argmax(np.ptp(part.slide.xy, axis=0)))]
+            out[part.slide.rows] = along > np.quantile(along, 1 - share)
+        return out
+
+    def surroundings(self, k: int):
+        """Embeddings, and the ``k`` nearest cells of each."""
+        from spatiaflow.train.morphology import Surroundings
+
+        n = self.table.n_obs
+        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
+        for part in self.parts:
+            xy, rows = part.slide.xy, part.slide.rows
+            m = min(k, len(xy) - 1)
+            if m < 1:
+                continue
+            index = cKDTree(xy).query(xy, k=[*range(2, m + 2)])[1]
+            near[rows[:, None], np.arange(m)] = rows[index]
+            offset[rows[:, None], np.arange(m)] = (xy[index] - xy[:, None]) / self.crop_um
+        return Surroundings(*(self.embedding[level] for level in LEVELS), near, offset)
+
+    def images(self, rows: np.ndarray, path: Path, intensity: dict | None = None):
+        """Scaled images of some rows, from about -1 to 1, on disk as float16; and the place of each row, or -1."""
+        intensity = intensity or self.intensity
+        place = np.full(self.table.n_obs, -1)
+        place[rows] = np.arange(len(rows))
+        p = self.parts[0].crops.pixels
+        out = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), len(self.channels), p, p))
+        for part in self.parts:
+            which = np.flatnonzero((place[part.slide.rows] >= 0) & part.inside)
+            for some, crops in part.crops.batches(512, which):
+                out[place[part.slide.rows[some]]] = self.scaled(crops, part, intensity)
+        return out, place
+
+    def scaled(self, crops, part, intensity: dict) -> np.ndarray:
+        """Crops in the order of the channels: background -1, bright end 1."""
+        from spatiaflow.models.spatia import scaled
+
+        order = _cells.match_channels(part.crops.channels, list(self.channels), None, part.slide.library_id)
+        table = np.array([intensity[name.lower()] for name in map(str, part.crops.channels)])
+        return (2 * scaled(crops, table, order) - 1).numpy()
+
+
+def _profile(table: AnnData, key: str) -> tuple[np.ndarray, list[str]]:
+    """Standardised morphology (n x features) and its names; none where it was not measured."""
+    if key not in table.obsm:
+        logger.info("obsm has no %r: no alignment of morphology", key)
+        return np.zeros((table.n_obs, 0)), []
+    frame = _io.morphology(table, key)
+    values = frame.to_numpy(float)
+    spread = np.nanstd(values, 0)
+    return (values - np.nanmean(values, 0)) / np.where(spread > 0, spread, 1), [*map(str, frame.columns)]
+
+
+def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, inside):
+    """Sources with the rows of their plan, and the mean shift of each transition and niche."""
+    from spatiaflow.train.morphology import Pairs
+
+    names = [*params["transitions"]]
+    counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
+    total = np.asarray(counts.sum(1)).ravel().clip(1)
+    log = sparse.csr_matrix(sparse.diags(float(np.median(total)) / total) @ counts).log1p()
+    measured = np.nan_to_num(profile)
+    source = table.obs_names.get_indexer(found["source"])
+    if (source < 0).any():
+        raise KeyError(f"uns names a source that is no row: {found['source'].iloc[int(np.argmax(source < 0))]!r}.")
+    plan = sparse.csr_matrix(plan)[source]  # a row a pair
+    width = int(np.diff(plan.indptr).max(initial=1))
+    target, share = np.tile(source[:, None], (1, width)), np.zeros((len(source), width))
+    place = {name: i for i, name in enumerate(names)}
+    transition = found["transition"].map(place).to_numpy()
+    allowed = np.zeros((len(names), table.n_obs), bool)
+    for name, rows in targets_of(table, params).items():
+        allowed[place[name], rows] = inside[rows]
+    for i in range(len(source)):
+        span = slice(plan.indptr[i], plan.indptr[i + 1])
+        index = plan.indices[span]
+        target[i, : len(index)], share[i, : len(index)] = index, plan.data[span] * allowed[transition[i], index]
+    kept = inside[source] & (share.sum(1) > 0)
+    share[kept] /= share[kept].sum(1, keepdims=True)
+    confidence = found["confidence"].to_numpy(float)
+    genes, features, shifts = np.zeros((len(source), log.shape[1])), np.zeros((len(source), measured.shape[1])), {}
+    for name, i in place.items():
+        here = kept & (transition == i)
+        if not here.any():
+            raise ValueError(f"{name} has no pair whose cells lie in the image.")
+        shifts[name] = {}
+        for niche in ["", *sorted({n for n in found["niche"][here] if n})]:
+            which = np.flatnonzero(here & ((found["niche"] == niche).to_numpy() if niche else True))
+            weight = confidence[which] / max(confidence[which].sum(), 1e-12)
+            change = np.zeros(table.n_obs)  # mean of the targets minus mean of the sources
+            np.add.at(change, target[which].ravel(), (share[which] * weight[:, None]).ravel())
+            np.add.at(change, source[which], -weight)
+            genes[which], features[which] = change @ log, change @ measured
+            shifts[name][niche] = {
+                kind: np.round(values[which[0]], 5).tolist()
+                for kind, values in (("genes", genes), ("profile", features))
+            }
+    pairs = Pairs(
+        source[kept], target[kept], share[kept], confidence[kept], transition[kept], genes[kept], features[kept]
+    )
+    return pairs, shifts
+
+
+def generate_morphology(
+    data: AnnData | SpatialData,
+    *,
+    source: str,
+    target: str,
+    model=None,
+    level: str = "cell",
+    groupby: str | None = None,
+    cells: list[str] | None = None,
+    n_variants: int = 1,
+    n_steps: int = 10,
+    method: str = "heun",
+    guidance: float = 0.0,
+    table_key: str = "table",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    random_state: int | None = None,
+):
+    """Generate how cells of one state would look in another, where they are.
+
+    The target-state morphology under observed transitions: what cells of the target state, matched by expression, look like in
+    such surroundings. It is no forecast of what an intervention would do.
+
+    Parameters
+    ----------
+    data
+        Cells with an image, and with the embeddings that the model was trained with.
+    source, target
+        States; the model must know the transition.
+    model
+        :class:`spatiaflow.models.MorphologyFlow`, or the path of one.
+    level
+        ``"cell"``; tiles are generated by a model that was trained on tiles, with ``"niche"``.
+    groupby
+        Column of ``.obs`` with the states; the one the model was trained with when None.
+    cells
+        Names of the source cells; all of the state when None.
+    n_variants
+        Images a cell, from as many draws of noise.
+    n_steps
+        Evaluations of the network a cell.
+    method
+        ``"heun"``, ``"midpoint"`` or ``"euler"``.
+    guidance
+        Strength of classifier-free guidance; 0 is none.
+    table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
+        As everywhere.
+    batch_size
+        Images generated at a time, 64 by default.
+    device
+        Overrides ``settings.device``.
+    random_state
+        Seed; ``settings.seed`` when None. The noise belongs to the cell's name, not to its row.
+
+    Returns
+    -------
+    AnnData, a row a generated cell: ``X``, its profile by :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x
+    pixels x pixels, in the type and scale of the image; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``,
+    ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp`` and ``params``.
+
+    Raises
+    ------
+    KeyError
+        The embeddings or the column of states are missing.
+    ValueError
+        The model does not know the transition, no cell is of the source state, or channels differ.
+    """
+    from spatiaflow import models
+    from spatiaflow.models.morphology import MorphologyFlow
+    from spatiaflow.pp import image_profile
+    from spatiaflow.train.morphology import Pairs, conditions
+
+    started, seed, where = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
+    _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
+    model = model if isinstance(model, MorphologyFlow) else models.load(model)
+    c, name = model.config, f"{source} -> {target}"
+    if name not in c.transitions:
+        near = difflib.get_close_matches(name, c.transitions, 3, 0.3) or c.transitions
+        raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
+    found = _Cells.of(
+        data, model.card["use_rep"], c.crop_um, c.crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
+        labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
+    )  # fmt: skip
+    if sorted(found.channels) != sorted(c.channels):
+        raise ValueError(
+            f"the image has channels {', '.join(found.channels)}; the model generates {', '.join(c.channels)}. Rename them "
+            "with sdata.set_channel_names(...), or train a model on yours."
+        )
+    found.channels = tuple(c.channels)
+    table = found.table
+    rows = _sources(table, groupby or model.card["groupby"], source, cells, found.inside)
+    shifts, niche_key = model.shifts[name], model.card["niche_key"]
+    niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
+    niche = np.where(np.isin(niche, [*shifts]), niche, "")
+    shift = {kind: np.array([shifts[n][kind] for n in niche]).reshape(len(rows), -1) for kind in ("genes", "profile")}
+    one = np.ones(len(rows))
+    place = np.full(len(rows), c.transitions.index(name))
+    pairs = Pairs(rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], LEVELS.index(level))
+    around = found.surroundings(c.n_neighbors)
+    network, size = model.network.to(where), batch_size or 64
+    images, bar = None, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
+    order = np.full(table.n_obs, -1)
+    order[rows] = np.arange(len(rows))
+    for part in found.parts:
+        which = np.flatnonzero((order[part.slide.rows] >= 0) & part.inside)
+        for some, crops in part.crops.batches(size, which):
+            control = torch.from_numpy(found.scaled(crops, part, model.intensity)).to(where)
+            here = order[part.slide.rows[some]]
+            known = conditions(pairs, here, around).to(where)
+            for variant in range(n_variants):
+                noise = _noise(table.obs_names[rows[here]], seed, variant, control.shape[1:]).to(where)
+                made = model.generate(control, known, noise, n_steps=n_steps, method=method, guidance=guidance).cpu()
+                made = _unscaled(made, model.intensity, c.channels, crops.numpy().dtype)
+                images = np.zeros((len(rows), n_variants, *made.shape[1:]), made.dtype) if images is None else images
+                images[here, variant] = made
+                bar.update(len(here))
+    bar.close()
+    network.cpu()
+    images = images.reshape(-1, *images.shape[2:])
+    profile = image_profile(images, channels=c.channels, mpp=c.crop_um / c.crop_pixels)
+    repeated = np.repeat(np.arange(len(rows)), n_variants)
+    variant = np.tile(np.arange(n_variants), len(rows))
+    obs = pd.DataFrame(
+        {"source_cell": table.obs_names[rows[repeated]].to_numpy(), "transition": name, "niche": niche[repeated],
+         "variant": variant, "seed": seed},
+        index=[f"{n}_{v}" for n, v in zip(table.obs_names[rows[repeated]], variant)],
+    )  # fmt: skip
+    out = AnnData(profile.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=profile.columns))
+    out.obsm["image"] = images
+    out.obsm["spatial"] = found.positions[rows[repeated]]
+    out.uns["morphology"] = {
+        "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels,
+        "params": {
+            "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
+            "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
+        },
+    }  # fmt: skip
+    return out
+
+
+def _sources(table: AnnData, groupby: str, state: str, cells, inside: np.ndarray) -> np.ndarray:
+    """Rows of the cells to start from."""
+    groups = _io.groups(table, groupby).astype(str).to_numpy()
+    if cells is None:
+        rows = np.flatnonzero((groups == state) & inside)
+        if not len(rows):
+            near = difflib.get_close_matches(state, np.unique(groups), 3, 0.4) or np.unique(groups)[:8]
+            raise ValueError(
+                f"no cell of obs[{groupby!r}] in the image is {state!r}; there are {', '.join(map(repr, near))}."
+            )
+        return rows
+    rows = table.obs_names.get_indexer(list(cells))
+    if (rows < 0).any():
+        raise KeyError(f"obs_names has no {list(cells)[int(np.argmax(rows < 0))]!r}.")
+    if (bad := (groups[rows] != state) | ~inside[rows]).any():
+        raise ValueError(f"{list(cells)[int(np.argmax(bad))]!r} is no cell of state {state!r} that lies in the image.")
+    return rows
+
+
+def _noise(names, seed: int, variant: int, shape) -> torch.Tensor:
+    """Standard normal noise that belongs to the name of a cell."""
+    draws = [
+        np.random.default_rng([seed, variant, zlib.crc32(str(name).encode())]).standard_normal(shape, np.float32)
+        for name in names
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:
+    """Images in the scale of the slide's own, and in its type."""
+    low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
+    values = (x.numpy() + 1) / 2 * (high - low) + low
+    if np.issubdtype(dtype, np.integer):
+        return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
+    return values.astype(np.float32)

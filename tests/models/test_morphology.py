@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import torch
+
+from spatiaflow import models
+from spatiaflow.models.flow import integrate
+from spatiaflow.models.morphology import (
+    Conditions,
+    MorphologyConfig,
+    MorphologyFlow,
+    MorphologyNetwork,
+    Surrogate,
+    sliced_wasserstein,
+)
+from spatiaflow.train.morphology import MorphologyTraining, oriented, turned, turned_offsets
+
+CONFIG = MorphologyConfig(
+    ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, width=32,
+    n_layers=2,
+)  # fmt: skip
+
+
+def some_conditions(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    vectors = (torch.randn(n, 6, generator=g) for _ in range(3))
+    return Conditions(
+        *vectors, torch.randn(n, 3, 8, generator=g), torch.arange(n) % 2, torch.randn(n, 5, generator=g),
+        torch.randn(n, 1, generator=g), torch.zeros(n, dtype=torch.long),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = MorphologyNetwork(CONFIG).eval()
+    for p in network.parameters():  # what starts at zero would hide its part
+        torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+def flow(network):
+    return MorphologyFlow(network=network, surrogate=None, shifts={}, intensity={}, history={}, card={})
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_integrators_converge_at_their_order(method, order):
+    """dx/dt = x cos(3 t), whose solution is x exp(sin(3 t) / 3)."""
+    x, calls = torch.tensor([1.0, -2.0], dtype=torch.float64), []
+
+    def velocity(x, t):
+        calls.append(t)
+        return x * np.cos(3 * t)
+
+    truth = x * np.exp(np.sin(3.0) / 3)
+    error = [float((integrate(velocity, x, n, method=method) - truth).abs().max()) for n in (400, 800)]
+    assert error[0] / error[1] == pytest.approx(2**order, rel=0.1)
+    calls.clear()
+    path = integrate(velocity, x, 10, method=method, trajectory=True)
+    assert len(calls) == 10 and len(path) == 10 // order + 1
+    with pytest.raises(ValueError, match="evaluations"):
+        integrate(velocity, x, 0, method=method)
+
+
+def test_path_between_gaussians_is_recovered():
+    """For x0 ~ N(0, 1), x1 ~ N(3, 0.5^2), drawn apart, the velocity is known; its flow carries one to the other."""
+    rng = np.random.default_rng(0)
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 + 0.25 * t**2
+        return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
+
+    x = torch.from_numpy(rng.normal(size=20000))
+    found = integrate(velocity, x, 200)
+    assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_orientations_of_images_and_neighbours_agree():
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        x, y = rng.integers(-4, 5, 2)
+        image = torch.zeros(8, 1, 9, 9)
+        image[:, 0, 4 + y, 4 + x] = 1
+        offsets = turned_offsets(np.tile([[float(x), float(y)]], (8, 1, 1)), np.arange(8))
+        for one, offset in zip(turned(image, np.arange(8)), offsets):
+            row, column = np.argwhere(one[0].numpy())[0] - 4
+            assert (column, row) == tuple(offset[0])
+
+
+def test_targets_are_turned_towards_their_source():
+    source = torch.randn(16, 2, 12, 12, generator=torch.Generator().manual_seed(0))
+    target = turned(source, np.arange(16) % 8)
+    torch.testing.assert_close(oriented(target, source), source)
+
+
+def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network):
+    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 2, 16, 16)
+    conditions, model = some_conditions(4), flow(network)
+    one = model.generate(control, conditions, noise, n_steps=4)
+    torch.testing.assert_close(model.generate(control, conditions, noise, n_steps=4), one)
+    torch.testing.assert_close(model.generate(control, conditions, noise, n_steps=4, guidance=0.0), one)
+    assert not torch.allclose(model.generate(control, conditions, noise, n_steps=4, guidance=1.0), one, atol=1e-4)
+    assert not torch.allclose(model.generate(control, conditions, -noise, n_steps=4), one, atol=1e-4)
+    for name in ("cell", "niche", "tissue", "neighbors", "transition", "genes", "profile"):
+        other = some_conditions(4)
+        value = getattr(other, name)
+        setattr(other, name, 1 - value if name == "transition" else -value)
+        assert not torch.allclose(model.generate(control, other, noise, n_steps=4), one, atol=1e-5), name
+    part = model.generate(control[:2], conditions.rows(slice(0, 2)), noise[:2], n_steps=4)
+    torch.testing.assert_close(part, one[:2], atol=1e-5, rtol=0)
+
+
+def test_conditions_are_dropped_sample_by_sample(network):
+    conditions, kept = some_conditions(3), torch.tensor([True, False, True])
+    vector, around = network.condition(conditions, kept)
+    whole, whole_around = network.condition(conditions)
+    torch.testing.assert_close(vector[kept], whole[kept])
+    torch.testing.assert_close(around[kept], whole_around[kept])
+    assert (vector[1] == network.nothing).all() and (around[1] == network.nothing).all()
+
+
+def test_without_spatial_context_neither_niche_nor_neighbours_matter():
+    network = MorphologyNetwork(MorphologyConfig(**(vars(CONFIG) | {"spatial": False}))).eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 2, 16, 16)
+    one = flow(network).generate(control, some_conditions(2), noise, n_steps=2)
+    other = some_conditions(2)
+    other.niche, other.tissue, other.neighbors = -other.niche, -other.tissue, -other.neighbors
+    torch.testing.assert_close(flow(network).generate(control, other, noise, n_steps=2), one)
+
+
+def batch(n=8):
+    g = torch.Generator().manual_seed(3)
+    images = torch.randn(2, n, 2, 16, 16, generator=g)
+    return {
+        "source": images[0],
+        "target": images[1],
+        "confidence": torch.ones(n),
+        "conditions": some_conditions(n),
+        "seed": 5,
+    }
+
+
+def test_equal_confidence_is_plain_flow_matching(network):
+    found = []
+    for weighted, confidence in ((True, 0.3), (True, 1.0), (False, 0.3)):
+        module = MorphologyTraining(network, None, {"flow": 1.0}, weighted=weighted)
+        found.append(
+            float(module.losses(network, batch() | {"confidence": torch.full((8,), confidence)})["flow"].detach())
+        )
+    assert found[0] == pytest.approx(found[1]) and found[1] == pytest.approx(found[2])
+    module = MorphologyTraining(network, None, {"flow": 1.0})
+    b = batch() | {"confidence": torch.tensor([1.0] + [0.0] * 7)}
+    b["source"].requires_grad_(True)
+    module.losses(network, b)["flow"].backward()
+    assert (b["source"].grad[1:] == 0).all() and b["source"].grad[0].abs().sum() > 0
+
+
+def test_losses_are_switched_by_name_and_reach_the_network(network):
+    surrogate = Surrogate(2, 1)
+    module = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}).train()
+    losses = module.losses(network, batch())
+    assert set(losses) == {"flow", "alignment", "contrast"}
+    losses["alignment"].backward()
+    assert network.head.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
+    off = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
+    assert set(off.losses(network, batch())) == {"flow"}
+    same = batch()
+    same["conditions"].transition.zero_()  # no other transition to contrast with
+    assert float(module.losses(network, same)["contrast"].detach()) == 0
+
+
+def test_sliced_wasserstein():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(200, 3, generator=g)
+    assert sliced_wasserstein(a, a[torch.randperm(200, generator=g)], g) == 0
+    shifted = a + torch.tensor([2.0, 0, 0])
+    expected = 2 * 0.5  # mean of |first coordinate| of a random direction in three dimensions
+    assert float(sliced_wasserstein(a, shifted, g, n=4000)) == pytest.approx(expected, rel=0.05)
+
+
+def test_save_and_load(network, tmp_path):
+    model = MorphologyFlow(
+        network=network, surrogate=Surrogate(2, 1), shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
+        intensity={"dapi": [0.0, 1.0], "rna": [0.0, 2.0]}, history={"epoch": [0]}, card={"use_rep": "X"},
+    )  # fmt: skip
+    again = models.load(model.save(tmp_path / "m.safetensors"))
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 2, 16, 16)
+    arguments = (control, some_conditions(2), noise)
+    torch.testing.assert_close(again.generate(*arguments), model.generate(*arguments))
+    assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
