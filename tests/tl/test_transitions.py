@@ -165,6 +165,28 @@ def test_tiles_are_paired_by_the_shares_of_their_cells():
     np.testing.assert_allclose(share["B"].iloc[3], expected, rtol=1e-6)
 
 
+def test_pairs_are_drawn():
+    import matplotlib.pyplot as plt
+    from matplotlib.collections import LineCollection
+
+    adata, _ = tissue(60, 80, niches=2)
+    found = paired(adata, niche_key="niche", transitions=[("A", "B"), ("B", "A")])
+    with pytest.raises(ValueError, match="give one of 'A -> B', 'B -> A'"):
+        sf.pl.pairs(adata, mpp=1)
+    figure = sf.pl.pairs(adata, "A -> B", n=20, mpp=1, return_fig=True)
+    (lines,) = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    xy = pd.DataFrame(adata.obsm["spatial"], adata.obs_names)
+    drawn = {tuple(np.ravel(one)) for one in lines.get_segments()}
+    known = {(*xy.loc[s], *xy.loc[t]) for s, t in zip(found["source"], found["target"])}
+    assert len(drawn) == 20 and drawn <= known
+    plt.close(figure)
+    with pytest.raises(KeyError, match="no transition 'A -> C'"):
+        sf.pl.pairs(adata, "A -> C", mpp=1)
+    del adata.uns["transitions"]
+    with pytest.raises(KeyError, match="pair_transitions"):
+        sf.pl.pairs(adata, mpp=1)
+
+
 def test_bad_input():
     adata, _ = tissue(30, 30)
     with pytest.raises(ValueError, match="no state 'C'; did you mean"):

@@ -6,5 +6,6 @@ from spatiaflow.pl._expression import expression
 from spatiaflow.pl._levels import attention, levels
 from spatiaflow.pl._profile import profile
 from spatiaflow.pl._scores import gene_scores
+from spatiaflow.pl._transitions import pairs
 
-__all__ = ["attention", "calibration", "crops", "expression", "gene_scores", "levels", "profile"]
+__all__ = ["attention", "calibration", "crops", "expression", "gene_scores", "levels", "pairs", "profile"]
