@@ -346,3 +346,30 @@ def test_copy_provenance_and_round_trip(tmp_path):
     copied["table"].write_h5ad(tmp_path / "t.h5ad")
     pd.testing.assert_frame_equal(ad.read_h5ad(tmp_path / "t.h5ad").obsm["cells_shape"], found, check_names=False)
     assert list(profile(tissue(SHAPES, noise(), names=[0, 1])).columns[6::4]) == ["channel_0_mean", "channel_1_mean"]
+
+
+def test_images_alone_tell_the_planted_nuclei():
+    sdata = sf.datasets.simulated_tissue(400, seed=3)
+    crops = sf.pp.crops(sdata, image_key="fluorescence", crop_um=16.0, pixels=32)
+    found = sf.pp.image_profile(crops.read(np.arange(300)).numpy(), channels=list(crops.channels), mpp=0.5)
+    truth = sdata["table"].obs.iloc[:300]
+    ratio = found["area_um2"] / truth["area_um2"].to_numpy()
+    assert abs(ratio.median() - 1) < 0.05 and ratio.between(0.75, 1.33).mean() > 0.85
+    planted = np.sqrt(1 - truth["axis_ratio"].to_numpy() ** 2)
+    assert np.corrcoef(found["eccentricity"], planted)[0, 1] > 0.6
+    measured = (
+        sf.pp.morphology_profile(sdata, image_key="fluorescence", copy=True)["table"].obsm["morphology"].iloc[:300]
+    )
+    assert list(found.columns) == list(measured.columns)
+    assert np.corrcoef(found["dapi_mean"], measured["dapi_mean"])[0, 1] > 0.7
+
+
+def test_images_alone_need_their_names_and_scale():
+    images = np.zeros((3, 2, 8, 8), np.uint8)
+    assert sf.pp.image_profile(images, channels=["dapi", "rna"], mpp=1.0).isna().all(axis=None)
+    with pytest.raises(ValueError, match="give channels= and mpp="):
+        sf.pp.image_profile(images)
+    with pytest.raises(ValueError, match="n x 3 channels"):
+        sf.pp.image_profile(images, channels=["a", "b", "c"], mpp=1.0)
+    with pytest.raises(ValueError, match="nuclei='x' is no channel"):
+        sf.pp.image_profile(images, channels=["a", "b"], mpp=1.0, nuclei="x")

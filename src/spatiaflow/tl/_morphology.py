@@ -462,8 +462,8 @@ def generate_morphology(
     rows = _sources(table, groupby or model.card["groupby"], source, cells, found.inside)
     shifts, niche_key = model.shifts[name], model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
-    niche = np.where(np.isin(niche, [*shifts]), niche, "")
-    shift = {kind: np.array([shifts[n][kind] for n in niche]).reshape(len(rows), -1) for kind in ("genes", "profile")}
+    known = np.where(np.isin(niche, [*shifts]), niche, "")  # else the mean over all
+    shift = {kind: np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")}
     one = np.ones(len(rows))
     place = np.full(len(rows), c.transitions.index(name))
     pairs = Pairs(rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], LEVELS.index(level))

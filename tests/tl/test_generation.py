@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+import spatiaflow as sf
+
+TINY = {"patch_pixels": 4, "width": 32, "n_layers": 2, "n_neighbors": 4}
+IMAGE = {"image_key": "fluorescence"}
+
+
+def tissue(seed):
+    """A slide with embeddings that need no training: shares of genes, and their means over neighbours."""
+    sdata = sf.datasets.simulated_tissue(400, seed=seed)
+    table = sdata["table"]
+    x = np.sqrt(table.X.toarray() / table.X.sum(1))[:, :20].astype(np.float32)
+    near = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 30)[1]
+    table.obsm["E_cell"], table.obsm["E_niche"], table.obsm["E_tissue"] = x, x[near[:, :10]].mean(1), x[near].mean(1)
+    return sdata
+
+
+@pytest.fixture(scope="module")
+def slide():
+    sdata = tissue(1)
+    sf.pp.morphology_profile(sdata, **IMAGE)
+    sf.tl.pair_transitions(sdata, transitions=[("A", "B"), ("A", "A")], groupby="state", niche_key="niche")
+    return sdata
+
+
+def train(slide, **options):
+    options = {
+        "use_rep": "E",
+        "crop_um": 16.0,
+        "crop_pixels": 16,
+        "preset": TINY,
+        "max_epochs": 2,
+        "validation": 0.2,
+    } | options
+    return sf.tl.train_morphology(slide, **IMAGE, **options)
+
+
+@pytest.fixture(scope="module")
+def model(slide):
+    return train(slide)
+
+
+def generate(slide, model, **options):
+    return sf.tl.generate_morphology(slide, **({"source": "A", "target": "B", "model": model} | IMAGE | options))
+
+
+def test_generated_cells(slide, model, tmp_path):
+    table = slide["table"]
+    made = generate(slide, model, n_variants=2, n_steps=4)
+    sources = table.obs_names[table.obs["state"] == "A"]
+    assert list(made.obs["source_cell"][::2]) == list(sources) and made.obs_names.is_unique
+    images = made.obsm["image"]
+    assert images.dtype == np.uint8 and images.shape == (2 * len(sources), 4, 16, 16)
+    assert not np.array_equal(images[0], images[1])  # variants differ
+    np.testing.assert_allclose(made.X, sf.pp.image_profile(made).to_numpy(np.float32))
+    np.testing.assert_allclose(made.obsm["spatial"][::2], table.obsm["spatial"][table.obs["state"] == "A"], atol=1.0)
+    assert (made.obs["niche"][::2].to_numpy() == table.obs.loc[sources, "niche"].astype(str).to_numpy()).all()
+    # untrained to this degree, an image still resembles the cell that it starts from
+    crops = sf.pp.crops(slide, crop_um=16.0, pixels=16, **IMAGE).read(np.flatnonzero(table.obs["state"] == "A")).numpy()
+    same = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops)])
+    other = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops[1:])])
+    assert same > other + 0.2
+    made.write_h5ad(tmp_path / "made.h5ad")
+
+
+def test_noise_belongs_to_the_cell(slide, model):
+    whole = generate(slide, model, n_steps=4)
+    again = generate(slide, model, n_steps=4, batch_size=7)
+    difference = np.abs(whole.obsm["image"].astype(int) - again.obsm["image"].astype(int))
+    assert difference.max() <= 1  # rounding
+    some = whole.obs["source_cell"].iloc[[5, 2]].tolist()
+    few = generate(slide, model, n_steps=4, cells=some)
+    assert few.obs["source_cell"].tolist() == some
+    difference = np.abs(few.obsm["image"].astype(int) - whole.obsm["image"][[5, 2]].astype(int))
+    assert difference.max() <= 1
+    assert not np.array_equal(generate(slide, model, n_steps=4, random_state=1).obsm["image"], whole.obsm["image"])
+
+
+def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
+    again = train(slide)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(model.network.state_dict().values(), again.network.state_dict().values())
+    )
+    loaded = sf.models.load(model.save(tmp_path / "m.safetensors"))
+    one, other = (generate(slide, m, n_steps=2).obsm["image"] for m in (model, loaded))
+    np.testing.assert_array_equal(one, other)
+    assert model.card["pairs"]["A -> B"] > 40 and set(model.shifts) == {"A -> B", "A -> A"}
+    assert {"train_flow", "val_flow", "train_alignment", "train_contrast"} <= set(model.history)
+    assert model.card["surrogate_r2"]["rna_mean"] > 0.5
+
+
+def test_shift_is_the_mean_difference_of_pairs(slide, model):
+    """Nuclei of state B are half again as large: the shift of morphology of A -> B says so, that of A -> A does not."""
+    place = model.config.profile.index("area_um2")
+    assert model.shifts["A -> B"][""]["profile"][place] > 0.5
+    assert abs(model.shifts["A -> A"][""]["profile"][place]) < 0.35
+
+
+def test_losses_can_be_switched_off(slide):
+    model = train(
+        slide, max_epochs=1, losses={"alignment": 0, "contrast": 0}, spatial=False, start="noise", weighted=False
+    )
+    assert {k for k in model.history if k.startswith("val_")} == {"val_loss", "val_flow"}
+
+
+def test_bad_input(slide, model):
+    with pytest.raises(ValueError, match="does not know 'B -> A'; it knows"):
+        generate(slide, model, source="B", target="A")
+    with pytest.raises(KeyError, match="obs_names has no 'nobody'"):
+        generate(slide, model, cells=["nobody"])
+    stranger = slide["table"].obs_names[slide["table"].obs["state"] == "B"][0]
+    with pytest.raises(ValueError, match="is no cell of state 'A'"):
+        generate(slide, model, cells=[stranger])
+    with pytest.raises(ValueError, match="the image has channels r, g, b; the model generates"):
+        generate(slide, model, image_key="he")
+    bare = tissue(2)
+    with pytest.raises(KeyError, match="pair_transitions"):
+        train(bare)
+    with pytest.raises(KeyError, match="embed_spatia"):
+        train(bare, use_rep="X_spatia")
