@@ -66,6 +66,21 @@ def test_generated_cells(slide, model, tmp_path):
     made.write_h5ad(tmp_path / "made.h5ad")
 
 
+def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
+    import spatialdata as sd
+
+    copy = sd.SpatialData(
+        images={**slide.images}, shapes={**slide.shapes}, tables={"table": slide["table"]}, attrs=slide.attrs
+    )
+    made = generate(copy, model, n_steps=2, key_added="as_b", n_variants=2)
+    box = {"min_coordinate": [0, 0], "max_coordinate": [80, 120]}
+    found = copy.query.bounding_box(axes=("x", "y"), **box, target_coordinate_system="global")["as_b"]
+    xy = made.obsm["spatial"]
+    assert set(found.obs_names) == set(made.obs_names[(xy[:, 0] < 80) & (xy[:, 1] < 120)]) and found.n_obs > 4
+    copy.write(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(sd.read_zarr(tmp_path / "a.zarr")["as_b"].obsm["image"], made.obsm["image"])
+
+
 def test_noise_belongs_to_the_cell(slide, model):
     whole = generate(slide, model, n_steps=4)
     again = generate(slide, model, n_steps=4, batch_size=7)

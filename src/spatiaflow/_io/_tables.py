@@ -266,3 +266,40 @@ def target_sum(table: AnnData, key: str) -> float | None:
 
 def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
+
+
+def keep(data, key: str, table: AnnData, rows: np.ndarray, slides: list) -> None:
+    """Keep new observations as a table of a SpatialData, on points of their own that spatial queries follow.
+
+    Parameters
+    ----------
+    key
+        Name of the table; the points of a slide are called ``f"{key}_points"``, with several slides ``f"{key}_{slide}"``.
+    rows
+        Of each new observation the row of the old table at whose position it is.
+    slides
+        Where the old rows stand.
+    """
+    from spatialdata import SpatialData
+    from spatialdata.models import PointsModel, TableModel
+    from spatialdata.transformations import Identity
+
+    if not isinstance(data, SpatialData):
+        raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
+    region = np.empty(table.n_obs, object)
+    for slide in slides:
+        place = np.full(int(max(rows.max(), slide.rows.max())) + 1, -1)
+        place[slide.rows] = np.arange(len(slide.rows))
+        here = np.flatnonzero(place[rows] >= 0)
+        if len(here):
+            name = f"{key}_points" if len(slides) == 1 else f"{key}_{slide.library_id}"
+            x, y = (slide.xy[place[rows[here]]] / slide.mpp).T
+            frame = pd.DataFrame({"x": x, "y": y}, index=table.obs_names[here])
+            data[name] = PointsModel.parse(
+                frame, coordinates={"x": "x", "y": "y"}, transformations={slide.coordinate_system: Identity()}
+            )
+            region[here] = name
+    table = table.copy()
+    table.obs["region"], table.obs["instance"] = pd.Categorical(region), table.obs_names.to_numpy()
+    names = list(table.obs["region"].cat.categories)
+    data[key] = TableModel.parse(table, region=names, region_key="region", instance_key="instance")

@@ -386,7 +386,8 @@ def generate_morphology(
     batch_size: int | None = None,
     device: str | None = None,
     random_state: int | None = None,
-):
+    key_added: str | None = None,
+) -> AnnData:
     """Generate how cells of one state would look in another, where they are.
 
     The target-state morphology under observed transitions: what cells of the target state, matched by expression, look like in
@@ -422,6 +423,9 @@ def generate_morphology(
         Overrides ``settings.device``.
     random_state
         Seed; ``settings.seed`` when None. The noise belongs to the cell's name, not to its row.
+    key_added
+        Also keep the result in a SpatialData: as a table of this name, on points at the source cells
+        (``f"{key_added}_points"``), so that spatial queries find it.
 
     Returns
     -------
@@ -429,12 +433,17 @@ def generate_morphology(
     pixels x pixels, in the type and scale of the image; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``,
     ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp`` and ``params``.
 
+    With ``key_added`` a SpatialData is also written into. Sets:
+
+    ``data[key_added]`` : the same, as a table
+    ``data[f"{key_added}_points"]`` : where its rows are; with several slides ``f"{key_added}_{slide}"``, one for each
+
     Raises
     ------
     KeyError
         The embeddings or the column of states are missing.
     ValueError
-        The model does not know the transition, no cell is of the source state, or channels differ.
+        The model does not know the transition, no cell is of the source state, channels differ, or ``key_added`` with an AnnData.
     """
     from spatiaflow import models
     from spatiaflow.models.morphology import MorphologyFlow
@@ -443,6 +452,7 @@ def generate_morphology(
 
     started, seed, where = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
     _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
+    _io.slot_name(key_added)
     model = model if isinstance(model, MorphologyFlow) else models.load(model)
     c, name = model.config, f"{source} -> {target}"
     if name not in c.transitions:
@@ -477,10 +487,10 @@ def generate_morphology(
         for some, crops in part.crops.batches(size, which):
             control = torch.from_numpy(found.scaled(crops, part, model.intensity)).to(where)
             here = order[part.slide.rows[some]]
-            known = conditions(pairs, here, around).to(where)
+            given = conditions(pairs, here, around).to(where)
             for variant in range(n_variants):
                 noise = _noise(table.obs_names[rows[here]], seed, variant, control.shape[1:]).to(where)
-                made = model.generate(control, known, noise, n_steps=n_steps, method=method, guidance=guidance).cpu()
+                made = model.generate(control, given, noise, n_steps=n_steps, method=method, guidance=guidance).cpu()
                 made = _unscaled(made, model.intensity, c.channels, crops.numpy().dtype)
                 images = np.zeros((len(rows), n_variants, *made.shape[1:]), made.dtype) if images is None else images
                 images[here, variant] = made
@@ -506,6 +516,8 @@ def generate_morphology(
             "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
         },
     }  # fmt: skip
+    if key_added is not None:
+        _io.keep(data, key_added, out, rows[repeated], [part.slide for part in found.parts])
     return out
 
 
