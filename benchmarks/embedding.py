@@ -323,6 +323,8 @@ def pancreas(a) -> None:
 
     if not a.quick:
         timed("hand features", hand)
+        z = {name: (v - v.mean(0)) / (v.std(0) + 1e-6) for name, v in features["hand features"].items()}
+        features["hand features, standardised in each part"] = z
         timed("hand features + neighbours", lambda: with_neighbours("hand features"))
         timed("CNN, supervised", lambda: supervised_cnn(parts, top, a.seed))
         timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
