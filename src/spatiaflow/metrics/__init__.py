@@ -1,4 +1,4 @@
-"""Scores of predicted expression: arrays in, arrays out, the same numbers in benchmarks, tutorials and figures."""
+"""Scores of predicted expression and of generated cells: the same numbers in benchmarks, tutorials and figures."""
 
 from spatiaflow.metrics._bootstrap import bootstrap_blocks, paired_pearson_difference, spatial_blocks
 from spatiaflow.metrics._ceiling import noise_ceiling
@@ -11,16 +11,30 @@ from spatiaflow.metrics._distribution import (
     interval_score,
     pit,
 )
+from spatiaflow.metrics._generation import (
+    effect_recovery,
+    energy_distance,
+    feature_distances,
+    frechet_distance,
+    kernel_distance,
+    memorised,
+)
 from spatiaflow.metrics._spatial import morans_agreement, morans_i
 
 __all__ = [
     "bootstrap_blocks",
     "crps_ensemble",
     "crps_normal",
+    "effect_recovery",
+    "energy_distance",
     "energy_score",
+    "feature_distances",
+    "frechet_distance",
     "gene_correlation_agreement",
     "interval_coverage",
     "interval_score",
+    "kernel_distance",
+    "memorised",
     "morans_agreement",
     "morans_i",
     "noise_ceiling",

@@ -1,0 +1,195 @@
+"""Scores of generated observations: how near two samples are, and whether the shift that was asked for is there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spatiaflow.metrics import _arrays
+
+MAX_FRECHET = 64  # dimensions: above, a covariance needs more images than anybody generates
+
+
+def energy_distance(a, b) -> float:
+    """Energy distance of two samples: 2 E|a - b| - E|a - a'| - E|b - b'|, without bias.
+
+    Parameters
+    ----------
+    a, b
+        Samples, n x features and m x features, in comparable units (standardise them by the real sample).
+
+    Returns
+    -------
+    0 on average where both come from one distribution (single values may lie below 0), else above [Székely and Rizzo 2013].
+
+    Raises
+    ------
+    ValueError
+        Fewer than two rows, NaN, or different numbers of features.
+    """
+    a, b = _samples(a, b)
+    return float(2 * _mean_distance(a, b) - _mean_distance(a) - _mean_distance(b))
+
+
+def kernel_distance(a, b, *, degree: int = 3) -> float:
+    """Kernel inception distance (KID) of features of images: squared maximum mean discrepancy, without bias.
+
+    Parameters
+    ----------
+    a, b
+        Features, n x d and m x d.
+    degree
+        Of the polynomial kernel (x.y / d + 1)^degree.
+
+    Returns
+    -------
+    0 on average where both come from one distribution (single values may lie below 0), else above [Bińkowski et al. 2018].
+
+    Raises
+    ------
+    ValueError
+        Fewer than two rows, NaN, or different numbers of features.
+    """
+    a, b = _samples(a, b)
+
+    def mean(x, y=None):
+        total = 0.0
+        other = x if y is None else y
+        for rows in _arrays.rows_in_chunks(len(x), len(other)):
+            kernel = (x[rows] @ other.T / x.shape[1] + 1) ** degree
+            total += kernel.sum()
+        if y is not None:
+            return total / (len(x) * len(y))
+        return (total - (((x**2).sum(1) / x.shape[1] + 1) ** degree).sum()) / (len(x) * (len(x) - 1))
+
+    return float(mean(a) + mean(b) - 2 * mean(a, b))
+
+
+def frechet_distance(a, b) -> float:
+    """Fréchet distance (FID) of features of images, each sample taken for normal.
+
+    Parameters
+    ----------
+    a, b
+        Features, n x d and m x d.
+
+    Returns
+    -------
+    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)); biased upwards, the more the
+    smaller the samples, so compare at equal n alone.
+
+    Raises
+    ------
+    ValueError
+        More than 64 features, or fewer than ten rows a feature: the covariances would be noise.
+    """
+    a, b = _samples(a, b)
+    d = a.shape[1]
+    if d > MAX_FRECHET or min(len(a), len(b)) < 10 * d:
+        raise ValueError(
+            f"a Fréchet distance of {d} features needs at most {MAX_FRECHET} of them and {10 * d} rows a side; there are "
+            f"{len(a)} and {len(b)}. metrics.kernel_distance does without."
+        )
+    one, other = np.cov(a.T).reshape(d, d), np.cov(b.T).reshape(d, d)
+    # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric
+    value, vector = np.linalg.eigh(one)
+    root = (vector * np.sqrt(value.clip(0))) @ vector.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one) + np.trace(other) - 2 * cross)
+
+
+def feature_distances(a, b) -> np.ndarray:
+    """Wasserstein distance of each feature of two samples.
+
+    Parameters
+    ----------
+    a, b
+        Samples, n x features and m x features.
+
+    Returns
+    -------
+    Array (features), in the units of the features.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two rows, NaN, or different numbers of features.
+    """
+    from scipy.stats import wasserstein_distance
+
+    a, b = _samples(a, b)
+    return np.array([wasserstein_distance(x, y) for x, y in zip(a.T, b.T)])
+
+
+def effect_recovery(source, generated, target) -> dict[str, float]:
+    """How much of the true shift from source to target the generated cells show.
+
+    Parameters
+    ----------
+    source, generated, target
+        Profiles, rows cells, columns features in comparable units (standardise them by the source).
+
+    Returns
+    -------
+    Dict: ``share``, the length of the generated shift along the true one over the true one's length (1: all of it, 0: none);
+    ``cosine`` of both shifts; ``left``, the length of what is missing or too much over the true one's length.
+
+    Raises
+    ------
+    ValueError
+        NaN, different numbers of features, or a true shift of 0.
+    """
+    source, target = _samples(source, target)
+    generated = _samples(generated, target)[0]
+    true, shown = target.mean(0) - source.mean(0), generated.mean(0) - source.mean(0)
+    length = np.linalg.norm(true)
+    if length == 0:
+        raise ValueError("source and target have the same mean: there is no shift to recover.")
+    cosine = true @ shown / max(length * np.linalg.norm(shown), 1e-300)
+    left = np.linalg.norm(shown - true) / length
+    return {"share": float(true @ shown / length**2), "cosine": float(cosine), "left": float(left)}
+
+
+def memorised(generated, training, held_out, *, quantile: float = 0.01) -> float:
+    """Share of generated observations that lie nearer to a training one than real ones ever do.
+
+    Parameters
+    ----------
+    generated, training, held_out
+        Features of generated images, of those trained on, and of real ones that were not, rows observations.
+    quantile
+        Of the distances of held-out observations to their nearest training one; what is nearer counts.
+
+    Returns
+    -------
+    About ``quantile`` where nothing is copied; 1 where everything is.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two rows, NaN, or different numbers of features.
+    """
+    from scipy.spatial import cKDTree
+
+    training, held_out = _samples(training, held_out)
+    generated = _samples(generated, training)[0]
+    tree = cKDTree(training)
+    usual = np.quantile(tree.query(held_out)[0], quantile)
+    return float((tree.query(generated)[0] < usual).mean())
+
+
+def _samples(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _arrays.table(a, "the first sample"), _arrays.table(b, "the second sample")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the samples have {a.shape[1]} and {b.shape[1]} features.")
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"the samples have {len(a)} and {len(b)} rows; two are needed.")
+    return a, b
+
+
+def _mean_distance(a: np.ndarray, b: np.ndarray | None = None) -> float:
+    """Mean Euclidean distance of pairs from two samples, or of different rows of one."""
+    from scipy.spatial.distance import cdist
+
+    other = a if b is None else b
+    total = sum(cdist(a[rows], other).sum() for rows in _arrays.rows_in_chunks(len(a), len(other)))
+    return total / (len(a) * (len(other) - (b is None)))
