@@ -63,7 +63,11 @@ def test_generated_cells(slide, model, tmp_path):
     same = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops)])
     other = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops[1:])])
     assert same > other + 0.2
-    made.write_h5ad(tmp_path / "made.h5ad")
+    np.testing.assert_allclose(made.obsm["source"][::2].astype(float), crops.astype(float), atol=1)
+    whole = generate(slide, model, n_steps=4, trajectory=True)
+    assert whole.obsm["trajectory"].shape == (len(sources), 3, 4, 16, 16)
+    np.testing.assert_array_equal(whole.obsm["trajectory"][:, -1], whole.obsm["image"])
+    whole.write_h5ad(tmp_path / "made.h5ad")
 
 
 def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
@@ -92,6 +96,29 @@ def test_noise_belongs_to_the_cell(slide, model):
     difference = np.abs(few.obsm["image"].astype(int) - whole.obsm["image"][[5, 2]].astype(int))
     assert difference.max() <= 1
     assert not np.array_equal(generate(slide, model, n_steps=4, random_state=1).obsm["image"], whole.obsm["image"])
+
+
+def test_figures(slide, model):
+    import matplotlib.pyplot as plt
+
+    made = generate(slide, model, n_steps=4, trajectory=True)
+    crops = sf.pp.crops(slide, crop_um=16.0, pixels=16, **IMAGE)
+    real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
+    figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
+    labels = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert labels == ["source", "t = 0.5", "generated", "real targets", "2 µm"]
+    assert sum(len(ax.images) for ax in figure.axes) == 20
+    plt.close(figure)
+    profiles = {k: sf.pp.image_profile(crops.take(real[s])) for k, s in (("source", "A"), ("target", "B"))}
+    figure = sf.pl.profile_shift(made, **profiles, return_fig=True)
+    assert len(figure.axes) == 6
+    plt.close(figure)
+    with pytest.raises(KeyError, match="no feature 'size'"):
+        sf.pl.profile_shift(made, **profiles, features="size")
+    with pytest.raises(KeyError, match="generate_morphology"):
+        sf.pl.transition(slide["table"])
+    with pytest.raises(ValueError, match="targets must be"):
+        sf.pl.transition(made, np.zeros((3, 4, 8, 8)))
 
 
 def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):

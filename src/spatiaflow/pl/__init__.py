@@ -3,9 +3,21 @@
 from spatiaflow.pl._calibration import calibration
 from spatiaflow.pl._crops import crops
 from spatiaflow.pl._expression import expression
+from spatiaflow.pl._generation import profile_shift, transition
 from spatiaflow.pl._levels import attention, levels
 from spatiaflow.pl._profile import profile
 from spatiaflow.pl._scores import gene_scores
 from spatiaflow.pl._transitions import pairs
 
-__all__ = ["attention", "calibration", "crops", "expression", "gene_scores", "levels", "pairs", "profile"]
+__all__ = [
+    "attention",
+    "calibration",
+    "crops",
+    "expression",
+    "gene_scores",
+    "levels",
+    "pairs",
+    "profile",
+    "profile_shift",
+    "transition",
+]

@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress
+from spatiaflow.pp._crops import Crops
 
 SHAPE = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity")
 INTENSITY = ("mean", "std", "contrast", "correlation")
@@ -158,11 +159,12 @@ def image_profile(
     Parameters
     ----------
     data
-        Images, n x channels x pixels x pixels; or what :func:`spatiaflow.tl.generate_morphology` returned.
+        Images, n x channels x pixels x pixels; or what :func:`spatiaflow.tl.generate_morphology` or
+        :func:`spatiaflow.pp.crops` returned.
     channels
-        Names of the channels; an AnnData knows them.
+        Names of the channels, where ``data`` does not know them.
     mpp
-        µm per pixel; an AnnData knows it.
+        µm per pixel, where ``data`` does not know it.
     nuclei
         Channel that shows nuclei; by default the first whose name holds "dapi", else the first.
 
@@ -176,6 +178,14 @@ def image_profile(
     ValueError
         The number of channels differs from the images', ``nuclei`` is no channel, or channels or scale are not known.
     """
+    if isinstance(data, Crops):
+        names, scale, parts = channels or data.channels, data.scale, []
+        for rows, found in data.batches():
+            for size in np.unique(scale[rows]):
+                same = scale[rows] == size
+                part = image_profile(found.numpy()[same], channels=names, mpp=mpp or size, nuclei=nuclei)
+                parts.append(part.set_index(rows[same]))
+        return pd.concat(parts).sort_index()
     if isinstance(data, AnnData):
         known = data.uns["morphology"]
         images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]

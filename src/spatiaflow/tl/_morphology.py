@@ -376,6 +376,7 @@ def generate_morphology(
     n_steps: int = 10,
     method: str = "heun",
     guidance: float = 0.0,
+    trajectory: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
     shapes_key: str | None = None,
@@ -415,6 +416,8 @@ def generate_morphology(
         ``"heun"``, ``"midpoint"`` or ``"euler"``.
     guidance
         Strength of classifier-free guidance; 0 is none.
+    trajectory
+        Also keep the images on the way.
     table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
         As everywhere.
     batch_size
@@ -430,8 +433,10 @@ def generate_morphology(
     Returns
     -------
     AnnData, a row a generated cell: ``X``, its profile by :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x
-    pixels x pixels, in the type and scale of the image; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``,
-    ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp`` and ``params``.
+    pixels x pixels, in the type and scale of the image, ``.obsm["source"]``, the source cells' alike, and with ``trajectory``
+    ``.obsm["trajectory"]``, n x steps + 1 x channels x pixels x pixels; ``.obsm["spatial"]``, µm; ``.obs`` with
+    ``source_cell``, ``transition``, ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp`` and
+    ``params``.
 
     With ``key_added`` a SpatialData is also written into. Sets:
 
@@ -479,7 +484,7 @@ def generate_morphology(
     pairs = Pairs(rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], LEVELS.index(level))
     around = found.surroundings(c.n_neighbors)
     network, size = model.network.to(where), batch_size or 64
-    images, bar = None, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
+    made, bar = {}, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
     order = np.full(table.n_obs, -1)
     order[rows] = np.arange(len(rows))
     for part in found.parts:
@@ -490,15 +495,21 @@ def generate_morphology(
             given = conditions(pairs, here, around).to(where)
             for variant in range(n_variants):
                 noise = _noise(table.obs_names[rows[here]], seed, variant, control.shape[1:]).to(where)
-                made = model.generate(control, given, noise, n_steps=n_steps, method=method, guidance=guidance).cpu()
-                made = _unscaled(made, model.intensity, c.channels, crops.numpy().dtype)
-                images = np.zeros((len(rows), n_variants, *made.shape[1:]), made.dtype) if images is None else images
-                images[here, variant] = made
+                states = model.generate(
+                    control, given, noise, n_steps=n_steps, method=method, guidance=guidance, trajectory=True
+                ).cpu()
+                found_here = {"image": states[-1], "source": control.cpu()} | (
+                    {"trajectory": states.transpose(0, 1)} if trajectory else {}
+                )
+                for slot, values in found_here.items():
+                    values = _unscaled(values, model.intensity, c.channels, crops.numpy().dtype)
+                    made.setdefault(slot, np.zeros((len(rows), n_variants, *values.shape[1:]), values.dtype))
+                    made[slot][here, variant] = values
                 bar.update(len(here))
     bar.close()
     network.cpu()
-    images = images.reshape(-1, *images.shape[2:])
-    profile = image_profile(images, channels=c.channels, mpp=c.crop_um / c.crop_pixels)
+    made = {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
+    profile = image_profile(made["image"], channels=c.channels, mpp=c.crop_um / c.crop_pixels)
     repeated = np.repeat(np.arange(len(rows)), n_variants)
     variant = np.tile(np.arange(n_variants), len(rows))
     obs = pd.DataFrame(
@@ -507,7 +518,8 @@ def generate_morphology(
         index=[f"{n}_{v}" for n, v in zip(table.obs_names[rows[repeated]], variant)],
     )  # fmt: skip
     out = AnnData(profile.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=profile.columns))
-    out.obsm["image"] = images
+    for slot, values in made.items():
+        out.obsm[slot] = values
     out.obsm["spatial"] = found.positions[rows[repeated]]
     out.uns["morphology"] = {
         "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from spatiaflow.models.flow import interpolate
@@ -153,6 +153,12 @@ class PairBatches(Dataset):
         return torch.from_numpy(np.asarray(self.images[self.image_of[rows]], np.float32))
 
 
+@torch.no_grad()
+def _moving_average(average: list[Tensor], current: list[Tensor], n: Tensor, decay: float = 0.995) -> None:
+    """Exponential moving average whose memory grows with the steps taken, so that a short training is not lost in it."""
+    torch._foreach_lerp_(average, current, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
+
+
 class MorphologyTraining(L.LightningModule):
     """Confidence-weighted flow matching, alignment of morphology, contrast of conditions; every loss has a name and a weight."""
 
@@ -167,7 +173,7 @@ class MorphologyTraining(L.LightningModule):
     ):
         super().__init__()
         self.network, self.surrogate, self.weighted, self.learning_rate = network, surrogate, weighted, learning_rate
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+        self.average = AveragedModel(network, multi_avg_fn=_moving_average)
         if surrogate is not None:
             surrogate.requires_grad_(False)
         self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}

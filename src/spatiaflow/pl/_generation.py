@@ -1,0 +1,198 @@
+"""Generated cells beside those that they come from and those that they should look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from spatiaflow._settings import resolve_seed
+from spatiaflow.pl._crops import COLOURS
+from spatiaflow.pl._profile import _label
+from spatiaflow.pl._tissue import finish, scale_bar
+
+
+def transition(
+    data: AnnData,
+    targets: np.ndarray | None = None,
+    *,
+    n: int = 8,
+    channels: Sequence[str] | None = None,
+    percentiles: tuple[float, float] = (1.0, 99.8),
+    random_state: int | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Draw source cells, what was generated from them, and real cells of the target state.
+
+    A column a cell, chosen at random; with ``trajectory=True`` in the generation also the states on the way. Real targets, in
+    the lowest row, are other cells: none belongs to its column. Contrast is the same in all pictures.
+
+    Parameters
+    ----------
+    data
+        What :func:`spatiaflow.tl.generate_morphology` returned.
+    targets
+        Images of real cells of the target state, n x channels x pixels x pixels, such as
+        ``sf.pp.crops(sdata, crop_um=..., pixels=...).read(rows)``.
+    n
+        Cells.
+    channels
+        Names of the channels to draw, at most 7; None draws all.
+    percentiles
+        Of a channel, what is drawn black and what in full colour, over the source cells and targets.
+    random_state
+        Seed of the choice; None: ``settings.seed``.
+    show
+        Show the figure; None: when matplotlib is interactive.
+    return_fig
+        Return the figure instead.
+
+    Returns
+    -------
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`.
+
+    Raises
+    ------
+    KeyError
+        ``data`` holds no generated images, or a channel is unknown.
+    ValueError
+        More channels than can be told apart, or targets of another shape.
+    """
+    import matplotlib.pyplot as plt
+
+    if "image" not in data.obsm or "morphology" not in data.uns:
+        raise KeyError("obsm has no 'image': data must be what sf.tl.generate_morphology(...) returned.")
+    known, mpp = [*map(str, data.uns["morphology"]["channels"])], float(data.uns["morphology"]["mpp"])
+    names = known if channels is None else [channels] if isinstance(channels, str) else [*channels]
+    if missing := [name for name in names if name not in known]:
+        raise KeyError(f"there is no channel {missing[0]!r}; there are {', '.join(known)}.")
+    if len(names) > len(COLOURS):
+        raise ValueError(f"{len(names)} channels cannot be told apart in one picture; choose up to {len(COLOURS)}.")
+    used = [known.index(name) for name in names]
+    rng = np.random.default_rng(resolve_seed(random_state))
+    chosen = np.sort(rng.permutation(data.n_obs)[:n])
+    rows = {"source": data.obsm["source"][chosen]}
+    if "trajectory" in data.obsm:
+        states = data.obsm["trajectory"][chosen]
+        for k in np.unique(np.linspace(0, states.shape[1] - 1, 5).round().astype(int))[1:-1]:
+            rows[f"t = {k / (states.shape[1] - 1):.2g}"] = states[:, k]
+    rows["generated"] = data.obsm["image"][chosen]
+    if targets is not None:
+        targets = np.asarray(targets)
+        if targets.shape[1:] != data.obsm["image"].shape[1:]:
+            raise ValueError(f"targets must be n x {data.obsm['image'].shape[1:]}; they are {targets.shape}.")
+        rows["real targets"] = targets[np.sort(rng.permutation(len(targets))[:n])]
+    shown = np.concatenate([rows["source"], rows.get("real targets", rows["source"])])[:, used]
+    low, high = np.percentile(shown.transpose(1, 0, 2, 3).reshape(len(used), -1), percentiles, axis=1)
+    high = np.maximum(high, low + 1e-9)
+    colours = ["#FFFFFF"] if len(used) == 1 else [COLOURS[i] for i in used] if len(known) <= len(COLOURS) else COLOURS
+    palette = np.array([to_rgb(colour) for colour in colours[: len(used)]])
+
+    size, reach = min(0.85, 6.3 / n), data.obsm["image"].shape[-1] * mpp / 2
+    figure, axes = plt.subplots(
+        len(rows), n, figsize=(size * n + 0.8, size * len(rows) + 0.5), squeeze=False, layout="constrained",
+        gridspec_kw={"wspace": 0.02, "hspace": 0.02},
+    )  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    names_of_rows = []
+    for line, (name, images) in zip(axes, rows.items()):
+        for ax, image in zip(line, images):
+            light = np.clip((image[used] - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
+            ax.imshow(np.clip(np.einsum("cyx,cr->yxr", light, palette), 0, 1), extent=(-reach, reach, reach, -reach))
+        names_of_rows.append(
+            line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
+        )
+    scale_bar(axes[-1, 0])
+    for artist in (*axes[-1, 0].texts, *axes[-1, 0].lines):  # or its picture would shrink to make room
+        artist.set_in_layout(artist in names_of_rows)
+    room = 0.2 / (size * len(rows) + 0.5)
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+    handles = [Patch(facecolor=c, edgecolor="0.3", linewidth=0.5, label=name) for c, name in zip(colours, names)]
+    title = str(data.obs["transition"].iloc[0])
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6, frameon=False, handlelength=1,
+        handleheight=1, title=title, title_fontsize=7,
+    )  # fmt: skip
+    return finish(figure, show, return_fig)
+
+
+def profile_shift(
+    data: AnnData,
+    *,
+    source: pd.DataFrame,
+    target: pd.DataFrame,
+    features: Sequence[str] | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Draw how the morphology of generated cells is distributed, between that of real sources and of real targets.
+
+    A violin each with median and quartiles; all three are measured on images in the same way.
+
+    Parameters
+    ----------
+    data
+        What :func:`spatiaflow.tl.generate_morphology` returned.
+    source, target
+        Profiles of real cells of both states by :func:`spatiaflow.pp.image_profile`.
+    features
+        Features to draw; None: the six whose means differ most between source and target, in standard deviations.
+    show
+        Show the figure; None: when matplotlib is interactive.
+    return_fig
+        Return the figure instead.
+
+    Returns
+    -------
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`.
+
+    Raises
+    ------
+    KeyError
+        A feature is missing.
+    """
+    import matplotlib.pyplot as plt
+
+    shared = [name for name in data.var_names if name in source and name in target]
+    if features is None:
+        spread = pd.concat([source[shared], target[shared]]).std().replace(0, np.inf)
+        change = (target[shared].mean() - source[shared].mean()).abs() / spread
+        features = list(change.sort_values(ascending=False, kind="stable").index[:6])
+    features = [features] if isinstance(features, str) else list(features)
+    if missing := [name for name in features if name not in shared]:
+        raise KeyError(f"there is no feature {missing[0]!r}; there are {', '.join(shared)}.")
+    samples = {"source": source, "generated": data.to_df(), "target": target}
+    columns = min(3, len(features))
+    lines = -(-len(features) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.3 * columns + 0.4, 1.25 * lines), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(features) :]:
+        ax.set_axis_off()
+    for i, (ax, feature) in enumerate(zip(axes.flat, features)):
+        whole = pd.concat([values[feature] for values in samples.values()]).dropna()
+        low, high = whole.quantile([0.005, 0.995])
+        for y, (name, values) in enumerate(samples.items()):
+            own = values[feature].dropna().clip(low, high).to_numpy(float)
+            if len(own) > 4 and np.ptp(own) > 0:
+                (body,) = ax.violinplot(own, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
+                body.set(facecolor="#56B4E9" if name == "generated" else "0.8", edgecolor="none", alpha=1)
+            if len(own):
+                quartiles = np.quantile(own, [0.25, 0.5, 0.75])
+                ax.plot(quartiles[[0, 2]], [y, y], color="0.35", lw=1.5, solid_capstyle="butt")
+                ax.plot(quartiles[1], y, "o", ms=2.5, color="black")
+        labels = [f"{name} ({len(values):,})" for name, values in samples.items()]
+        ax.set_yticks(range(3), labels if i % columns == 0 else [""] * 3, fontsize=6)
+        ax.set_ylim(2.5, -0.5)
+        ax.set_xlabel(_label(feature, unit=True), fontsize=7)
+        ax.tick_params(axis="x", labelsize=6, length=2)
+        ax.tick_params(axis="y", length=0)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    return finish(figure, show, return_fig)
