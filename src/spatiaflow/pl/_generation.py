@@ -101,19 +101,13 @@ def transition(
     )  # fmt: skip
     for ax in axes.flat:
         ax.set_axis_off()
-    names_of_rows = []
     for line, (name, images) in zip(axes, rows.items()):
         for ax, image in zip(line, images):
             light = np.clip((image[used] - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
             ax.imshow(np.clip(np.einsum("cyx,cr->yxr", light, palette), 0, 1), extent=(-reach, reach, reach, -reach))
-        names_of_rows.append(
-            line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
-        )
+            ax.set(xlim=(-reach, reach), ylim=(reach, -reach))
+        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
     scale_bar(axes[-1, 0])
-    for artist in (*axes[-1, 0].texts, *axes[-1, 0].lines):  # or its picture would shrink to make room
-        artist.set_in_layout(artist in names_of_rows)
-    room = 0.2 / (size * len(rows) + 0.5)
-    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     handles = [Patch(facecolor=c, edgecolor="0.3", linewidth=0.5, label=name) for c, name in zip(colours, names)]
     title = str(data.obs["transition"].iloc[0])
     figure.legend(
