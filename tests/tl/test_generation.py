@@ -158,6 +158,23 @@ def test_bad_input(slide, model):
         generate(slide, model, cells=[stranger])
     with pytest.raises(ValueError, match="the image has channels r, g, b; the model generates"):
         generate(slide, model, image_key="he")
+    for bad, match in (
+        ({"start": "middle"}, "start must be one of 'control', 'noise'"), ({"losses": {"flwo": 1}}, "losses has no 'flwo'"),
+        ({"preset": {"widht": 3}}, "preset has no 'widht'"), ({"crop_pixels": 10}, "multiple of patch_pixels"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            train(slide, **bad)
+    with pytest.raises(KeyError, match="morphology_profile"):
+        train(slide, profile_key="shape")
+    with pytest.raises(TypeError, match="not a Spatia"):
+        generate(slide, sf.datasets.weights("spatia-pancreas-small"))
+    with pytest.raises(ValueError, match="another element called 'nuclei'"):
+        generate(slide, model, key_added="nuclei", n_steps=2)
+    other = tissue(1)
+    for level in ("cell", "niche", "tissue"):
+        other["table"].obsm[f"E_{level}"] = other["table"].obsm[f"E_{level}"][:, :5]
+    with pytest.raises(ValueError, match="made by another model"):
+        generate(other, model)
     bare = tissue(2)
     with pytest.raises(KeyError, match="pair_transitions"):
         train(bare)

@@ -85,3 +85,29 @@ def test_clear_errors(cells):
     other.uns["X_spatia"] = {"params": {"model_sha256": "y"}}
     with pytest.raises(ValueError, match="different models"):
         sf.tl.annotate(cells, labels="truth", reference=other)
+
+
+def test_what_cannot_be_a_label_or_an_embedding(cells):
+    cells.obs["text"] = np.where(
+        np.arange(400) < 150, cells.obs["truth"], "nan"
+    )  # what astype(str) makes of missing values
+    sf.tl.annotate(cells, labels="text")
+    assert list(cells.obs["annotation"].cat.categories) == ["a", "b", "c", "unknown"]
+    cells.obs["number"] = np.random.default_rng(0).random(400)
+    with pytest.raises(ValueError, match="numbers are no classes"):
+        sf.tl.annotate(cells, labels="number")
+    cells.obs["two"] = pd.Categorical(np.r_[["a", "b"], [None] * 398])
+    with pytest.raises(ValueError, match="two cells a class"):
+        sf.tl.annotate(cells, labels="two")
+    with pytest.raises(ValueError, match="threshold is a confidence"):
+        sf.tl.annotate(cells, labels="truth", threshold=5)
+    with pytest.raises(ValueError, match="n_clusters must be a whole number"):
+        sf.tl.cluster_niches(cells, n_clusters=2.5)
+    other = cells.copy()
+    other.obsm["X_spatia"] = other.obsm["X_spatia"][:, :5]
+    with pytest.raises(ValueError, match="8 columns in data and 5 in the reference"):
+        sf.tl.annotate(cells, labels="truth", reference=other)
+    for adata, levels in ((cells, ["cell", "niche"]), (other, ["niche", "cell"])):
+        adata.uns["X_spatia"] = {"params": {"model_sha256": "1", "levels": levels}}
+    with pytest.raises(ValueError, match="of other levels"):
+        sf.tl.annotate(cells, labels="truth", reference=other)

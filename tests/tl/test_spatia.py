@@ -305,6 +305,15 @@ def test_one_modality_and_going_on(slides):
     assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
 
 
+def test_levels_of_an_earlier_call_do_not_stay(slides, model):
+    table = embedded(slides[0], model, attention=True)
+    again = embedded(edited(slides[0], table=table), model, levels=("cell",))
+    assert "X_spatia_niche" not in again.obsm and "X_spatia_attention" not in again.obsp
+    assert again.obsm["X_spatia"].shape == again.obsm["X_spatia_cell"].shape
+    with pytest.raises(ValueError, match="losses has no 'gene'"):
+        train(slides, losses={"gene": 1.0})
+
+
 def test_attention_is_a_share_of_the_neighbours(slides, model):
     table = embedded(slides[0], model, attention=True)
     weight = table.obsp["X_spatia_attention"]

@@ -1,6 +1,6 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
-from spatiaflow._io._arguments import at_least_one, held_out, positive, slot_name
+from spatiaflow._io._arguments import at_least_one, held_out, known_names, one_of, positive, slot_name
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, Decoded, open_image
@@ -40,11 +40,13 @@ __all__ = [
     "groups",
     "held_out",
     "keep",
+    "known_names",
     "library_sizes",
     "log_expression",
     "masks",
     "microns_per_unit",
     "morphology",
+    "one_of",
     "one_slide",
     "open_image",
     "pitch",

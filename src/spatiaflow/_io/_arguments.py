@@ -23,6 +23,20 @@ def positive(**values) -> None:
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
 
 
+def one_of(known, **values) -> None:
+    """Refuse what is not among the known."""
+    for name, value in values.items():
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
+
+
+def known_names(known, **values) -> None:
+    """Refuse a dict with a key that is not among the known; None passes."""
+    for name, given in values.items():
+        if unknown := [key for key in given or {} if key not in known]:
+            raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(map(repr, known))}.")
+
+
 def slot_name(key_added) -> None:
     """Refuse a name that no slot can have; None passes."""
     if key_added is not None and not (isinstance(key_added, str) and key_added and "/" not in key_added):

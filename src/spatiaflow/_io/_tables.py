@@ -286,20 +286,24 @@ def keep(data, key: str, table: AnnData, rows: np.ndarray, slides: list) -> None
 
     if not isinstance(data, SpatialData):
         raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
+    names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.library_id}" for slide in slides]
+    taken = [name for name in names if name in data and name not in data.points]
+    taken += [key] if key in data and key not in data.tables else []
+    if taken:
+        raise ValueError(f"the SpatialData has another element called {taken[0]!r}: choose another key_added=.")
     region = np.empty(table.n_obs, object)
-    for slide in slides:
+    for slide, name in zip(slides, names):
         place = np.full(int(max(rows.max(), slide.rows.max())) + 1, -1)
         place[slide.rows] = np.arange(len(slide.rows))
         here = np.flatnonzero(place[rows] >= 0)
         if len(here):
-            name = f"{key}_points" if len(slides) == 1 else f"{key}_{slide.library_id}"
             x, y = (slide.xy[place[rows[here]]] / slide.mpp).T
-            frame = pd.DataFrame({"x": x, "y": y}, index=table.obs_names[here])
+            frame = pd.DataFrame({"x": x, "y": y}, index=here)
             data[name] = PointsModel.parse(
                 frame, coordinates={"x": "x", "y": "y"}, transformations={slide.coordinate_system: Identity()}
             )
             region[here] = name
     table = table.copy()
-    table.obs["region"], table.obs["instance"] = pd.Categorical(region), table.obs_names.to_numpy()
+    table.obs["region"], table.obs["instance"] = pd.Categorical(region), np.arange(table.n_obs)
     names = list(table.obs["region"].cat.categories)
     data[key] = TableModel.parse(table, region=names, region_key="region", instance_key="instance")

@@ -72,6 +72,7 @@ def cluster_niches(
     from sklearn.mixture import GaussianMixture
 
     started, seed = time.perf_counter(), resolve_seed(random_state)
+    _io.at_least_one(n_clusters=n_clusters, max_clusters=max_clusters)
     data, table = _io.unpack(data, table_key, copy=copy)
     x = _io.features(table, use_rep, EMBEDDING_HELP).astype(np.float64)
     tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
@@ -163,20 +164,32 @@ def annotate(
     from sklearn.metrics import accuracy_score, f1_score
 
     started, seed = time.perf_counter(), resolve_seed(random_state)
-    if method not in ("linear", "knn"):
-        raise ValueError(f"method must be 'linear' or 'knn', not {method!r}.")
+    _io.one_of(("linear", "knn"), method=method)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is a confidence between 0 and 1, not {threshold!r}.")
     data, table = _io.unpack(data, table_key, copy=copy)
     source = table if reference is None else _io.unpack(reference, table_key)[1]
     x, known = _io.features(table, use_rep, EMBEDDING_HELP), _io.features(source, use_rep, EMBEDDING_HELP)
     if reference is not None:
         _same_model(table, source, use_rep)
+        if x.shape[1] != known.shape[1]:
+            raise ValueError(
+                f"obsm[{use_rep!r}] has {x.shape[1]} columns in data and {known.shape[1]} in the reference; embed both alike."
+            )
     if labels not in source.obs:
         raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, source.obs.columns[:12]))}.")
     given = source.obs[labels].astype(object)
-    rows = np.flatnonzero(given.notna() & (given != UNKNOWN) & (given != ""))
+    rows = np.flatnonzero(
+        given.notna() & ~given.isin([UNKNOWN, "", "nan", "None", "<NA>"])
+    )  # what text makes of a missing value
     y = given.iloc[rows].astype(str).to_numpy()
     if len(classes := np.unique(y)) < 2:
         raise ValueError(f"obs[{labels!r}] names {len(classes)} class(es); at least two are needed.")
+    if 2 * len(classes) > len(y):
+        raise ValueError(
+            f"obs[{labels!r}] has {len(classes)} classes for {len(y)} labelled cells; two cells a class are needed at least, and "
+            "numbers are no classes."
+        )
     groups = source.obs[library_key].astype(str).to_numpy()[rows] if library_key else None
     folds = _folds(y, groups, seed)
     best, score = None, -np.inf
@@ -255,9 +268,10 @@ def _same_model(table, source, use_rep: str) -> None:
     found = []
     for one in (table, source):
         key = next((k for k in one.uns if use_rep.startswith(k) and "params" in one.uns[k]), None)
-        found.append(one.uns[key]["params"].get("model_sha256") if key else None)
-    if None not in found and found[0] != found[1]:
+        params = one.uns[key]["params"] if key else {}
+        found.append((params.get("model_sha256"), [*map(str, params.get("levels", []))] if use_rep == key else []))
+    if None not in (found[0][0], found[1][0]) and found[0] != found[1]:
         raise ValueError(
-            f"obsm[{use_rep!r}] of data and of reference were made by different models; run sf.tl.embed_spatia on both "
-            "with the same model=."
+            f"obsm[{use_rep!r}] of data and of reference were made by different models, or of other levels; run "
+            "sf.tl.embed_spatia on both with the same model= and levels=."
         )

@@ -20,7 +20,7 @@ from spatialdata import SpatialData
 
 import spatiaflow
 from spatiaflow import _io
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._settings import progress, resolve_seed, settings
 from spatiaflow.tl import _cells
 from spatiaflow.tl._transitions import targets_of
 
@@ -32,7 +32,7 @@ def train_morphology(
     *,
     pairs_key: str = "transition",
     use_rep: str = "X_spatia",
-    profile_key: str = "morphology",
+    profile_key: str | None = "morphology",
     spatial: bool = True,
     start: str = "control",
     weighted: bool = True,
@@ -73,8 +73,8 @@ def train_morphology(
     use_rep
         Embeddings of the levels: ``.obsm[f"{use_rep}_cell"]``, ``_niche`` and ``_tissue``.
     profile_key
-        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``; only the alignment loss and the shift of
-        morphology need it.
+        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``; None does without the alignment loss and the
+        shift of morphology.
     spatial
         Condition on niche, tissue and neighbours.
     start
@@ -110,9 +110,9 @@ def train_morphology(
     Raises
     ------
     KeyError
-        Pairs or embeddings are missing.
+        Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, or no pair lies in the image.
+        A transition has no pairs, no pair lies in the image, or ``losses`` or ``preset`` hold an unknown name.
     """
     from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
     from spatiaflow.train import morphology as train
@@ -120,7 +120,14 @@ def train_morphology(
     seed, target = resolve_seed(random_state), settings.torch_device(device)
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
-    _io.at_least_one(max_epochs=max_epochs, batch_size=batch_size)
+    _io.at_least_one(max_epochs=max_epochs, batch_size=batch_size, crop_pixels=crop_pixels)
+    _io.positive(crop_um=crop_um)
+    _io.one_of(("control", "noise"), start=start)
+    _io.known_names(train.LOSSES, losses=losses)
+    _io.known_names(("n_neighbors", "noise", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset)
+    patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
+    if crop_pixels % patch:
+        raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of patch_pixels={patch}.")
     cells = _Cells.of(
         data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
         labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
@@ -162,7 +169,8 @@ def train_morphology(
         )  # fmt: skip
         del images
     card = {
-        "data": cells.boxes, "use_rep": use_rep, "pairs": {n: int((found["transition"] == n).sum()) for n in names},
+        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": _embedding(table, use_rep),
+        "pairs": {n: int((found["transition"] == n).sum()) for n in names},
         "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted,
         "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
         "spatiaflow": spatiaflow.__version__,
@@ -302,10 +310,14 @@ class _Cells:
         return (2 * scaled(crops, table, order) - 1).numpy()
 
 
-def _profile(table: AnnData, key: str) -> tuple[np.ndarray, list[str]]:
-    """Standardised morphology (n x features) and its names; none where it was not measured."""
-    if key not in table.obsm:
-        logger.info("obsm has no %r: no alignment of morphology", key)
+def _embedding(table: AnnData, use_rep: str) -> str:
+    """Which model made the embeddings, where it is known."""
+    return str(table.uns.get(use_rep, {}).get("params", {}).get("model_sha256", ""))
+
+
+def _profile(table: AnnData, key: str | None) -> tuple[np.ndarray, list[str]]:
+    """Standardised morphology (n x features) and its names."""
+    if key is None:
         return np.zeros((table.n_obs, 0)), []
     frame = _io.morphology(table, key)
     values = frame.to_numpy(float)
@@ -447,8 +459,11 @@ def generate_morphology(
     ------
     KeyError
         The embeddings or the column of states are missing.
+    TypeError
+        ``model`` is a model of another kind.
     ValueError
-        The model does not know the transition, no cell is of the source state, channels differ, or ``key_added`` with an AnnData.
+        The embeddings were made by another model, the model does not know the transition, no cell is of the source state,
+        channels differ, or ``key_added`` is given with an AnnData or taken by another element.
     """
     from spatiaflow import models
     from spatiaflow.models.morphology import MorphologyFlow
@@ -459,6 +474,10 @@ def generate_morphology(
     _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
     model = model if isinstance(model, MorphologyFlow) else models.load(model)
+    if not isinstance(model, MorphologyFlow):
+        raise TypeError(
+            f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."
+        )
     c, name = model.config, f"{source} -> {target}"
     if name not in c.transitions:
         near = difflib.get_close_matches(name, c.transitions, 3, 0.3) or c.transitions
@@ -473,7 +492,14 @@ def generate_morphology(
             "with sdata.set_channel_names(...), or train a model on yours."
         )
     found.channels = tuple(c.channels)
-    table = found.table
+    table, use_rep = found.table, model.card["use_rep"]
+    made_by, known_by = _embedding(table, use_rep), model.card["embedding_sha256"]
+    width = found.embedding["cell"].shape[1]
+    if width != c.n_embedding or (made_by and known_by and made_by != known_by):
+        raise ValueError(
+            f"obsm['{use_rep}_cell'] ({width} columns) was made by another model than the one that the generator was trained "
+            f"with ({c.n_embedding} columns); run sf.tl.embed_spatia(data, model=...) with that one."
+        )
     rows = _sources(table, groupby or model.card["groupby"], source, cells, found.inside)
     shifts, niche_key = model.shifts[name], model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")

@@ -124,12 +124,13 @@ def train_spatia(
     from spatiaflow.models.encoders._cell import published_mae
     from spatiaflow.models.spatia import SpatiaConfig
     from spatiaflow.tl import _cells as cells
-    from spatiaflow.train.spatia import fit_spatia, hold_out
+    from spatiaflow.train.spatia import LOSSES, fit_spatia, hold_out
 
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
     _io.at_least_one(max_epochs=max_epochs)
     _io.positive(crop_um=crop_um)
+    _io.known_names(LOSSES, losses=losses)
     modalities = cells.check_modalities(modalities)
     if init is not None:
         init = init if isinstance(init, models.Spatia) else models.load(_file(init))
@@ -350,6 +351,10 @@ def embed_spatia(
         "scaling": scaling, "transductive": scaling == "slide",
         "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+    for level in set(LEVELS) - set(levels):  # of an earlier call: no longer what uns speaks of
+        table.obsm.pop(f"{key_added}_{level}", None)
+    if not attention:
+        table.obsp.pop(f"{key_added}_attention", None)
     _io.write(
         table, key_added, arrays={**{f"_{level}": v for level, v in out.items()}, "": np.concatenate(unit, 1)},
         uns={"levels": list(levels), "gene_coverage": coverage, "channels": used, "params": params},

@@ -149,7 +149,8 @@ def pair_transitions(
         min_cells=min_cells, n_components=n_components, top_k=top_k, n_rounds=n_rounds, batch_size=batch_size
     )
     _io.slot_name(key_added)
-    _choice(confidence=(confidence, CONFIDENCES), pairs=(pairs, ("sample", "argmax")))
+    _io.one_of(CONFIDENCES, confidence=confidence)
+    _io.one_of(("sample", "argmax"), pairs=pairs)
     data, table = _io.unpack(data, table_key, copy=copy)
     wanted = _transitions(transitions)
     states = _States.of(table, groupby, min_share, min_cells)
@@ -204,12 +205,6 @@ def targets_of(table: AnnData, params: dict) -> dict[str, np.ndarray]:
     states = _States.of(table, params["groupby"], params["min_share"], 1)
     rng = [params["random_state"], 1]
     return {name: states.sides(*name.split(" -> "), np.random.default_rng(rng))[1] for name in params["transitions"]}
-
-
-def _choice(**values) -> None:
-    for name, (value, known) in values.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
 
 
 def _transitions(given) -> list[tuple[str, str]]:
