@@ -168,6 +168,12 @@ def test_bad_input(slide, model):
         train(slide, profile_key="shape")
     with pytest.raises(TypeError, match="not a Spatia"):
         generate(slide, sf.datasets.weights("spatia-pancreas-small"))
+    with pytest.raises(ValueError, match="give level='cell'"):
+        generate(slide, model, level="niche")
+    with pytest.raises(ValueError, match="cells must be a list"):
+        generate(slide, model, cells=["cell_1", "cell_1"])
+    with pytest.raises(ValueError, match="another element called 'table'"):
+        generate(slide, model, key_added="table", n_steps=2)
     with pytest.raises(ValueError, match="another element called 'nuclei'"):
         generate(slide, model, key_added="nuclei", n_steps=2)
     other = tissue(1)

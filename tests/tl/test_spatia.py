@@ -310,8 +310,10 @@ def test_levels_of_an_earlier_call_do_not_stay(slides, model):
     again = embedded(edited(slides[0], table=table), model, levels=("cell",))
     assert "X_spatia_niche" not in again.obsm and "X_spatia_attention" not in again.obsp
     assert again.obsm["X_spatia"].shape == again.obsm["X_spatia_cell"].shape
-    with pytest.raises(ValueError, match="losses has no 'gene'"):
-        train(slides, losses={"gene": 1.0})
+    for bad, match in (({"losses": {"gene": 1.0}}, "losses has no 'gene'"), ({"losses": {"genes": -1}}, "negative"),
+                       ({"genes": ["Foo"]}, "no slide measures, such as 'Foo'")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            train(slides, **bad)
 
 
 def test_attention_is_a_share_of_the_neighbours(slides, model):

@@ -165,6 +165,40 @@ def test_tiles_are_paired_by_the_shares_of_their_cells():
     np.testing.assert_allclose(share["B"].iloc[3], expected, rtol=1e-6)
 
 
+def test_rows_without_anything_to_compare_are_left_out():
+    adata, _ = tissue(60, 60)
+    adata.X[5] = 0
+    adata.X[100] = 0
+    with pytest.warns(UserWarning, match="2 rows have no counts"):
+        found = paired(adata)
+    assert (
+        len(found) == 59
+        and adata.obs_names[5] not in set(found["source"])
+        and adata.obs_names[100] not in set(found["target"])
+    )
+    whole = tissue(60, 60)[0]
+    assert found["confidence"].mean() == pytest.approx(paired(whole)["confidence"].mean(), abs=0.05)
+    whole.obsm["shape"] = np.ones((120, 2))
+    whole.obsm["shape"][7] = np.nan
+    with pytest.warns(UserWarning, match="1 rows have no counts, or no value"):
+        assert len(paired(whole, cost={"genes": 1.0, "shape": 1.0})) == 59
+    with pytest.raises(ValueError, match="cost must be a dict"):
+        paired(whole, cost="genes")
+
+
+def test_the_order_of_rows_does_not_matter():
+    adata, _ = tissue(80, 90, niches=2)
+    other = adata[np.random.default_rng(1).permutation(170)].copy()
+    one, two = (
+        paired(a, niche_key="niche", transitions=[("A", "B"), ("A", "A")])
+        .set_index(["transition", "source"])
+        .sort_index()
+        for a in (adata, other)
+    )
+    assert (one["target"] == two["target"]).mean() > 0.97  # but for rounding
+    np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-3)
+
+
 def test_pairs_are_drawn():
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection

@@ -288,7 +288,7 @@ def keep(data, key: str, table: AnnData, rows: np.ndarray, slides: list) -> None
         raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
     names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.library_id}" for slide in slides]
     taken = [name for name in names if name in data and name not in data.points]
-    taken += [key] if key in data and key not in data.tables else []
+    taken += [key] if key in data and not (key in data.tables and "image" in data[key].obsm) else []
     if taken:
         raise ValueError(f"the SpatialData has another element called {taken[0]!r}: choose another key_added=.")
     region = np.empty(table.n_obs, object)

@@ -178,6 +178,7 @@ class Surrogate(nn.Module):
             layers += [nn.Conv2d(n, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
             n = out
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * n, n_features))
+        self.register_buffer("reliability", torch.ones(n_features))  # R2 on held-out cells, 0 where it is negative
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardised features (n x f) of images (n x C x p x p)."""

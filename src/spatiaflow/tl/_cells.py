@@ -120,8 +120,8 @@ def check_coverage(have: list[str], genes: list[str]) -> float:
     if n < max(1, MIN_COVERAGE * len(genes)):
         raise ValueError(
             f"var_names hold {n} of the model's {len(genes)} genes; at least {MIN_COVERAGE:.0%} are needed. The "
-            f"model knows e.g. {', '.join(genes[:5])}; are the identifiers of one kind (symbols, Ensembl)? "
-            "modalities='image' does without genes."
+            f"model knows e.g. {', '.join(genes[:5])}; are the identifiers of one kind (symbols or Ensembl, human or "
+            "mouse)? modalities='image' does without genes; on other tissue train your own with sf.tl.train_spatia(data)."
         )
     if n < len(genes):
         logger.info("%d of the model's %d genes are measured; the others are masked", n, len(genes))

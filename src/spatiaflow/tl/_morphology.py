@@ -169,7 +169,7 @@ def train_morphology(
         )  # fmt: skip
         del images
     card = {
-        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": _embedding(table, use_rep),
+        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": _embedding(table, use_rep), "level": "cell",
         "pairs": {n: int((found["transition"] == n).sum()) for n in names},
         "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted,
         "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
@@ -473,11 +473,16 @@ def generate_morphology(
     started, seed, where = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
     _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
+    _io.one_of(("cell", "niche"), level=level)
+    if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
+        raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
     model = model if isinstance(model, MorphologyFlow) else models.load(model)
     if not isinstance(model, MorphologyFlow):
         raise TypeError(
             f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."
         )
+    if level != model.card["level"]:
+        raise ValueError(f"the model was trained on {model.card['level']}s: give level={model.card['level']!r}.")
     c, name = model.config, f"{source} -> {target}"
     if name not in c.transitions:
         near = difflib.get_close_matches(name, c.transitions, 3, 0.3) or c.transitions

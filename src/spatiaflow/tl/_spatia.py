@@ -131,9 +131,13 @@ def train_spatia(
     _io.at_least_one(max_epochs=max_epochs)
     _io.positive(crop_um=crop_um)
     _io.known_names(LOSSES, losses=losses)
+    if losses and (min(losses.values()) < 0 or not any((LOSSES | losses).values())):
+        raise ValueError(f"weights of losses must not be negative, nor all 0; they are {losses}.")
     modalities = cells.check_modalities(modalities)
     if init is not None:
         init = init if isinstance(init, models.Spatia) else models.load(_file(init))
+        if not isinstance(init, models.Spatia):
+            raise TypeError(f"init must be a Spatia, not a {type(init).__name__}.")
         crop_um = init.config.crop_um
     preset, backbone = dict(preset or {}), None
     if isinstance(preset.get("backbone"), str | Path):
@@ -178,6 +182,8 @@ def train_spatia(
         ready.append(slide.take(np.flatnonzero(part.inside)) if "image" in modalities else slide)
     validation = _io.held_out(validation, boxes)
     training, held_out = hold_out(ready, validation, 2 * config.anchor_um)
+    if genes is not None and (unknown := sorted(set(genes) - {g for part in named.values() for g in part.genes})):
+        raise ValueError(f"genes= names {len(unknown)} that no slide measures, such as {unknown[0]!r}.")
     depth = [np.asarray(s.counts[s.spread(4000)].sum(1)).ravel() for s in training if s.counts is not None]
     target_sum = init.target_sum if init else max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
     standard = {s.library_id: s.standardised(target_sum).standard for s in ready}  # of whole slides
@@ -305,10 +311,12 @@ def embed_spatia(
         raise ValueError(f"scaling must be 'slide' or 'training', not {scaling!r}.")
     if not isinstance(model, models.Spatia):
         model = models.load(_file(model or DEFAULT_WEIGHTS))
+    if not isinstance(model, models.Spatia):
+        raise TypeError(f"model must be a Spatia, not a {type(model).__name__}.")
     for modality, known in (("image", model.config.channels), ("genes", model.config.genes)):
         if modality in modalities and not known:
             raise ValueError(
-                f"the model was trained without {modality}; leave it out: modalities={set(modalities) - {modality}}."
+                f"the model was trained without {modality}; leave it out, with modalities='image' or 'genes'."
             )
     data, table = _io.unpack(data, table_key, copy=copy)
     slides = _io.slides(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,8 +157,11 @@ def pair_transitions(
     states = _States.of(table, groupby, min_share, min_cells)
     niches = _niches(table, niche_key)
     sides = [states.sides(*one, np.random.default_rng([seed, 1])) for one in wanted]
-    cost = {"genes": 1.0} if cost is None else dict(cost)
-    used = np.unique(np.concatenate([rows for pair in sides for rows in pair]))
+    cost = {"genes": 1.0} if cost is None else cost
+    if not isinstance(cost, Mapping):
+        raise ValueError(f"cost must be a dict of names and weights, such as {{'genes': 1.0}}, not {cost!r}.")
+    sides = _comparable(table, sides, cost, layer, min_cells, wanted)
+    used = _by_name(table, np.unique(np.concatenate([rows for pair in sides for rows in pair])))
 
     def places():
         return _io.slides(
@@ -194,10 +198,43 @@ def pair_transitions(
     n, keep = table.n_obs, value > 0
     plan = sparse.csr_matrix((value[keep].astype(np.float32), (row[keep], column[keep])), (n, n))
     table.obsp[f"{key_added}_plan"] = plan
-    table.uns[f"{key_added}s"] = pd.concat(found, ignore_index=True)
+    pairs_found = pd.concat(found, ignore_index=True)
+    order = [pairs_found["transition"].map({name: i for i, name in enumerate(params["transitions"])}).to_numpy()]
+    order = np.lexsort([table.obs_names.get_indexer(pairs_found["source"]), *order])
+    table.uns[f"{key_added}s"] = pairs_found.iloc[order].reset_index(drop=True)
     table.uns[f"{key_added}_plan"] = {"problems": pd.DataFrame(notes, columns=columns), "params": params}
     logger.info("wrote obsp['%s_plan'], uns['%ss'] (%d pairs)", key_added, key_added, len(table.uns[f"{key_added}s"]))
     return data if copy else None
+
+
+def _by_name(table: AnnData, rows: np.ndarray | None = None) -> np.ndarray:
+    """Rows in the order of their names."""
+    rows = np.arange(table.n_obs) if rows is None else rows
+    return rows[np.argsort(table.obs_names.to_numpy().astype(str)[rows], kind="stable")]
+
+
+def _comparable(table, sides, cost, layer, floor: int, wanted) -> list:
+    """Leave out rows that have nothing to be compared by: no counts, or a value that is missing."""
+    keep = np.ones(table.n_obs, bool)
+    if cost.get("genes"):
+        keep &= np.asarray(_io.counts(table, None, layer)[0].sum(1)).ravel() > 0
+    for name in cost:
+        if name not in ("genes", "composition") and name in table.obsm:
+            keep &= np.isfinite(np.asarray(table.obsm[name], float)).all(1)
+    known = np.unique(np.concatenate([rows for pair in sides for rows in pair]))
+    if missing := int((~keep[known]).sum()):
+        warnings.warn(
+            f"{missing} rows have no counts, or no value in {', '.join(map(repr, cost))}, and are left out.",
+            UserWarning,
+            stacklevel=3,
+        )
+    sides = [[rows[keep[rows]] for rows in pair] for pair in sides]
+    for (source, target), pair in zip(wanted, sides):
+        if min(map(len, pair)) < floor:
+            raise ValueError(
+                f"{source} -> {target}: fewer than min_cells={floor} rows of a state have anything to compare."
+            )
+    return sides
 
 
 def targets_of(table: AnnData, params: dict) -> dict[str, np.ndarray]:
@@ -227,16 +264,17 @@ class _States:
     share: np.ndarray  # n x states
     min_share: float
     floor: int
+    order: np.ndarray  # rows by name: what is drawn does not depend on the order of the table
 
     @classmethod
     def of(cls, table: AnnData, groupby: str, min_share: float, floor: int) -> _States:
         if groupby not in table.obs and groupby in table.obsm and groupby in table.uns.get("tiles", {}):
-            return cls(
-                groupby, [*map(str, table.uns["tiles"][groupby])], np.asarray(table.obsm[groupby]), min_share, floor
-            )
-        state = _io.groups(table, groupby)
-        share = state.cat.codes.to_numpy()[:, None] == np.arange(len(state.cat.categories))
-        return cls(groupby, [*map(str, state.cat.categories)], share.astype(float), 0.5, floor)
+            names, share = table.uns["tiles"][groupby], np.asarray(table.obsm[groupby])
+        else:
+            state, min_share = _io.groups(table, groupby), 0.5
+            names = state.cat.categories
+            share = (state.cat.codes.to_numpy()[:, None] == np.arange(len(names))).astype(float)
+        return cls(groupby, [*map(str, names)], share, min_share, floor, _by_name(table))
 
     def sides(self, source: str, target: str, rng) -> tuple[np.ndarray, np.ndarray]:
         """Rows of sources and of targets."""
@@ -246,10 +284,10 @@ class _States:
                 raise ValueError(f"{self.groupby!r} has no state {state!r}; did you mean {', '.join(map(repr, near))}?")
         a, b = (self.share[:, self.names.index(state)] >= self.min_share for state in (source, target))
         if source == target:
-            rows = rng.permutation(np.flatnonzero(a))
-            rows, columns = np.sort(rows[: len(rows) // 2]), np.sort(rows[len(rows) // 2 :])
+            rows = rng.permutation(self.order[a[self.order]])
+            rows, columns = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         else:
-            rows, columns = np.flatnonzero(a & ~b), np.flatnonzero(b)
+            rows, columns = self.order[(a & ~b)[self.order]], self.order[b[self.order]]
         for state, found in ((source, rows), (target, columns)):
             if len(found) < self.floor:
                 raise ValueError(
@@ -378,5 +416,7 @@ def _slot(table, name: str, states: _States, places) -> np.ndarray:
     if isinstance(values, pd.DataFrame):
         values = values.to_numpy(float)
         spread = np.nanstd(values, 0)
-        return np.nan_to_num((values - np.nanmean(values, 0)) / np.where(spread > 0, spread, 1))
-    return _io.features(table, name, "cost= takes 'genes', 'composition' and slots of obsm.").astype(np.float64)
+        return (values - np.nanmean(values, 0)) / np.where(spread > 0, spread, 1)
+    if name not in table.obsm or not np.issubdtype(np.asarray(values).dtype, np.number):
+        return _io.features(table, name, "cost= takes 'genes', 'composition' and slots of obsm.")
+    return np.asarray(values, np.float64)

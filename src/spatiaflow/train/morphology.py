@@ -202,7 +202,10 @@ class MorphologyTraining(L.LightningModule):
         out = {"flow": (weight * misfit).mean()}
         if "alignment" in self.weights:
             endpoint = x_t + (1 - t)[:, None, None, None] * v
-            out["alignment"] = sliced_wasserstein(self.surrogate(endpoint), self.surrogate(target), g)
+            read = (
+                self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target)
+            )  # no more than it can tell
+            out["alignment"] = sliced_wasserstein(*read, g)
         if "contrast" in self.weights:
             out["contrast"] = self._contrast(network, b, x_t, t, u, misfit, g)
         return out
@@ -274,6 +277,7 @@ def fit_surrogate(
         found = torch.cat([network(read(rows)) for rows in np.array_split(test, -(-len(test) // 512))])
     truth = y[test]
     r2 = 1 - ((found - truth) ** 2).mean(0) / truth.var(0, unbiased=False).clamp_min(1e-9)
+    network.reliability.copy_(r2.clamp(0, 1))
     return network, r2.cpu().numpy()
 
 
