@@ -10,7 +10,7 @@ MAX_FRECHET = 64  # dimensions: above, a covariance needs more images than anybo
 
 
 def energy_distance(a, b) -> float:
-    """Energy distance of two samples: 2 E|a - b| - E|a - a'| - E|b - b'|, without bias.
+    """Energy distance of two samples, ``2 E|a - b| - E|a - a'| - E|b - b'|``, without bias.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def frechet_distance(a, b) -> float:
 
     Returns
     -------
-    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)); biased upwards, the more the
+    ``|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2))``; biased upwards, the more the
     smaller the samples, so compare at equal n alone.
 
     Raises
