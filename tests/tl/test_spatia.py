@@ -338,6 +338,7 @@ def test_levels_are_drawn(slides, model):
     import matplotlib.pyplot as plt
 
     copy = sf.tl.embed_spatia(slides[0], model=model, image_key="fluorescence", copy=True)
+    assert len(sf.pl.levels(copy, levels="niche", return_fig=True).axes) == 2
     figure = sf.pl.levels(copy, return_fig=True)
     assert [ax.get_title().split(",")[0] for ax in figure.axes[:3]] == ["cell", "niche", "tissue"]
     plt.close(figure)

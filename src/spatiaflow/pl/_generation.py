@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._crops import COLOURS
 from spatiaflow.pl._profile import _label
-from spatiaflow.pl._tissue import finish, scale_bar
+from spatiaflow.pl._tissue import finish, scale_bar, violin
 
 
 def transition(
@@ -175,13 +175,7 @@ def profile_shift(
         low, high = whole.quantile([0.005, 0.995])
         for y, (name, values) in enumerate(samples.items()):
             own = values[feature].dropna().clip(low, high).to_numpy(float)
-            if len(own) > 4 and np.ptp(own) > 0:
-                (body,) = ax.violinplot(own, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
-                body.set(facecolor="#56B4E9" if name == "generated" else "0.8", edgecolor="none", alpha=1)
-            if len(own):
-                quartiles = np.quantile(own, [0.25, 0.5, 0.75])
-                ax.plot(quartiles[[0, 2]], [y, y], color="0.35", lw=1.5, solid_capstyle="butt")
-                ax.plot(quartiles[1], y, "o", ms=2.5, color="black")
+            violin(ax, y, own, "#56B4E9" if name == "generated" else "0.8")
         labels = [f"{name} ({len(values):,})" for name, values in samples.items()]
         ax.set_yticks(range(3), labels if i % columns == 0 else [""] * 3, fontsize=6)
         ax.set_ylim(2.5, -0.5)

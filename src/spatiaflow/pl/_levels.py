@@ -70,6 +70,7 @@ def levels(
     import matplotlib.pyplot as plt
 
     _, table = _io.unpack(data, table_key)
+    levels = [levels] if isinstance(levels, str) else list(levels)
     values = [_io.features(table, f"{key}_{level}", EMBEDDING_HELP) for level in levels]
     slide = _slide(data, library_id, table_key, shapes_key, labels_key, library_key, mpp)
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)
@@ -171,7 +172,8 @@ def attention(
     figure, axes = plt.subplots(
         1, 2 if color else 1, figsize=(5.6 if color else 3.0, 2.7), squeeze=False, layout="constrained"
     )
-    points = tissue_panel(axes[0, 0], part, weight, vmin=0, vmax=max(weight.max(), 1e-9), cmap="cividis_r", title=cell)
+    title = cell if len(cell) <= 24 else f"...{cell[-21:]}"
+    points = tissue_panel(axes[0, 0], part, weight, vmin=0, vmax=max(weight.max(), 1e-9), cmap="cividis_r", title=title)
     bar = figure.colorbar(points, ax=axes[0, 0], shrink=0.7, pad=0.02, aspect=18)
     bar.set_label("attention", fontsize=6)
     bar.ax.tick_params(labelsize=6, length=2)

@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._settings import logger
-from spatiaflow.pl._tissue import finish
+from spatiaflow.pl._tissue import finish, violin
 
 
 def profile(
@@ -128,13 +128,7 @@ def _violins(ax, values: pd.Series, group: pd.Series, labels: list[str] | None) 
     margin = 0.02 * (high - low) or 1.0
     names = list(group.cat.categories)
     for y, name in enumerate(names):
-        own = values[group == name].clip(low, high).to_numpy(float)
-        if np.ptp(own) > 0 and len(own) > 4:
-            (body,) = ax.violinplot(own, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
-            body.set(facecolor="0.8", edgecolor="none", alpha=1)
-        quartiles = np.quantile(own, [0.25, 0.5, 0.75])
-        ax.plot(quartiles[[0, 2]], [y, y], color="0.35", lw=1.5, solid_capstyle="butt")
-        ax.plot(quartiles[1], y, "o", ms=2.5, color="black")
+        violin(ax, y, values[group == name].clip(low, high).to_numpy(float))
     ax.axvline(values.median(), color="0.6", lw=0.6, zorder=0)
     ax.set_xlim(low - margin, high + margin)
     ax.set_ylim(len(names) - 0.5, -0.5)

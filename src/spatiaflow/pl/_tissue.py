@@ -55,6 +55,17 @@ def scale_bar(ax: Axes) -> float:
     return float(length)
 
 
+def violin(ax: Axes, y: float, values: np.ndarray, colour="0.8") -> None:
+    """Draw a lying violin at height ``y``, with median and quartiles."""
+    if len(values) > 4 and np.ptp(values) > 0:
+        (body,) = ax.violinplot(values, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
+        body.set(facecolor=colour, edgecolor="none", alpha=1)
+    if len(values):
+        quartiles = np.quantile(values, [0.25, 0.5, 0.75])
+        ax.plot(quartiles[[0, 2]], [y, y], color="0.35", lw=1.5, solid_capstyle="butt")
+        ax.plot(quartiles[1], y, "o", ms=2.5, color="black")
+
+
 def finish(figure: Figure, show: bool | None, return_fig: bool):
     """Show or return a figure, as scanpy does."""
     import matplotlib.pyplot as plt

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io
-from spatiaflow.pl._tissue import SEQUENTIAL, finish, scale_bar, tissue_panel
+from spatiaflow.pl._tissue import SEQUENTIAL, finish, scale_bar, tissue_panel, violin
 
 
 def pairs(
@@ -120,13 +120,7 @@ def _by_niche(ax, found, limit: float) -> None:
     """One lying violin a niche, with median and quartiles."""
     names = sorted(found["niche"].unique())
     for y, name in enumerate(names):
-        own = found.loc[found["niche"] == name, "confidence"].to_numpy(float)
-        if len(own) > 4 and np.ptp(own) > 0:
-            (body,) = ax.violinplot(own, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
-            body.set(facecolor="0.8", edgecolor="none", alpha=1)
-        quartiles = np.quantile(own, [0.25, 0.5, 0.75])
-        ax.plot(quartiles[[0, 2]], [y, y], color="0.35", lw=1.5, solid_capstyle="butt")
-        ax.plot(quartiles[1], y, "o", ms=2.5, color="black")
+        violin(ax, y, found.loc[found["niche"] == name, "confidence"].to_numpy(float))
     labels = [f"{name or 'whole table'} ({(found['niche'] == name).sum():,})" for name in names]
     ax.set_yticks(range(len(names)), labels, fontsize=6)
     ax.set_ylim(len(names) - 0.5, -0.5)
