@@ -134,6 +134,17 @@ def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
     assert model.card["surrogate_r2"]["rna_mean"] > 0.5
 
 
+def test_another_run_is_not_resumed(slide, tmp_path):
+    options = {"max_epochs": 1, "profile_key": None, "checkpoint_dir": tmp_path}
+    whole = train(slide, **options)
+    again = train(slide, **options, resume=True)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values())
+    )
+    with pytest.raises(ValueError, match="holds another run: it differs in seed"):
+        train(slide, **options, resume=True, random_state=7)
+
+
 def test_shift_is_the_mean_difference_of_pairs(slide, model):
     """Nuclei of state B are half again as large: the shift of morphology of A -> B says so, that of A -> A does not."""
     place = model.config.profile.index("area_um2")

@@ -12,8 +12,6 @@ from spatiaflow.models import _base
 from spatiaflow.models.flow import integrate, time_features
 from spatiaflow.models.spatial import GatedMLP
 
-MODALITY_LEVELS = ("cell", "niche")
-
 
 @dataclass
 class MorphologyConfig:

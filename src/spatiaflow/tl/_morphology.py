@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
-from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import spatiaflow
@@ -168,6 +167,7 @@ def train_morphology(
             accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
         )  # fmt: skip
         del images
+        (Path(folder) / "images.npy").unlink()
     card = {
         "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": _embedding(table, use_rep), "level": "cell",
         "pairs": {n: int((found["transition"] == n).sum()) for n in names},
@@ -274,23 +274,21 @@ class _Cells:
 
     def surroundings(self, k: int):
         """Embeddings, and the ``k`` nearest cells of each."""
+        from spatiaflow.models.spatial import spatial_graph
         from spatiaflow.train.morphology import Surroundings
 
         n = self.table.n_obs
         near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
         for part in self.parts:
             xy, rows = part.slide.xy, part.slide.rows
-            m = min(k, len(xy) - 1)
-            if m < 1:
-                continue
-            index = cKDTree(xy).query(xy, k=[*range(2, m + 2)])[1]
-            near[rows[:, None], np.arange(m)] = rows[index]
-            offset[rows[:, None], np.arange(m)] = (xy[index] - xy[:, None]) / self.crop_um
+            graph = spatial_graph(xy, k, ties="cut", scale=self.crop_um)
+            m = np.arange(graph.index.shape[1])
+            near[rows[:, None], m] = rows[graph.index.numpy()]
+            offset[rows[:, None], m] = graph.offset.numpy()
         return Surroundings(*(self.embedding[level] for level in LEVELS), near, offset)
 
-    def images(self, rows: np.ndarray, path: Path, intensity: dict | None = None):
+    def images(self, rows: np.ndarray, path: Path):
         """Scaled images of some rows, from about -1 to 1, on disk as float16; and the place of each row, or -1."""
-        intensity = intensity or self.intensity
         place = np.full(self.table.n_obs, -1)
         place[rows] = np.arange(len(rows))
         p = self.parts[0].crops.pixels
@@ -298,7 +296,7 @@ class _Cells:
         for part in self.parts:
             which = np.flatnonzero((place[part.slide.rows] >= 0) & part.inside)
             for some, crops in part.crops.batches(512, which):
-                out[place[part.slide.rows[some]]] = self.scaled(crops, part, intensity)
+                out[place[part.slide.rows[some]]] = self.scaled(crops, part, self.intensity)
         return out, place
 
     def scaled(self, crops, part, intensity: dict) -> np.ndarray:

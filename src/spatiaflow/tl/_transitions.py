@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.models.pairing import Plan, agreement, transport
+from spatiaflow.models.spatial import spatial_graph
 
 # Confidence is judged on wide plans: at the width that pairs are drawn with, what few targets happen to be near would count
 # as evidence, and a group of 20 cells would be surer, or less sure, than one of 5,000.
@@ -408,8 +408,7 @@ def _slot(table, name: str, states: _States, places) -> np.ndarray:
     if name == "composition":
         out = np.zeros(states.share.shape)
         for slide in places():
-            k = min(31, len(slide.xy))
-            near = cKDTree(slide.xy).query(slide.xy, k=[*range(1, k + 1)])[1][:, 1:]
+            near = spatial_graph(slide.xy, 30, ties="cut").index.numpy()
             out[slide.rows] = states.share[slide.rows[near]].mean(1)
         return out
     values = table.obsm.get(name)

@@ -22,7 +22,7 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
-from spatiaflow.train.fit import fit
+from spatiaflow.train.fit import claim, fit
 
 LOSSES = {"flow": 1.0, "alignment": 0.1, "contrast": 0.1}
 MARGIN = 0.1
@@ -288,6 +288,13 @@ def fit_morphology(
     checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
     """Fit a generator to pairs; returns its averaged network and the history."""
+    if checkpoint_dir is not None:
+        claim(
+            checkpoint_dir, resume, config=config, losses=losses, weighted=weighted, max_epochs=max_epochs, seed=seed,
+            batch_size=batch_size, batches_per_epoch=batches_per_epoch, learning_rate=learning_rate,
+            pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
+            around=[around.cell, around.offset],
+        )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)
