@@ -13,6 +13,7 @@ a mouse. Each row is written to ``benchmarks/results/embedding-*.csv`` with its 
 
 import argparse
 import datetime
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -117,16 +118,16 @@ class Probe:
 
 
 def supervised_cnn(
-    parts: dict, top: np.ndarray, seed: int, max_epochs: int = 30, patience: int = 4
+    parts: dict, top: np.ndarray, seed: int, *, raw: bool = False, max_epochs: int = 30, patience: int = 4
 ) -> tuple[dict, str]:
     """Embeddings of a small CNN trained to predict all counts, with SPATIA's augmentation and crops, to convergence.
 
     The epoch is chosen on the last band of the training part. Intensities are scaled by the training part's; those of
-    "PART, own" by the part's own.
+    "PART, own" by the part's own. ``raw`` takes them as they are stored, of 8 bits.
     """
     crops = {name: sf.pp.crops(part, mpp=1) for name, part in parts.items()}
     tables = {name: part["table"] for name, part in parts.items()}
-    own = {name: c.intensity() for name, c in crops.items()}
+    own = {name: np.tile([0.0, 255.0], (c.shape[1], 1)) if raw else c.intensity() for name, c in crops.items()}
     counts = sparse.csr_matrix(tables["train"].X).astype(np.float32)
     y, scored = expression(tables["train"], top)
     band = folds(crops["train"].xy, 20) == 19
@@ -330,6 +331,7 @@ def pancreas(a) -> None:
         timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
         own = {name: features["CNN, supervised"][f"{name}, own"] for name in parts}
         features["CNN, supervised, intensities of each part"] = own
+        timed("CNN, supervised, raw intensities", lambda: supervised_cnn(parts, top, a.seed, raw=True))
     if a.baselines_only:
         return
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
@@ -425,6 +427,32 @@ class Classifier:
         return f1_score(label, self.model.predict((x - self.mean) / self.std), average="macro")
 
 
+def banksy(xy: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of 15 neighbours and length of the gradient over 30, weighed by distance (BANKSY, Singhal et al. 2024)."""
+    distance, index = cKDTree(xy).query(xy, k=31)
+    sums = []
+    for k, turn in ((15, 0), (30, 1)):
+        d, near = distance[:, 1 : k + 1], index[:, 1 : k + 1]
+        weight = np.exp(-((d / np.median(d, 1, keepdims=True)) ** 2))
+        weight = weight / weight.sum(1, keepdims=True)
+        offset = (xy[near] - xy[:, None]) @ [1, 1j]
+        weight = weight * np.exp(1j * turn * np.angle(offset))  # the first harmonic: which side it comes from
+        sums.append(sum(weight[:, [j]] * values[near[:, j]] for j in range(k)))
+    return sums[0].real, np.abs(sums[1])
+
+
+def scvi_latent(data, train: np.ndarray, seed: int) -> np.ndarray:
+    """Latent means (30) of scVI, fitted without labels to the training mice; the test mouse is only encoded."""
+    import scvi
+
+    scvi.settings.seed = seed
+    fitted = data[train].copy()
+    scvi.model.SCVI.setup_anndata(fitted)
+    model = scvi.model.SCVI(fitted, n_latent=30, gene_likelihood="nb")
+    model.train(max_epochs=400, early_stopping=True, accelerator="cpu", enable_progress_bar=False)
+    return model.get_latent_representation(data.copy())
+
+
 def starmap(a) -> None:
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
@@ -446,17 +474,30 @@ def starmap(a) -> None:
     def mean_around(values, xy=xy):
         return by_mouse(values, lambda v, m: around(xy[mouse == m], v, 30))
 
+    def scaled_by(train, values, own):
+        """z-scores by the training mice, or by each mouse itself, which sees the test mouse whole."""
+        if own:
+            return by_mouse(values, lambda v, m: (v - v.mean(0)) / (v.std(0) + 1e-6))
+        return (values - values[train].mean(0)) / (values[train].std(0) + 1e-6)
+
     def simple(train) -> dict:
-        """Baselines; "own" is scaled by each mouse's own mean and spread, which sees the test mouse whole."""
+        """Baselines; "own" is scaled by each mouse itself. Components, means and gradients are of scaled genes."""
         shuffled = by_mouse(xy, lambda v, m: np.random.default_rng(0).permutation(v))
-        own = by_mouse(y, lambda v, m: (v - v.mean(0)) / (v.std(0) + 1e-6))
         out = {}
-        for note, values in (("", (y - y[train].mean(0)) / (y[train].std(0) + 1e-6)), (", own", own)):
+        for note in ("", ", own"):
+            values = scaled_by(train, y, note)
             pca = PCA(30, random_state=0).fit(values[train]).transform(values)
             out |= {
                 f"genes{note}": values, f"PCA{note}": pca, f"genes + neighbours{note}": np.hstack([values, mean_around(values)]),
                 f"PCA + neighbours{note}": np.hstack([pca, mean_around(pca)]), f"neighbours{note}": mean_around(pca),
             }  # fmt: skip
+            mean, gradient = (np.empty(values.shape) for _ in range(2))
+            for m in mice:
+                mean[mouse == m], gradient[mouse == m] = banksy(xy[mouse == m], values[mouse == m])
+            blocks = [values, scaled_by(train, mean, note), scaled_by(train, gradient, note)]
+            for share in (0.2, 0.8):  # of the neighbourhood, for types and for layers
+                joint = np.hstack([w**0.5 * v for w, v in zip((1 - share, share * 2 / 3, share / 3), blocks)])
+                out[f"BANKSY-style {share}{note}"] = PCA(30, random_state=0).fit(joint[train]).transform(joint)
         return out | {"PCA + neighbours, own, coordinates shuffled": np.hstack([pca, mean_around(pca, shuffled)])}
 
     def learned(train, seed, held) -> tuple[dict, float]:
@@ -482,6 +523,11 @@ def starmap(a) -> None:
         for held in mice:
             train, test = mouse != held, mouse == held
             features = simple(train) if seed == 0 else {}
+            if importlib.util.find_spec("scvi"):
+                latent = scvi_latent(data, train, seed)
+                features["scVI"] = latent
+                features["scVI + neighbours (as CellCharter)"] = np.hstack([latent, mean_around(latent)])
+                features["neighbours' scVI"] = mean_around(latent)
             levels, seconds = learned(train, seed, held)
             cell, niche, tissue = levels.values()
             features |= {
@@ -489,6 +535,9 @@ def starmap(a) -> None:
                 "SPATIA tissue": tissue, "SPATIA cell + niche": np.hstack([cell, niche]),
                 "SPATIA all levels": np.hstack([cell, niche, tissue]),
             }  # fmt: skip
+            for name in ("SPATIA cell", "SPATIA niche", "SPATIA all levels"):  # as many dimensions as the components
+                x = features[name]
+                features[f"{name}, 30 components"] = PCA(30, random_state=0).fit(x[train]).transform(x)
             for name, x in features.items():
                 row = {"mouse": held, "seed": seed, "method": name, "features": x.shape[1]}
                 for task, label in (("type", kind), ("layer", layer)):

@@ -12,7 +12,8 @@ from spatiaflow.models.morphology import (
     Surrogate,
     sliced_wasserstein,
 )
-from spatiaflow.train.morphology import MorphologyTraining, oriented, turned, turned_offsets
+from spatiaflow.train.morphology import MorphologyTraining
+from spatiaflow.train.pairs import oriented, turned, turned_offsets
 
 CONFIG = MorphologyConfig(
     ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, width=32,

@@ -31,9 +31,10 @@ class MorphologyConfig:
         Neighbours that a cell's image is conditioned on, one token each.
     spatial
         Whether niche, tissue and neighbours condition the image at all.
-    noise
-        Standard deviation of what is added to the control image, whose pixels run from about -1 to 1; without noise a cell has
-        one outcome. ``start="noise"`` leaves the control out and begins from pure noise.
+    start, noise
+        The path begins at ``"control"``, the control image, whose pixels run from about -1 to 1, with noise of this standard
+        deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the control
+        image beside.
     patch_pixels, width, n_layers, n_heads
         Of the transformer over patches.
     drop
@@ -50,7 +51,7 @@ class MorphologyConfig:
     n_neighbors: int = 12
     spatial: bool = True
     start: str = "control"
-    noise: float = 0.3
+    noise: float = 0.05
     patch_pixels: int = 4
     width: int = 128
     n_layers: int = 4
@@ -111,17 +112,20 @@ class Block(nn.Module):
 
 
 class MorphologyNetwork(nn.Module):
-    """Velocity of an image under conditions: a diffusion transformer on patches, with the control image beside."""
+    """Velocity of an image under conditions: a diffusion transformer on patches.
+
+    On a path that begins at the control image the network does not see that image again: with both ends of the way walked
+    the velocity could be read off, (x - control) / t, without a word learnt about where to go.
+    """
 
     def __init__(self, c: MorphologyConfig):
         super().__init__()
         self.config, d = c, c.width
         self.side = c.crop_pixels // c.patch_pixels
         n_channels, patch = len(c.channels), c.patch_pixels
+        n_seen = n_channels * (2 if c.start == "noise" else 1)
         # a few convolutions before and after: patches alone leave seams
-        self.stem = nn.Sequential(
-            nn.Conv2d(2 * n_channels, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, d, patch, stride=patch)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(n_seen, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, d, patch, stride=patch))
         self.place = nn.Parameter(0.02 * torch.randn(1, self.side**2, d))
         self.time = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
         self.known = nn.ModuleDict({
@@ -139,7 +143,7 @@ class MorphologyNetwork(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, 32 * patch**2)
         self.tail = nn.Sequential(
-            nn.Conv2d(32 + 2 * n_channels, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, n_channels, 3, padding=1)
+            nn.Conv2d(32 + n_seen, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, n_channels, 3, padding=1)
         )
         nn.init.zeros_(self.tail[2].weight)
         nn.init.zeros_(self.tail[2].bias)
@@ -157,13 +161,13 @@ class MorphologyNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
         """Velocity (n x C x p x p) at x (alike) and times t (n)."""
-        both = torch.cat([x, control], 1)
-        h = self.stem(both).flatten(2).transpose(1, 2) + self.place
+        seen = torch.cat([x, control], 1) if self.config.start == "noise" else x
+        h = self.stem(seen).flatten(2).transpose(1, 2) + self.place
         condition = F.silu(condition + self.time(time_features(t, 128)))
         for block in self.blocks:
             h = block(h, condition, around)
         h = self.head(self.norm(h)).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
-        return self.tail(torch.cat([F.pixel_shuffle(h, self.config.patch_pixels), both], 1))
+        return self.tail(torch.cat([F.pixel_shuffle(h, self.config.patch_pixels), seen], 1))
 
 
 class Surrogate(nn.Module):

@@ -247,3 +247,9 @@ class LocalAttention(nn.Module):
         dot, mean = (flat @ w).view(gated.shape[:-1]), gated.mean(-1)
         variance = (torch.linalg.vector_norm(gated, dim=-1) ** 2 / len(w) - mean**2).clamp_min(0)
         return (dot - mean * w.sum()) * torch.rsqrt(variance + norm.eps) + (norm.bias @ outer.weight[0] + outer.bias)
+
+
+def far_band(xy: np.ndarray, share: float) -> tuple[np.ndarray, float]:
+    """Places along the longer side (n), and where the far band with this share of the points begins."""
+    along = xy[:, int(np.argmax(np.ptp(xy, axis=0)))]
+    return along, float(np.quantile(along, 1 - share))

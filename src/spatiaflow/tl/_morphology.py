@@ -7,7 +7,6 @@ import tempfile
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,8 @@ from spatialdata import SpatialData
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import progress, resolve_seed, settings
-from spatiaflow.tl import _cells
+from spatiaflow.tl._images import LEVELS, CellImages, Some, model_of, unscaled
 from spatiaflow.tl._transitions import targets_of
-
-LEVELS = ("cell", "niche", "tissue")
 
 
 def train_morphology(
@@ -127,7 +124,7 @@ def train_morphology(
     patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
     if crop_pixels % patch:
         raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of patch_pixels={patch}.")
-    cells = _Cells.of(
+    cells = CellImages.of(
         data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
         labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
     )  # fmt: skip
@@ -152,13 +149,13 @@ def train_morphology(
         Path(folder).mkdir(parents=True, exist_ok=True)
         used = np.union1d(pairs.source, pairs.target)
         images, image_of = cells.images(used, Path(folder) / "images.npy")
-        band = cells.band(validation)
+        band = cells.far(validation)
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)
             order = np.flatnonzero(known)
             surrogate, r2 = train.fit_surrogate(
-                _Some(images, order), profile[used][order], band[used][order], seed=seed, device=target
+                Some(images, order), profile[used][order], band[used][order], seed=seed, device=target
             )
         network, history = train.fit_morphology(
             pairs.within(~band), pairs.within(band), images, image_of, around, config, surrogate, losses=losses,
@@ -169,7 +166,7 @@ def train_morphology(
         del images
         (Path(folder) / "images.npy").unlink()
     card = {
-        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": _embedding(table, use_rep), "level": "cell",
+        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": model_of(table, use_rep), "level": "cell",
         "pairs": {n: int((found["transition"] == n).sum()) for n in names},
         "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted,
         "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
@@ -178,139 +175,6 @@ def train_morphology(
     return MorphologyFlow(
         network=network, surrogate=surrogate, shifts=shifts, intensity=cells.intensity, history=history, card=card
     )
-
-
-class _Some:
-    """Some rows of an array that stays on disk."""
-
-    def __init__(self, array, rows):
-        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
-
-    def __getitem__(self, which):
-        return self.array[self.rows[which]]
-
-
-@dataclass
-class _Cells:
-    """All cells of a table: images, embeddings, positions."""
-
-    table: AnnData
-    parts: list
-    embedding: dict[str, np.ndarray]
-    channels: tuple[str, ...]
-    intensity: dict[str, list[float]]
-    crop_um: float
-
-    @classmethod
-    def of(
-        cls,
-        data,
-        use_rep,
-        crop_um,
-        crop_pixels,
-        *,
-        table_key,
-        image_key,
-        shapes_key,
-        labels_key,
-        library_key,
-        spatial_key,
-        mpp,
-    ):
-        _, table = _io.unpack(data, table_key)
-        embedding = {
-            level: _io.features(table, f"{use_rep}_{level}", "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
-            for level in LEVELS
-        }
-        slides = _io.slides(
-            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-            spatial_key=spatial_key, mpp=mpp,
-        )  # fmt: skip
-        parts = _cells.parts(
-            data,
-            table,
-            slides,
-            modalities=("image",),
-            crop_um=crop_um,
-            crop_pixels=crop_pixels,
-            layer=None,
-            image_key=image_key,
-        )
-        _cells.share_memory(parts)
-        channels = tuple(dict.fromkeys(str(c).lower() for part in parts for c in part.crops.channels))
-        ready = [_cells.cell_slide(part, [], list(channels), None, part.slide.library_id) for part in parts]
-        return cls(table, parts, embedding, channels, _cells.intensity_of(ready, list(channels)), crop_um)
-
-    @property
-    def boxes(self) -> dict:
-        return {
-            p.slide.library_id: {"n_obs": len(p.slide.rows), "box_um": [*p.slide.xy.min(0), *p.slide.xy.max(0)]}
-            for p in self.parts
-        }
-
-    @property
-    def positions(self) -> np.ndarray:
-        """µm, n x 2; rows of the table that stand on no slide are NaN."""
-        out = np.full((self.table.n_obs, 2), np.nan)
-        for part in self.parts:
-            out[part.slide.rows] = part.slide.xy
-        return out
-
-    @property
-    def inside(self) -> np.ndarray:
-        """Rows of the table whose cell lies in its image."""
-        out = np.zeros(self.table.n_obs, bool)
-        for part in self.parts:
-            out[part.slide.rows[part.inside]] = True
-        return out
-
-    def band(self, share: float) -> np.ndarray:
-        """Rows at the far end of each slide's longer side."""
-        out = np.zeros(self.table.n_obs, bool)
-        for part in self.parts:
-            along = part.slide.xy[:, int(np.argmax(np.ptp(part.slide.xy, axis=0)))]
-            out[part.slide.rows] = along > np.quantile(along, 1 - share)
-        return out
-
-    def surroundings(self, k: int):
-        """Embeddings, and the ``k`` nearest cells of each."""
-        from spatiaflow.models.spatial import spatial_graph
-        from spatiaflow.train.morphology import Surroundings
-
-        n = self.table.n_obs
-        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
-        for part in self.parts:
-            xy, rows = part.slide.xy, part.slide.rows
-            graph = spatial_graph(xy, k, ties="cut", scale=self.crop_um)
-            m = np.arange(graph.index.shape[1])
-            near[rows[:, None], m] = rows[graph.index.numpy()]
-            offset[rows[:, None], m] = graph.offset.numpy()
-        return Surroundings(*(self.embedding[level] for level in LEVELS), near, offset)
-
-    def images(self, rows: np.ndarray, path: Path):
-        """Scaled images of some rows, from about -1 to 1, on disk as float16; and the place of each row, or -1."""
-        place = np.full(self.table.n_obs, -1)
-        place[rows] = np.arange(len(rows))
-        p = self.parts[0].crops.pixels
-        out = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), len(self.channels), p, p))
-        for part in self.parts:
-            which = np.flatnonzero((place[part.slide.rows] >= 0) & part.inside)
-            for some, crops in part.crops.batches(512, which):
-                out[place[part.slide.rows[some]]] = self.scaled(crops, part, self.intensity)
-        return out, place
-
-    def scaled(self, crops, part, intensity: dict) -> np.ndarray:
-        """Crops in the order of the channels: background -1, bright end 1."""
-        from spatiaflow.models.spatia import scaled
-
-        order = _cells.match_channels(part.crops.channels, list(self.channels), None, part.slide.library_id)
-        table = np.array([intensity[name.lower()] for name in map(str, part.crops.channels)])
-        return (2 * scaled(crops, table, order) - 1).numpy()
-
-
-def _embedding(table: AnnData, use_rep: str) -> str:
-    """Which model made the embeddings, where it is known."""
-    return str(table.uns.get(use_rep, {}).get("params", {}).get("model_sha256", ""))
 
 
 def _profile(table: AnnData, key: str | None) -> tuple[np.ndarray, list[str]]:
@@ -325,9 +189,8 @@ def _profile(table: AnnData, key: str | None) -> tuple[np.ndarray, list[str]]:
 
 def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, inside):
     """Sources with the rows of their plan, and the mean shift of each transition and niche."""
-    from spatiaflow.train.morphology import Pairs
+    from spatiaflow.train.pairs import Pairs, mean_shift, shares
 
-    names = [*params["transitions"]]
     counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
     total = np.asarray(counts.sum(1)).ravel().clip(1)
     log = sparse.csr_matrix(sparse.diags(float(np.median(total)) / total) @ counts).log1p()
@@ -335,42 +198,30 @@ def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, insid
     source = table.obs_names.get_indexer(found["source"])
     if (source < 0).any():
         raise KeyError(f"uns names a source that is no row: {found['source'].iloc[int(np.argmax(source < 0))]!r}.")
-    plan = sparse.csr_matrix(plan)[source]  # a row a pair
-    width = int(np.diff(plan.indptr).max(initial=1))
-    target, share = np.tile(source[:, None], (1, width)), np.zeros((len(source), width))
-    place = {name: i for i, name in enumerate(names)}
-    transition = found["transition"].map(place).to_numpy()
+    names = [*params["transitions"]]
+    transition = pd.Index(names).get_indexer(found["transition"])
     allowed = np.zeros((len(names), table.n_obs), bool)
-    for name, rows in targets_of(table, params).items():
-        allowed[place[name], rows] = inside[rows]
-    for i in range(len(source)):
-        span = slice(plan.indptr[i], plan.indptr[i + 1])
-        index = plan.indices[span]
-        target[i, : len(index)], share[i, : len(index)] = index, plan.data[span] * allowed[transition[i], index]
+    for i, rows in enumerate(targets_of(table, params).values()):
+        allowed[i, rows] = inside[rows]
+    # a cell may be the source of several transitions, whose targets stand in one row of the plan
+    target, share = shares(sparse.csr_matrix(plan)[source], allowed[transition])
+    pairs = Pairs(
+        source, target, share, found["confidence"].to_numpy(float), transition, np.zeros((len(source), log.shape[1])),
+        np.zeros((len(source), measured.shape[1])),
+    )  # fmt: skip
     kept = inside[source] & (share.sum(1) > 0)
-    share[kept] /= share[kept].sum(1, keepdims=True)
-    confidence = found["confidence"].to_numpy(float)
-    genes, features, shifts = np.zeros((len(source), log.shape[1])), np.zeros((len(source), measured.shape[1])), {}
-    for name, i in place.items():
-        here = kept & (transition == i)
-        if not here.any():
+    shifts = {}
+    for i, name in enumerate(names):
+        if not (here := kept & (transition == i)).any():
             raise ValueError(f"{name} has no pair whose cells lie in the image.")
         shifts[name] = {}
-        for niche in ["", *sorted({n for n in found["niche"][here] if n})]:
+        for niche in ["", *sorted({n for n in found["niche"][here] if n})]:  # "": all together
             which = np.flatnonzero(here & ((found["niche"] == niche).to_numpy() if niche else True))
-            weight = confidence[which] / max(confidence[which].sum(), 1e-12)
-            change = np.zeros(table.n_obs)  # mean of the targets minus mean of the sources
-            np.add.at(change, target[which].ravel(), (share[which] * weight[:, None]).ravel())
-            np.add.at(change, source[which], -weight)
-            genes[which], features[which] = change @ log, change @ measured
+            pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (log, measured))
             shifts[name][niche] = {
-                kind: np.round(values[which[0]], 5).tolist()
-                for kind, values in (("genes", genes), ("profile", features))
+                kind: np.round(getattr(pairs, kind)[which[0]], 5).tolist() for kind in ("genes", "profile")
             }
-    pairs = Pairs(
-        source[kept], target[kept], share[kept], confidence[kept], transition[kept], genes[kept], features[kept]
-    )
-    return pairs, shifts
+    return pairs.rows(np.flatnonzero(kept)), shifts
 
 
 def generate_morphology(
@@ -466,7 +317,7 @@ def generate_morphology(
     from spatiaflow import models
     from spatiaflow.models.morphology import MorphologyFlow
     from spatiaflow.pp import image_profile
-    from spatiaflow.train.morphology import Pairs, conditions
+    from spatiaflow.train.pairs import Pairs, conditions
 
     started, seed, where = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
     _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
@@ -485,7 +336,7 @@ def generate_morphology(
     if name not in c.transitions:
         near = difflib.get_close_matches(name, c.transitions, 3, 0.3) or c.transitions
         raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
-    found = _Cells.of(
+    found = CellImages.of(
         data, model.card["use_rep"], c.crop_um, c.crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
         labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
     )  # fmt: skip
@@ -496,7 +347,7 @@ def generate_morphology(
         )
     found.channels = tuple(c.channels)
     table, use_rep = found.table, model.card["use_rep"]
-    made_by, known_by = _embedding(table, use_rep), model.card["embedding_sha256"]
+    made_by, known_by = model_of(table, use_rep), model.card["embedding_sha256"]
     width = found.embedding["cell"].shape[1]
     if width != c.n_embedding or (made_by and known_by and made_by != known_by):
         raise ValueError(
@@ -531,7 +382,7 @@ def generate_morphology(
                     {"trajectory": states.transpose(0, 1)} if trajectory else {}
                 )
                 for slot, values in found_here.items():
-                    values = _unscaled(values, model.intensity, c.channels, crops.numpy().dtype)
+                    values = unscaled(values, model.intensity, c.channels, crops.numpy().dtype)
                     made.setdefault(slot, np.zeros((len(rows), n_variants, *values.shape[1:]), values.dtype))
                     made[slot][here, variant] = values
                 bar.update(len(here))
@@ -588,12 +439,3 @@ def _noise(names, seed: int, variant: int, shape) -> torch.Tensor:
         for name in names
     ]
     return torch.from_numpy(np.stack(draws))
-
-
-def _unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:
-    """Images in the scale of the slide's own, and in its type."""
-    low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
-    values = (x.numpy() + 1) / 2 * (high - low) + low
-    if np.issubdtype(dtype, np.integer):
-        return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
-    return values.astype(np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset
 
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
@@ -23,134 +21,10 @@ from spatiaflow.models.morphology import (
     start,
 )
 from spatiaflow.train.fit import claim, fit
+from spatiaflow.train.pairs import Context, PairBatches, Pairs, turned
 
 LOSSES = {"flow": 1.0, "alignment": 0.1, "contrast": 0.1}
 MARGIN = 0.1
-
-
-@dataclass
-class Surroundings:
-    """Embeddings of all cells, and who lies where around each; rows are those of the table."""
-
-    cell: np.ndarray  # n x d
-    niche: np.ndarray  # n x d
-    tissue: np.ndarray  # n x d
-    neighbors: np.ndarray  # n x k, rows; a cell that has fewer repeats itself
-    offset: np.ndarray  # n x k x 2 (x, y), in crops
-
-
-@dataclass
-class Pairs:
-    """Sources with their rows of the transport plan; images by row of ``image_of``."""
-
-    source: np.ndarray  # n, rows of the table
-    target: np.ndarray  # n x k, rows of the table
-    share: np.ndarray  # n x k, sums to 1
-    confidence: np.ndarray  # n
-    transition: np.ndarray  # n
-    genes: np.ndarray  # n x genes, shift of its transition and niche
-    profile: np.ndarray  # n x features
-    level: int = 0
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def within(self, rows: np.ndarray) -> Pairs:
-        """Pairs whose source is among ``rows`` (bool by row of the table), with those of their targets that are."""
-        share = self.share * rows[self.target]
-        kept = rows[self.source] & (share.sum(1) > 0)
-        share = share[kept] / share[kept].sum(1, keepdims=True)
-        fields = (getattr(self, name)[kept] for name in ("confidence", "transition", "genes", "profile"))
-        return Pairs(self.source[kept], self.target[kept], share, *fields, self.level)
-
-
-def conditions(pairs: Pairs, which: np.ndarray, around: Surroundings, turns: np.ndarray | None = None) -> Conditions:
-    """Conditions of some pairs; ``turns`` (n, 0 to 7) turn the neighbours as :func:`turned` turns the image."""
-    source = pairs.source[which]
-    offset = around.offset[source] if turns is None else turned_offsets(around.offset[source], turns)
-    arrays = (
-        around.cell[source], around.niche[source], around.tissue[source],
-        np.concatenate([around.cell[around.neighbors[source]], offset], 2), pairs.transition[which], pairs.genes[which],
-        pairs.profile[which], np.full(len(which), pairs.level),
-    )  # fmt: skip
-    kinds = {"i": np.int64, "f": np.float32}
-    return Conditions(*(torch.from_numpy(np.ascontiguousarray(v, kinds[v.dtype.kind])) for v in arrays))
-
-
-def turned(x: Tensor, turns: np.ndarray) -> Tensor:
-    """Images (n x C x p x p) each turned by a multiple of 90 degrees (turns % 4) and mirrored (turns >= 4)."""
-    out = torch.empty_like(x)
-    for k in np.unique(turns):
-        which = torch.from_numpy(turns == k)
-        one = torch.rot90(x[which], int(k) % 4, (2, 3))
-        out[which] = one.flip(3) if k >= 4 else one
-    return out
-
-
-def turned_offsets(offset: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """Offsets (n x k x 2; x, y) of what lies around images that :func:`turned` turns."""
-    out = offset.copy()
-    for _ in range(3):
-        again = turns % 4 > 0
-        out[again] = np.stack([out[again, :, 1], -out[again, :, 0]], -1)
-        turns = np.where(again, turns - 1, turns)
-    out[turns >= 4, :, 0] *= -1
-    return out
-
-
-def oriented(target: Tensor, source: Tensor) -> Tensor:
-    """Each target in that of its eight orientations which is nearest to its source: a cell has no up."""
-    flat = [turned(target, np.full(len(target), k)) for k in range(8)]
-    distance = torch.stack([((one - source) ** 2).flatten(1).sum(1) for one in flat])
-    return torch.stack(flat)[distance.argmin(0), torch.arange(len(target))]
-
-
-class PairBatches(Dataset):
-    """Item b of an epoch depends on the seed, the epoch and b alone.
-
-    Targets are drawn anew from the plan each time, so that a source is shown the variety of its targets; both images are turned
-    alike.
-    """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        images,
-        image_of: np.ndarray,
-        around: Surroundings,
-        n_batches: int,
-        size: int,
-        seed: int,
-        *,
-        augment=True,
-    ):
-        self.pairs, self.images, self.image_of, self.around = pairs, images, image_of, around
-        self.n_batches, self.size, self.seed, self.epoch, self.augment = n_batches, size, seed, 0, augment
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def __getitem__(self, b: int) -> dict:
-        if not 0 <= b < len(self):
-            raise IndexError(b)
-        rng = np.random.default_rng([self.seed, self.epoch, b])
-        p = self.pairs
-        which = rng.choice(len(p), min(self.size, len(p)), replace=False)
-        place = (rng.random((len(which), 1)) > p.share[which].cumsum(1)).sum(1).clip(max=p.share.shape[1] - 1)
-        target = p.target[which, place]
-        source, target = (self._read(rows) for rows in (p.source[which], target))
-        turns = rng.integers(0, 8, len(which)) if self.augment else np.zeros(len(which), int)
-        source = turned(source, turns)
-        return {
-            "source": source,
-            "target": oriented(target, source),
-            "confidence": torch.from_numpy(p.confidence[which].astype(np.float32)),
-            "conditions": conditions(p, which, self.around, turns),
-            "seed": int(rng.integers(2**31)),
-        }
-
-    def _read(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(self.images[self.image_of[rows]], np.float32))
 
 
 @torch.no_grad()
@@ -282,7 +156,7 @@ def fit_surrogate(
 
 
 def fit_morphology(
-    training: Pairs, validation: Pairs, images, image_of, around: Surroundings, config: MorphologyConfig,
+    training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig,
     surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, max_epochs: int = 20,
     batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 5e-4,
     checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,

@@ -25,7 +25,7 @@ from spatiaflow.models.spatia import (
     relative_scale,
     scaled,
 )
-from spatiaflow.models.spatial import Graph
+from spatiaflow.models.spatial import Graph, far_band
 from spatiaflow.train.fit import claim, fit
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
@@ -75,8 +75,7 @@ def hold_out(slides: list[CellSlide], validation, gap: float) -> tuple[list[Cell
         return [s for s in slides if s.library_id not in validation], [s for s in slides if s.library_id in validation]
     training, held_out = [], []
     for s in slides:
-        along = s.xy[:, int(np.argmax(np.ptp(s.xy, axis=0)))]
-        edge = np.quantile(along, 1 - validation)
+        along, edge = far_band(s.xy, validation)
         gap_here = min(gap, 0.1 * np.ptp(along))
         held_out.append(s.take(np.flatnonzero(along > edge)))
         training.append(s.take(np.flatnonzero(along <= edge - gap_here)))

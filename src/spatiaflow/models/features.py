@@ -1,0 +1,77 @@
+"""A small network whose features of cell images generated and real ones are compared by; never trained on by a generator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spatiaflow.models import _base
+
+
+@dataclass
+class FeaturesConfig:
+    """What a feature network is fitted to.
+
+    Attributes
+    ----------
+    channels, mpp
+        Channels by name, and µm per pixel of the images.
+    intensity
+        Background and bright end of each channel: they become 0 and 1.
+    width, n_features
+        Filters of the first layer, and length of the result.
+    """
+
+    channels: list[str]
+    mpp: float
+    intensity: dict[str, list[float]]
+    width: int = 24
+    n_features: int = 64
+
+
+class ImageFeatures(nn.Module):
+    """Features of images of cells; it can stand for the Inception network in torchmetrics' distances.
+
+    Attributes
+    ----------
+    config
+        Channels, scale and sizes.
+    card
+        What it was trained on, and how.
+    """
+
+    def __init__(self, config: FeaturesConfig, card: dict | None = None):
+        super().__init__()
+        self.config, self.card, self.num_features = config, card or {}, config.n_features
+        n, layers = len(config.channels), []
+        for step, out in enumerate((1, 2, 4)):
+            out *= config.width
+            for stride in (2, 1) if step else (1, 2):
+                layers += [nn.Conv2d(n, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                n = out
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, config.n_features))
+        ends = torch.tensor([config.intensity[name] for name in config.channels], dtype=torch.float32)
+        self.register_buffer("low", ends[:, 0, None, None], persistent=False)
+        self.register_buffer("span", (ends[:, 1] - ends[:, 0])[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (n x f) of images (n x C x p x p) in the scale of the training slides."""
+        return self.layers((images.to(self.low.dtype) - self.low) / self.span)
+
+    def save(self, path) -> object:
+        """Write the network to one safetensors file, atomically, and return its path."""
+        return _base.save(
+            path, "ImageFeatures", {"config": asdict(self.config), "card": self.card}, dict(self.state_dict())
+        )
+
+    @classmethod
+    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> ImageFeatures:
+        """Rebuild a network from the description and tensors of its file."""
+        try:
+            out = cls(FeaturesConfig(**d["config"]), d["card"])
+            out.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the file's header and tensors do not make ImageFeatures: {error}") from error
+        return out.eval()
