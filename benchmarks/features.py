@@ -14,12 +14,12 @@ import torch
 from scipy import sparse
 from torch import nn
 from torch.nn import functional as F
-from weights import WHERE, training_part
 
 import spatiaflow as sf
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.features import FeaturesConfig, ImageFeatures
 from spatiaflow.train.pairs import turned
+from weights import WHERE, training_part
 
 
 def train(store: str, *, epochs: int, crop_um: float, pixels: int, seed: int) -> ImageFeatures:
@@ -69,7 +69,8 @@ def train(store: str, *, epochs: int, crop_um: float, pixels: int, seed: int) ->
     xy = crops.xy
     network.card = {
         "data": "Xenium, human pancreas, x < 16500 px", "n_obs": len(rows), "last_cell_px": [*map(float, xy.max(0))],
-        "command": "python benchmarks/features.py", "epochs": epochs, "seed": seed, "held_out": dict(zip(("genes", "profile"), found)),
+        "command": "python benchmarks/features.py", "epochs": epochs, "seed": seed,
+        "held_out": dict(zip(("genes", "profile"), found)),
     }  # fmt: skip
     return network
 
@@ -78,8 +79,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--crop-um", type=float, default=20.4)
-    parser.add_argument("--pixels", type=int, default=48)
+    parser.add_argument("--crop-um", type=float, default=13.6)
+    parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WHERE / "cell-features-small.safetensors")
     a = parser.parse_args()

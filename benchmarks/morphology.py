@@ -1,6 +1,12 @@
 """Morphology under a transition.
 
 python benchmarks/morphology.py pairing            confidence and matching on planted cells; 50,000 x 50,000
+python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features
+                                                   generated cells of the test part against real ones and simple baselines
+
+Pancreas: states and transitions by ``benchmarks/transitions.py``; trained on x < 16500 px, tested on x > 19500. Distances are
+unbiased and at equal n in each niche, the mean over niches that hold ``MIN_CELLS`` of both states; intervals by bootstrap over
+blocks of 500 um of the test part, in which a cell is never compared with itself.
 """
 
 import argparse
@@ -8,15 +14,20 @@ import datetime
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 
 import spatiaflow as sf
+from spatiaflow import _io
+from transitions import embedded, fit_states
 
 RESULTS = Path(__file__).parent / "results"
 N_GENES, N_LATENT, DEPTH = 200, 6, 300
@@ -135,10 +146,187 @@ def pairing(a) -> None:
     print(f"confidence over group sizes: {spread.min():.3f} to {spread.max():.3f}, range {np.ptp(spread):.3f}")
 
 
+# ---- pancreas ----------------------------------------------------------------------------------------------------
+
+MIN_CELLS, BLOCK_UM = 50, 500.0
+
+
+@dataclass
+class Images:
+    """A sample of images as it is scored."""
+
+    features: np.ndarray  # n x 64
+    profile: np.ndarray  # n x f, in standard deviations of the training targets
+    niche: np.ndarray  # n
+    block: np.ndarray  # n, of the cell, or of the source it was made from
+
+    def rows(self, which) -> "Images":
+        return Images(*(v[which] for v in (self.features, self.profile, self.niche, self.block)))
+
+
+def kernels(a: Images, b: Images) -> dict[str, np.ndarray]:
+    """Both distances are means of a kernel: within a, plus within b, less twice between."""
+    d = a.features.shape[1]
+    return {"KID": (a.features @ b.features.T / d + 1) ** 3, "energy": -cdist(a.profile, b.profile)}
+
+
+def distances(a: Images, b: Images, draws: list) -> dict[str, np.ndarray]:
+    """KID and energy distance under weights of blocks: one value a draw. A cell is not compared with itself."""
+    aa, bb, ab = kernels(a, a), kernels(b, b), kernels(a, b)
+    out = {name: np.empty(len(draws)) for name in aa}
+    for i, weight in enumerate(draws):
+        x, y = weight[a.block], weight[b.block]
+        for name, values in out.items():
+            within = [
+                (w @ k[name] @ w - w**2 @ np.diag(k[name])) / (w.sum() ** 2 - w @ w) for w, k in ((x, aa), (y, bb))
+            ]
+            values[i] = within[0] + within[1] - 2 * (x @ ab[name] @ y) / (x.sum() * y.sum())
+    return out
+
+
+def over_niches(a: Images, b: Images, draws: list, seed: int = 0) -> dict[str, np.ndarray]:
+    """Mean over niches of the distances at equal n."""
+    rng, found = np.random.default_rng(seed), []
+    for niche in np.unique(b.niche):
+        rows = [np.flatnonzero(one.niche == niche) for one in (a, b)]
+        if (n := min(map(len, rows))) < MIN_CELLS:
+            continue
+        one, other = (s.rows(np.sort(rng.permutation(r)[:n])) for s, r in zip((a, b), rows))
+        found.append(distances(one, other, draws))
+    return {name: np.nanmean([f[name] for f in found], 0) for name in found[0]}
+
+
+def block_draws(block: np.ndarray, n: int = 300, seed: int = 0) -> list[np.ndarray]:
+    """How often each block is drawn: once each, then in ``n`` resamples; the last place is for images of no test block."""
+    rng, there = np.random.default_rng(seed), np.unique(block)
+    draws = [there, *(rng.choice(there, len(there)) for _ in range(n))]
+    return [np.append(np.bincount(draw, minlength=block.max() + 1), 1.0) for draw in draws]
+
+
+class Pancreas:
+    """Real images of the parts, and how any images are measured."""
+
+    def __init__(self, store: str, cache: Path | None, crop_um: float, pixels: int):
+        self.parts = embedded(store, cache)
+        self.states = fit_states(self.parts)
+        self.mpp = crop_um / pixels
+        self.crops = {
+            name: sf.pp.crops(part, mpp=1, crop_um=crop_um, pixels=pixels) for name, part in self.parts.items()
+        }
+        self.table = {name: part["table"] for name, part in self.parts.items()}
+        xy = {name: _io.slides(part, mpp=1)[0].xy for name, part in self.parts.items()}
+        self.block = {name: sf.metrics.spatial_blocks(v, BLOCK_UM) for name, v in xy.items()}
+        self.mean = self.std = None
+
+    def rows(self, part: str, state: str) -> np.ndarray:
+        return np.flatnonzero((self.table[part].obs["state"] == state).to_numpy())
+
+    def images(self, part: str, rows: np.ndarray) -> np.ndarray:
+        return self.crops[part].read(rows).numpy()
+
+    def sample(self, images: np.ndarray, part: str, rows: np.ndarray) -> Images:
+        """Images that stand for the cells ``rows`` of a part."""
+        channels = list(self.crops[part].channels)
+        profile = sf.pp.image_profile(images, channels=channels, mpp=self.mpp).to_numpy()
+        if self.mean is None:  # the first sample: training targets
+            self.mean, self.std = np.nanmean(profile, 0), np.nanstd(profile, 0)
+        profile = np.nan_to_num((profile - self.mean) / self.std)
+        features = sf.metrics.image_features(images, channels=channels, mpp=self.mpp)
+        niche = self.table[part].obs["niche"].astype(str).to_numpy()[rows]
+        return Images(features, profile, niche, self.block[part][rows])
+
+
+def matched(images: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Intensities of each channel mapped so that those of ``source`` get the distribution of those of ``target``."""
+    out = np.empty_like(images)
+    for c in range(images.shape[1]):
+        old, new = (np.quantile(v[:, c], np.linspace(0, 1, 1001)) for v in (source, target))
+        out[:, c] = np.interp(images[:, c], old + 1e-6 * np.arange(len(old)), new)
+    return out
+
+
+def pancreas(a) -> None:
+    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
+    data = Pancreas(a.store, a.cache, model.config.crop_um, model.config.crop_pixels)
+    rng, rows = np.random.default_rng(0), []
+    for name in model.config.transitions:
+        source, target = name.split(" -> ")
+        parts = {(p, s): data.rows(p, s) for p in ("train", "test") for s in (source, target)}
+        if source == target:  # the negative control: halves of one state, by turns
+            for p in ("train", "test"):
+                shuffled = rng.permutation(parts[p, source])
+                parts[p, source], parts[p, "half"] = np.sort(shuffled[::2]), np.sort(shuffled[1::2])
+            target = "half"
+        parts = {key: np.sort(rng.permutation(r)[: a.cells]) for key, r in parts.items()}
+        real = {key: data.images(key[0], r) for key, r in parts.items()}
+        data.mean = None
+        known = data.sample(real["train", target], "train", parts["train", target])
+        wanted = data.sample(real["test", target], "test", parts["test", target])
+        here = parts["test", source]
+        draws = block_draws(np.concatenate([data.block["test"][parts["test", s]] for s in (source, target)]))
+        x = {p: np.asarray(data.table[p].obsm["X_spatia_cell"]) for p in ("train", "test")}
+        nearest = cKDTree(x["train"][parts["train", target]]).query(x["test"][here])[1]
+        mean = {
+            n: real["train", target][known.niche == n].mean(0).astype(np.uint8)
+            for n in np.unique(data.table["train"].obs["niche"].astype(str)) if (known.niche == n).any()
+        }  # fmt: skip
+        control = real["test", source]
+        niche = data.table["test"].obs["niche"].astype(str).to_numpy()[here]
+        candidates = {
+            "copy of the source": control,
+            "source, histogram of the target": matched(control, real["train", source], real["train", target]),
+            "nearest training target": real["train", target][nearest],
+            "mean training target": np.stack([mean.get(n, real["train", target].mean(0).astype(np.uint8)) for n in niche]),
+        }  # fmt: skip
+        seconds = {}
+        for steps, method in ((10, "heun"), (10, "euler"), (200, "heun")):
+            if steps > 10 and a.quick:
+                continue
+            start = time.perf_counter()
+            made = sf.tl.generate_morphology(
+                data.parts["test"], source=source, target=name.split(" -> ")[1], model=model, mpp=1, n_steps=steps,
+                cells=list(data.table["test"].obs_names[here]), method=method,
+            )  # fmt: skip
+            seconds[f"generated, {method} {steps}"] = (time.perf_counter() - start) / len(here)
+            candidates[f"generated, {method} {steps}"] = made.obsm["image"]
+        samples = {key: data.sample(images, "test", here) for key, images in candidates.items()}
+        halves = [wanted.rows(np.arange(i, len(wanted.niche), 2)) for i in (0, 1)]
+        known.block[:] = len(draws[0]) - 1
+        found = {key: over_niches(sample, wanted, draws) for key, sample in samples.items()}
+        found["real targets, half against half"] = over_niches(*halves, draws)
+        found["training targets"] = over_niches(known, wanted, draws)
+        copy = found["copy of the source"]
+        for key, value in found.items():
+            row = {"transition": name, "method": key, "n": len(here), "n_target": len(wanted.niche)}
+            for metric, v in value.items():
+                difference = v - copy[metric]
+                for label, one in ((metric, v), (f"{metric} minus copy", difference)):
+                    low, high = np.nanquantile(one[1:], (0.025, 0.975))
+                    row |= {label: one[0], f"{label}, low": low, f"{label}, high": high}
+            if key in samples:
+                start_from = samples["copy of the source"].profile
+                effect = sf.metrics.effect_recovery(start_from, samples[key].profile, wanted.profile)
+                row |= {f"effect, {k}": v for k, v in effect.items()} | {
+                    "shift": np.linalg.norm(samples[key].profile.mean(0) - start_from.mean(0)),
+                    "true shift": np.linalg.norm(wanted.profile.mean(0) - start_from.mean(0)),
+                    "memorised": sf.metrics.memorised(samples[key].features, known.features, wanted.features),
+                    "spread": samples[key].features.std(0).mean() / wanted.features.std(0).mean(),
+                }  # fmt: skip
+            rows.append(row | {"seconds a cell": seconds.get(key, np.nan)})
+        shown = [c for c in rows[0] if "low" not in c and "high" not in c]
+        print(pd.DataFrame(rows)[shown].round(4).to_string(index=False), flush=True)
+    write("pancreas", rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairing"])
+    parser.add_argument("what", choices=["pairing", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
+    parser.add_argument("--store")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    parser.add_argument("--weights", default="morphology-pancreas-small")
+    parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
+    parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
     a = parser.parse_args()
-    {"pairing": pairing}[a.what](a)
+    {"pairing": pairing, "pancreas": pancreas}[a.what](a)

@@ -19,6 +19,7 @@ from spatiaflow.metrics._generation import (
     kernel_distance,
     memorised,
 )
+from spatiaflow.metrics._images import image_features
 from spatiaflow.metrics._spatial import morans_agreement, morans_i
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "feature_distances",
     "frechet_distance",
     "gene_correlation_agreement",
+    "image_features",
     "interval_coverage",
     "interval_score",
     "kernel_distance",

@@ -5,16 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from spatiaflow.models import _base
-from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
+from spatiaflow.models.features import ImageFeatures
+from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow, States
 from spatiaflow.models.spatia import Spatia, SpatiaConfig
 from spatiaflow.models.stflow import PRESETS, Preset, STFlow
 
-__all__ = ["PRESETS", "MorphologyConfig", "MorphologyFlow", "Preset", "STFlow", "Spatia", "SpatiaConfig", "load"]
+__all__ = [
+    "PRESETS",
+    "ImageFeatures",
+    "MorphologyConfig",
+    "MorphologyFlow",
+    "Preset",
+    "STFlow",
+    "Spatia",
+    "SpatiaConfig",
+    "load",
+]
 
-_KINDS = {"MorphologyFlow": MorphologyFlow, "STFlow": STFlow, "Spatia": Spatia}
+_KINDS = {"ImageFeatures": ImageFeatures, "MorphologyFlow": MorphologyFlow, "STFlow": STFlow, "Spatia": Spatia}
 
 
-def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow:
+def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow | ImageFeatures:
     """Load a model written by ``model.save(path)``.
 
     Parameters

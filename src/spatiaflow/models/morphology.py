@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,6 +195,35 @@ def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int 
     return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean()
 
 
+@dataclass
+class States:
+    """A frozen linear rule that tells the state of a cell from its counts, for slides whose states nobody has named.
+
+    Attributes
+    ----------
+    names, genes
+        States, and genes the rule reads.
+    weight, offset
+        States x genes and states; the largest of ``weight @ log1p(counts per unit) + offset`` is the state.
+    unit, min_counts
+        Counts of a cell (in ``genes``) are scaled to ``unit``; cells with fewer than ``min_counts`` have no state.
+    """
+
+    names: list[str]
+    genes: list[str]
+    weight: list[list[float]]
+    offset: list[float]
+    unit: float = 100.0
+    min_counts: int = 20
+
+    def __call__(self, counts) -> list[str | None]:
+        """States of cells from their counts (n x genes, CSR, in the order of ``genes``)."""
+        total = np.asarray(counts.sum(1)).ravel()
+        log = sparse.csr_matrix(sparse.diags(self.unit / total.clip(1)) @ counts).log1p()
+        best = (log @ np.asarray(self.weight).T + np.asarray(self.offset)).argmax(1)
+        return [self.names[b] if n >= self.min_counts else None for b, n in zip(best, total)]
+
+
 class MorphologyFlow:
     """A fitted generator of cell images; made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
 
@@ -204,15 +235,19 @@ class MorphologyFlow:
         Of every transition and niche the mean shift of genes and of the profile.
     intensity
         Background and bright end of every channel, by which images are scaled.
+    states
+        Rule that tells states where no column names them; None for models of your own.
     history, card
         As of the other models.
     """
 
     def __init__(
-        self, *, network: MorphologyNetwork, surrogate: Surrogate | None, shifts: dict, intensity: dict, history, card
-    ):
+        self, *, network: MorphologyNetwork, surrogate: Surrogate | None, shifts: dict, intensity: dict, history, card,
+        states: States | None = None,
+    ):  # fmt: skip
         self.network, self.config, self.surrogate = network.eval(), network.config, surrogate
         self.shifts, self.intensity, self.history, self.card = shifts, intensity, history, card
+        self.states = states
 
     def __repr__(self) -> str:
         return f"MorphologyFlow: {', '.join(self.config.transitions)}; channels {', '.join(self.config.channels)}"
@@ -254,7 +289,7 @@ class MorphologyFlow:
         """Write the model to one safetensors file, atomically, and return its path."""
         description = {
             "config": asdict(self.config), "shifts": self.shifts, "intensity": self.intensity, "history": self.history,
-            "card": self.card,
+            "card": self.card, "states": None if self.states is None else asdict(self.states),
         }  # fmt: skip
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         if self.surrogate is not None:
@@ -273,7 +308,9 @@ class MorphologyFlow:
                 if module is not None:
                     found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
                     module.load_state_dict(found)
-            return cls(**parts, shifts=d["shifts"], intensity=d["intensity"], history=d["history"], card=d["card"])
+            states = d["states"] and States(**d["states"])
+            same = {name: d[name] for name in ("shifts", "intensity", "history", "card")}
+            return cls(**parts, **same, states=states)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the file's header and tensors do not make a MorphologyFlow: {error}") from error
 

@@ -1,0 +1,62 @@
+"""Train the generator that the package carries, on the part x < 16500 px of a Xenium slide of human pancreas.
+
+    python benchmarks/morphology_weights.py pancreas.zarr --cache features --checkpoints run
+
+States, niches and transitions are those of ``benchmarks/transitions.py``; the last transition is the negative control, half of
+the cells of a state to the other half. The slide is that of ``benchmarks/weights.py``.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import spatiaflow as sf
+from transitions import MIN_COUNTS, candidates, embedded, fit_states
+from weights import WHERE
+
+
+def paired(store: str, cache: Path | None, morphology: float = 0.5):
+    """The training part with states, niches and pairs, and the rule for states."""
+    parts = embedded(store, cache, ("train",))
+    states = fit_states(parts)
+    found = candidates(parts, states).query("taken")
+    transitions = [*zip(found["source"], found["target"])]
+    control = found["target"].iloc[-1]
+    sf.tl.pair_transitions(
+        parts["train"], transitions=[*transitions, (control, control)], groupby="state", niche_key="niche",
+        cost={"genes": 1.0, "morphology": morphology}, mpp=1,
+    )  # fmt: skip
+    return parts["train"], states
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--crop-um", type=float, default=13.6)
+    parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--start", default="control")
+    parser.add_argument("--unweighted", action="store_true")
+    parser.add_argument("--unaligned", action="store_true")
+    parser.add_argument("--no-spatial", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WHERE / "morphology-pancreas-small.safetensors")
+    a = parser.parse_args()
+    part, states = paired(a.store, a.cache)
+    print(part["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
+    model = sf.tl.train_morphology(
+        part, crop_um=a.crop_um, crop_pixels=a.pixels, max_epochs=a.epochs, checkpoint_dir=a.checkpoints, resume=a.resume,
+        start=a.start, weighted=not a.unweighted, spatial=not a.no_spatial, losses={"alignment": 0.0} if a.unaligned else None,
+        validation=0.05, mpp=1, random_state=a.seed,
+    )  # fmt: skip
+    rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
+    names = {key: [*map(str, states[key])] for key in ("names", "genes")}
+    model.states = sf.models.States(**names, **rule, min_counts=MIN_COUNTS)
+    print(model.save(a.out))
+    for name, values in model.history.items():
+        print(name, np.round(values, 4))
+    print(model.card["surrogate_r2"])

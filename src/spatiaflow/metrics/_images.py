@@ -1,0 +1,83 @@
+"""Features that images of cells are compared by."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch.nn import functional as F
+
+NETWORK = "cell-features-small"
+
+
+def image_features(
+    data: AnnData | np.ndarray,
+    *,
+    channels: list[str] | None = None,
+    mpp: float | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Features of images of cells, for :func:`kernel_distance`, :func:`frechet_distance` and :func:`memorised`.
+
+    By a small network that comes with the package (``datasets.weights("cell-features-small")``), trained to read counts and
+    morphology off images of a Xenium slide (stains ``dapi``,
+    ``bound``, ``rna``, ``prot``). It is part of no generator and no loss.
+    Numbers are comparable among images of the same stains, scale and slide alone; say how many images there were.
+
+    Parameters
+    ----------
+    data
+        Images, n x channels x pixels x pixels, in the scale of the slide; or what
+        :func:`spatiaflow.tl.generate_morphology` returned.
+    channels
+        Names of the channels, where ``data`` does not know them. What the network does not know is left out, what is missing
+        is background.
+    mpp
+        µm per pixel, where ``data`` does not know it.
+    batch_size
+        Images at a time.
+
+    Returns
+    -------
+    Array, n x 64.
+
+    Raises
+    ------
+    ValueError
+        No channel is known to the network, images are of another shape, or channels or scale are not known.
+    """
+    if isinstance(data, AnnData):
+        known = data.uns["morphology"]
+        images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]
+    else:
+        images = np.asarray(data)
+    if channels is None or mpp is None:
+        raise ValueError("images alone do not say what they show: give channels= and mpp= (µm per pixel).")
+    have = [str(name).lower() for name in channels]
+    if images.ndim != 4 or images.shape[1] != len(have):
+        raise ValueError(f"images must be n x {len(have)} channels x pixels x pixels; they are {images.shape}.")
+    network = _network()
+    wanted = network.config.channels
+    if not set(have) & set(wanted):
+        raise ValueError(f"none of the channels {', '.join(have)} is known to the network ({', '.join(wanted)}).")
+    out = []
+    with torch.inference_mode():
+        for rows in np.array_split(np.arange(len(images)), max(1, -(-len(images) // batch_size))):
+            x = torch.from_numpy(np.asarray(images[rows], np.float32))
+            x = torch.cat([
+                x[:, [have.index(name)]] if name in have else network.low[i].expand(len(x), 1, *x.shape[2:])
+                for i, name in enumerate(wanted)
+            ], 1)  # fmt: skip
+            if not np.isclose(mpp, network.config.mpp, rtol=0.01):
+                x = F.interpolate(x, scale_factor=mpp / network.config.mpp, mode="bilinear", antialias=True)
+            out.append(network(x).numpy())
+    return np.concatenate(out).astype(np.float64)
+
+
+@lru_cache(1)
+def _network():
+    from spatiaflow import datasets, models
+
+    return models.load(datasets.weights(NETWORK))
