@@ -66,6 +66,10 @@ def train(store: str, *, epochs: int, crop_um: float, pixels: int, seed: int) ->
             some = np.flatnonzero(held)
             found = [v.item() for v in losses(some, np.zeros(len(some), int))]
         print(f"epoch {epoch}: held-out likelihood {found[0]:.4f}, morphology {found[1]:.4f}", flush=True)
+    with torch.inference_mode():  # features of the training cells get mean 0 and variance 1
+        z = torch.cat([network(torch.from_numpy(images[some])) for some in np.array_split(rows, 100)])
+        last, std = network.layers[-1], z.std(0)
+        last.weight.data, last.bias.data = last.weight / std[:, None], (last.bias - z.mean(0)) / std
     xy = crops.xy
     network.card = {
         "data": "Xenium, human pancreas, x < 16500 px", "n_obs": len(rows), "last_cell_px": [*map(float, xy.max(0))],

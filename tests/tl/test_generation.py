@@ -197,3 +197,35 @@ def test_bad_input(slide, model):
         train(bare)
     with pytest.raises(KeyError, match="embed_spatia"):
         train(bare, use_rep="X_spatia")
+
+
+def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
+    """Where no column names states, the model's own rule does: largest of a linear function of log counts."""
+    table = slide["table"]
+    genes, rng = list(table.var_names[[5, 2, 9]]), np.random.default_rng(0)
+    rule = sf.models.States(["A", "B"], genes, rng.normal(size=(2, 3)).tolist(), [0.1, -0.1], unit=10.0, min_counts=4)
+    expected = []
+    for counts in table[:, genes].X.toarray():
+        log = np.log1p(counts * 10 / max(counts.sum(), 1))
+        score = [sum(w * v for w, v in zip(row, log)) + b for row, b in zip(rule.weight, rule.offset)]
+        expected.append(rule.names[int(np.argmax(score))] if counts.sum() >= 4 else None)
+    assert rule(table[:, genes].X.tocsr()) == expected and {*expected} == {"A", "B", None}
+    model.states = rule
+    path = model.save(tmp_path / "with_rule")
+    loaded = sf.models.load(path)
+    model.states = None
+    assert loaded.states == rule
+    nameless = sf.datasets.simulated_tissue(400, seed=1)
+    nameless["table"].obsm.update({k: v for k, v in table.obsm.items() if k.startswith("E_")})
+    del nameless["table"].obs["state"]
+    made = generate(nameless, loaded, n_steps=2)
+    assert list(made.obs["source_cell"]) == [n for n, e in zip(table.obs_names, expected) if e == "A"]
+    with pytest.raises(KeyError, match="state"):
+        generate(nameless, model, n_steps=2)
+
+
+def test_a_niche_that_training_did_not_see_is_named(slide, model):
+    other = tissue(1)
+    other["table"].obs["niche"] = other["table"].obs["niche"].astype(str).replace("immune", "marsh")
+    with pytest.warns(UserWarning, match="'marsh'"):
+        generate(other, model, n_steps=2)

@@ -268,17 +268,17 @@ def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def keep(data, key: str, table: AnnData, rows: np.ndarray, slides: list) -> None:
+def keep(data, key: str, table: AnnData, slides: list, which: np.ndarray, xy: np.ndarray) -> None:
     """Keep new observations as a table of a SpatialData, on points of their own that spatial queries follow.
 
     Parameters
     ----------
     key
         Name of the table; the points of a slide are called ``f"{key}_points"``, with several slides ``f"{key}_{slide}"``.
-    rows
-        Of each new observation the row of the old table at whose position it is.
     slides
-        Where the old rows stand.
+        Slides that they stand on.
+    which, xy
+        Place of each new observation's slide in ``slides``, and its position, µm.
     """
     from spatialdata import SpatialData
     from spatialdata.models import PointsModel, TableModel
@@ -288,21 +288,18 @@ def keep(data, key: str, table: AnnData, rows: np.ndarray, slides: list) -> None
         raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
     names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.library_id}" for slide in slides]
     taken = [name for name in names if name in data and name not in data.points]
-    taken += [key] if key in data and not (key in data.tables and "image" in data[key].obsm) else []
-    if taken:
-        raise ValueError(f"the SpatialData has another element called {taken[0]!r}: choose another key_added=.")
-    region = np.empty(table.n_obs, object)
-    for slide, name in zip(slides, names):
-        place = np.full(int(max(rows.max(), slide.rows.max())) + 1, -1)
-        place[slide.rows] = np.arange(len(slide.rows))
-        here = np.flatnonzero(place[rows] >= 0)
+    ours = key in data.tables and set(data[key].obs.get("region", [""])) <= set(names)
+    if taken or (key in data and not ours):
+        raise ValueError(f"the SpatialData has another element called {[*taken, key][0]!r}: choose another key_added=.")
+    region = np.array(names, object)[which]
+    for i, (slide, name) in enumerate(zip(slides, names)):
+        here = np.flatnonzero(which == i)
         if len(here):
-            x, y = (slide.xy[place[rows[here]]] / slide.mpp).T
+            x, y = (xy[here] / slide.mpp).T
             frame = pd.DataFrame({"x": x, "y": y}, index=here)
             data[name] = PointsModel.parse(
                 frame, coordinates={"x": "x", "y": "y"}, transformations={slide.coordinate_system: Identity()}
             )
-            region[here] = name
     table = table.copy()
     table.obs["region"], table.obs["instance"] = pd.Categorical(region), np.arange(table.n_obs)
     names = list(table.obs["region"].cat.categories)

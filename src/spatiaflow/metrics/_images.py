@@ -17,6 +17,7 @@ def image_features(
     *,
     channels: list[str] | None = None,
     mpp: float | None = None,
+    intensity: dict[str, tuple[float, float]] | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
     """Features of images of cells, for :func:`kernel_distance`, :func:`frechet_distance` and :func:`memorised`.
@@ -36,12 +37,16 @@ def image_features(
         is background.
     mpp
         µm per pixel, where ``data`` does not know it.
+    intensity
+        Background and bright end of every channel, as ``model.intensity`` of a generator or percentiles of the real images say;
+        the same for all images that are compared. Where neither is given nor known to ``data``, those of the slide that the
+        network was trained on.
     batch_size
         Images at a time.
 
     Returns
     -------
-    Array, n x 64.
+    Array, n x 64; on the cells that the network was trained on each feature has mean 0 and variance 1.
 
     Raises
     ------
@@ -51,6 +56,7 @@ def image_features(
     if isinstance(data, AnnData):
         known = data.uns["morphology"]
         images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]
+        intensity = intensity or known["intensity"]
     else:
         images = np.asarray(data)
     if channels is None or mpp is None:
@@ -62,14 +68,18 @@ def image_features(
     wanted = network.config.channels
     if not set(have) & set(wanted):
         raise ValueError(f"none of the channels {', '.join(have)} is known to the network ({', '.join(wanted)}).")
+    ends = network.config.intensity | {str(k).lower(): v for k, v in (intensity or {}).items()}
+    low, high = np.array([ends[name] for name in wanted], np.float32).T[:, :, None, None]
+    gain = network.span / torch.from_numpy(high - low)
     out = []
     with torch.inference_mode():
         for rows in np.array_split(np.arange(len(images)), max(1, -(-len(images) // batch_size))):
             x = torch.from_numpy(np.asarray(images[rows], np.float32))
             x = torch.cat([
-                x[:, [have.index(name)]] if name in have else network.low[i].expand(len(x), 1, *x.shape[2:])
+                x[:, [have.index(name)]] if name in have else torch.full((len(x), 1, *x.shape[2:]), low[i].item())
                 for i, name in enumerate(wanted)
             ], 1)  # fmt: skip
+            x = (x - torch.from_numpy(low)) * gain + network.low
             if not np.isclose(mpp, network.config.mpp, rtol=0.01):
                 x = F.interpolate(x, scale_factor=mpp / network.config.mpp, mode="bilinear", antialias=True)
             out.append(network(x).numpy())

@@ -19,6 +19,7 @@ __all__ = [
     "STFlow",
     "Spatia",
     "SpatiaConfig",
+    "States",
     "load",
 ]
 

@@ -19,6 +19,7 @@ from spatiaflow._settings import logger, progress
 from spatiaflow.pp._crops import Crops
 
 SHAPE = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity")
+FIELD = ("nuclei_per_mm2", "nuclear_share", "mean_area_um2")
 INTENSITY = ("mean", "std", "contrast", "correlation")
 STAINS = ("hematoxylin", "eosin")
 
@@ -150,6 +151,7 @@ def image_profile(
     channels: list[str] | None = None,
     mpp: float | None = None,
     nuclei: str | None = None,
+    whole: bool = False,
 ) -> pd.DataFrame:
     """Measure the cell in the middle of each image, without polygons: for generated images, and real ones to compare with.
 
@@ -167,11 +169,15 @@ def image_profile(
         µm per pixel, where ``data`` does not know it.
     nuclei
         Channel that shows nuclei; by default the first whose name holds "dapi", else the first.
+    whole
+        Measure the whole picture, for tiles: how dense its nuclei stand, which share they cover, and their mean area; and
+        each channel over all pixels.
 
     Returns
     -------
     DataFrame with a row an image and the columns of :func:`morphology_profile`: shape in µm, and of each channel mean, standard
-    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found.
+    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found. With ``whole`` the shape gives way to
+    ``nuclei_per_mm2``, ``nuclear_share`` and ``mean_area_um2``.
 
     Raises
     ------
@@ -183,7 +189,7 @@ def image_profile(
         for rows, found in data.batches():
             for size in np.unique(scale[rows]):
                 same = scale[rows] == size
-                part = image_profile(found.numpy()[same], channels=names, mpp=mpp or size, nuclei=nuclei)
+                part = image_profile(found.numpy()[same], channels=names, mpp=mpp or size, nuclei=nuclei, whole=whole)
                 parts.append(part.set_index(rows[same]))
         return pd.concat(parts).sort_index()
     if isinstance(data, AnnData):
@@ -202,18 +208,32 @@ def image_profile(
         raise ValueError(f"nuclei={nuclei!r} is no channel; there are {', '.join(channels)}.")
     which, step = channels.index(nuclei), max(1, round(1.0 / mpp))
     names = [f"{name}_{kind}" for name in _column_names(tuple(channels)) for kind in INTENSITY]
-    out = np.full((len(images), len(SHAPE) + len(names)), np.nan)
+    shape = FIELD if whole else SHAPE
+    out = np.full((len(images), len(shape) + len(names)), np.nan)
     for row, image in zip(out, images):
         bright = image[which].astype(np.float64)
         if np.ptp(bright) == 0:
             continue
-        mask = _middle_nucleus(bright, mpp)
-        row[:] = np.concatenate([_shape(mask, mpp), _intensity(image.astype(np.float64), mask, step).ravel()])
-    return pd.DataFrame(out, columns=[*SHAPE, *names])
+        parts = _nuclei(bright, mpp)
+        if whole:
+            mask, first = np.ones(parts.shape, bool), _field(parts, mpp)
+        else:
+            at = np.argwhere(parts)
+            nearest = at[((at - (np.array(parts.shape) - 1) / 2) ** 2).sum(1).argmin()]
+            mask = parts == parts[tuple(nearest)]
+            first = _shape(mask, mpp)
+        row[:] = np.concatenate([first, _intensity(image.astype(np.float64), mask, step).ravel()])
+    return pd.DataFrame(out, columns=[*shape, *names])
 
 
-def _middle_nucleus(bright: np.ndarray, mpp: float, smooth_um: float = 0.75) -> np.ndarray:
-    """Mask of the nucleus nearest to the middle of a picture of nuclei."""
+def _field(parts: np.ndarray, mpp: float) -> np.ndarray:
+    """Density, share and mean area of nuclei, in the order of ``FIELD``."""
+    n, covered = parts.max(), (parts > 0).sum()
+    return np.array([1e6 * n / (parts.size * mpp**2), covered / parts.size, covered * mpp**2 / max(n, 1)])
+
+
+def _nuclei(bright: np.ndarray, mpp: float, smooth_um: float = 0.75) -> np.ndarray:
+    """Nuclei of a picture of them, numbered from 1."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter, label, maximum_filter
     from skimage.filters import threshold_otsu
     from skimage.segmentation import watershed
@@ -221,10 +241,7 @@ def _middle_nucleus(bright: np.ndarray, mpp: float, smooth_um: float = 0.75) -> 
     nuclei = bright > threshold_otsu(bright)
     depth = gaussian_filter(distance_transform_edt(nuclei), smooth_um / mpp)
     peaks = nuclei & (depth == maximum_filter(depth, 2 * max(1, round(2 * smooth_um / mpp)) + 1))
-    parts = watershed(-depth, label(peaks)[0], mask=nuclei)
-    at = np.argwhere(parts)
-    nearest = at[((at - (np.array(bright.shape) - 1) / 2) ** 2).sum(1).argmin()]
-    return parts == parts[tuple(nearest)]
+    return watershed(-depth, label(peaks)[0], mask=nuclei)
 
 
 def _column_names(channels: tuple[str, ...]) -> list[str]:

@@ -17,6 +17,7 @@ def tiles(
     *,
     tile_um: float = 50.0,
     groupby: str | None = None,
+    pool: list[str] | None = None,
     layer: str | None = None,
     table_key: str = "table",
     shapes_key: str | None = None,
@@ -24,6 +25,7 @@ def tiles(
     library_key: str | None = None,
     spatial_key: str = "spatial",
     mpp: float | None = None,
+    key_added: str | None = None,
 ) -> AnnData:
     """Pool cells over a square grid: a niche (about 50 µm) or a piece of tissue (about 200 µm) a row.
 
@@ -39,6 +41,8 @@ def tiles(
     groupby
         Column of ``.obs``: the shares of its groups among a tile's cells are kept in ``.obsm[groupby]``, for
         :func:`spatiaflow.tl.pair_transitions`.
+    pool
+        Slots of ``.obsm`` (embeddings, morphology) whose mean over a tile's cells is kept under the same name.
     layer
         Layer with raw counts; None reads ``X``.
     table_key, shapes_key, labels_key
@@ -47,6 +51,9 @@ def tiles(
         Column of ``.obs`` that tells slides apart.
     spatial_key, mpp
         Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say.
+    key_added
+        Also keep the tiles in a SpatialData, as a table of this name on points at their centres (``f"{key_added}_points"``),
+        so that verbs take them by ``table_key=``.
 
     Returns
     -------
@@ -59,11 +66,12 @@ def tiles(
     Raises
     ------
     KeyError
-        ``groupby`` is no column.
+        ``groupby`` is no column, or a slot of ``pool`` is missing.
     ValueError
-        Counts are not raw, or the scale is unknown.
+        Counts are not raw, the scale is unknown, or ``key_added`` is given with an AnnData or taken by another element.
     """
     _io.positive(tile_um=tile_um)
+    _io.slot_name(key_added)
     _, table = _io.unpack(data, table_key)
     slides = _io.slides(
         data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
@@ -81,12 +89,13 @@ def tiles(
         names += [f"{slide.library_id}_{x}_{y}" for x, y in place]
         libraries += [slide.library_id] * len(place)
     known = np.flatnonzero(members >= 0)
-    pool = sparse.csr_matrix((np.ones(len(known), counts.dtype), (members[known], known)), (len(names), table.n_obs))
+    sums = sparse.csr_matrix((np.ones(len(known), counts.dtype), (members[known], known)), (len(names), table.n_obs))
     obs = pd.DataFrame(
         {"library_id": pd.Categorical(libraries), "n_cells": np.bincount(members[known], minlength=len(names))},
         index=names,
     )
-    out = AnnData(sparse.csr_matrix(pool @ counts), obs=obs, var=table.var[[]].copy())
+
+    out = AnnData(sparse.csr_matrix(sums @ counts), obs=obs, var=table.var[[]].copy())
     out.obsm["spatial"] = np.concatenate(centres)
     images = table.uns.get("spatial", {}) if isinstance(data, AnnData) else {}
     out.uns["spatial"] = {}
@@ -98,6 +107,23 @@ def tiles(
     if groupby is not None:
         state = _io.groups(table, groupby)
         one = state.cat.codes.to_numpy()[:, None] == np.arange(len(state.cat.categories))
-        out.obsm[groupby] = (pool @ one).astype(np.float32) / obs["n_cells"].to_numpy(np.float32)[:, None]
+        out.obsm[groupby] = (sums @ one).astype(np.float32) / obs["n_cells"].to_numpy(np.float32)[:, None]
         out.uns["tiles"][groupby] = [*map(str, state.cat.categories)]
+    for key in pool or ():
+        if key not in table.obsm:
+            raise KeyError(f"obsm has no {key!r} to pool; it has {', '.join(map(repr, table.obsm)) or 'nothing'}.")
+        mean, columns = _mean(sums, np.asarray(table.obsm[key], np.float64)), getattr(table.obsm[key], "columns", None)
+        out.obsm[key] = mean if columns is None else pd.DataFrame(mean, index=names, columns=columns)
+        for name in {key, key.rsplit("_", 1)[0]} & set(table.uns):  # how it was made
+            out.uns[name] = table.uns[name]
+    if key_added is not None:
+        which = np.repeat(np.arange(len(slides)), [len(c) for c in centres])
+        _io.keep(data, key_added, out, slides, which, np.concatenate([c * s.mpp for c, s in zip(centres, slides)]))
     return out
+
+
+def _mean(sums: sparse.csr_matrix, values: np.ndarray) -> np.ndarray:
+    """Mean over each tile's cells (tiles x d); a cell without a value says nothing of its tile."""
+    known = np.isfinite(values)
+    n, total = sums @ known.astype(float), sums @ np.where(known, values, 0)
+    return np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0).astype(np.float32)

@@ -59,6 +59,14 @@ class CellImages:
         }
 
     @property
+    def slide_of(self) -> np.ndarray:
+        """Place of each row's slide among the slides; -1 for rows that stand on none."""
+        out = np.full(self.table.n_obs, -1)
+        for i, part in enumerate(self.parts):
+            out[part.slide.rows] = i
+        return out
+
+    @property
     def positions(self) -> np.ndarray:
         """µm, n x 2; rows of the table that stand on no slide are NaN."""
         out = np.full((self.table.n_obs, 2), np.nan)

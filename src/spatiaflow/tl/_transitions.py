@@ -244,6 +244,13 @@ def targets_of(table: AnnData, params: dict) -> dict[str, np.ndarray]:
     return {name: states.sides(*name.split(" -> "), np.random.default_rng(rng))[1] for name in params["transitions"]}
 
 
+def sources_of(table: AnnData, groupby: str, min_share: float, source: str, target: str) -> np.ndarray:
+    """Which rows (n, bool) hold enough of the source state and little of the target state, as in :func:`pair_transitions`."""
+    states = _States.of(table, groupby, min_share, 1)
+    a, b = (states.share[:, states.place(state)] >= states.min_share for state in (source, target))
+    return a & ~b if source != target else a
+
+
 def _transitions(given) -> list[tuple[str, str]]:
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(v, str) for v in given):
         given = [given]
@@ -276,13 +283,16 @@ class _States:
             share = (state.cat.codes.to_numpy()[:, None] == np.arange(len(names))).astype(float)
         return cls(groupby, [*map(str, names)], share, min_share, floor, _by_name(table))
 
+    def place(self, state: str) -> int:
+        """Its column."""
+        if state not in self.names:
+            near = difflib.get_close_matches(state, self.names, 3, 0.4) or self.names[:8]
+            raise ValueError(f"{self.groupby!r} has no state {state!r}; did you mean {', '.join(map(repr, near))}?")
+        return self.names.index(state)
+
     def sides(self, source: str, target: str, rng) -> tuple[np.ndarray, np.ndarray]:
         """Rows of sources and of targets."""
-        for state in (source, target):
-            if state not in self.names:
-                near = difflib.get_close_matches(state, self.names, 3, 0.4) or self.names[:8]
-                raise ValueError(f"{self.groupby!r} has no state {state!r}; did you mean {', '.join(map(repr, near))}?")
-        a, b = (self.share[:, self.names.index(state)] >= self.min_share for state in (source, target))
+        a, b = (self.share[:, self.place(state)] >= self.min_share for state in (source, target))
         if source == target:
             rows = rng.permutation(self.order[a[self.order]])
             rows, columns = rows[: len(rows) // 2], rows[len(rows) // 2 :]

@@ -43,7 +43,7 @@ class MorphologyTraining(L.LightningModule):
         weights: dict[str, float],
         *,
         weighted=True,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
     ):
         super().__init__()
         self.network, self.surrogate, self.weighted, self.learning_rate = network, surrogate, weighted, learning_rate
@@ -158,7 +158,7 @@ def fit_surrogate(
 def fit_morphology(
     training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig,
     surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, max_epochs: int = 20,
-    batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 5e-4,
+    batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 1e-3,
     checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
     """Fit a generator to pairs; returns its averaged network and the history."""
