@@ -16,7 +16,7 @@ def images():
     return crops.read(np.arange(len(crops))).numpy()
 
 
-ENDS = {name: (0.0, 220.0) for name in CHANNELS}
+ENDS = dict.fromkeys(CHANNELS, (0.0, 220.0))
 
 
 def features(images, **options):
@@ -82,5 +82,7 @@ def test_it_stands_for_inception_in_torchmetrics(images):
     expected = reference.compute().item()
     with pytest.raises(ValueError, match="640 rows"):
         sf.metrics.frechet_distance(*(features(v.numpy()) for v in (a, b)))
-    one, other = (np.concatenate([features(v.numpy(), intensity=None)] * 2) for v in (a, b))  # rows twice: the same sample
+    one, other = (
+        np.concatenate([features(v.numpy(), intensity=None)] * 2) for v in (a, b)
+    )  # rows twice: the same sample
     assert sf.metrics.frechet_distance(one, other) == pytest.approx(expected, rel=0.02)

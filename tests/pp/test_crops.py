@@ -1,4 +1,7 @@
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -139,3 +142,35 @@ def test_bad_crops_are_a_clear_error(slide, case):
     kwargs, error, message = BAD_CROPS[case]
     with pytest.raises(error, match=message):
         sf.pp.crops(adata, mpp=0.5, **({"image_key": "hires"} | kwargs))
+
+
+def test_tiles_pool_slots_and_stand_in_the_spatialdata(tmp_path):
+    import spatialdata as sd
+
+    sdata = sf.datasets.simulated_tissue(300, seed=2)
+    table, rng = sdata["table"], np.random.default_rng(0)
+    table.obsm["E_niche"] = rng.normal(size=(table.n_obs, 3)).astype(np.float32)
+    table.uns["E"] = {"params": {"model_sha256": "x"}}
+    frame = pd.DataFrame(rng.normal(size=(table.n_obs, 2)), table.obs_names, ["area", "length"])
+    frame.iloc[::3, 0] = np.nan
+    table.obsm["morphology"] = frame
+    tiles = sf.pp.tiles(sdata, tile_um=40, groupby="state", pool=["E_niche", "morphology"], key_added="tiles")
+    members = tiles.uns["tiles"]["members"]
+    for t in range(tiles.n_obs):
+        np.testing.assert_allclose(tiles.obsm["E_niche"][t], table.obsm["E_niche"][members == t].mean(0), rtol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a tile none of whose cells is measured
+            expected = np.nanmean(frame[members == t], 0)
+        np.testing.assert_allclose(tiles.obsm["morphology"].iloc[t], expected, rtol=1e-5)
+    assert tiles.uns["E"] == table.uns["E"]
+    (slide,) = _io.slides(sdata, table_key="tiles")
+    np.testing.assert_allclose(slide.xy, tiles.obsm["spatial"], rtol=1e-6)
+    sdata.write(tmp_path / "a.zarr")
+    again = sd.read_zarr(tmp_path / "a.zarr")["tiles"]
+    np.testing.assert_allclose(again.obsm["state"], tiles.obsm["state"])
+    sf.pp.tiles(sdata, tile_um=60, key_added="tiles")  # our own may be replaced
+    assert sdata["tiles"].n_obs < tiles.n_obs
+    with pytest.raises(ValueError, match="another element called 'table'"):
+        sf.pp.tiles(sdata, key_added="table")
+    with pytest.raises(KeyError, match="obsm has no 'nothing' to pool"):
+        sf.pp.tiles(sdata, pool=["nothing"])

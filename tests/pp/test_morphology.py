@@ -374,3 +374,17 @@ def test_images_alone_need_their_names_and_scale():
         sf.pp.image_profile(images, channels=["a", "b", "c"], mpp=1.0)
     with pytest.raises(ValueError, match="nuclei='x' is no channel"):
         sf.pp.image_profile(images, channels=["a", "b"], mpp=1.0, nuclei="x")
+
+
+def test_image_profile_of_a_whole_picture():
+    """Discs of known number and size on a dark ground."""
+    image, (y, x) = np.zeros((1, 2, 60, 60), np.uint8), np.mgrid[:60, :60]
+    for cy, cx in ((12, 12), (12, 45), (42, 20), (45, 48)):
+        image[0, 0][(y - cy) ** 2 + (x - cx) ** 2 <= 36] = 200
+    image[0, 1] = 50
+    found = sf.pp.image_profile(image, channels=["dapi", "prot"], mpp=0.5, whole=True).iloc[0]
+    disc = (image[0, 0] > 0).sum() / 4
+    assert found["nuclei_per_mm2"] == pytest.approx(4 / (30 * 30) * 1e6)
+    assert found["mean_area_um2"] == pytest.approx(disc * 0.25)
+    assert found["nuclear_share"] == pytest.approx(4 * disc / 3600)
+    assert found["prot_mean"] == 50 and found["dapi_mean"] == pytest.approx(200 * 4 * disc / 3600)

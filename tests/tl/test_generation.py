@@ -8,9 +8,9 @@ TINY = {"patch_pixels": 4, "width": 32, "n_layers": 2, "n_neighbors": 4}
 IMAGE = {"image_key": "fluorescence"}
 
 
-def tissue(seed):
+def tissue(seed, n=400):
     """A slide with embeddings that need no training: shares of genes, and their means over neighbours."""
-    sdata = sf.datasets.simulated_tissue(400, seed=seed)
+    sdata = sf.datasets.simulated_tissue(n, seed=seed)
     table = sdata["table"]
     x = np.sqrt(table.X.toarray() / table.X.sum(1))[:, :20].astype(np.float32)
     near = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 30)[1]
@@ -202,13 +202,17 @@ def test_bad_input(slide, model):
 def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
     """Where no column names states, the model's own rule does: largest of a linear function of log counts."""
     table = slide["table"]
-    genes, rng = list(table.var_names[[5, 2, 9]]), np.random.default_rng(0)
-    rule = sf.models.States(["A", "B"], genes, rng.normal(size=(2, 3)).tolist(), [0.1, -0.1], unit=10.0, min_counts=4)
+    most = np.argsort(-np.asarray(table.X.sum(0)).ravel())
+    genes = list(table.var_names[most[[5, 2, 9]]])
+    few = int(np.quantile(np.asarray(table[:, genes].X.sum(1)), 0.1)) + 1
+    rule = sf.models.States(
+        ["A", "B"], genes, [[1.0, -1.0, 0.2], [-1.0, 1.0, 0.1]], [0.1, -0.1], unit=10.0, min_counts=6
+    )
     expected = []
     for counts in table[:, genes].X.toarray():
         log = np.log1p(counts * 10 / max(counts.sum(), 1))
         score = [sum(w * v for w, v in zip(row, log)) + b for row, b in zip(rule.weight, rule.offset)]
-        expected.append(rule.names[int(np.argmax(score))] if counts.sum() >= 4 else None)
+        expected.append(rule.names[int(np.argmax(score))] if counts.sum() >= few else None)
     assert rule(table[:, genes].X.tocsr()) == expected and {*expected} == {"A", "B", None}
     model.states = rule
     path = model.save(tmp_path / "with_rule")
@@ -229,3 +233,25 @@ def test_a_niche_that_training_did_not_see_is_named(slide, model):
     other["table"].obs["niche"] = other["table"].obs["niche"].astype(str).replace("immune", "marsh")
     with pytest.warns(UserWarning, match="'marsh'"):
         generate(other, model, n_steps=2)
+
+
+def test_tiles(slide, tmp_path):
+    """Tiles go the same way: from pictures of 40 um with some of A to such with some of B."""
+    sdata = tissue(4, 1500)
+    sf.pp.morphology_profile(sdata, **IMAGE)
+    pool = ["E_cell", "E_niche", "E_tissue", "morphology"]
+    tiles = sf.pp.tiles(sdata, tile_um=40, groupby="state", pool=pool, key_added="tiles")
+    options = {"table_key": "tiles"}
+    sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", **options)
+    model = train(sdata, level="niche", crop_um=40.0, losses={"contrast": 0}, **options)
+    assert model.card["level"] == "niche"
+    made = generate(sdata, model, level="niche", n_steps=2, key_added="made", **options)
+    share = tiles.to_df().assign(**dict(zip(tiles.uns["tiles"]["state"], tiles.obsm["state"].T)))
+    height, width = np.array(sdata["fluorescence"].shape[1:]) * 0.5  # um: a tile's middle must lie in the image
+    inside = (tiles.obsm["spatial"] < [width, height]).all(1)
+    sources = share.index[(share["A"] >= 0.05) & (share["B"] < 0.05) & inside]
+    assert list(made.obs["source_cell"]) == list(sources) and 0 < len(sources) < tiles.n_obs
+    assert list(made.var_names[:3]) == ["nuclei_per_mm2", "nuclear_share", "mean_area_um2"]
+    assert sdata["made"].n_obs == len(sources)
+    with pytest.raises(ValueError, match="give level='niche'"):
+        generate(sdata, model, **options)

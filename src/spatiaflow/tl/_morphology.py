@@ -113,7 +113,8 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, no pair lies in the image, or ``losses`` or ``preset`` hold an unknown name.
+        A transition has no pairs, no pair lies in the image, none is left by ``validation``, or ``losses`` or ``preset``
+        hold an unknown name.
     """
     from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
     from spatiaflow.train import morphology as train
@@ -157,6 +158,12 @@ def train_morphology(
         used = np.union1d(pairs.source, pairs.target)
         images, image_of = cells.images(used, Path(folder) / "images.npy")
         band = cells.far(validation)
+        training, held_out = pairs.within(~band), pairs.within(band)
+        if not len(training) or not len(held_out):
+            raise ValueError(
+                f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
+                f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
+            )
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)
@@ -165,7 +172,7 @@ def train_morphology(
                 Some(images, order), profile[used][order], band[used][order], seed=seed, device=target
             )
         network, history = train.fit_morphology(
-            pairs.within(~band), pairs.within(band), images, image_of, around, config, surrogate, losses=losses,
+            training, held_out, images, image_of, around, config, surrogate, losses=losses,
             weighted=weighted, max_epochs=max_epochs, batch_size=batch_size or 64,
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
             accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
