@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from spatiaflow import models
-from spatiaflow.models.flow import integrate
+from spatiaflow.models.flow import integrate, paced, times_of
 from spatiaflow.models.morphology import (
     Conditions,
     MorphologyConfig,
@@ -71,8 +71,18 @@ def test_path_between_gaussians_is_recovered():
         return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
 
     x = torch.from_numpy(rng.normal(size=20000))
-    found = integrate(velocity, x, 200)
-    assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
+    for noise in (1.0, 0.1):
+        found = integrate(velocity, x, 200, noise=noise)
+        assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_paces_spend_their_time_where_the_path_is_decided():
+    """Even paces are even in the logarithm of what there is of the end, over the noise, about t = noise."""
+    assert paced(0.0, 0.1) == 0 and paced(1.0, 0.1) == pytest.approx(1) and paced(0.3, 1.0) == pytest.approx(0.3)
+    t = paced(torch.linspace(0.01, 0.99, 50), 0.05)
+    ratio = t / (1 - t) / 0.05
+    np.testing.assert_allclose(ratio, torch.linspace(0.01, 0.99, 50) / torch.linspace(0.99, 0.01, 50), rtol=1e-4)
+    assert times_of(10, "heun", 0.05) == [paced(i / 5, 0.05) for i in range(6)]
 
 
 def test_orientations_of_images_and_neighbours_agree():

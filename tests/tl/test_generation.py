@@ -106,7 +106,7 @@ def test_figures(slide, model):
     real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
     figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
     labels = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert labels == ["source", "t = 0.5", "generated", "real targets", "2 µm"]
+    assert labels == ["source", "t = 0.048", "generated", "real targets", "2 µm"]
     assert sum(len(ax.images) for ax in figure.axes) == 20
     plt.close(figure)
     profiles = {k: sf.pp.image_profile(crops.take(real[s])) for k, s in (("source", "A"), ("target", "B"))}
@@ -206,7 +206,7 @@ def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
     genes = list(table.var_names[most[[5, 2, 9]]])
     few = int(np.quantile(np.asarray(table[:, genes].X.sum(1)), 0.1)) + 1
     rule = sf.models.States(
-        ["A", "B"], genes, [[1.0, -1.0, 0.2], [-1.0, 1.0, 0.1]], [0.1, -0.1], unit=10.0, min_counts=6
+        ["A", "B"], genes, [[1.0, -1.0, 0.2], [-1.0, 1.0, 0.1]], [0.1, -0.1], unit=10.0, min_counts=few
     )
     expected = []
     for counts in table[:, genes].X.toarray():

@@ -75,24 +75,44 @@ def time_features(t: Tensor, n: int = 256, scale: float = 1000.0) -> Tensor:
 METHODS = {"euler": 1, "midpoint": 2, "heun": 2}  # evaluations a step
 
 
-def integrate(
-    velocity: Callable[[Tensor, float], Tensor], x: Tensor, n_evaluations: int, *, method="heun", trajectory=False
-) -> Tensor:
-    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in even steps.
+def paced(s, noise: float):
+    """Times t of even paces s in [0, 1] (numbers or tensors) on a path whose start holds noise of this standard deviation.
 
-    With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
+    t / (1 - t) = noise s / (1 - s): where the path leads is decided while what there is of its end is about as strong as the
+    noise, near t = noise. Even times would spend next to nothing on that.
     """
+    return noise * s / (1 - (1 - noise) * s)
+
+
+def times_of(n_evaluations: int, method: str = "heun", noise: float = 1.0) -> list[float]:
+    """Times between which :func:`integrate` steps, from 0 to 1."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
     if (n := n_evaluations // METHODS[method]) < 1:
         raise ValueError(f"{method!r} needs at least {METHODS[method]} evaluations, not {n_evaluations}.")
-    states, step = [x], 1 / n
-    for t in (i / n for i in range(n)):
-        v = velocity(x, t)
+    return [paced(i / n, noise) for i in range(n + 1)]
+
+
+def integrate(
+    velocity: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    n_evaluations: int,
+    *,
+    method="heun",
+    noise: float = 1.0,
+    trajectory=False,
+) -> Tensor:
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in :func:`paced` steps.
+
+    With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
+    """
+    states, times = [x], times_of(n_evaluations, method, noise)
+    for t, t_next in zip(times, times[1:]):
+        step, v = t_next - t, velocity(x, t)
         if method == "midpoint":
             v = velocity(x + step / 2 * v, t + step / 2)
         elif method == "heun":
-            v = (v + velocity(x + step * v, t + step)) / 2
+            v = (v + velocity(x + step * v, t_next)) / 2
         x = x + step * v
         states.append(x)
     return torch.stack(states) if trajectory else x

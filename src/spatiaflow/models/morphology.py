@@ -283,7 +283,7 @@ class MorphologyFlow:
                 v = (1 + guidance) * v - guidance * network(x, times, control, free, free_around)
             return v
 
-        return integrate(velocity, x, n_steps, method=method, trajectory=trajectory)
+        return integrate(velocity, x, n_steps, method=method, noise=spread(c), trajectory=trajectory)
 
     def save(self, path) -> object:
         """Write the model to one safetensors file, atomically, and return its path."""
@@ -313,6 +313,11 @@ class MorphologyFlow:
             return cls(**parts, **same, states=states)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the file's header and tensors do not make a MorphologyFlow: {error}") from error
+
+
+def spread(c: MorphologyConfig) -> float:
+    """Standard deviation of the noise in what the path begins with."""
+    return 1.0 if c.start == "noise" else max(c.noise, 0.01)
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:

@@ -79,9 +79,9 @@ def transition(
     chosen = np.sort(rng.permutation(data.n_obs)[:n])
     rows = {"source": data.obsm["source"][chosen]}
     if "trajectory" in data.obsm:
-        states = data.obsm["trajectory"][chosen]
+        states, times = data.obsm["trajectory"][chosen], data.uns["morphology"]["times"]
         for k in np.unique(np.linspace(0, states.shape[1] - 1, 5).round().astype(int))[1:-1]:
-            rows[f"t = {k / (states.shape[1] - 1):.2g}"] = states[:, k]
+            rows[f"t = {times[k]:.2g}"] = states[:, k]
     rows["generated"] = data.obsm["image"][chosen]
     if targets is not None:
         targets = np.asarray(targets)

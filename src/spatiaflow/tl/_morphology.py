@@ -312,7 +312,7 @@ def generate_morphology(
     pixels x pixels, in the type and scale of the image, ``.obsm["source"]``, the source cells' alike, and with ``trajectory``
     ``.obsm["trajectory"]``, n x steps + 1 x channels x pixels x pixels; ``.obsm["spatial"]``, µm; ``.obs`` with
     ``source_cell``, ``transition``, ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp``,
-    ``intensity`` (background and bright end of each channel) and ``params``.
+    ``intensity`` (background and bright end of each channel), ``times`` (of the trajectory) and ``params``.
 
     With ``key_added`` a SpatialData is also written into. Sets:
 
@@ -330,7 +330,8 @@ def generate_morphology(
         channels differ, or ``key_added`` is given with an AnnData or taken by another element.
     """
     from spatiaflow import models
-    from spatiaflow.models.morphology import MorphologyFlow
+    from spatiaflow.models.flow import times_of
+    from spatiaflow.models.morphology import MorphologyFlow, spread
     from spatiaflow.pp import image_profile
     from spatiaflow.train.pairs import Pairs, conditions
 
@@ -425,6 +426,7 @@ def generate_morphology(
     out.obsm["spatial"] = found.positions[rows[repeated]]
     out.uns["morphology"] = {
         "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels, "intensity": model.intensity,
+        "times": times_of(n_steps, method, spread(c)),
         "params": {
             "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
             "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
