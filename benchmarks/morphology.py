@@ -1,6 +1,7 @@
 """Morphology under a transition.
 
 python benchmarks/morphology.py pairing            confidence and matching on planted cells; 50,000 x 50,000
+python benchmarks/morphology.py simulated          planted shift of area and elongation, niche by niche
 python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features
                                                    generated cells of the test part against real ones and simple baselines
 
@@ -144,6 +145,63 @@ def pairing(a) -> None:
     write("pairing", rows)
     spread = pd.DataFrame(rows).query("question == 'size of the group'").groupby(["sources", "targets"])["value"].mean()
     print(f"confidence over group sizes: {spread.min():.3f} to {spread.max():.3f}, range {np.ptp(spread):.3f}")
+
+
+# ---- simulated tissue --------------------------------------------------------------------------------------------
+
+
+def with_embeddings(sdata, pca=None):
+    """Components of expression of the cell, and their means over 12 and 50 neighbours, as its three levels."""
+    from sklearn.decomposition import PCA
+
+    table = sdata["table"]
+    x = np.log1p(table.X.toarray() / np.asarray(table.X.sum(1)).reshape(-1, 1) * 200)
+    pca = pca or PCA(16, random_state=0).fit(x)
+    z, xy = pca.transform(x).astype(np.float32) / 2, table.obsm["spatial"]
+    near = cKDTree(xy).query(xy, k=50)[1]
+    table.obsm["E_cell"], table.obsm["E_niche"], table.obsm["E_tissue"] = z, z[near[:, :12]].mean(1), z[near].mean(1)
+    return pca
+
+
+def simulated(a) -> None:
+    """How much of the planted shift of nuclei generated cells show in each niche, with and without spatial context."""
+    image, rows = {"image_key": "fluorescence"}, []
+    for seed in range(a.seeds):
+        train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((6000, 3000)))
+        with_embeddings(test, with_embeddings(train))
+        sf.pp.morphology_profile(train, **image)
+        table = test["table"]
+        crops = sf.pp.crops(test, crop_um=16.0, pixels=32, **image)
+
+        def measured(found):
+            return found.assign(elongation=found["major_axis_um"] / found["minor_axis_um"])[["area_um2", "elongation"]]
+
+        real = measured(sf.pp.image_profile(crops)).to_numpy()
+        state, niche = table.obs["state"].astype(str).to_numpy(), table.obs["niche"].astype(str).to_numpy()
+        for context in (True, False):
+            sf.tl.pair_transitions(
+                train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
+            )  # fmt: skip
+            start = time.perf_counter()
+            model = sf.tl.train_morphology(
+                train, use_rep="E", crop_um=16.0, crop_pixels=32, spatial=context, max_epochs=a.epochs, random_state=seed,
+                losses={"contrast": 0}, **image,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            made = sf.tl.generate_morphology(test, source="A", target="B", model=model, random_state=seed, **image)
+            shown, where = measured(made.to_df()).to_numpy(), made.obs["niche"].to_numpy()
+            for group in np.unique(niche):
+                before, after = (real[(niche == group) & (state == s)] for s in "AB")
+                now = shown[where == group]
+                true, got = np.nanmean(after, 0) - np.nanmean(before, 0), np.nanmean(now, 0) - np.nanmean(before, 0)
+                error = np.sqrt(sum(np.nanvar(v, 0) / len(v) for v in (now, before))) / np.abs(true)
+                for feature, share, e, planted in zip(("area", "elongation"), got / true, error, true):
+                    rows.append({
+                        "seed": seed, "context": context, "niche": group, "feature": feature, "planted shift": planted,
+                        "share shown": share, "standard error": e, "n": len(now), "seconds to train": seconds,
+                    })  # fmt: skip
+                    print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    write("simulated", rows)
 
 
 # ---- pancreas ----------------------------------------------------------------------------------------------------
@@ -320,13 +378,14 @@ def pancreas(a) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairing", "pancreas"])
+    parser.add_argument("what", choices=["pairing", "simulated", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
+    parser.add_argument("--epochs", type=int, default=60, help="of training on simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     parser.add_argument("--weights", default="morphology-pancreas-small")
     parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
     parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
     a = parser.parse_args()
-    {"pairing": pairing, "pancreas": pancreas}[a.what](a)
+    {"pairing": pairing, "simulated": simulated, "pancreas": pancreas}[a.what](a)

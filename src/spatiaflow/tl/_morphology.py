@@ -23,6 +23,8 @@ from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.tl._images import LEVELS, CellImages, Some, model_of, unscaled
 from spatiaflow.tl._transitions import sources_of, targets_of
 
+BUNDLED = "morphology-pancreas-small"
+
 
 def train_morphology(
     data: AnnData | SpatialData,
@@ -276,7 +278,8 @@ def generate_morphology(
     source, target
         States; the model must know the transition.
     model
-        :class:`spatiaflow.models.MorphologyFlow`, or the path of one.
+        :class:`spatiaflow.models.MorphologyFlow`, or the path of one; None takes the bundled
+        "morphology-pancreas-small".
     level
         ``"cell"``, or ``"niche"`` with a model that was trained on tiles; then ``table_key`` names them.
     groupby
@@ -329,7 +332,7 @@ def generate_morphology(
         The embeddings were made by another model, the model does not know the transition, no cell is of the source state,
         channels differ, or ``key_added`` is given with an AnnData or taken by another element.
     """
-    from spatiaflow import models
+    from spatiaflow import datasets, models
     from spatiaflow.models.flow import times_of
     from spatiaflow.models.morphology import MorphologyFlow, spread
     from spatiaflow.pp import image_profile
@@ -341,7 +344,8 @@ def generate_morphology(
     _io.one_of(("cell", "niche"), level=level)
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
-    model = model if isinstance(model, MorphologyFlow) else models.load(model)
+    if not isinstance(model, MorphologyFlow):
+        model = models.load(datasets.weights(BUNDLED) if model is None else model)
     if not isinstance(model, MorphologyFlow):
         raise TypeError(
             f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."
