@@ -133,6 +133,8 @@ def test_a_slide_with_one_channel_and_names_of_its_own(slides, model):
         embedded(named, model, channels={"c1": "nucleus"})
     with pytest.raises(KeyError, match="names 'c7'"):
         embedded(named, model, channels={"c7": "dapi"})
+    with pytest.raises(ValueError, match="channels c0, c1 of slide .* would all be the model's 'dapi'"):
+        embedded(named, model, channels={"c0": "dapi", "c1": "dapi"})
 
 
 def test_other_panels(slides, model, caplog):

@@ -172,6 +172,12 @@ def match_channels(have, wanted: list[str], names: dict | None, library_id: str)
     if unknown := [name for name in names.values() if name not in wanted]:
         raise KeyError(f"channels= maps to {unknown[0]!r}; the model has {', '.join(wanted)}.")
     called = [str(names.get(name, name)).lower() for name in have]
+    if twice := [name for name in wanted if called.count(name.lower()) > 1]:
+        several = [name for name, as_ in zip(have, called) if as_ == twice[0].lower()]
+        raise ValueError(
+            f"channels {', '.join(several)} of slide {library_id!r} would all be the model's {twice[0]!r}; map one of "
+            "them alone with channels=, or rename the others with sdata.set_channel_names(...)."
+        )
     places = np.array([called.index(name.lower()) if name.lower() in called else -1 for name in wanted])
     if (places < 0).all():
         raise KeyError(
