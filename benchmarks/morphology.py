@@ -206,7 +206,7 @@ def simulated(a) -> None:
 
 # ---- pancreas ----------------------------------------------------------------------------------------------------
 
-MIN_CELLS, BLOCK_UM = 50, 500.0
+MIN_CELLS, BLOCK_UM = 30, 500.0
 
 
 @dataclass
@@ -251,6 +251,8 @@ def over_niches(a: Images, b: Images, draws: list, seed: int = 0) -> dict[str, n
             continue
         one, other = (s.rows(np.sort(rng.permutation(r)[:n])) for s, r in zip((a, b), rows))
         found.append(distances(one, other, draws))
+    if not found:
+        raise SystemExit(f"no niche holds {MIN_CELLS} images of both samples: give more --cells")
     return {name: np.nanmean([f[name] for f in found], 0) for name in found[0]}
 
 

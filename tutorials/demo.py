@@ -38,6 +38,7 @@ def main() -> None:
     train, test = load(args.data)
     patch_um = 155 if args.data == "her2st" else 64
     image = {} if args.data == "her2st" else {"image_key": "he"}
+    print("encoding patches and training STFlow ...", flush=True)
     for slide in [*train, test]:
         sf.pp.encode_patches(slide, patch_um=patch_um, **image)
     model = sf.tl.train_stflow(train, max_epochs=args.max_epochs)
@@ -61,6 +62,7 @@ def main() -> None:
     )
 
     figures = {}
+    print("embedding cells and generating some ...", flush=True)
     if args.data == "simulated":  # cells with a fluorescence image, in stains that the bundled weights know
         sf.tl.embed_spatia(test, modalities="image", image_key="fluorescence")
         sf.tl.cluster_niches(test, n_clusters=3)

@@ -23,8 +23,6 @@ from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.tl._images import LEVELS, CellImages, Some, model_of, unscaled
 from spatiaflow.tl._transitions import sources_of, targets_of
 
-BUNDLED = "morphology-pancreas-small"
-
 
 def train_morphology(
     data: AnnData | SpatialData,
@@ -245,7 +243,7 @@ def generate_morphology(
     *,
     source: str,
     target: str,
-    model=None,
+    model,
     level: str = "cell",
     groupby: str | None = None,
     cells: list[str] | None = None,
@@ -278,13 +276,12 @@ def generate_morphology(
     source, target
         States; the model must know the transition.
     model
-        :class:`spatiaflow.models.MorphologyFlow`, or the path of one; None takes the bundled
-        "morphology-pancreas-small".
+        :class:`spatiaflow.models.MorphologyFlow`, or the path of one.
     level
         ``"cell"``, or ``"niche"`` with a model that was trained on tiles; then ``table_key`` names them.
     groupby
-        Column of ``.obs`` with the states; when None the one the model was trained with, or where there is none the rule that
-        bundled weights carry.
+        Column of ``.obs`` with the states; when None the one the model was trained with, or where there is none the model's own
+        rule, if it has one (``model.states``).
     cells
         Names of the source cells; all of the state when None.
     n_variants
@@ -332,7 +329,7 @@ def generate_morphology(
         The embeddings were made by another model, the model does not know the transition, no cell is of the source state,
         channels differ, or ``key_added`` is given with an AnnData or taken by another element.
     """
-    from spatiaflow import datasets, models
+    from spatiaflow import models
     from spatiaflow.models.flow import times_of
     from spatiaflow.models.morphology import MorphologyFlow, spread
     from spatiaflow.pp import image_profile
@@ -344,8 +341,7 @@ def generate_morphology(
     _io.one_of(("cell", "niche"), level=level)
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
-    if not isinstance(model, MorphologyFlow):
-        model = models.load(datasets.weights(BUNDLED) if model is None else model)
+    model = model if isinstance(model, MorphologyFlow) else models.load(model)
     if not isinstance(model, MorphologyFlow):
         raise TypeError(
             f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."
