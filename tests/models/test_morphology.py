@@ -71,13 +71,13 @@ def test_path_between_gaussians_is_recovered():
         return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
 
     x = torch.from_numpy(rng.normal(size=20000))
-    for noise in (1.0, 0.1):
-        found = integrate(velocity, x, 200, noise=noise)
+    for pace in (1.0, 0.1):
+        found = integrate(velocity, x, 200, pace=pace)
         assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_paces_spend_their_time_where_the_path_is_decided():
-    """Even paces are even in the logarithm of what there is of the end, over the noise, about t = noise."""
+    """The odds of time and of even steps have the same ratio everywhere."""
     assert paced(0.0, 0.1) == 0 and paced(1.0, 0.1) == pytest.approx(1) and paced(0.3, 1.0) == pytest.approx(0.3)
     t = paced(torch.linspace(0.01, 0.99, 50), 0.05)
     ratio = t / (1 - t) / 0.05

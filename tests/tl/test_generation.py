@@ -106,7 +106,7 @@ def test_figures(slide, model):
     real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
     figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
     labels = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert labels == ["source", "t = 0.048", "generated", "real targets", "2 µm"]
+    assert labels == ["source", "t = 0.5", "generated", "real targets", "2 µm"]
     assert sum(len(ax.images) for ax in figure.axes) == 20
     plt.close(figure)
     profiles = {k: sf.pp.image_profile(crops.take(real[s])) for k, s in (("source", "A"), ("target", "B"))}

@@ -37,6 +37,8 @@ class MorphologyConfig:
         The path begins at ``"control"``, the control image, whose pixels run from about -1 to 1, with noise of this standard
         deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the control
         image beside.
+    pace
+        About half of the times, in training and in generation, lie below it; 1 spreads them evenly.
     patch_pixels, width, n_layers, n_heads
         Of the transformer over patches.
     drop
@@ -54,6 +56,7 @@ class MorphologyConfig:
     spatial: bool = True
     start: str = "control"
     noise: float = 0.05
+    pace: float = 1.0
     patch_pixels: int = 4
     width: int = 128
     n_layers: int = 4
@@ -283,7 +286,7 @@ class MorphologyFlow:
                 v = (1 + guidance) * v - guidance * network(x, times, control, free, free_around)
             return v
 
-        return integrate(velocity, x, n_steps, method=method, noise=spread(c), trajectory=trajectory)
+        return integrate(velocity, x, n_steps, method=method, pace=c.pace, trajectory=trajectory)
 
     def save(self, path) -> object:
         """Write the model to one safetensors file, atomically, and return its path."""
@@ -313,11 +316,6 @@ class MorphologyFlow:
             return cls(**parts, **same, states=states)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the file's header and tensors do not make a MorphologyFlow: {error}") from error
-
-
-def spread(c: MorphologyConfig) -> float:
-    """Standard deviation of the noise in what the path begins with."""
-    return 1.0 if c.start == "noise" else max(c.noise, 0.01)
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:

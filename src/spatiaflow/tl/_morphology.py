@@ -127,7 +127,9 @@ def train_morphology(
     _io.one_of(("control", "noise"), start=start)
     _io.one_of(("cell", "niche"), level=level)
     _io.known_names(train.LOSSES, losses=losses)
-    _io.known_names(("n_neighbors", "noise", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset)
+    _io.known_names(
+        ("n_neighbors", "noise", "pace", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset
+    )
     patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
     if crop_pixels % patch:
         raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of patch_pixels={patch}.")
@@ -331,7 +333,7 @@ def generate_morphology(
     """
     from spatiaflow import models
     from spatiaflow.models.flow import times_of
-    from spatiaflow.models.morphology import MorphologyFlow, spread
+    from spatiaflow.models.morphology import MorphologyFlow
     from spatiaflow.pp import image_profile
     from spatiaflow.train.pairs import Pairs, conditions
 
@@ -426,7 +428,7 @@ def generate_morphology(
     out.obsm["spatial"] = found.positions[rows[repeated]]
     out.uns["morphology"] = {
         "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels, "intensity": model.intensity,
-        "times": times_of(n_steps, method, spread(c)),
+        "times": times_of(n_steps, method, c.pace),
         "params": {
             "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
             "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,

@@ -18,7 +18,6 @@ from spatiaflow.models.morphology import (
     MorphologyNetwork,
     Surrogate,
     sliced_wasserstein,
-    spread,
     start,
 )
 from spatiaflow.train.fit import claim, fit
@@ -67,7 +66,7 @@ class MorphologyTraining(L.LightningModule):
         g = torch.Generator().manual_seed(b["seed"])
         n = len(control)
         x0 = start(control, torch.randn(control.shape, generator=g).to(control), c)
-        t = paced(torch.rand(n, generator=g), spread(c)).to(control)
+        t = paced(torch.rand(n, generator=g), c.pace).to(control)
         kept = torch.rand(n, generator=g) >= (c.drop if self.training else 0)
         x_t, u = interpolate(x0, target, t[:, None, None, None]), target - x0
         condition, around = network.condition(b["conditions"], kept.to(control.device))
