@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from spatiaflow.models.morphology import (
     MorphologyNetwork,
     Surrogate,
     sliced_wasserstein,
+    start,
 )
 from spatiaflow.train.morphology import MorphologyTraining
 from spatiaflow.train.pairs import oriented, turned, turned_offsets
@@ -200,3 +203,14 @@ def test_save_and_load(network, tmp_path):
     arguments = (control, some_conditions(2), noise)
     torch.testing.assert_close(again.generate(*arguments), model.generate(*arguments))
     assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
+
+
+def test_the_path_begins_at_the_control_with_clouds():
+    config = MorphologyConfig(channels=["a"], transitions=["x"], crop_pixels=32, noise=0.2)
+    control, noise = torch.randn(1, 1, 32, 32), torch.randn(400, 1, 32, 32)
+    added = start(control, noise, config) - control
+    assert float(added[:, :, 3::8, 3::8].std()) == pytest.approx(0.2, rel=0.15)  # at the grid's own places
+    steps = added[..., 1:] - added[..., :-1]
+    assert float(steps.std()) < 0.25 * float(added.std())  # smooth: neighbouring pixels agree
+    np.testing.assert_array_equal(start(control, noise, replace(config, noise=0.0))[0], control[0])
+    np.testing.assert_array_equal(start(control, noise, replace(config, start="noise")), noise)

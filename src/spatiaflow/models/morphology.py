@@ -34,9 +34,9 @@ class MorphologyConfig:
     spatial
         Whether niche, tissue and neighbours condition the image at all.
     start, noise
-        The path begins at ``"control"``, the control image, whose pixels run from about -1 to 1, with noise of this standard
-        deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the control
-        image beside.
+        The path begins at ``"control"``, the control image, whose pixels run from about -1 to 1, with smooth noise of this
+        standard deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the
+        control image beside.
     pace
         About half of the times, in training and in generation, lie below it; 1 spreads them evenly.
     patch_pixels, width, n_layers, n_heads
@@ -55,7 +55,7 @@ class MorphologyConfig:
     n_neighbors: int = 12
     spatial: bool = True
     start: str = "control"
-    noise: float = 0.05
+    noise: float = 0.15
     pace: float = 1.0
     patch_pixels: int = 4
     width: int = 128
@@ -319,5 +319,13 @@ class MorphologyFlow:
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
-    """Where the path begins: the control image with a little noise, or noise alone."""
-    return noise if c.start == "noise" else control + c.noise * noise
+    """Where the path begins: white noise, or the control image with clouds of it.
+
+    Clouds (a grid of 4 x 4 values, interpolated), not grain: grain would have to be taken off again pixel by pixel, and what
+    is left of it shows.
+    """
+    if c.start == "noise":
+        return noise
+    block = max(1, noise.shape[-1] // 4)
+    grid = block * F.avg_pool2d(noise, block)  # variance 1 again
+    return control + c.noise * F.interpolate(grid, size=noise.shape[-2:], mode="bilinear")

@@ -58,7 +58,7 @@ def train_morphology(
 ):
     """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
 
-    A flow from the image of a source cell (with a little noise, so that it has more than one outcome) to the image of its
+    A flow from the image of a source cell (with a little smooth noise, so that it has more than one outcome) to the image of its
     target, under what is known of the source: its embedding, those of its niche and tissue, its neighbours and where they
     lie, the transition, and the mean shift of genes and morphology in it. Each pair counts by its confidence.
 
