@@ -6,16 +6,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from anndata import AnnData
 from torch.nn import functional as F
 
 NETWORK = "cell-features-small"
 
 
 def image_features(
-    data: AnnData | np.ndarray,
+    images,
     *,
-    channels: list[str] | None = None,
+    channels: list[str],
     mpp: float | None = None,
     intensity: dict[str, tuple[float, float]] | None = None,
     batch_size: int = 256,
@@ -23,24 +22,21 @@ def image_features(
     """Features of images of cells, for :func:`kernel_distance`, :func:`frechet_distance` and :func:`memorised`.
 
     By a small network that comes with the package (``datasets.weights("cell-features-small")``), trained to read counts and
-    morphology off images of a Xenium slide (stains ``dapi``,
-    ``bound``, ``rna``, ``prot``). It is part of no generator and no loss.
-    Numbers are comparable among images of the same stains, scale and slide alone; say how many images there were.
+    morphology off images of a Xenium slide (stains ``dapi``, ``bound``, ``rna``, ``prot``). It is part of no generator and
+    no loss. Numbers are comparable among images of the same stains, scale and slide alone; say how many images there were.
 
     Parameters
     ----------
-    data
-        Images, n x channels x pixels x pixels, in the scale of the slide; or what
-        :func:`spatiaflow.tl.generate_morphology` returned.
+    images
+        Array, n x channels x pixels x pixels, in the scale of the slide, such as ``made.obsm["image"]`` of generated cells;
+        ``made.uns["morphology"]`` holds their channels and mpp.
     channels
-        Names of the channels, where ``data`` does not know them. What the network does not know is left out, what is missing
-        is background.
+        Names of the channels. What the network does not know is left out, what is missing is background.
     mpp
-        µm per pixel, where ``data`` does not know it.
+        µm per pixel.
     intensity
         Background and bright end of every channel, as ``model.intensity`` of a generator or percentiles of the real images say;
-        the same for all images that are compared. Where neither is given nor known to ``data``, those of the slide that the
-        network was trained on.
+        the same for all images that are compared. None: those of the slide that the network was trained on.
     batch_size
         Images at a time.
 
@@ -51,16 +47,11 @@ def image_features(
     Raises
     ------
     ValueError
-        No channel is known to the network, images are of another shape, or channels or scale are not known.
+        No channel is known to the network, images are of another shape, or ``mpp`` is missing.
     """
-    if isinstance(data, AnnData):
-        known = data.uns["morphology"]
-        images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]
-        intensity = intensity or known["intensity"]
-    else:
-        images = np.asarray(data)
-    if channels is None or mpp is None:
-        raise ValueError("images alone do not say what they show: give channels= and mpp= (µm per pixel).")
+    if mpp is None:
+        raise ValueError("images alone do not say how large a pixel is: give mpp= (µm per pixel).")
+    images = np.asarray(images)
     have = [str(name).lower() for name in channels]
     if images.ndim != 4 or images.shape[1] != len(have):
         raise ValueError(f"images must be n x {len(have)} channels x pixels x pixels; they are {images.shape}.")

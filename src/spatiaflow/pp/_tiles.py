@@ -63,6 +63,11 @@ def tiles(
     are ``.uns["tiles"][groupby]``. The images of an AnnData's slides are kept in
     ``.uns["spatial"]``, so that ``pp.crops(tiles, crop_um=tile_um, library_key="library_id")`` cuts them.
 
+    With ``key_added`` a SpatialData is also written into. Sets:
+
+    ``data[key_added]`` : the same, as a table
+    ``data[f"{key_added}_points"]`` : the tiles' centres; with several slides ``f"{key_added}_{slide}"``, one for each
+
     Raises
     ------
     KeyError
