@@ -2,8 +2,8 @@
 
     python benchmarks/features.py pancreas.zarr
 
-On the cells at x < 16500 px of the slide that ``benchmarks/weights.py`` describes. Nothing else is trained, conditioned or
-chosen by it. No augmentation but turns and mirrors: brightness and size are to be told apart.
+On the cells at x < 16500 px of the slide that ``benchmarks/weights.py`` describes. Nothing else is trained or conditioned
+by it. No augmentation but turns and mirrors: brightness and size are to be told apart.
 """
 
 import argparse

@@ -62,8 +62,8 @@ def main() -> None:
     )
 
     figures = {}
-    print("embedding cells and generating some ...", flush=True)
     if args.data == "simulated":  # cells with a fluorescence image, in stains that the bundled weights know
+        print("embedding cells ...", flush=True)
         sf.tl.embed_spatia(test, modalities="image", image_key="fluorescence")
         sf.tl.cluster_niches(test, n_clusters=3)
         figures["levels"] = sf.pl.levels(test, show=False, return_fig=True)

@@ -287,10 +287,10 @@ def keep(data, key: str, table: AnnData, slides: list, which: np.ndarray, xy: np
     if not isinstance(data, SpatialData):
         raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
     names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.library_id}" for slide in slides]
-    taken = [name for name in names if name in data and name not in data.points]
     ours = key in data.tables and set(data[key].obs.get("region", [""])) <= set(names)
-    if taken or (key in data and not ours):
-        raise ValueError(f"the SpatialData has another element called {[*taken, key][0]!r}: choose another key_added=.")
+    taken = [name for name in [*names, key] if name in data and not (ours and (name == key or name in data.points))]
+    if taken:
+        raise ValueError(f"the SpatialData has another element called {taken[0]!r}: choose another key_added=.")
     region = np.array(names, object)[which]
     for i, (slide, name) in enumerate(zip(slides, names)):
         here = np.flatnonzero(which == i)

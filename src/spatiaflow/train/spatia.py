@@ -27,6 +27,7 @@ from spatiaflow.models.spatia import (
 )
 from spatiaflow.models.spatial import Graph, far_band
 from spatiaflow.train.fit import claim, fit
+from spatiaflow.train.pairs import turned
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
 LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.05, "contrast": 0.02, "niche": 1.0, "tissue": 0.5}
@@ -88,10 +89,7 @@ def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
     Brightness tells of expression: a large change, or one of its own for each cell, would teach to overlook it.
     """
     n, c = x.shape[:2]
-    which = torch.from_numpy(rng.integers(0, 8, n))
-    for k in range(8):
-        turned = torch.rot90(x[which == k], k % 4, (2, 3))
-        x[which == k] = turned.flip(3) if k >= 4 else turned
+    x = turned(x, rng.integers(0, 8, n))
     gain, gamma, shift = (
         torch.from_numpy(v.astype(np.float32)).view(1, c, 1, 1)
         for v in (rng.lognormal(0, 0.08, c), rng.lognormal(0, 0.06, c), rng.normal(0, 0.012, c))
