@@ -118,7 +118,7 @@ class Probe:
 
 
 def supervised_cnn(
-    parts: dict, top: np.ndarray, seed: int, *, raw: bool = False, max_epochs: int = 30, patience: int = 4
+    parts: dict, top: np.ndarray, seed: int, *, raw=False, augment=True, max_epochs: int = 30, patience: int = 4
 ) -> tuple[dict, str]:
     """Embeddings of a small CNN trained to predict all counts, with SPATIA's augmentation and crops, to convergence.
 
@@ -162,8 +162,9 @@ def supervised_cnn(
         for g in optimizer.param_groups:  # halves when it stalls
             g["lr"] = 1e-3 * 0.5**waited
         for batch in np.array_split(rng.permutation(rows), len(rows) // 256):
+            x = scaled(images["train"][batch], own["train"], places)
             with torch.autocast("cpu", torch.bfloat16):
-                z = net(augmented(scaled(images["train"][batch], own["train"], places), rng))
+                z = net(augmented(x, rng) if augment else x)
             seen = torch.from_numpy(counts[batch].toarray())
             mean = seen.sum(1, keepdim=True) * torch.exp(head(z.float()).clamp(-15, 3))
             loss = -log_likelihood(seen, mean.clamp_min(1e-6), nn.functional.softplus(log_theta) + 0.01).mean()
@@ -331,7 +332,10 @@ def pancreas(a) -> None:
         timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
         own = {name: features["CNN, supervised"][f"{name}, own"] for name in parts}
         features["CNN, supervised, intensities of each part"] = own
-        timed("CNN, supervised, raw intensities", lambda: supervised_cnn(parts, top, a.seed, raw=True))
+        if a.variants:
+            timed("CNN, supervised, raw intensities", lambda: supervised_cnn(parts, top, a.seed, raw=True))
+            timed("CNN, supervised, no augmentation", lambda: supervised_cnn(parts, top, a.seed, augment=False))
+            timed("CNN, no augmentation + neighbours", lambda: with_neighbours("CNN, supervised, no augmentation"))
     if a.baselines_only:
         return
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
@@ -629,6 +633,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--cache", type=Path, help="folder that keeps the features of baselines")
     parser.add_argument("--baselines-only", action="store_true")
+    parser.add_argument(
+        "--variants", action="store_true", help="the CNN on raw intensities and without augmentation too"
+    )
     parser.add_argument("--quick", action="store_true", help="SPATIA's rows alone")
     a = parser.parse_args()
     {"pancreas": pancreas, "starmap": starmap, "simulated": simulated}[a.data](a)

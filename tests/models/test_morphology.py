@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,6 +183,19 @@ def test_losses_are_switched_by_name_and_reach_the_network(network):
     same = batch()
     same["conditions"].transition.zero_()  # no other transition to contrast with
     assert float(module.losses(network, same)["contrast"].detach()) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 11, 500])
+def test_a_training_may_have_any_number_of_steps(network, steps):
+    module = MorphologyTraining(network, None, {"flow": 1.0})
+    module._trainer = SimpleNamespace(estimated_stepping_batches=steps)
+    schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(steps):
+        schedule.optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert np.all(np.array(rates) > 0) and np.max(rates) <= module.learning_rate * (1 + 1e-9)
 
 
 def test_sliced_wasserstein():

@@ -212,3 +212,12 @@ def within(crops, library_id: str) -> np.ndarray:
             stacklevel=4,
         )
     return inside
+
+
+def file_of(model: str | Path) -> str | Path:
+    """File of a model: a path as it is; anything else is the name of weights."""
+    if Path(model).suffix == ".safetensors" or Path(model).exists():
+        return model
+    from spatiaflow.datasets import weights
+
+    return weights(str(model))

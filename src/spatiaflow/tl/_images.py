@@ -133,13 +133,3 @@ def unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np
     if np.issubdtype(dtype, np.integer):
         return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
     return values.astype(np.float32)
-
-
-class Some:
-    """Some rows of an array that stays on disk."""
-
-    def __init__(self, array, rows):
-        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
-
-    def __getitem__(self, which):
-        return self.array[self.rows[which]]

@@ -20,8 +20,11 @@ from spatialdata import SpatialData
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress, resolve_seed, settings
-from spatiaflow.tl._images import LEVELS, CellImages, Some, model_of, unscaled
+from spatiaflow.tl import _cells
+from spatiaflow.tl._images import LEVELS, CellImages, model_of, unscaled
 from spatiaflow.tl._transitions import sources_of, targets_of
+
+DEFAULT_WEIGHTS = "morphology-pancreas-small"
 
 
 def train_morphology(
@@ -169,9 +172,8 @@ def train_morphology(
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)
-            order = np.flatnonzero(known)
             surrogate, r2 = train.fit_surrogate(
-                Some(images, order), profile[used][order], band[used][order], seed=seed, device=target
+                images, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
             )
         network, history = train.fit_morphology(
             training, held_out, images, image_of, around, config, surrogate, losses=losses,
@@ -245,7 +247,7 @@ def generate_morphology(
     *,
     source: str,
     target: str,
-    model,
+    model=None,
     level: str = "cell",
     groupby: str | None = None,
     cells: list[str] | None = None,
@@ -278,7 +280,8 @@ def generate_morphology(
     source, target
         States; the model must know the transition.
     model
-        :class:`spatiaflow.models.MorphologyFlow`, or the path of one.
+        :class:`spatiaflow.models.MorphologyFlow`, the path of one, or the name of weights that
+        :func:`spatiaflow.datasets.weights` lists; the bundled ``"morphology-pancreas-small"`` when None.
     level
         ``"cell"``, or ``"niche"`` with a model that was trained on tiles; then ``table_key`` names them.
     groupby
@@ -343,7 +346,8 @@ def generate_morphology(
     _io.one_of(("cell", "niche"), level=level)
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
-    model = model if isinstance(model, MorphologyFlow) else models.load(model)
+    if not isinstance(model, MorphologyFlow):
+        model = models.load(_cells.file_of(model or DEFAULT_WEIGHTS))
     if not isinstance(model, MorphologyFlow):
         raise TypeError(
             f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."

@@ -135,7 +135,7 @@ def train_spatia(
         raise ValueError(f"weights of losses must not be negative, nor all 0; they are {losses}.")
     modalities = cells.check_modalities(modalities)
     if init is not None:
-        init = init if isinstance(init, models.Spatia) else models.load(_file(init))
+        init = init if isinstance(init, models.Spatia) else models.load(cells.file_of(init))
         if not isinstance(init, models.Spatia):
             raise TypeError(f"init must be a Spatia, not a {type(init).__name__}.")
         crop_um = init.config.crop_um
@@ -204,15 +204,6 @@ def train_spatia(
 
 def _distinct(names) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _file(model: str | Path) -> str | Path:
-    """A path as it is; anything else is the name of weights."""
-    if Path(model).suffix == ".safetensors" or Path(model).exists():
-        return model
-    from spatiaflow.datasets import weights
-
-    return weights(str(model))
 
 
 def embed_spatia(
@@ -310,7 +301,7 @@ def embed_spatia(
     if scaling not in ("slide", "training"):
         raise ValueError(f"scaling must be 'slide' or 'training', not {scaling!r}.")
     if not isinstance(model, models.Spatia):
-        model = models.load(_file(model or DEFAULT_WEIGHTS))
+        model = models.load(_cells.file_of(model or DEFAULT_WEIGHTS))
     if not isinstance(model, models.Spatia):
         raise TypeError(f"model must be a Spatia, not a {type(model).__name__}.")
     for modality, known in (("image", model.config.channels), ("genes", model.config.genes)):

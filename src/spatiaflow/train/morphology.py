@@ -56,7 +56,7 @@ class MorphologyTraining(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        steps = max(int(self.trainer.estimated_stepping_batches), 2)
+        steps = max(int(self.trainer.estimated_stepping_batches), 16)  # OneCycleLR fails on 10
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -118,6 +118,7 @@ class MorphologyTraining(L.LightningModule):
 def fit_surrogate(
     images,
     profile: np.ndarray,
+    training: np.ndarray,
     held_out: np.ndarray,
     *,
     max_epochs: int = 15,
@@ -125,15 +126,18 @@ def fit_surrogate(
     seed: int = 0,
     device="cpu",
 ) -> tuple[Surrogate, np.ndarray]:
-    """Fit a network that reads standardised morphology (n x features) off images; returns it and R2 on those held out."""
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    """Fit a network that reads standardised morphology (n x features) off images; returns it and R2 on those held out.
+
+    ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
+    """
+    train, test = np.flatnonzero(training), np.flatnonzero(held_out)
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = Surrogate(images.shape[1], profile.shape[1]).to(device)
     steps = max_epochs * -(-len(train) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2), pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.2)
     y = torch.from_numpy(np.asarray(profile, np.float32)).to(device)
 
     def read(rows):

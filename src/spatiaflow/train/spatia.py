@@ -224,7 +224,7 @@ class _Training(L.LightningModule):
             group["params"] = [p for p in group["params"] if p.requires_grad]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, weight_decay=0.02)
         rates = [g["lr"] for g in optimizer.param_groups]
-        steps = max(int(self.trainer.estimated_stepping_batches), 2)
+        steps = max(int(self.trainer.estimated_stepping_batches), 16)  # OneCycleLR fails on 10
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
