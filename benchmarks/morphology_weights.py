@@ -3,26 +3,40 @@
     python benchmarks/morphology_weights.py pancreas.zarr --cache features --checkpoints run
 
 States, niches and transitions are those of ``benchmarks/transitions.py``; the last transition is the negative control, half of
-the cells of a state to the other half. The slide is that of ``benchmarks/weights.py``.
+the cells of a state to the other half. The slide is that of ``benchmarks/weights.py``. With ``--spoiled .3`` cells of other
+lineages, 30 % as many as a source state has, get its label before pairing: sources without a counterpart.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import spatiaflow as sf
 from transitions import MIN_COUNTS, candidates, embedded, fit_states
 from weights import WHERE
 
 
-def paired(store: str, cache: Path | None, morphology: float = 0.5):
+def spoil(table, transitions: list[tuple[str, str]], share: float, seed: int) -> None:
+    """Label cells of states that no transition names as its sources."""
+    rng, state = np.random.default_rng(seed), table.obs["state"].astype(object).to_numpy()
+    others = rng.permutation(np.flatnonzero(table.obs["state"].notna() & ~np.isin(state, np.unique(transitions))))
+    for source, _ in transitions:
+        n = int(share * (state == source).sum())
+        state[others[:n]], others = source, others[n:]
+    table.obs["state"] = pd.Categorical(state, table.obs["state"].cat.categories)
+
+
+def paired(store: str, cache: Path | None, morphology: float = 0.5, spoiled: float = 0.0, seed: int = 0):
     """The training part with states, niches and pairs, and the rule for states."""
     parts = embedded(store, cache, ("train",))
     states = fit_states(parts)
     found = candidates(parts, states).query("taken")
     transitions = [*zip(found["source"], found["target"])]
     control = found["target"].iloc[-1]
+    if spoiled:
+        spoil(parts["train"]["table"], transitions, spoiled, seed)
     sf.tl.pair_transitions(
         parts["train"], transitions=[*transitions, (control, control)], groupby="state", niche_key="niche",
         cost={"genes": 1.0, "morphology": morphology}, mpp=1,
@@ -43,10 +57,11 @@ if __name__ == "__main__":
     parser.add_argument("--unweighted", action="store_true")
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--no-spatial", action="store_true")
+    parser.add_argument("--spoiled", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WHERE / "morphology-pancreas-small.safetensors")
     a = parser.parse_args()
-    part, states = paired(a.store, a.cache)
+    part, states = paired(a.store, a.cache, spoiled=a.spoiled, seed=a.seed)
     print(part["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
     model = sf.tl.train_morphology(
         part, crop_um=a.crop_um, crop_pixels=a.pixels, max_epochs=a.epochs, checkpoint_dir=a.checkpoints, resume=a.resume,
