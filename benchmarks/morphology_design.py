@@ -1,0 +1,209 @@
+"""Which generator of cell images: backbones and starts of the path, at equal CPU seconds on one core.
+
+    python benchmarks/morphology_design.py pancreas.zarr --cache features --seconds 200
+
+Trained on x < 16500 px, judged on 17000-19000 by the energy distance of morphology profiles to the real targets there and
+by the share of the true shift that is shown; neither the test part nor the feature network is touched. ``unet`` needs diffusers.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import spatiaflow as sf
+from morphology import Images, Pancreas, over_niches, write
+from morphology_weights import paired
+from spatiaflow.models import morphology as models
+from spatiaflow.models.flow import time_features
+from spatiaflow.models.morphology import MorphologyNetwork
+from spatiaflow.train import morphology as train
+
+
+class Convolution(nn.Module):
+    """A convolution, normalised and modulated by the conditions."""
+
+    def __init__(self, i: int, o: int, d: int, stride: int = 1):
+        super().__init__()
+        self.layer, self.norm, self.modulation = nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.Linear(d, 2 * o)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x, condition):
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, 1)
+        return F.silu(self.norm(self.layer(x)) * (1 + scale) + shift)
+
+
+class Hybrid(MorphologyNetwork):
+    """Convolutions at full and half resolution around the transformer's blocks at a quarter of it."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        del self.stem, self.head, self.tail
+        d, w, n = c.width, 24, len(c.channels)
+        self.down = nn.ModuleList([Convolution(n, w, d), Convolution(w, 2 * w, d, 2)])
+        self.inner = nn.Conv2d(2 * w, d, 3, 2, 1)
+        self.up = nn.ModuleList([nn.Conv2d(d, 8 * w, 1), nn.Conv2d(2 * w, 4 * w, 1)])
+        self.join = nn.ModuleList([Convolution(4 * w, 2 * w, d), Convolution(2 * w, w, d)])
+        self.out = nn.Conv2d(w, n, 3, 1, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, t, control, condition, around):
+        condition = F.silu(condition + self.time(time_features(t, 128)))
+        full = self.down[0](x, condition)
+        half = self.down[1](full, condition)
+        h = self.inner(half)
+        side = h.shape[-1]
+        h = h.flatten(2).transpose(1, 2) + self.place
+        for block in self.blocks:
+            h = block(h, condition, around)
+        h = self.norm(h).transpose(1, 2).reshape(len(x), -1, side, side)
+        for up, join, beside in zip(self.up, self.join, (half, full)):
+            h = join(torch.cat([F.pixel_shuffle(up(h), 2), beside], 1), condition)
+        return self.out(h)
+
+
+class Slim(MorphologyNetwork):
+    """Half as many convolutions before and after the transformer."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        d, patch, n = c.width, c.patch_pixels, len(c.channels)
+        self.stem = nn.Sequential(nn.Conv2d(n, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, d, patch, stride=patch))
+        self.head = nn.Linear(d, 16 * patch**2)
+        self.tail = nn.Sequential(nn.Conv2d(16 + n, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, n, 3, padding=1))
+        nn.init.zeros_(self.tail[2].weight)
+
+
+class UNet(MorphologyNetwork):
+    """UNet2DConditionModel of diffusers, with attention to the neighbours at its lowest resolution."""
+
+    def __init__(self, c):
+        from diffusers import UNet2DConditionModel
+
+        super().__init__(c)
+        del self.stem, self.blocks, self.norm, self.head, self.tail, self.time, self.place
+        width, n = (16, 32, 64), len(c.channels)
+        self.unet = UNet2DConditionModel(
+            sample_size=c.crop_pixels, in_channels=n, out_channels=n, block_out_channels=width, layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), norm_num_groups=8, cross_attention_dim=c.width,
+            attention_head_dim=32, class_embed_type="identity",
+        )  # fmt: skip
+        self.given = nn.Linear(c.width, 4 * width[0])
+        nn.init.zeros_(self.unet.conv_out.weight)
+
+    def forward(self, x, t, control, condition, around):
+        return self.unet(x, 1000 * t, around, class_labels=self.given(F.silu(condition))).sample
+
+
+def grain(control, noise, c):
+    """The control image with white noise: a start that the library does not offer."""
+    return control + c.noise * noise
+
+
+DESIGNS = {  # backbone, preset, start of the path
+    "clouds .15": (MorphologyNetwork, {}, "control"),
+    "clouds .4": (MorphologyNetwork, {"noise": 0.4}, "control"),
+    "clouds .15, early times": (MorphologyNetwork, {"pace": 0.25}, "control"),
+    "no noise": (MorphologyNetwork, {"noise": 0.0}, "control"),
+    "grain .15": (MorphologyNetwork, {}, "grain"),
+    "from noise": (MorphologyNetwork, {}, "noise"),
+    "clouds .15, slim": (Slim, {}, "control"),
+    "clouds .15, hybrid": (Hybrid, {}, "control"),
+    "clouds .15, U-Net": (UNet, {}, "control"),
+}
+FIT_SURROGATE, FIT, START = train.fit_surrogate, train.fit_morphology, models.start
+
+
+def fitted(part, name: str, seconds: float, seed: int):
+    """A model of one design after ``seconds`` of training on one core, and its steps."""
+    network, preset, start = DESIGNS[name]
+    train.MorphologyNetwork = network
+    train.start = models.start = grain if start == "grain" else START
+    taken = {}
+
+    def in_time(training, held_out, images, image_of, around, config, surrogate, **options):
+        module = train.MorphologyTraining(network(config), surrogate, {"flow": 1.0})
+        batches = train.PairBatches(training, images, image_of, around, 8, options["batch_size"], seed)
+        for i in range(8):  # what a step costs; the first two are slower
+            if i == 2:
+                began = time.process_time()
+            sum(module.losses(module.network, batches[i]).values()).backward()
+        taken["steps"] = int(seconds / ((time.process_time() - began) / 6))
+        options |= {"max_epochs": 1, "batches_per_epoch": taken["steps"]}
+        return FIT(training, held_out, images, image_of, around, config, surrogate, **options)
+
+    train.fit_morphology = in_time
+    began = time.process_time()
+    model = sf.tl.train_morphology(
+        part, crop_um=13.6, crop_pixels=32, start="noise" if start == "noise" else "control", preset=preset, mpp=1,
+        validation=0.05, losses={"alignment": 0.0, "contrast": 0.0}, random_state=seed,
+    )  # fmt: skip
+    return model, taken | {"CPU seconds, all": time.process_time() - began}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--cells", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=list(DESIGNS))
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    part, _ = paired(a.store, a.cache)
+    data = Pancreas(a.store, a.cache, 13.6, 32)
+    once = {}  # the surrogate, which nothing reads here, since no run aligns
+
+    def fit_surrogate(*x, **options):
+        if not once:
+            once["fitted"] = FIT_SURROGATE(*x, max_epochs=1, **options)
+        return once["fitted"]
+
+    train.fit_surrogate = fit_surrogate
+    table, rng, rows = data.table["validation"], np.random.default_rng(0), []
+
+    def measured(images, where, cells, scale=None):
+        profile = sf.pp.image_profile(images, channels=list(data.crops[where].channels), mpp=data.mpp).to_numpy()
+        mean, std = scale or (np.nanmean(profile, 0), np.nanstd(profile, 0))
+        niche = data.table[where].obs["niche"].astype(str).to_numpy()[cells]
+        there = np.zeros((len(cells), 1))  # no features: only morphology is compared
+        return Images(there, np.nan_to_num((profile - mean) / std), niche, np.zeros(len(cells), int)), (mean, std)
+
+    real = {}
+    for name in part["table"].uns["transition_plan"]["params"]["transitions"]:
+        source, target = name.split(" -> ")
+        if source == target:
+            continue
+        cells = {s: np.sort(rng.permutation(data.rows("validation", s))[: a.cells]) for s in (source, target)}
+        known = np.sort(rng.permutation(data.rows("train", target))[: a.cells])
+        scale = measured(data.images("train", known), "train", known)[1]
+        before, wanted = (measured(data.images("validation", r), "validation", r, scale)[0] for r in cells.values())
+        real[name] = cells[source], before, wanted, scale
+    for design in a.designs:
+        model, cost = fitted(part, design, a.seconds, a.seed)
+        for name, (cells, before, wanted, scale) in real.items():
+            source, target = name.split(" -> ")
+            for n, method in ((10, "heun"), (10, "euler")):
+                made = sf.tl.generate_morphology(
+                    data.parts["validation"], source=source, target=target, model=model, mpp=1, n_steps=n, method=method,
+                    cells=list(table.obs_names[cells]), random_state=a.seed,
+                )  # fmt: skip
+                shown = measured(made.obsm["image"], "validation", cells, scale)[0]
+                draw = [np.ones(1)]
+                effect = sf.metrics.effect_recovery(before.profile, shown.profile, wanted.profile)
+                rows.append({
+                    "design": design, "transition": name, "evaluations": f"{method} {n}",
+                    "energy": over_niches(shown, wanted, draw)["energy"][0],
+                    "energy of a copy": over_niches(before, wanted, draw)["energy"][0], "share": effect["share"],
+                    "cosine": effect["cosine"], "held-out flow loss": model.history["val_flow"][-1], **cost,
+                })  # fmt: skip
+        print(pd.DataFrame(rows[-4:]).round(3).to_string(index=False), flush=True)
+    write("design", rows)
