@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -107,30 +106,37 @@ def grain(control, noise, c):
     return control + c.noise * noise
 
 
-DESIGNS = {  # backbone, preset, start of the path
-    "clouds .15": (MorphologyNetwork, {}, "control"),
-    "clouds .4": (MorphologyNetwork, {"noise": 0.4}, "control"),
-    "clouds .15, early times": (MorphologyNetwork, {"pace": 0.25}, "control"),
-    "no noise": (MorphologyNetwork, {"noise": 0.0}, "control"),
-    "grain .15": (MorphologyNetwork, {}, "grain"),
-    "from noise": (MorphologyNetwork, {}, "noise"),
-    "clouds .15, slim": (Slim, {}, "control"),
-    "clouds .15, hybrid": (Hybrid, {}, "control"),
-    "clouds .15, U-Net": (UNet, {}, "control"),
+EARLY, CLEAR = {"pace": 0.25}, {"noise": 0.0}
+DESIGNS = {  # backbone, preset, start of the path, whether sources exchange targets
+    "no noise": (MorphologyNetwork, CLEAR, "control", False),
+    "no noise, exchanged": (MorphologyNetwork, CLEAR, "control", True),
+    "clouds .05": (MorphologyNetwork, {"noise": 0.05}, "control", False),
+    "clouds .05, exchanged": (MorphologyNetwork, {"noise": 0.05}, "control", True),
+    "clouds .15": (MorphologyNetwork, {"noise": 0.15}, "control", False),
+    "clouds .4": (MorphologyNetwork, {"noise": 0.4}, "control", False),
+    "grain .15": (MorphologyNetwork, {"noise": 0.15}, "grain", False),
+    "from noise": (MorphologyNetwork, {}, "noise", False),
+    "no noise, early times": (MorphologyNetwork, CLEAR | EARLY, "control", False),
+    "clouds .15, early times": (MorphologyNetwork, {"noise": 0.15} | EARLY, "control", False),
+    "no noise, slim": (Slim, CLEAR, "control", False),
+    "no noise, hybrid": (Hybrid, CLEAR, "control", False),
+    "no noise, U-Net": (UNet, CLEAR, "control", False),
 }
 FIT_SURROGATE, FIT, START = train.fit_surrogate, train.fit_morphology, models.start
 
 
 def fitted(part, name: str, seconds: float, seed: int):
     """A model of one design after ``seconds`` of training on one core, and its steps."""
-    network, preset, start = DESIGNS[name]
+    network, preset, start, exchange = DESIGNS[name]
     train.MorphologyNetwork = network
     train.start = models.start = grain if start == "grain" else START
     taken = {}
 
     def in_time(training, held_out, images, image_of, around, config, surrogate, **options):
         module = train.MorphologyTraining(network(config), surrogate, {"flow": 1.0})
-        batches = train.PairBatches(training, images, image_of, around, 8, options["batch_size"], seed)
+        batches = train.PairBatches(
+            training, images, image_of, around, 8, options["batch_size"], seed, exchange=exchange
+        )
         for i in range(8):  # what a step costs; the first two are slower
             if i == 2:
                 began = time.process_time()
@@ -143,7 +149,7 @@ def fitted(part, name: str, seconds: float, seed: int):
     began = time.process_time()
     model = sf.tl.train_morphology(
         part, crop_um=13.6, crop_pixels=32, start="noise" if start == "noise" else "control", preset=preset, mpp=1,
-        validation=0.05, losses={"alignment": 0.0, "contrast": 0.0}, random_state=seed,
+        validation=0.05, losses={"alignment": 0.0, "contrast": 0.0}, exchange=exchange, random_state=seed,
     )  # fmt: skip
     return model, taken | {"CPU seconds, all": time.process_time() - began}
 
@@ -155,6 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="design", help="of the table of results")
     parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=list(DESIGNS))
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -205,5 +212,4 @@ if __name__ == "__main__":
                     "energy of a copy": over_niches(before, wanted, draw)["energy"][0], "share": effect["share"],
                     "cosine": effect["cosine"], "held-out flow loss": model.history["val_flow"][-1], **cost,
                 })  # fmt: skip
-        print(pd.DataFrame(rows[-4:]).round(3).to_string(index=False), flush=True)
-    write("design", rows)
+        write(a.name, rows)

@@ -57,6 +57,7 @@ if __name__ == "__main__":
     parser.add_argument("--unweighted", action="store_true")
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--no-spatial", action="store_true")
+    parser.add_argument("--as-drawn", action="store_true", help="sources do not exchange targets")
     parser.add_argument("--spoiled", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WHERE / "morphology-pancreas-small.safetensors")
@@ -65,8 +66,8 @@ if __name__ == "__main__":
     print(part["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
     model = sf.tl.train_morphology(
         part, crop_um=a.crop_um, crop_pixels=a.pixels, max_epochs=a.epochs, checkpoint_dir=a.checkpoints, resume=a.resume,
-        start=a.start, weighted=not a.unweighted, spatial=not a.no_spatial, losses={"alignment": 0.0} if a.unaligned else None,
-        validation=0.05, mpp=1, random_state=a.seed,
+        start=a.start, weighted=not a.unweighted, spatial=not a.no_spatial, exchange=not a.as_drawn,
+        losses={"alignment": 0.0} if a.unaligned else None, validation=0.05, mpp=1, random_state=a.seed,
     )  # fmt: skip
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}

@@ -1,8 +1,11 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
-from spatiaflow.train.pairs import Pairs, mean_shift, shares
+from spatiaflow.train.pairs import ALIKE, Context, PairBatches, Pairs, exchanged, mean_shift, oriented, shares
 
 RNG = np.random.default_rng(0)
 
@@ -24,10 +27,68 @@ def test_mean_shift_is_that_of_the_pairs_written_out(kind):
     values, share = RNG.normal(size=(9, 4)), RNG.dirichlet(np.ones(3), 5)
     target = np.stack([RNG.permutation(9)[:3] for _ in range(5)])
     pairs = Pairs(
-        np.array([0, 4, 2, 2, 8]), target, share, RNG.random(5), np.zeros(5, int), np.zeros((5, 0)), np.zeros((5, 0))
+        np.array([0, 4, 2, 2, 8]),
+        target,
+        share,
+        RNG.random(5),
+        np.zeros(5, int),
+        np.zeros((5, 0)),
+        np.zeros((5, 0)),
+        np.zeros(5, int),
     )
     expected = sum(
         c * (sum(s * values[t] for s, t in zip(row, to)) - values[i])
         for i, to, row, c in zip(pairs.source, target, share, pairs.confidence)
     ) / pairs.confidence.sum()  # fmt: skip
     np.testing.assert_allclose(np.asarray(mean_shift(pairs, kind(values))).ravel(), expected)
+
+
+def test_targets_are_exchanged_as_trying_every_way_finds():
+    n, group = 7, np.array([0, 1, 0, 1, 0, 1, 0])
+    source, target = (torch.from_numpy(RNG.normal(size=(n, 2, 8, 8))).float() for _ in range(2))
+    context = RNG.normal(size=(n, 3))
+    place = exchanged(source, target, context, group)
+    for g in (0, 1):
+        rows = np.flatnonzero(group == g)
+        assert sorted(place[rows]) == list(rows), "the targets of a group remain its own"
+        image, state = np.zeros((2, len(rows), len(rows)))
+        for a, i in enumerate(rows):
+            for b, j in enumerate(rows):
+                image[a, b] = ((oriented(target[[j]], source[[i]]) - source[[i]]) ** 2).sum()
+                state[a, b] = ((context[i] - context[j]) ** 2).sum()
+        cost = image / image.mean() + ALIKE * state / state.mean()
+        best = min(permutations(range(len(rows))), key=lambda way: cost[np.arange(len(rows)), way].sum())
+        np.testing.assert_array_equal(place[rows], rows[list(best)])
+
+
+def test_targets_stay_with_sources_that_are_alike():
+    context = np.repeat([[0.0], [100.0]], 20, 0)
+    source, target = (torch.from_numpy(RNG.normal(size=(40, 1, 4, 4))).float() for _ in range(2))
+    place = exchanged(source, target, context, np.zeros(40, int))
+    assert ((place < 20) == (np.arange(40) < 20)).mean() > 0.9
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_batches_do_not_depend_on_the_order_they_are_asked_in(exchange):
+    n, size = 50, 4
+    images = RNG.normal(size=(2 * n, 1, 8, 8)).astype(np.float16)
+    around = Context(*RNG.normal(size=(3, 2 * n, 3)), np.zeros((2 * n, 2), int), np.zeros((2 * n, 2, 2)))
+    pairs = Pairs(
+        np.arange(n), n + np.arange(n)[:, None], np.ones((n, 1)), np.ones(n), np.zeros(n, int), np.zeros((n, 0)),
+        np.zeros((n, 0)), np.arange(n) % 3,
+    )  # fmt: skip
+    one, other = (
+        PairBatches(pairs, images, np.arange(2 * n), around, 30, size, 5, exchange=exchange) for _ in range(2)
+    )
+    found = {b: one[b] for b in range(30)}
+    for b in RNG.permutation(30):
+        for key in ("source", "target"):
+            torch.testing.assert_close(other[b][key], found[b][key], rtol=0, atol=0)
+    first = np.concatenate([found[b]["source"].numpy() for b in range(one.per_pool)])
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == one.per_pool * size, "a pool has each pair once"
+    if not exchange:
+        one.augment = False
+        batch = one[0]
+        rows = [np.argmin(np.abs(images[:n].astype(np.float32) - s.numpy()).sum((1, 2, 3))) for s in batch["source"]]
+        there = torch.from_numpy(images[n + np.array(rows)].astype(np.float32))
+        torch.testing.assert_close(batch["target"], oriented(there, batch["source"]))

@@ -37,6 +37,7 @@ def train_morphology(
     spatial: bool = True,
     start: str = "control",
     weighted: bool = True,
+    exchange: bool = True,
     losses: dict[str, float] | None = None,
     preset: dict | None = None,
     crop_um: float = 20.4,
@@ -85,6 +86,9 @@ def train_morphology(
         ``"control"`` or ``"noise"``: where the flow begins.
     weighted
         Weigh pairs by their confidence.
+    exchange
+        Let sources of one niche that are alike exchange their targets in each batch, so that images lie near each other
+        (minibatch optimal transport): paths are shorter, and more of the source is kept.
     losses
         Weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
         generated and real images) and ``"contrast"`` (another transition's conditions must fit worse); 0 switches one off.
@@ -177,7 +181,7 @@ def train_morphology(
             )
         network, history = train.fit_morphology(
             training, held_out, images, image_of, around, config, surrogate, losses=losses,
-            weighted=weighted, max_epochs=max_epochs, batch_size=batch_size or 64,
+            weighted=weighted, exchange=exchange, max_epochs=max_epochs, batch_size=batch_size or 64,
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
             accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
         )  # fmt: skip
@@ -186,7 +190,7 @@ def train_morphology(
     card = {
         "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": model_of(table, use_rep), "level": level,
         "pairs": {n: int((found["transition"] == n).sum()) for n in names},
-        "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted,
+        "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted, "exchange": exchange,
         "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
         "spatiaflow": spatiaflow.__version__,
     }  # fmt: skip
@@ -225,7 +229,7 @@ def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, insid
     target, share = shares(sparse.csr_matrix(plan)[source], allowed[transition])
     pairs = Pairs(
         source, target, share, found["confidence"].to_numpy(float), transition, np.zeros((len(source), log.shape[1])),
-        np.zeros((len(source), measured.shape[1])),
+        np.zeros((len(source), measured.shape[1])), np.zeros(len(source), int),
     )  # fmt: skip
     kept = inside[source] & (share.sum(1) > 0)
     shifts = {}
@@ -235,6 +239,7 @@ def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, insid
         shifts[name] = {}
         for niche in ["", *sorted({n for n in found["niche"][here] if n})]:  # "": all together
             which = np.flatnonzero(here & ((found["niche"] == niche).to_numpy() if niche else True))
+            pairs.group[which] = pairs.group.max() + 1
             pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (log, measured))
             shifts[name][niche] = {
                 kind: np.round(getattr(pairs, kind)[which[0]], 5).tolist() for kind in ("genes", "profile")
@@ -390,7 +395,9 @@ def generate_morphology(
     shift = {kind: np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")}
     one = np.ones(len(rows))
     place = np.full(len(rows), c.transitions.index(name))
-    pairs = Pairs(rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], LEVELS.index(level))
+    pairs = Pairs(
+        rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], place, LEVELS.index(level)
+    )
     around = found.surroundings(c.n_neighbors)
     network, size = model.network.to(where), batch_size or 64
     made, bar = {}, progress(None, "generating", total=len(rows) * n_variants, unit="cell")

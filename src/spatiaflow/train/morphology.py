@@ -161,15 +161,15 @@ def fit_surrogate(
 
 def fit_morphology(
     training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig,
-    surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, max_epochs: int = 20,
-    batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 1e-3,
+    surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, exchange=True,
+    max_epochs: int = 20, batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 1e-3,
     checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
     """Fit a generator to pairs; returns its averaged network and the history."""
     if checkpoint_dir is not None:
         claim(
-            checkpoint_dir, resume, config=config, losses=losses, weighted=weighted, max_epochs=max_epochs, seed=seed,
-            batch_size=batch_size, batches_per_epoch=batches_per_epoch, learning_rate=learning_rate,
+            checkpoint_dir, resume, config=config, losses=losses, weighted=weighted, exchange=exchange, seed=seed,
+            max_epochs=max_epochs, batch_size=batch_size, batches_per_epoch=batches_per_epoch, learning_rate=learning_rate,
             pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
             around=[around.cell, around.offset],
         )  # fmt: skip
@@ -182,8 +182,10 @@ def fit_morphology(
     n = batches_per_epoch or max(16, -(-len(training) // batch_size))
     arguments = (images, image_of, around)
     fit(
-        module, PairBatches(training, *arguments, n, batch_size, seed),
-        PairBatches(validation, *arguments, max(2, min(16, n // 4)), batch_size, seed + 1, augment=False),
+        module, PairBatches(training, *arguments, n, batch_size, seed, exchange=exchange),
+        PairBatches(
+            validation, *arguments, max(2, min(16, n // 4)), batch_size, seed + 1, augment=False, exchange=exchange
+        ),
         description="morphology", checkpoint_dir=checkpoint_dir, max_epochs=max_epochs, patience=max_epochs, monitor="val_loss",
         seed=seed, resume=resume, accelerator=accelerator, devices=devices, precision=precision,
     )  # fmt: skip

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from spatiaflow.models.morphology import Conditions
+
+POOL = 32  # batches among which targets are exchanged
+ALIKE = 0.3  # about half of the sources exchange theirs then; a tenth: nearly all, 1: hardly any
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Pairs:
     transition: np.ndarray  # n
     genes: np.ndarray  # n x genes, shift of its transition and niche
     profile: np.ndarray  # n x features
+    group: np.ndarray  # n, one number for each transition and niche
     level: int = 0
 
     def __len__(self) -> int:
@@ -95,11 +101,37 @@ def oriented(target: Tensor, source: Tensor) -> Tensor:
     return torch.stack(flat)[distance.argmin(0), torch.arange(len(target))]
 
 
+def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """For each source the place of a target, so that images lie near each other: minibatch optimal transport.
+
+    Sources exchange targets within their group; what an exchange costs is the distance of the images, in the nearest
+    orientation, and ``ALIKE`` times that of the sources' ``context`` (n x d), each over its mean, so that targets stay with sources
+    that are alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same,
+    and so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of the
+    source.
+    """
+
+    def coarse(x):
+        return F.adaptive_avg_pool2d(x, min(16, x.shape[-1])).flatten(1)
+
+    place = np.arange(len(source))
+    for g in np.unique(group):
+        rows = np.flatnonzero(group == g)
+        if len(rows) < 2:
+            continue
+        here, there = coarse(source[rows]), target[rows]
+        images = torch.stack([torch.cdist(here, coarse(turned(there, np.full(len(rows), k)))) for k in range(8)])
+        states = torch.cdist(*(torch.from_numpy(np.ascontiguousarray(context[rows], np.float32)),) * 2)
+        images, states = (d / d.mean().clamp_min(1e-9) for d in (images.amin(0) ** 2, states**2))
+        place[rows] = rows[linear_sum_assignment((images + ALIKE * states).numpy())[1]]
+    return place
+
+
 class PairBatches(Dataset):
     """Item b of an epoch depends on the seed, the epoch and b alone.
 
     Targets are drawn anew from the plan each time, so that a source is shown the variety of its targets; both images are turned
-    alike.
+    alike. Batches are slices of pools, in which sources have :func:`exchanged` their targets unless ``exchange`` is off.
     """
 
     def __init__(
@@ -113,9 +145,11 @@ class PairBatches(Dataset):
         seed: int,
         *,
         augment=True,
+        exchange=True,
     ):
         self.pairs, self.images, self.image_of, self.around = pairs, images, image_of, around
         self.n_batches, self.size, self.seed, self.epoch, self.augment = n_batches, size, seed, 0, augment
+        self.exchange, self.per_pool, self._pool = exchange, max(1, min(POOL, len(pairs) // size)), (None, None)
 
     def __len__(self) -> int:
         return self.n_batches
@@ -123,12 +157,10 @@ class PairBatches(Dataset):
     def __getitem__(self, b: int) -> dict:
         if not 0 <= b < len(self):
             raise IndexError(b)
-        rng = np.random.default_rng([self.seed, self.epoch, b])
-        p = self.pairs
-        which = rng.choice(len(p), min(self.size, len(p)), replace=False)
-        place = (rng.random((len(which), 1)) > p.share[which].cumsum(1)).sum(1).clip(max=p.share.shape[1] - 1)
-        target = p.target[which, place]
-        source, target = (self._read(rows) for rows in (p.source[which], target))
+        rng, p = np.random.default_rng([self.seed, self.epoch, b]), self.pairs
+        pool, place = divmod(b, self.per_pool)
+        which, target = (rows[place * self.size : (place + 1) * self.size] for rows in self._drawn(pool))
+        source, target = self._read(p.source[which]), self._read(target)
         turns = rng.integers(0, 8, len(which)) if self.augment else np.zeros(len(which), int)
         source = turned(source, turns)
         return {
@@ -138,6 +170,20 @@ class PairBatches(Dataset):
             "conditions": conditions(p, which, self.around, turns),
             "seed": int(rng.integers(2**31)),
         }
+
+    def _drawn(self, pool: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of a pool, and the row of each one's target."""
+        if self._pool[0] != (self.epoch, pool):
+            rng, p = np.random.default_rng([self.seed, self.epoch, pool, 1]), self.pairs
+            which = rng.permutation(len(p))[: self.per_pool * self.size]
+            place = (rng.random((len(which), 1)) > p.share[which].cumsum(1)).sum(1).clip(max=p.share.shape[1] - 1)
+            target = p.target[which, place]
+            if self.exchange:
+                source = p.source[which]
+                found = exchanged(self._read(source), self._read(target), self.around.cell[source], p.group[which])
+                target = target[found]
+            self._pool = (self.epoch, pool), (which, target)
+        return self._pool[1]
 
     def _read(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(self.images[self.image_of[rows]], np.float32))
