@@ -24,59 +24,26 @@ from spatiaflow.models.morphology import MorphologyNetwork
 from spatiaflow.train import morphology as train
 
 
-class Convolution(nn.Module):
-    """A convolution, normalised and modulated by the conditions."""
-
-    def __init__(self, i: int, o: int, d: int, stride: int = 1):
-        super().__init__()
-        self.layer, self.norm, self.modulation = nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.Linear(d, 2 * o)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, x, condition):
-        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, 1)
-        return F.silu(self.norm(self.layer(x)) * (1 + scale) + shift)
-
-
-class Hybrid(MorphologyNetwork):
-    """Convolutions at full and half resolution around the transformer's blocks at a quarter of it."""
+class Patches(MorphologyNetwork):
+    """The same transformer on plain patches, with two convolutions before and after it at full resolution."""
 
     def __init__(self, c):
         super().__init__(c)
-        del self.stem, self.head, self.tail
-        d, w, n = c.width, 24, len(c.channels)
-        self.down = nn.ModuleList([Convolution(n, w, d), Convolution(w, 2 * w, d, 2)])
-        self.inner = nn.Conv2d(2 * w, d, 3, 2, 1)
-        self.up = nn.ModuleList([nn.Conv2d(d, 8 * w, 1), nn.Conv2d(2 * w, 4 * w, 1)])
-        self.join = nn.ModuleList([Convolution(4 * w, 2 * w, d), Convolution(2 * w, w, d)])
-        self.out = nn.Conv2d(w, n, 3, 1, 1)
-        nn.init.zeros_(self.out.weight)
+        del self.down, self.inner, self.up, self.join, self.out
+        d, patch, n = c.width, c.patch_pixels, len(c.channels)
+        self.stem = nn.Sequential(nn.Conv2d(n, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, d, patch, stride=patch))
+        self.head = nn.Linear(d, 32 * patch**2)
+        self.tail = nn.Sequential(nn.Conv2d(32 + n, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, n, 3, padding=1))
+        nn.init.zeros_(self.tail[2].weight)
+        nn.init.zeros_(self.tail[2].bias)
 
     def forward(self, x, t, control, condition, around):
+        h = self.stem(x).flatten(2).transpose(1, 2) + self.place
         condition = F.silu(condition + self.time(time_features(t, 128)))
-        full = self.down[0](x, condition)
-        half = self.down[1](full, condition)
-        h = self.inner(half)
-        side = h.shape[-1]
-        h = h.flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             h = block(h, condition, around)
-        h = self.norm(h).transpose(1, 2).reshape(len(x), -1, side, side)
-        for up, join, beside in zip(self.up, self.join, (half, full)):
-            h = join(torch.cat([F.pixel_shuffle(up(h), 2), beside], 1), condition)
-        return self.out(h)
-
-
-class Slim(MorphologyNetwork):
-    """Half as many convolutions before and after the transformer."""
-
-    def __init__(self, c):
-        super().__init__(c)
-        d, patch, n = c.width, c.patch_pixels, len(c.channels)
-        self.stem = nn.Sequential(nn.Conv2d(n, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, d, patch, stride=patch))
-        self.head = nn.Linear(d, 16 * patch**2)
-        self.tail = nn.Sequential(nn.Conv2d(16 + n, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, n, 3, padding=1))
-        nn.init.zeros_(self.tail[2].weight)
+        h = self.head(self.norm(h)).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
+        return self.tail(torch.cat([F.pixel_shuffle(h, self.config.patch_pixels), x], 1))
 
 
 class UNet(MorphologyNetwork):
@@ -86,7 +53,7 @@ class UNet(MorphologyNetwork):
         from diffusers import UNet2DConditionModel
 
         super().__init__(c)
-        del self.stem, self.blocks, self.norm, self.head, self.tail, self.time, self.place
+        del self.down, self.inner, self.up, self.join, self.out, self.blocks, self.norm, self.time, self.place
         width, n = (16, 32, 64), len(c.channels)
         self.unet = UNet2DConditionModel(
             sample_size=c.crop_pixels, in_channels=n, out_channels=n, block_out_channels=width, layers_per_block=1,
@@ -106,21 +73,17 @@ def grain(control, noise, c):
     return control + c.noise * noise
 
 
-EARLY, CLEAR = {"pace": 0.25}, {"noise": 0.0}
 DESIGNS = {  # backbone, preset, start of the path, whether sources exchange targets
-    "no noise": (MorphologyNetwork, CLEAR, "control", False),
-    "no noise, exchanged": (MorphologyNetwork, CLEAR, "control", True),
-    "clouds .05": (MorphologyNetwork, {"noise": 0.05}, "control", False),
-    "clouds .05, exchanged": (MorphologyNetwork, {"noise": 0.05}, "control", True),
-    "clouds .15": (MorphologyNetwork, {"noise": 0.15}, "control", False),
-    "clouds .4": (MorphologyNetwork, {"noise": 0.4}, "control", False),
-    "grain .15": (MorphologyNetwork, {"noise": 0.15}, "grain", False),
-    "from noise": (MorphologyNetwork, {}, "noise", False),
-    "no noise, early times": (MorphologyNetwork, CLEAR | EARLY, "control", False),
-    "clouds .15, early times": (MorphologyNetwork, {"noise": 0.15} | EARLY, "control", False),
-    "no noise, slim": (Slim, CLEAR, "control", False),
-    "no noise, hybrid": (Hybrid, CLEAR, "control", False),
-    "no noise, U-Net": (UNet, CLEAR, "control", False),
+    "chosen": (MorphologyNetwork, {}, "control", True),
+    "patches": (Patches, {}, "control", True),
+    "U-Net": (UNet, {}, "control", True),
+    "targets as drawn": (MorphologyNetwork, {}, "control", False),
+    "no noise": (MorphologyNetwork, {"noise": 0.0}, "control", True),
+    "clouds .15": (MorphologyNetwork, {"noise": 0.15}, "control", True),
+    "clouds .4": (MorphologyNetwork, {"noise": 0.4}, "control", True),
+    "grain .15": (MorphologyNetwork, {"noise": 0.15}, "grain", True),
+    "from noise": (MorphologyNetwork, {}, "noise", True),
+    "early times": (MorphologyNetwork, {"pace": 0.25}, "control", True),
 }
 FIT_SURROGATE, FIT, START = train.fit_surrogate, train.fit_morphology, models.start
 

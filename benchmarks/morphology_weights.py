@@ -1,6 +1,8 @@
-"""Train the generator that the package carries, on the part x < 16500 px of a Xenium slide of human pancreas.
+"""Train the generators that the package carries: on the part x < 16500 px of a Xenium slide of human pancreas, and a small
+one on simulated tissue, for the demonstration.
 
     python benchmarks/morphology_weights.py pancreas.zarr --cache features --checkpoints run
+    python benchmarks/morphology_weights.py simulated
 
 States, niches and transitions are those of ``benchmarks/transitions.py``; the last transition is the negative control, half of
 the cells of a state to the other half. The slide is that of ``benchmarks/weights.py``. With ``--spoiled .3`` cells of other
@@ -44,13 +46,37 @@ def paired(store: str, cache: Path | None, morphology: float = 0.5, spoiled: flo
     return parts["train"], states
 
 
+def simulated(epochs: int, seed: int):
+    """A small generator of simulated cells in state B."""
+    sdata, image = sf.datasets.simulated_tissue(8000, seed=1000), {"image_key": "fluorescence"}
+    sf.tl.embed_spatia(sdata, modalities="image", **image)
+    sf.pp.morphology_profile(sdata, **image)
+    sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
+    return sf.tl.train_morphology(
+        sdata,
+        crop_um=16.0,
+        crop_pixels=32,
+        max_epochs=epochs,
+        random_state=seed,
+        preset={"width": 96, "n_layers": 3},
+        **image,
+    )
+
+
+def report(model, path: Path) -> None:
+    print(model.save(path))
+    for name, values in model.history.items():
+        print(name, np.round(values, 4))
+    print(model.card["surrogate_r2"])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
+    parser.add_argument("store", help="SpatialData of the slide, or 'simulated'")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--crop-um", type=float, default=13.6)
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--start", default="control")
@@ -60,8 +86,13 @@ if __name__ == "__main__":
     parser.add_argument("--as-drawn", action="store_true", help="sources do not exchange targets")
     parser.add_argument("--spoiled", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WHERE / "morphology-pancreas-small.safetensors")
+    parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+    kind = "simulated" if a.store == "simulated" else "pancreas"
+    out = a.out or WHERE / f"morphology-{kind}-small.safetensors"
+    if kind == "simulated":
+        report(simulated(a.epochs, a.seed), out)
+        raise SystemExit
     part, states = paired(a.store, a.cache, spoiled=a.spoiled, seed=a.seed)
     print(part["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
     model = sf.tl.train_morphology(
@@ -72,7 +103,4 @@ if __name__ == "__main__":
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}
     model.states = sf.models.States(**names, **rule, min_counts=MIN_COUNTS)
-    print(model.save(a.out))
-    for name, values in model.history.items():
-        print(name, np.round(values, 4))
-    print(model.card["surrogate_r2"])
+    report(model, out)

@@ -1,4 +1,5 @@
-"""End to end: expression from histology on a held-out slide, compared and drawn; then cells, niches and tissue.
+"""End to end: expression from histology on a held-out slide, compared and drawn; then cells, niches and tissue; then cells as
+they would look in another state.
 
 python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
 python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
@@ -68,6 +69,19 @@ def main() -> None:
         sf.tl.cluster_niches(test, n_clusters=3)
         figures["levels"] = sf.pl.levels(test, show=False, return_fig=True)
         figures["niches"] = sf.pl.crops(test, "niche", image_key="fluorescence", show=False, return_fig=True)
+
+        print("generating cells of state A as they would look in state B ...", flush=True)
+        fluorescence = {"image_key": "fluorescence"}
+        made = sf.tl.generate_morphology(
+            test, source="A", target="B", model="morphology-simulated-small", trajectory=True, **fluorescence
+        )
+        crops = sf.pp.crops(test, crop_um=16, pixels=32, **fluorescence)
+        real = {s: crops.read(np.flatnonzero(test["table"].obs["state"] == s)) for s in "AB"}
+        area = {s: sf.pp.image_profile(x)["area_um2"].mean() for s, x in real.items()}
+        print(
+            f"nuclear area, um2: {area['A']:.0f} in A, {area['B']:.0f} in B, {made[:, 'area_um2'].X.mean():.0f} generated from A"
+        )
+        figures["transition"] = sf.pl.transition(made, real["B"].numpy(), show=False, return_fig=True)
 
     best = scores["STFlow"].sort_values(ascending=False).index[:3].tolist()
     figures |= {

@@ -177,7 +177,7 @@ def test_losses_are_switched_by_name_and_reach_the_network(network):
     losses = module.losses(network, batch())
     assert set(losses) == {"flow", "alignment", "contrast"}
     losses["alignment"].backward()
-    assert network.head.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
+    assert network.inner.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
     off = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
     assert set(off.losses(network, batch())) == {"flow"}
     same = batch()

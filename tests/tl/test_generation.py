@@ -171,7 +171,7 @@ def test_bad_input(slide, model):
         generate(slide, model, image_key="he")
     for bad, match in (
         ({"start": "middle"}, "start must be one of 'control', 'noise'"), ({"losses": {"flwo": 1}}, "losses has no 'flwo'"),
-        ({"preset": {"widht": 3}}, "preset has no 'widht'"), ({"crop_pixels": 10}, "multiple of patch_pixels"),
+        ({"preset": {"widht": 3}}, "preset has no 'widht'"), ({"crop_pixels": 10}, "crop_pixels=10 a multiple of it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             train(slide, **bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -40,7 +41,7 @@ class MorphologyConfig:
     pace
         About half of the times, in training and in generation, lie below it; 1 spreads them evenly.
     patch_pixels, width, n_layers, n_heads
-        Of the transformer over patches.
+        Of the transformer over patches, whose side is a power of two; convolutions work at all finer resolutions.
     drop
         Probability that a sample is trained without conditions, for guidance.
     """
@@ -55,7 +56,7 @@ class MorphologyConfig:
     n_neighbors: int = 12
     spatial: bool = True
     start: str = "control"
-    noise: float = 0.15
+    noise: float = 0.05
     pace: float = 1.0
     patch_pixels: int = 4
     width: int = 128
@@ -84,6 +85,21 @@ class Conditions:
     def to(self, device) -> Conditions:
         """The same on a device."""
         return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+class Convolution(nn.Module):
+    """A convolution, modulated by the conditions. Not normalised: how bright an image is would be lost."""
+
+    def __init__(self, i: int, o: int, d: int, stride: int = 1):
+        super().__init__()
+        self.layer, self.modulation = nn.Conv2d(i, o, 3, stride, 1), nn.Linear(d, 2 * o)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Images n x C x p x p, conditions n x d."""
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, 1)
+        return F.silu(self.layer(x) * (1 + scale) + shift)
 
 
 class Block(nn.Module):
@@ -117,7 +133,7 @@ class Block(nn.Module):
 
 
 class MorphologyNetwork(nn.Module):
-    """Velocity of an image under conditions: a diffusion transformer on patches.
+    """Velocity of an image under conditions: a diffusion transformer on patches, between convolutions at finer resolutions.
 
     On a path that begins at the control image the network does not see that image again: with both ends of the way walked
     the velocity could be read off, (x - control) / t, without a word learnt about where to go.
@@ -127,10 +143,18 @@ class MorphologyNetwork(nn.Module):
         super().__init__()
         self.config, d = c, c.width
         self.side = c.crop_pixels // c.patch_pixels
-        n_channels, patch = len(c.channels), c.patch_pixels
-        n_seen = n_channels * (2 if c.start == "noise" else 1)
-        # a few convolutions before and after: patches alone leave seams
-        self.stem = nn.Sequential(nn.Conv2d(n_seen, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, d, patch, stride=patch))
+        n = len(c.channels)
+        n_seen = n * (2 if c.start == "noise" else 1)
+        widths = [24 * 2**i for i in range(int(math.log2(c.patch_pixels)))]  # at full resolution, half of it, ...
+        self.down = nn.ModuleList(
+            Convolution(i, o, d, 1 + (level > 0)) for level, (i, o) in enumerate(zip([n_seen, *widths], widths))
+        )
+        self.inner = nn.Conv2d(widths[-1], d, 3, 2, 1)
+        self.up = nn.ModuleList(nn.Conv2d(i, 4 * o, 1) for i, o in zip([d, *widths[::-1]], widths[::-1]))
+        self.join = nn.ModuleList(Convolution(2 * o, o, d) for o in widths[::-1])
+        self.out = nn.Conv2d(widths[0], n, 3, 1, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         self.place = nn.Parameter(0.02 * torch.randn(1, self.side**2, d))
         self.time = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
         self.known = nn.ModuleDict({
@@ -146,12 +170,6 @@ class MorphologyNetwork(nn.Module):
         self.neighbor = GatedMLP(c.n_embedding + 2, 2 * d, d) if c.spatial else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = nn.LayerNorm(d)
-        self.head = nn.Linear(d, 32 * patch**2)
-        self.tail = nn.Sequential(
-            nn.Conv2d(32 + n_seen, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, n_channels, 3, padding=1)
-        )
-        nn.init.zeros_(self.tail[2].weight)
-        nn.init.zeros_(self.tail[2].bias)
 
     def condition(self, c: Conditions, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One vector (n x d) and the neighbours' tokens (n x k x d); samples that are not ``kept`` (n, bool) see neither."""
@@ -167,12 +185,18 @@ class MorphologyNetwork(nn.Module):
     def forward(self, x: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
         """Velocity (n x C x p x p) at x (alike) and times t (n)."""
         seen = torch.cat([x, control], 1) if self.config.start == "noise" else x
-        h = self.stem(seen).flatten(2).transpose(1, 2) + self.place
         condition = F.silu(condition + self.time(time_features(t, 128)))
+        finer, h = [], seen
+        for layer in self.down:
+            h = layer(h, condition)
+            finer.append(h)
+        h = self.inner(h).flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             h = block(h, condition, around)
-        h = self.head(self.norm(h)).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
-        return self.tail(torch.cat([F.pixel_shuffle(h, self.config.patch_pixels), seen], 1))
+        h = self.norm(h).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
+        for up, join, beside in zip(self.up, self.join, finer[::-1]):
+            h = join(torch.cat([F.pixel_shuffle(up(h), 2), beside], 1), condition)
+        return self.out(h)
 
 
 class Surrogate(nn.Module):

@@ -138,8 +138,10 @@ def train_morphology(
         ("n_neighbors", "noise", "pace", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset
     )
     patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
-    if crop_pixels % patch:
-        raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of patch_pixels={patch}.")
+    if patch < 2 or patch & (patch - 1) or crop_pixels % patch:
+        raise ValueError(
+            f"patch_pixels={patch} must be a power of two, and crop_pixels={crop_pixels} a multiple of it."
+        )
     cells = CellImages.of(
         data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
         labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,

@@ -105,10 +105,10 @@ def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.nda
     """For each source the place of a target, so that images lie near each other: minibatch optimal transport.
 
     Sources exchange targets within their group; what an exchange costs is the distance of the images, in the nearest
-    orientation, and ``ALIKE`` times that of the sources' ``context`` (n x d), each over its mean, so that targets stay with sources
-    that are alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same,
-    and so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of the
-    source.
+    orientation, and ``ALIKE`` times that of the sources' ``context`` (n x d), each over its mean, so that targets stay with
+    sources that are alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain
+    the same, and so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of
+    the source.
     """
 
     def coarse(x):
