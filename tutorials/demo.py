@@ -1,5 +1,4 @@
-"""End to end: expression from histology on a held-out slide, compared and drawn; then cells, niches and tissue; then cells as
-they would look in another state.
+"""End to end: expression from histology on a held-out slide; cells, niches and tissue; cells as in another state.
 
 python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
 python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
@@ -76,12 +75,11 @@ def main() -> None:
             test, source="A", target="B", model="morphology-simulated-small", trajectory=True, **fluorescence
         )
         crops = sf.pp.crops(test, crop_um=16, pixels=32, **fluorescence)
-        real = {s: crops.read(np.flatnonzero(test["table"].obs["state"] == s)) for s in "AB"}
-        area = {s: sf.pp.image_profile(x)["area_um2"].mean() for s, x in real.items()}
-        print(
-            f"nuclear area, um2: {area['A']:.0f} in A, {area['B']:.0f} in B, {made[:, 'area_um2'].X.mean():.0f} generated from A"
-        )
-        figures["transition"] = sf.pl.transition(made, real["B"].numpy(), show=False, return_fig=True)
+        real = {s: crops.read(np.flatnonzero(test["table"].obs["state"] == s)).numpy() for s in "AB"}
+        images = {"of A": real["A"], "of B": real["B"], "generated from A": made.obsm["image"]}
+        areas = {k: sf.pp.image_profile(x, channels=crops.channels, mpp=0.5)["area_um2"] for k, x in images.items()}
+        print("mean nuclear area, um2: " + ", ".join(f"{k} {area.mean():.0f}" for k, area in areas.items()))
+        figures["transition"] = sf.pl.transition(made, real["B"], show=False, return_fig=True)
 
     best = scores["STFlow"].sort_values(ascending=False).index[:3].tolist()
     figures |= {
