@@ -255,3 +255,16 @@ def test_tiles(slide, tmp_path):
     assert sdata["made"].n_obs == len(sources)
     with pytest.raises(ValueError, match="give level='niche'"):
         generate(sdata, model, **options)
+
+
+def test_bundled_weights_enlarge_nuclei_as_planted():
+    sdata, image = sf.datasets.simulated_tissue(700, seed=77), {"image_key": "fluorescence"}
+    sf.tl.embed_spatia(sdata, modalities="image", **image)
+    file = sf.datasets.weights("morphology-simulated-small")
+    assert file.with_suffix(".md").read_text(encoding="utf-8").startswith("# morphology-simulated-small")
+    made = sf.tl.generate_morphology(sdata, source="A", target="B", model=file, random_state=0, **image)
+    crops, state = sf.pp.crops(sdata, crop_um=16, pixels=32, **image), sdata["table"].obs["state"]
+    images = {s: crops.read(np.flatnonzero(state == s)).numpy() for s in "AB"}
+    area = {s: sf.pp.image_profile(x, channels=crops.channels, mpp=0.5)["area_um2"].mean() for s, x in images.items()}
+    share = (made[:, "area_um2"].X.mean() - area["A"]) / (area["B"] - area["A"])
+    assert 0.25 < share < 1.25
