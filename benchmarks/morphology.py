@@ -3,7 +3,7 @@
 python benchmarks/morphology.py pairing            confidence and matching on planted cells; 50,000 x 50,000
 python benchmarks/morphology.py simulated          planted shift of area and elongation, niche by niche
 python benchmarks/morphology.py speed              cells a second
-python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features
+python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --weights FILE
                                                    generated cells of the test part against real ones and simple baselines
 
 Pancreas: states and transitions by ``benchmarks/transitions.py``; trained on x < 16500 px, tested on x > 19500. Distances are
@@ -328,7 +328,9 @@ def matched(images: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.nd
 
 
 def pancreas(a) -> None:
-    model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
+    if a.weights is None:
+        raise SystemExit("--weights FILE is missing: benchmarks/morphology_weights.py makes one")
+    model = sf.models.load(a.weights)
     variants = {key: sf.models.load(path) for key, path in (one.split("=", 1) for one in a.variants)}
     data = Pancreas(a.store, a.cache, model.config.crop_um, model.config.crop_pixels)
     rng, rows = np.random.default_rng(0), []
@@ -409,7 +411,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=60, help="of training on simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
-    parser.add_argument("--weights", default="morphology-pancreas-small")
+    parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")
     parser.add_argument("--variants", nargs="*", default=[], metavar="NAME=FILE", help="other generators, side by side")
     parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
     parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")

@@ -3,7 +3,7 @@
     python benchmarks/morphology_design.py pancreas.zarr --cache features --seconds 200
 
 Trained on x < 16500 px, judged on 17000-19000 by the energy distance of morphology profiles to the real targets there and
-by the share of the true shift that is shown; neither the test part nor the feature network is touched. ``unet`` needs diffusers.
+by the share of the true shift that is shown; neither the test part nor the feature network is touched. ``U-Net`` needs diffusers.
 """
 
 import argparse

@@ -65,9 +65,9 @@ def main() -> None:
     if args.data == "simulated":  # cells with a fluorescence image, in stains that the bundled weights know
         print("embedding cells ...", flush=True)
         sf.tl.embed_spatia(test, modalities="image", image_key="fluorescence")
-        sf.tl.cluster_niches(test, n_clusters=3)
+        sf.tl.cluster_niches(test, n_clusters=3, key_added="found_niche")  # "niche" holds the planted ones
         figures["levels"] = sf.pl.levels(test, show=False, return_fig=True)
-        figures["niches"] = sf.pl.crops(test, "niche", image_key="fluorescence", show=False, return_fig=True)
+        figures["niches"] = sf.pl.crops(test, "found_niche", image_key="fluorescence", show=False, return_fig=True)
 
         print("generating cells of state A as they would look in state B ...", flush=True)
         fluorescence = {"image_key": "fluorescence"}
