@@ -30,7 +30,10 @@ from sklearn.metrics import roc_auc_score
 
 import spatiaflow as sf
 from spatiaflow import _io
+from spatiaflow.train import morphology as fitting
 from transitions import embedded, fit_states
+
+FIT_AUTOENCODER = fitting.fit_autoencoder
 
 RESULTS = Path(__file__).parent / "results"
 N_GENES, N_LATENT, DEPTH = 200, 6, 300
@@ -169,7 +172,7 @@ def simulated(a) -> None:
     """How much of the planted shift of nuclei generated cells show in each niche, with and without spatial context."""
     image, rows = {"image_key": "fluorescence"}, []
     for seed in range(a.seeds):
-        train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((6000, 3000)))
+        train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, 6000)))
         with_embeddings(test, with_embeddings(train))
         sf.pp.morphology_profile(train, **image)
         table = test["table"]
@@ -180,6 +183,13 @@ def simulated(a) -> None:
 
         real = measured(sf.pp.image_profile(crops)).to_numpy()
         state, niche = table.obs["state"].astype(str).to_numpy(), table.obs["niche"].astype(str).to_numpy()
+        fitted = []
+
+        def fit_autoencoder(*arguments, fitted=fitted, **options):  # one for both, which see the same images
+            fitted[:] = fitted or [FIT_AUTOENCODER(*arguments, **options)]
+            return fitted[0]
+
+        fitting.fit_autoencoder = fit_autoencoder
         for context in (True, False):
             sf.tl.pair_transitions(
                 train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
@@ -408,7 +418,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["pairing", "simulated", "speed", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
-    parser.add_argument("--epochs", type=int, default=60, help="of training on simulated tissue")
+    parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
+    parser.add_argument("--epochs", type=int, default=48, help="of training on simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")

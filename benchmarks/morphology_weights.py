@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 import spatiaflow as sf
+from spatiaflow.train import morphology as train
 from transitions import MIN_COUNTS, candidates, embedded, fit_states
 from weights import WHERE
 
@@ -46,9 +47,9 @@ def paired(store: str, cache: Path | None, morphology: float = 0.5, spoiled: flo
     return parts["train"], states
 
 
-def simulated(epochs: int, seed: int):
+def simulated(epochs: int, seed: int, checkpoints: Path | None = None):
     """A small generator of simulated cells in state B."""
-    sdata, image = sf.datasets.simulated_tissue(8000, seed=1000), {"image_key": "fluorescence"}
+    sdata, image = sf.datasets.simulated_tissue(30_000, seed=1000), {"image_key": "fluorescence"}
     sf.tl.embed_spatia(sdata, modalities="image", **image)
     sf.pp.morphology_profile(sdata, **image)
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
@@ -58,7 +59,7 @@ def simulated(epochs: int, seed: int):
         crop_pixels=32,
         max_epochs=epochs,
         random_state=seed,
-        preset={"width": 96, "n_layers": 3},
+        checkpoint_dir=checkpoints,
         **image,
     )
 
@@ -85,13 +86,17 @@ if __name__ == "__main__":
     parser.add_argument("--no-spatial", action="store_true")
     parser.add_argument("--as-drawn", action="store_true", help="sources do not exchange targets")
     parser.add_argument("--spoiled", type=float, default=0.0)
+    parser.add_argument("--like", help="file of a generator whose autoencoder is taken instead of fitting one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+    if a.like:
+        one = sf.models.load(a.like)
+        train.fit_autoencoder = lambda *_, **__: (one.autoencoder, np.array([*one.card["autoencoder_r2"].values()]))
     kind = "simulated" if a.store == "simulated" else "pancreas"
     out = a.out or WHERE / f"morphology-{kind}-small.safetensors"
     if kind == "simulated":
-        report(simulated(a.epochs, a.seed), out)
+        report(simulated(a.epochs, a.seed, a.checkpoints), out)
         raise SystemExit
     part, states = paired(a.store, a.cache, spoiled=a.spoiled, seed=a.seed)
     print(part["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))

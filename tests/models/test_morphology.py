@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from spatiaflow import models
-from spatiaflow.models.flow import integrate, paced, times_of
+from spatiaflow.models.flow import integrate
 from spatiaflow.models.morphology import (
+    Autoencoder,
     Conditions,
     MorphologyConfig,
     MorphologyFlow,
@@ -16,7 +17,7 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
-from spatiaflow.train.morphology import MorphologyTraining
+from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
 from spatiaflow.train.pairs import oriented, turned, turned_offsets
 
 CONFIG = MorphologyConfig(
@@ -43,8 +44,18 @@ def network():
     return network
 
 
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(1)
+    return Autoencoder(2, CONFIG.n_latent).eval()
+
+
 def flow(network):
-    return MorphologyFlow(network=network, surrogate=None, shifts={}, intensity={}, history={}, card={})
+    torch.manual_seed(2)
+    autoencoder = Autoencoder(2, CONFIG.n_latent)
+    return MorphologyFlow(
+        network=network, autoencoder=autoencoder, surrogate=None, shifts={}, intensity={}, history={}, card={}
+    )
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
@@ -75,18 +86,8 @@ def test_path_between_gaussians_is_recovered():
         return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
 
     x = torch.from_numpy(rng.normal(size=20000))
-    for pace in (1.0, 0.1):
-        found = integrate(velocity, x, 200, pace=pace)
-        assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
-
-
-def test_paces_spend_their_time_where_the_path_is_decided():
-    """The odds of time and of even steps have the same ratio everywhere."""
-    assert paced(0.0, 0.1) == 0 and paced(1.0, 0.1) == pytest.approx(1) and paced(0.3, 1.0) == pytest.approx(0.3)
-    t = paced(torch.linspace(0.01, 0.99, 50), 0.05)
-    ratio = t / (1 - t) / 0.05
-    np.testing.assert_allclose(ratio, torch.linspace(0.01, 0.99, 50) / torch.linspace(0.99, 0.01, 50), rtol=1e-4)
-    assert times_of(10, "heun", 0.05) == [paced(i / 5, 0.05) for i in range(6)]
+    found = integrate(velocity, x, 200)
+    assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_orientations_of_images_and_neighbours_agree():
@@ -108,7 +109,7 @@ def test_targets_are_turned_towards_their_source():
 
 
 def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network):
-    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 2, 16, 16)
+    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 8, 4, 4)
     conditions, model = some_conditions(4), flow(network)
     one = model.generate(control, conditions, noise, n_steps=4)
     torch.testing.assert_close(model.generate(control, conditions, noise, n_steps=4), one)
@@ -137,7 +138,7 @@ def test_without_spatial_context_neither_niche_nor_neighbours_matter():
     network = MorphologyNetwork(MorphologyConfig(**(vars(CONFIG) | {"spatial": False}))).eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 2, 16, 16)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 8, 4, 4)
     one = flow(network).generate(control, some_conditions(2), noise, n_steps=2)
     other = some_conditions(2)
     other.niche, other.tissue, other.neighbors = -other.niche, -other.tissue, -other.neighbors
@@ -156,29 +157,31 @@ def batch(n=8):
     }
 
 
-def test_equal_confidence_is_plain_flow_matching(network):
+def test_equal_confidence_is_plain_flow_matching(network, autoencoder):
     found = []
     for weighted, confidence in ((True, 0.3), (True, 1.0), (False, 0.3)):
-        module = MorphologyTraining(network, None, {"flow": 1.0}, weighted=weighted)
+        module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0}, weighted=weighted)
         found.append(
             float(module.losses(network, batch() | {"confidence": torch.full((8,), confidence)})["flow"].detach())
         )
     assert found[0] == pytest.approx(found[1]) and found[1] == pytest.approx(found[2])
-    module = MorphologyTraining(network, None, {"flow": 1.0})
+    module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0})
     b = batch() | {"confidence": torch.tensor([1.0] + [0.0] * 7)}
     b["source"].requires_grad_(True)
     module.losses(network, b)["flow"].backward()
     assert (b["source"].grad[1:] == 0).all() and b["source"].grad[0].abs().sum() > 0
 
 
-def test_losses_are_switched_by_name_and_reach_the_network(network):
-    surrogate = Surrogate(2, 1)
-    module = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}).train()
+def test_losses_are_switched_by_name_and_reach_the_network(network, autoencoder):
+    surrogate = Surrogate(8, 1)
+    module = MorphologyTraining(
+        network, autoencoder, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}
+    ).train()
     losses = module.losses(network, batch())
     assert set(losses) == {"flow", "alignment", "contrast"}
     losses["alignment"].backward()
-    assert network.inner.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
-    off = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
+    assert network.into.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
+    off = MorphologyTraining(network, autoencoder, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
     assert set(off.losses(network, batch())) == {"flow"}
     same = batch()
     same["conditions"].transition.zero_()  # no other transition to contrast with
@@ -186,8 +189,8 @@ def test_losses_are_switched_by_name_and_reach_the_network(network):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 11, 500])
-def test_a_training_may_have_any_number_of_steps(network, steps):
-    module = MorphologyTraining(network, None, {"flow": 1.0})
+def test_a_training_may_have_any_number_of_steps(network, autoencoder, steps):
+    module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0})
     module._trainer = SimpleNamespace(estimated_stepping_batches=steps)
     schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     rates = []
@@ -207,24 +210,48 @@ def test_sliced_wasserstein():
     assert float(sliced_wasserstein(a, shifted, g, n=4000)) == pytest.approx(expected, rel=0.05)
 
 
-def test_save_and_load(network, tmp_path):
+def test_save_and_load(network, autoencoder, tmp_path):
     model = MorphologyFlow(
-        network=network, surrogate=Surrogate(2, 1), shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
+        network=network, autoencoder=autoencoder, surrogate=Surrogate(8, 1),
+        shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
         intensity={"dapi": [0.0, 1.0], "rna": [0.0, 2.0]}, history={"epoch": [0]}, card={"use_rep": "X"},
     )  # fmt: skip
     again = models.load(model.save(tmp_path / "m.safetensors"))
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 2, 16, 16)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 8, 4, 4)
     arguments = (control, some_conditions(2), noise)
     torch.testing.assert_close(again.generate(*arguments), model.generate(*arguments))
     assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
 
 
-def test_the_path_begins_at_the_control_with_clouds():
-    config = MorphologyConfig(channels=["a"], transitions=["x"], crop_pixels=32, noise=0.2)
-    control, noise = torch.randn(1, 1, 32, 32), torch.randn(400, 1, 32, 32)
-    added = start(control, noise, config) - control
-    assert float(added[:, :, 3::8, 3::8].std()) == pytest.approx(0.2, rel=0.15)  # at the grid's own places
-    steps = added[..., 1:] - added[..., :-1]
-    assert float(steps.std()) < 0.25 * float(added.std())  # smooth: neighbouring pixels agree
-    np.testing.assert_array_equal(start(control, noise, replace(config, noise=0.0))[0], control[0])
-    np.testing.assert_array_equal(start(control, noise, replace(config, start="noise")), noise)
+def test_the_path_begins_at_the_control_with_noise():
+    control, noise = torch.randn(1, 8, 4, 4), torch.randn(400, 8, 4, 4)
+    added = start(control, noise, replace(CONFIG, noise=0.2)) - control
+    np.testing.assert_allclose(added, 0.2 * noise, atol=1e-6)
+    np.testing.assert_array_equal(start(control, noise, replace(CONFIG, noise=0.0))[0], control[0])
+    np.testing.assert_array_equal(start(control, noise, replace(CONFIG, start="noise")), noise)
+
+
+def test_no_change_of_latents_is_no_change_of_the_image(network):
+    """What the autoencoder loses is carried over from the control image."""
+    for p in network.out.parameters():
+        torch.nn.init.zeros_(p)
+    model, control = flow(network), torch.randn(3, 2, 16, 16)
+    made = model.generate(control, some_conditions(3), torch.zeros(3, 8, 4, 4), n_steps=2)
+    torch.testing.assert_close(made, control)
+    path = model.generate(control, some_conditions(3), torch.zeros(3, 8, 4, 4), n_steps=2, trajectory=True)
+    assert path.shape == (2, 3, 2, 16, 16)
+
+
+def test_autoencoder_learns_planted_blobs_and_says_how_well():
+    rng, grid = np.random.default_rng(0), np.arange(16)
+    x, y = rng.uniform(4, 12, (2, 400, 1, 1))
+    wide = rng.uniform(4, 12, (400, 1, 1))
+    blob = np.exp(-((grid[None, :, None] - y) ** 2 + (grid - x) ** 2) / wide)
+    images = np.stack([2 * blob - 1, rng.normal(size=(400, 16, 16))], 1).astype(np.float32)  # the second is noise alone
+    rows = np.arange(400)
+    network, r2 = fit_autoencoder(images, rows < 350, rows >= 350, 4, max_epochs=60)
+    assert r2[0] > 0.9 and r2[1] < 0.5
+    with torch.inference_mode():
+        z = network.encode(torch.from_numpy(images))
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.1, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)

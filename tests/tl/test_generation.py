@@ -4,7 +4,7 @@ from scipy.spatial import cKDTree
 
 import spatiaflow as sf
 
-TINY = {"patch_pixels": 4, "width": 32, "n_layers": 2, "n_neighbors": 4}
+TINY = {"patch_pixels": 8, "width": 32, "n_layers": 2, "n_neighbors": 4}
 IMAGE = {"image_key": "fluorescence"}
 
 
@@ -265,6 +265,10 @@ def test_bundled_weights_enlarge_nuclei_as_planted():
     made = sf.tl.generate_morphology(sdata, source="A", target="B", model=file, random_state=0, **image)
     crops, state = sf.pp.crops(sdata, crop_um=16, pixels=32, **image), sdata["table"].obs["state"]
     images = {s: crops.read(np.flatnonzero(state == s)).numpy() for s in "AB"}
-    area = {s: sf.pp.image_profile(x, channels=crops.channels, mpp=0.5)["area_um2"].mean() for s, x in images.items()}
-    share = (made[:, "area_um2"].X.mean() - area["A"]) / (area["B"] - area["A"])
-    assert 0.25 < share < 1.25
+
+    def measured(profile):
+        return np.array([profile["area_um2"].mean(), (profile["major_axis_um"] / profile["minor_axis_um"]).mean()])
+
+    a, b = (measured(sf.pp.image_profile(images[s], channels=crops.channels, mpp=0.5)) for s in "AB")
+    share = (measured(made.to_df()) - a) / (b - a)
+    assert 0.4 < share[0] < 1.2 and 0.2 < share[1] < 1.2  # area, elongation

@@ -75,21 +75,13 @@ def time_features(t: Tensor, n: int = 256, scale: float = 1000.0) -> Tensor:
 METHODS = {"euler": 1, "midpoint": 2, "heun": 2}  # evaluations a step
 
 
-def paced(s, pace: float = 1.0):
-    """Times t of even steps s in [0, 1] (numbers or tensors): t / (1 - t) = pace s / (1 - s), so half of them lie below ``pace``.
-
-    What a path from one image to another leads to is decided early, while little of its end is to be seen. 1 is even.
-    """
-    return pace * s / (1 - (1 - pace) * s)
-
-
-def times_of(n_evaluations: int, method: str = "heun", pace: float = 1.0) -> list[float]:
+def times_of(n_evaluations: int, method: str = "heun") -> list[float]:
     """Times between which :func:`integrate` steps, from 0 to 1."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
     if (n := n_evaluations // METHODS[method]) < 1:
         raise ValueError(f"{method!r} needs at least {METHODS[method]} evaluations, not {n_evaluations}.")
-    return [paced(i / n, pace) for i in range(n + 1)]
+    return [i / n for i in range(n + 1)]
 
 
 def integrate(
@@ -98,14 +90,13 @@ def integrate(
     n_evaluations: int,
     *,
     method="heun",
-    pace: float = 1.0,
     trajectory=False,
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in :func:`paced` steps.
 
     With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
     """
-    states, times = [x], times_of(n_evaluations, method, pace)
+    states, times = [x], times_of(n_evaluations, method)
     for t, t_next in zip(times, times[1:]):
         step, v = t_next - t, velocity(x, t)
         if method == "midpoint":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -14,6 +13,8 @@ from torch.nn import functional as F
 from spatiaflow.models import _base
 from spatiaflow.models.flow import integrate, time_features
 from spatiaflow.models.spatial import GatedMLP
+
+SCALE = 4  # pixels of the image to a pixel of its latents
 
 
 @dataclass
@@ -35,13 +36,13 @@ class MorphologyConfig:
     spatial
         Whether niche, tissue and neighbours condition the image at all.
     start, noise
-        The path begins at ``"control"``, the control image, whose pixels run from about -1 to 1, with smooth noise of this
+        The path begins at ``"control"``, the latents of the control image, whose standard deviation is 1, with noise of this
         standard deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the
-        control image beside.
-    pace
-        About half of the times, in training and in generation, lie below it; 1 spreads them evenly.
+        latents of the control image beside.
+    n_latent
+        Channels of the latents, whose side is a quarter of the image's.
     patch_pixels, width, n_layers, n_heads
-        Of the transformer over patches, whose side is a power of two; convolutions work at all finer resolutions.
+        Of the transformer over patches of latents; the side of a patch, in pixels of the image, is a multiple of 4.
     drop
         Probability that a sample is trained without conditions, for guidance.
     """
@@ -56,9 +57,9 @@ class MorphologyConfig:
     n_neighbors: int = 12
     spatial: bool = True
     start: str = "control"
-    noise: float = 0.05
-    pace: float = 1.0
-    patch_pixels: int = 4
+    noise: float = 0.5
+    n_latent: int = 8
+    patch_pixels: int = 8
     width: int = 128
     n_layers: int = 4
     n_heads: int = 4
@@ -87,19 +88,55 @@ class Conditions:
         return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-class Convolution(nn.Module):
-    """A convolution, modulated by the conditions. Not normalised: how bright an image is would be lost."""
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut. Not normalised: how bright an image is would be lost."""
 
-    def __init__(self, i: int, o: int, d: int, stride: int = 1):
+    def __init__(self, d: int):
         super().__init__()
-        self.layer, self.modulation = nn.Conv2d(i, o, 3, stride, 1), nn.Linear(d, 2 * o)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.layers = nn.Sequential(nn.SiLU(), nn.Conv2d(d, d, 3, 1, 1), nn.SiLU(), nn.Conv2d(d, d, 3, 1, 1))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Images n x C x p x p, conditions n x d."""
-        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, 1)
-        return F.silu(self.layer(x) * (1 + scale) + shift)
+    def forward(self, x: Tensor) -> Tensor:
+        """Images n x d x p x p."""
+        return x + self.layers(x)
+
+
+class Autoencoder(nn.Module):
+    """Images to latents of a quarter of their side and back; the flow runs between latents.
+
+    A variational autoencoder whose prior weighs next to nothing: just enough that latents near each other, as noise makes
+    them, stand for images that look alike.
+    """
+
+    def __init__(self, n_channels: int, n_latent: int = 8, width: int = 32):
+        super().__init__()
+        n, a, b = n_channels, width, 2 * width
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * n, a, 3, 1, 1), Residual(a), nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1),
+            Residual(b), nn.SiLU(), nn.Conv2d(b, 2 * n_latent, 3, 1, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(n_latent, b, 3, 1, 1), Residual(b), Residual(b), nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2), Residual(a),
+            nn.SiLU(), nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, n, 3, 1, 1),
+        )  # fmt: skip
+        self.register_buffer("mean", torch.zeros(1, n_latent, 1, 1))  # of the latents of training images
+        self.register_buffer("std", torch.ones(1, n_latent, 1, 1))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents (n x d x p/4 x p/4), of mean 0 and standard deviation 1, of images (n x C x p x p)."""
+        return (self.encoder(x).chunk(2, 1)[0] - self.mean) / self.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of latents."""
+        return self.decoder(z * self.std + self.mean)
+
+    def losses(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean square error of images rebuilt from noisy latents, and the divergence of these from a standard normal."""
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        log_variance = log_variance.clamp(-8, 4)
+        rebuilt = self.decoder(mean + noise * (0.5 * log_variance).exp())
+        divergence = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum() / x.numel()
+        return F.mse_loss(rebuilt, x), divergence
 
 
 class Block(nn.Module):
@@ -133,26 +170,20 @@ class Block(nn.Module):
 
 
 class MorphologyNetwork(nn.Module):
-    """Velocity of an image under conditions: a diffusion transformer on patches, between convolutions at finer resolutions.
+    """Velocity of latents under conditions: a diffusion transformer on patches of them.
 
-    On a path that begins at the control image the network does not see that image again: with both ends of the way walked
-    the velocity could be read off, (x - control) / t, without a word learnt about where to go.
+    On a path that begins at the control image the network does not see that image again: the less noise there is at the start,
+    the better could the velocity be read off, (z - control) / t, without a word learnt about where to go.
     """
 
     def __init__(self, c: MorphologyConfig):
         super().__init__()
         self.config, d = c, c.width
+        self.patch = c.patch_pixels // SCALE
         self.side = c.crop_pixels // c.patch_pixels
-        n = len(c.channels)
-        n_seen = n * (2 if c.start == "noise" else 1)
-        widths = [24 * 2**i for i in range(int(math.log2(c.patch_pixels)))]  # at full resolution, half of it, ...
-        self.down = nn.ModuleList(
-            Convolution(i, o, d, 1 + (level > 0)) for level, (i, o) in enumerate(zip([n_seen, *widths], widths))
-        )
-        self.inner = nn.Conv2d(widths[-1], d, 3, 2, 1)
-        self.up = nn.ModuleList(nn.Conv2d(i, 4 * o, 1) for i, o in zip([d, *widths[::-1]], widths[::-1]))
-        self.join = nn.ModuleList(Convolution(2 * o, o, d) for o in widths[::-1])
-        self.out = nn.Conv2d(widths[0], n, 3, 1, 1)
+        n = c.n_latent * self.patch**2
+        self.into = nn.Linear(n * (2 if c.start == "noise" else 1), d)
+        self.out = nn.Linear(d, n)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.place = nn.Parameter(0.02 * torch.randn(1, self.side**2, d))
@@ -182,38 +213,32 @@ class MorphologyNetwork(nn.Module):
             around = None if around is None else torch.where(kept[:, None, None], around, self.nothing)
         return vector, around
 
-    def forward(self, x: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
-        """Velocity (n x C x p x p) at x (alike) and times t (n)."""
-        seen = torch.cat([x, control], 1) if self.config.start == "noise" else x
+    def forward(self, z: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
+        """Velocity (n x d x p/4 x p/4) at latents z (alike) and times t (n)."""
+        seen = torch.cat([z, control], 1) if self.config.start == "noise" else z
         condition = F.silu(condition + self.time(time_features(t, 128)))
-        finer, h = [], seen
-        for layer in self.down:
-            h = layer(h, condition)
-            finer.append(h)
-        h = self.inner(h).flatten(2).transpose(1, 2) + self.place
+        h = self.into(F.pixel_unshuffle(seen, self.patch).flatten(2).transpose(1, 2)) + self.place
         for block in self.blocks:
             h = block(h, condition, around)
-        h = self.norm(h).transpose(1, 2).reshape(len(x), -1, self.side, self.side)
-        for up, join, beside in zip(self.up, self.join, finer[::-1]):
-            h = join(torch.cat([F.pixel_shuffle(up(h), 2), beside], 1), condition)
-        return self.out(h)
+        h = self.out(self.norm(h)).transpose(1, 2).reshape(len(z), -1, self.side, self.side)
+        return F.pixel_shuffle(h, self.patch)
 
 
 class Surrogate(nn.Module):
-    """Morphology of a cell from its image, differentiable: a small convolutional network fitted to measured profiles."""
+    """Morphology of a cell from its latents, differentiable: a small convolutional network fitted to measured profiles."""
 
-    def __init__(self, n_channels: int, n_features: int, width: int = 24):
+    def __init__(self, n_latent: int, n_features: int, width: int = 24):
         super().__init__()
-        layers, n = [], n_channels
-        for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(n, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
+        layers, n = [], n_latent
+        for out, stride in ((2 * width, 1), (2 * width, 2), (4 * width, 2)):
+            layers += [nn.Conv2d(n, out, 3, stride, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
             n = out
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * n, n_features))
         self.register_buffer("reliability", torch.ones(n_features))  # R2 on held-out cells, 0 where it is negative
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Standardised features (n x f) of images (n x C x p x p)."""
-        return self.layers(x)
+    def forward(self, z: Tensor) -> Tensor:
+        """Standardised features (n x f) of latents (n x d x p/4 x p/4)."""
+        return self.layers(z)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int = 64) -> Tensor:
@@ -269,10 +294,11 @@ class MorphologyFlow:
     """
 
     def __init__(
-        self, *, network: MorphologyNetwork, surrogate: Surrogate | None, shifts: dict, intensity: dict, history, card,
-        states: States | None = None,
+        self, *, network: MorphologyNetwork, autoencoder: Autoencoder, surrogate: Surrogate | None, shifts: dict,
+        intensity: dict, history, card, states: States | None = None,
     ):  # fmt: skip
         self.network, self.config, self.surrogate = network.eval(), network.config, surrogate
+        self.autoencoder = autoencoder.eval()
         self.shifts, self.intensity, self.history, self.card = shifts, intensity, history, card
         self.states = states
 
@@ -291,26 +317,41 @@ class MorphologyFlow:
         guidance=0.0,
         trajectory=False,
     ) -> Tensor:
-        """Images in the target state (n x C x p x p) from control images and standard normal noise of their shape.
+        """Images in the target state (n x C x p x p) from control images and standard normal noise of their latents' shape.
 
         ``n_steps`` counts evaluations of the network along the path; with guidance s the velocity is
         (1 + s) v(conditions) - s v(nothing). With ``trajectory`` all states between, steps + 1 of them, come first.
+
+        What the autoencoder loses of the control image, grain and fine texture, is the microscope's and the slide's rather than
+        the state's: it is carried over, so that no change of latents is no change of the image.
         """
         network, c = self.network, self.config
-        x = start(control, noise, c)
+        given = self.autoencoder.encode(control)
         condition, around = network.condition(conditions)
         if guidance:
-            none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            none = torch.zeros(len(given), dtype=torch.bool, device=given.device)
             free, free_around = network.condition(conditions, none)
 
-        def velocity(x, t):
-            times = torch.full((len(x),), t, device=x.device)
-            v = network(x, times, control, condition, around)
+        def velocity(z, t):
+            times = torch.full((len(z),), t, device=z.device)
+            v = network(z, times, given, condition, around)
             if guidance:
-                v = (1 + guidance) * v - guidance * network(x, times, control, free, free_around)
+                v = (1 + guidance) * v - guidance * network(z, times, given, free, free_around)
             return v
 
-        return integrate(velocity, x, n_steps, method=method, pace=c.pace, trajectory=trajectory)
+        z = integrate(velocity, start(given, noise, c), n_steps, method=method, trajectory=trajectory)
+        lost = control - self.autoencoder.decode(given)
+        return (
+            torch.stack([self.autoencoder.decode(one) + lost for one in z])
+            if trajectory
+            else self.autoencoder.decode(z) + lost
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one cell: channels and sides of its latents."""
+        side = self.config.crop_pixels // SCALE
+        return self.config.n_latent, side, side
 
     def save(self, path) -> object:
         """Write the model to one safetensors file, atomically, and return its path."""
@@ -318,9 +359,13 @@ class MorphologyFlow:
             "config": asdict(self.config), "shifts": self.shifts, "intensity": self.intensity, "history": self.history,
             "card": self.card, "states": None if self.states is None else asdict(self.states),
         }  # fmt: skip
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        if self.surrogate is not None:
-            tensors |= {f"surrogate.{k}": v for k, v in self.surrogate.state_dict().items()}
+        parts = {"network": self.network, "autoencoder": self.autoencoder, "surrogate": self.surrogate}
+        tensors = {
+            f"{name}.{k}": v.contiguous()
+            for name, part in parts.items()
+            if part is not None
+            for k, v in part.state_dict().items()
+        }
         return _base.save(path, "MorphologyFlow", description, tensors)
 
     @classmethod
@@ -328,9 +373,12 @@ class MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
         try:
             config = MorphologyConfig(**d["config"])
-            parts = {"network": MorphologyNetwork(config), "surrogate": None}
+            parts = {
+                "network": MorphologyNetwork(config), "autoencoder": Autoencoder(len(config.channels), config.n_latent),
+                "surrogate": None,
+            }  # fmt: skip
             if any(name.startswith("surrogate.") for name in tensors):
-                parts["surrogate"] = Surrogate(len(config.channels), len(config.profile))
+                parts["surrogate"] = Surrogate(config.n_latent, len(config.profile))
             for name, module in parts.items():
                 if module is not None:
                     found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
@@ -343,13 +391,9 @@ class MorphologyFlow:
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
-    """Where the path begins: white noise, or the control image with clouds of it.
+    """Where the path begins: at noise, or at the latents of the control image with noise added.
 
-    Clouds (a grid of 4 x 4 values, interpolated), not grain: grain would have to be taken off again pixel by pixel, and what
-    is left of it shows.
+    Noise belongs into latents: there it changes what a cell looks like, and what the flow leaves of it looks like a cell. In
+    pixels it is grain, which has to be taken off pixel by pixel.
     """
-    if c.start == "noise":
-        return noise
-    block = max(1, noise.shape[-1] // 4)
-    grid = block * F.avg_pool2d(noise, block)  # variance 1 again
-    return control + c.noise * F.interpolate(grid, size=noise.shape[-2:], mode="bilinear")
+    return noise if c.start == "noise" else control + c.noise * noise

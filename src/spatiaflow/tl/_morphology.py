@@ -60,9 +60,10 @@ def train_morphology(
 ):
     """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
 
-    A flow from the image of a source cell (with a little smooth noise, so that it has more than one outcome) to the image of its
-    target, under what is known of the source: its embedding, those of its niche and tissue, its neighbours and where they
-    lie, the transition, and the mean shift of genes and morphology in it. Each pair counts by its confidence.
+    A flow from the image of a source cell (with noise, so that it has more than one outcome) to the image of its target, between
+    latents of an autoencoder that is fitted to the same images; under what is known of the source: its embedding, those of
+    its niche and tissue, its neighbours and where they lie, the transition, and the mean shift of genes and morphology in
+    it. Each pair counts by its confidence.
 
     Parameters
     ----------
@@ -121,7 +122,7 @@ def train_morphology(
         A transition has no pairs, no pair lies in the image, none is left by ``validation``, or ``losses`` or ``preset``
         hold an unknown name.
     """
-    from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
+    from spatiaflow.models.morphology import SCALE, MorphologyConfig, MorphologyFlow
     from spatiaflow.train import morphology as train
 
     seed, target = resolve_seed(random_state), settings.torch_device(device)
@@ -133,12 +134,12 @@ def train_morphology(
     _io.one_of(("cell", "niche"), level=level)
     _io.known_names(train.LOSSES, losses=losses)
     _io.known_names(
-        ("n_neighbors", "noise", "pace", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset
+        ("n_neighbors", "noise", "n_latent", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset
     )
     patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
-    if patch < 2 or patch & (patch - 1) or crop_pixels % patch:
+    if patch < SCALE or patch % SCALE or crop_pixels % patch:
         raise ValueError(
-            f"patch_pixels={patch} must be a power of two, and crop_pixels={crop_pixels} a multiple of it."
+            f"patch_pixels={patch} must be a multiple of {SCALE}, and crop_pixels={crop_pixels} a multiple of it."
         )
     cells = CellImages.of(
         data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
@@ -173,14 +174,17 @@ def train_morphology(
                 f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
                 f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
             )
+        autoencoder, rebuilt = train.fit_autoencoder(
+            images, ~band[used], band[used], config.n_latent, max_epochs=max_epochs, seed=seed, device=target
+        )
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)
             surrogate, r2 = train.fit_surrogate(
-                images, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
+                images, autoencoder, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
             )
         network, history = train.fit_morphology(
-            training, held_out, images, image_of, around, config, surrogate, losses=losses,
+            training, held_out, images, image_of, around, config, autoencoder, surrogate, losses=losses,
             weighted=weighted, exchange=exchange, max_epochs=max_epochs, batch_size=batch_size or 64,
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
             accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
@@ -190,13 +194,15 @@ def train_morphology(
     card = {
         "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": model_of(table, use_rep), "level": level,
         "pairs": {n: int((found["transition"] == n).sum()) for n in names},
+        "autoencoder_r2": dict(zip(cells.channels, map(float, rebuilt))),
         "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted, "exchange": exchange,
         "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
         "spatiaflow": spatiaflow.__version__,
     }  # fmt: skip
     return MorphologyFlow(
-        network=network, surrogate=surrogate, shifts=shifts, intensity=cells.intensity, history=history, card=card
-    )
+        network=network, autoencoder=autoencoder, surrogate=surrogate, shifts=shifts, intensity=cells.intensity,
+        history=history, card=card,
+    )  # fmt: skip
 
 
 def _profile(table: AnnData, key: str | None) -> tuple[np.ndarray, list[str]]:
@@ -399,7 +405,7 @@ def generate_morphology(
         rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], place, LEVELS.index(level)
     )
     around = found.surroundings(c.n_neighbors)
-    network, size = model.network.to(where), batch_size or 64
+    size, modules = batch_size or 64, (model.network.to(where), model.autoencoder.to(where))
     made, bar = {}, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
     order = np.full(table.n_obs, -1)
     order[rows] = np.arange(len(rows))
@@ -410,20 +416,21 @@ def generate_morphology(
             here = order[part.slide.rows[some]]
             given = conditions(pairs, here, around).to(where)
             for variant in range(n_variants):
-                noise = _noise(table.obs_names[rows[here]], seed, variant, control.shape[1:]).to(where)
+                noise = _noise(table.obs_names[rows[here]], seed, variant, model.latent_shape).to(where)
                 states = model.generate(
-                    control, given, noise, n_steps=n_steps, method=method, guidance=guidance, trajectory=True
+                    control, given, noise, n_steps=n_steps, method=method, guidance=guidance, trajectory=trajectory
                 ).cpu()
-                found_here = {"image": states[-1], "source": control.cpu()} | (
-                    {"trajectory": states.transpose(0, 1)} if trajectory else {}
-                )
+                found_here = {"image": states[-1] if trajectory else states, "source": control.cpu()}
+                if trajectory:
+                    found_here["trajectory"] = states.transpose(0, 1)
                 for slot, values in found_here.items():
                     values = unscaled(values, model.intensity, c.channels, crops.numpy().dtype)
                     made.setdefault(slot, np.zeros((len(rows), n_variants, *values.shape[1:]), values.dtype))
                     made[slot][here, variant] = values
                 bar.update(len(here))
     bar.close()
-    network.cpu()
+    for module in modules:
+        module.cpu()
     made = {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
     profile = image_profile(made["image"], channels=c.channels, mpp=c.crop_um / c.crop_pixels, whole=level == "niche")
     repeated = np.repeat(np.arange(len(rows)), n_variants)
@@ -439,7 +446,7 @@ def generate_morphology(
     out.obsm["spatial"] = found.positions[rows[repeated]]
     out.uns["morphology"] = {
         "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels, "intensity": model.intensity,
-        "times": times_of(n_steps, method, c.pace),
+        "times": times_of(n_steps, method),
         "params": {
             "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
             "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,

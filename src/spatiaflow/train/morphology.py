@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from spatiaflow.models.flow import interpolate, paced
+from spatiaflow._settings import progress
+from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
+    SCALE,
+    Autoencoder,
     Conditions,
     MorphologyConfig,
     MorphologyNetwork,
@@ -23,8 +26,9 @@ from spatiaflow.models.morphology import (
 from spatiaflow.train.fit import claim, fit
 from spatiaflow.train.pairs import Context, PairBatches, Pairs, turned
 
-LOSSES = {"flow": 1.0, "alignment": 0.1, "contrast": 0.1}
+LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
 MARGIN = 0.1
+PRIOR, MAX_STEPS = 0.003, 2000  # of the autoencoder: weight of the divergence, and its longest training
 
 
 @torch.no_grad()
@@ -39,6 +43,7 @@ class MorphologyTraining(L.LightningModule):
     def __init__(
         self,
         network: MorphologyNetwork,
+        autoencoder: Autoencoder,
         surrogate: Surrogate | None,
         weights: dict[str, float],
         *,
@@ -48,6 +53,7 @@ class MorphologyTraining(L.LightningModule):
         super().__init__()
         self.network, self.surrogate, self.weighted, self.learning_rate = network, surrogate, weighted, learning_rate
         self.average = AveragedModel(network, multi_avg_fn=_moving_average)
+        self.autoencoder = autoencoder.requires_grad_(False)
         if surrogate is not None:
             surrogate.requires_grad_(False)
         self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}
@@ -62,11 +68,11 @@ class MorphologyTraining(L.LightningModule):
 
     def losses(self, network: MorphologyNetwork, b: dict) -> dict[str, Tensor]:
         """Every loss whose weight is not 0."""
-        c, control, target = network.config, b["source"], b["target"]
+        c, (control, target) = network.config, (self.autoencoder.encode(b[name]) for name in ("source", "target"))
         g = torch.Generator().manual_seed(b["seed"])
         n = len(control)
         x0 = start(control, torch.randn(control.shape, generator=g).to(control), c)
-        t = paced(torch.rand(n, generator=g), c.pace).to(control)
+        t = torch.rand(n, generator=g).to(control)
         kept = torch.rand(n, generator=g) >= (c.drop if self.training else 0)
         x_t, u = interpolate(x0, target, t[:, None, None, None]), target - x0
         condition, around = network.condition(b["conditions"], kept.to(control.device))
@@ -81,10 +87,10 @@ class MorphologyTraining(L.LightningModule):
             )  # no more than it can tell
             out["alignment"] = sliced_wasserstein(*read, g)
         if "contrast" in self.weights:
-            out["contrast"] = self._contrast(network, b, x_t, t, u, misfit, g)
+            out["contrast"] = self._contrast(network, b, control, x_t, t, u, misfit, g)
         return out
 
-    def _contrast(self, network, b, x_t, t, u, misfit, g) -> Tensor:
+    def _contrast(self, network, b, control, x_t, t, u, misfit, g) -> Tensor:
         """A velocity under the conditions of another transition should fit worse, by a margin."""
         transition = b["conditions"].transition.cpu()
         other = torch.randperm(len(transition), generator=g)
@@ -92,7 +98,7 @@ class MorphologyTraining(L.LightningModule):
         if not len(which):
             return misfit.sum() * 0
         condition, around = network.condition(b["conditions"].rows(other[which].to(u.device)))
-        wrong = network(x_t[which], t[which], b["source"][which], condition, around)
+        wrong = network(x_t[which], t[which], control[which], condition, around)
         return F.relu(misfit[which] - ((wrong - u[which]) ** 2).flatten(1).mean(1) + MARGIN).mean()
 
     def _step(self, network, b: dict, stage: str) -> Tensor:
@@ -115,8 +121,67 @@ class MorphologyTraining(L.LightningModule):
         return {k: v.to(device) if isinstance(v, Tensor | Conditions) else v for k, v in b.items()}
 
 
+def fit_autoencoder(
+    images,
+    training: np.ndarray,
+    held_out: np.ndarray,
+    n_latent: int,
+    *,
+    max_epochs: int = 20,
+    batch_size: int = 64,
+    seed: int = 0,
+    device="cpu",
+) -> tuple[Autoencoder, np.ndarray]:
+    """Fit an autoencoder to images (n x C x p x p); returns it and, for each channel, R2 on those held out.
+
+    ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
+    """
+    train, test = np.flatnonzero(training), np.flatnonzero(held_out)
+    rng = np.random.default_rng(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Autoencoder(images.shape[1], n_latent).to(device)
+    batch_size = min(batch_size, len(train))
+    steps = min(max_epochs * -(-len(train) // batch_size), MAX_STEPS)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.1)
+    g = torch.Generator().manual_seed(seed)
+    side = images.shape[-1] // SCALE
+
+    def read(rows):
+        x = torch.from_numpy(np.asarray(images[rows], np.float32))
+        return x.to(device, memory_format=torch.channels_last)
+
+    for _ in progress(range(steps), "autoencoder", unit="step"):
+        x = turned(
+            read(rng.choice(train, min(batch_size, len(train)), replace=False)),
+            rng.integers(0, 8, batch_size)[: len(train)],
+        )
+        noise = torch.randn(len(x), n_latent, side, side, generator=g).to(device)
+        misfit, divergence = network.losses(x, noise)
+        optimizer.zero_grad()
+        (misfit + PRIOR * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    with torch.inference_mode():
+        z = network.encode(read(rng.choice(train, min(2048, len(train)), replace=False)))
+        mean, std = (getattr(z, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+        network.mean.copy_(mean)
+        network.std.copy_(std.clamp_min(1e-6))
+        misfit, spread = (np.zeros(images.shape[1]) for _ in range(2))
+        middle = read(test[:2048]).mean((0, 2, 3), keepdim=True)
+        for rows in np.array_split(test[:2048], -(-len(test[:2048]) // 256)):
+            x = read(rows)
+            misfit += ((network.decode(network.encode(x)) - x) ** 2).sum((0, 2, 3)).cpu().numpy()
+            spread += ((x - middle) ** 2).sum((0, 2, 3)).cpu().numpy()
+    return network, 1 - misfit / spread.clip(1e-9)
+
+
 def fit_surrogate(
     images,
+    autoencoder: Autoencoder,
     profile: np.ndarray,
     training: np.ndarray,
     held_out: np.ndarray,
@@ -126,7 +191,7 @@ def fit_surrogate(
     seed: int = 0,
     device="cpu",
 ) -> tuple[Surrogate, np.ndarray]:
-    """Fit a network that reads standardised morphology (n x features) off images; returns it and R2 on those held out.
+    """Fit a network that reads standardised morphology (n x features) off latents; returns it and R2 on those held out.
 
     ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
     """
@@ -134,18 +199,20 @@ def fit_surrogate(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = Surrogate(images.shape[1], profile.shape[1]).to(device)
+        network = Surrogate(autoencoder.mean.shape[1], profile.shape[1]).to(device)
     steps = max_epochs * -(-len(train) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.2)
     y = torch.from_numpy(np.asarray(profile, np.float32)).to(device)
 
-    def read(rows):
-        return torch.from_numpy(np.asarray(images[rows], np.float32)).to(device)
+    @torch.no_grad()
+    def read(rows, turns=None):
+        x = torch.from_numpy(np.asarray(images[rows], np.float32))
+        return autoencoder.encode((x if turns is None else turned(x, turns)).to(device))
 
     for _ in range(max_epochs):
         for rows in np.array_split(rng.permutation(train), -(-len(train) // batch_size)):
-            loss = F.smooth_l1_loss(network(turned(read(rows), rng.integers(0, 8, len(rows)))), y[rows])
+            loss = F.smooth_l1_loss(network(read(rows, rng.integers(0, 8, len(rows)))), y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -160,7 +227,7 @@ def fit_surrogate(
 
 
 def fit_morphology(
-    training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig,
+    training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig, autoencoder: Autoencoder,
     surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, exchange=True,
     max_epochs: int = 20, batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 1e-3,
     checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
@@ -177,7 +244,7 @@ def fit_morphology(
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)
     module = MorphologyTraining(
-        network, surrogate, LOSSES | (losses or {}), weighted=weighted, learning_rate=learning_rate
+        network, autoencoder, surrogate, LOSSES | (losses or {}), weighted=weighted, learning_rate=learning_rate
     )
     n = batches_per_epoch or max(16, -(-len(training) // batch_size))
     arguments = (images, image_of, around)

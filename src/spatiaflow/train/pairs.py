@@ -112,7 +112,7 @@ def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.nda
     """
 
     def coarse(x):
-        return F.adaptive_avg_pool2d(x, min(16, x.shape[-1])).flatten(1)
+        return F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1)
 
     place = np.arange(len(source))
     for g in np.unique(group):
