@@ -153,11 +153,8 @@ def fit_autoencoder(
         return x.to(device, memory_format=torch.channels_last)
 
     for _ in progress(range(steps), "autoencoder", unit="step"):
-        x = turned(
-            read(rng.choice(train, min(batch_size, len(train)), replace=False)),
-            rng.integers(0, 8, batch_size)[: len(train)],
-        )
-        noise = torch.randn(len(x), n_latent, side, side, generator=g).to(device)
+        x = turned(read(rng.choice(train, batch_size, replace=False)), rng.integers(0, 8, batch_size))
+        noise = torch.randn(batch_size, n_latent, side, side, generator=g).to(device)
         misfit, divergence = network.losses(x, noise)
         optimizer.zero_grad()
         (misfit + PRIOR * divergence).backward()
