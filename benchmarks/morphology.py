@@ -2,6 +2,7 @@
 
 python benchmarks/morphology.py pairing            confidence and matching on planted cells; 50,000 x 50,000
 python benchmarks/morphology.py simulated          planted shift of area and elongation, niche by niche
+python benchmarks/morphology.py bundled            the same of the weights that come with the package, on another slide
 python benchmarks/morphology.py speed              cells a second
 python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --weights FILE
                                                    generated cells of the test part against real ones and simple baselines
@@ -152,6 +153,17 @@ def pairing(a) -> None:
     print(f"confidence over group sizes: {spread.min():.3f} to {spread.max():.3f}, range {np.ptp(spread):.3f}")
 
 
+def once(function):
+    """What a function returns on its first call, on every call."""
+    found = []
+
+    def first(*arguments, **options):
+        found[:] = found or [function(*arguments, **options)]
+        return found[0]
+
+    return first
+
+
 # ---- simulated tissue --------------------------------------------------------------------------------------------
 
 
@@ -168,6 +180,44 @@ def with_embeddings(sdata, pca=None):
     return pca
 
 
+def shares(table, real: pd.DataFrame, made) -> list[dict]:
+    """Share of the planted change from A to B that generated cells show, by niche and feature; ``real``: morphology of all."""
+
+    def measured(found):
+        return found.assign(elongation=found["major_axis_um"] / found["minor_axis_um"])[["area_um2", "elongation"]]
+
+    real, shown, rows = measured(real), measured(made.to_df()), []
+    state, niche = (table.obs[name].astype(str).to_numpy() for name in ("state", "niche"))
+    for group in np.unique(niche):
+        before, after = (real[(niche == group) & (state == s)] for s in "AB")
+        now = shown[(made.obs["niche"] == group).to_numpy()]
+        planted = after.mean() - before.mean()
+        share = (now.mean() - before.mean()) / planted
+        error = np.sqrt(sum(v.var() / len(v) for v in (now, before, after))) / planted.abs()
+        rows += [
+            {"niche": group, "feature": feature, "planted shift": planted[feature], "share shown": share[feature],
+             "standard error": error[feature], "n": len(now)}
+            for feature in planted.index
+        ]  # fmt: skip
+    return rows
+
+
+def bundled(a) -> None:
+    """What the weights that come with the package show on a simulated slide that they were not trained on."""
+    sdata, image, rows = sf.datasets.simulated_tissue(6000, seed=3), {"image_key": "fluorescence"}, []
+    sf.tl.embed_spatia(sdata, modalities="image", **image)
+    table, real = sdata["table"], sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16.0, pixels=32, **image))
+    copies, b = (real[(table.obs["state"] == s).to_numpy()] for s in "AB")
+    for method, steps in (("heun", 10), ("euler", 10), ("heun", 40)):
+        made = sf.tl.generate_morphology(
+            sdata, source="A", target="B", model="morphology-simulated-small", method=method, n_steps=steps, **image
+        )
+        z = [((x - b.mean()) / b.std()).fillna(0).to_numpy() for x in (made.to_df(), copies, b)]
+        energy = {"energy": sf.metrics.energy_distance(z[0], z[2]), "of copies": sf.metrics.energy_distance(z[1], z[2])}
+        rows += [{"method": method, "evaluations": steps, **row, **energy} for row in shares(table, real, made)]
+    write("bundled", rows)
+
+
 def simulated(a) -> None:
     """How much of the planted shift of nuclei generated cells show in each niche, with and without spatial context."""
     image, rows = {"image_key": "fluorescence"}, []
@@ -175,21 +225,8 @@ def simulated(a) -> None:
         train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, 6000)))
         with_embeddings(test, with_embeddings(train))
         sf.pp.morphology_profile(train, **image)
-        table = test["table"]
-        crops = sf.pp.crops(test, crop_um=16.0, pixels=32, **image)
-
-        def measured(found):
-            return found.assign(elongation=found["major_axis_um"] / found["minor_axis_um"])[["area_um2", "elongation"]]
-
-        real = measured(sf.pp.image_profile(crops)).to_numpy()
-        state, niche = table.obs["state"].astype(str).to_numpy(), table.obs["niche"].astype(str).to_numpy()
-        fitted = []
-
-        def fit_autoencoder(*arguments, fitted=fitted, **options):  # one for both, which see the same images
-            fitted[:] = fitted or [FIT_AUTOENCODER(*arguments, **options)]
-            return fitted[0]
-
-        fitting.fit_autoencoder = fit_autoencoder
+        real = sf.pp.image_profile(sf.pp.crops(test, crop_um=16.0, pixels=32, **image))
+        fitting.fit_autoencoder = once(FIT_AUTOENCODER)  # one for both, which see the same images
         for context in (True, False):
             sf.tl.pair_transitions(
                 train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
@@ -201,18 +238,9 @@ def simulated(a) -> None:
             )  # fmt: skip
             seconds = time.perf_counter() - start
             made = sf.tl.generate_morphology(test, source="A", target="B", model=model, random_state=seed, **image)
-            shown, where = measured(made.to_df()).to_numpy(), made.obs["niche"].to_numpy()
-            for group in np.unique(niche):
-                before, after = (real[(niche == group) & (state == s)] for s in "AB")
-                now = shown[where == group]
-                true, got = np.nanmean(after, 0) - np.nanmean(before, 0), np.nanmean(now, 0) - np.nanmean(before, 0)
-                error = np.sqrt(sum(np.nanvar(v, 0) / len(v) for v in (now, before))) / np.abs(true)
-                for feature, share, e, planted in zip(("area", "elongation"), got / true, error, true):
-                    rows.append({
-                        "seed": seed, "context": context, "niche": group, "feature": feature, "planted shift": planted,
-                        "share shown": share, "standard error": e, "n": len(now), "seconds to train": seconds,
-                    })  # fmt: skip
-                    print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            for row in shares(test["table"], real, made):
+                rows.append({"seed": seed, "context": context, **row, "seconds to train": seconds})
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     write("simulated", rows)
 
 
@@ -415,7 +443,7 @@ def pancreas(a) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairing", "simulated", "speed", "pancreas"])
+    parser.add_argument("what", choices=["pairing", "simulated", "bundled", "speed", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
     parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
@@ -427,4 +455,5 @@ if __name__ == "__main__":
     parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
     parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
     a = parser.parse_args()
-    {"pairing": pairing, "simulated": simulated, "speed": speed, "pancreas": pancreas}[a.what](a)
+    commands = {"pairing": pairing, "simulated": simulated, "bundled": bundled, "speed": speed, "pancreas": pancreas}
+    commands[a.what](a)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spatiaflow as sf
-from morphology import Images, Pancreas, over_niches, write
+from morphology import FIT_AUTOENCODER, Images, Pancreas, once, over_niches, write
 from morphology_weights import paired
 from spatiaflow.models.morphology import SCALE, MorphologyNetwork
 from spatiaflow.train import morphology as train
@@ -54,7 +54,7 @@ DESIGNS = {  # backbone, preset, start of the path, whether sources exchange tar
     "noise 1": (MorphologyNetwork, {"noise": 1.0}, "control", True),
     "from noise": (MorphologyNetwork, {}, "noise", True),
 }
-FIT_AUTOENCODER, FIT_SURROGATE, FIT = train.fit_autoencoder, train.fit_surrogate, train.fit_morphology
+FIT_SURROGATE, FIT = train.fit_surrogate, train.fit_morphology
 
 
 def fitted(part, name: str, seconds: float, seed: int):
@@ -98,19 +98,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     part, _ = paired(a.store, a.cache)
     data = Pancreas(a.store, a.cache, 13.6, 32)
-    once = {}  # the autoencoder, and the surrogate, which nothing reads here, since no run aligns
-
-    def fit_autoencoder(*x, **options):
-        if "autoencoder" not in once:
-            once["autoencoder"] = FIT_AUTOENCODER(*x, **options)
-        return once["autoencoder"]
-
-    def fit_surrogate(*x, **options):
-        if "surrogate" not in once:
-            once["surrogate"] = FIT_SURROGATE(*x, **(options | {"max_epochs": 1}))
-        return once["surrogate"]
-
-    train.fit_autoencoder, train.fit_surrogate = fit_autoencoder, fit_surrogate
+    # one autoencoder for all, and one surrogate, which nothing reads here, since no run aligns
+    train.fit_autoencoder = once(FIT_AUTOENCODER)
+    train.fit_surrogate = once(lambda *x, **options: FIT_SURROGATE(*x, max_epochs=1, **options))
     table, rng, rows = data.table["validation"], np.random.default_rng(0), []
 
     def measured(images, where, cells, scale=None):

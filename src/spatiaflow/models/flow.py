@@ -92,7 +92,7 @@ def integrate(
     method="heun",
     trajectory=False,
 ) -> Tensor:
-    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in :func:`paced` steps.
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in even steps.
 
     With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
     """

@@ -283,6 +283,8 @@ class MorphologyFlow:
     ----------
     config
         Vocabulary of channels and transitions, and all sizes.
+    autoencoder
+        Between images and the latents that the flow runs between.
     shifts
         Of every transition and niche the mean shift of genes and of the profile.
     intensity
@@ -341,11 +343,9 @@ class MorphologyFlow:
 
         z = integrate(velocity, start(given, noise, c), n_steps, method=method, trajectory=trajectory)
         lost = control - self.autoencoder.decode(given)
-        return (
-            torch.stack([self.autoencoder.decode(one) + lost for one in z])
-            if trajectory
-            else self.autoencoder.decode(z) + lost
-        )
+        if trajectory:
+            return torch.stack([self.autoencoder.decode(one) + lost for one in z])
+        return self.autoencoder.decode(z) + lost
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
