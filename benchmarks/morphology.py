@@ -365,18 +365,42 @@ def matched(images: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.nd
     return out
 
 
+def effect(before: Images, shown: Images, wanted: Images) -> dict[str, float]:
+    """Recovery of the true shift over all cells, and the mean over niches."""
+    found = {
+        f"effect, {k}": v for k, v in sf.metrics.effect_recovery(before.profile, shown.profile, wanted.profile).items()
+    }
+    niches = []
+    for niche in np.unique(wanted.niche):
+        some = [one.profile[one.niche == niche] for one in (before, shown, wanted)]
+        if min(map(len, some)) >= MIN_CELLS:
+            niches.append(sf.metrics.effect_recovery(*some))
+    return found | {f"effect in niches, {k}": v for k, v in pd.DataFrame(niches).mean().items()}
+
+
+def generators(a) -> dict[str, list]:
+    """Models by variant, one a seed; the first are ours."""
+    if (a.weights is None) == (a.folder is None):
+        raise SystemExit("give --weights FILE or --folder FOLDER: benchmarks/morphology_weights.py makes both")
+    if a.weights:
+        return {"ours": [sf.models.load(a.weights)]}
+    found = {}
+    for path in sorted(a.folder.glob("*-[0-9]*.safetensors")):
+        found.setdefault(path.stem.rsplit("-", 1)[0], []).append(sf.models.load(path))
+    return {"ours": found.pop("ours"), **found}
+
+
 def pancreas(a) -> None:
-    if a.weights is None:
-        raise SystemExit("--weights FILE is missing: benchmarks/morphology_weights.py makes one")
-    model = sf.models.load(a.weights)
-    variants = {key: sf.models.load(path) for key, path in (one.split("=", 1) for one in a.variants)}
+    """Distances to real targets; of several seeds the mean, with the standard deviation over seeds."""
+    models = generators(a)
+    model = models["ours"][0]
     data = Pancreas(a.store, a.cache, model.config.crop_um, model.config.crop_pixels)
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, where = np.random.default_rng(0), [], a.part
     for name in model.config.transitions:
         source, target = name.split(" -> ")
-        parts = {(p, s): data.rows(p, s) for p in ("train", "test") for s in (source, target)}
+        parts = {(p, s): data.rows(p, s) for p in ("train", where) for s in (source, target)}
         if source == target:  # the negative control: halves of one state, by turns
-            for p in ("train", "test"):
+            for p in ("train", where):
                 shuffled = rng.permutation(parts[p, source])
                 parts[p, source], parts[p, "half"] = np.sort(shuffled[::2]), np.sort(shuffled[1::2])
             target = "half"
@@ -384,61 +408,72 @@ def pancreas(a) -> None:
         real = {key: data.images(key[0], r) for key, r in parts.items()}
         data.mean = None
         known = data.sample(real["train", target], "train", parts["train", target])
-        wanted = data.sample(real["test", target], "test", parts["test", target])
-        here = parts["test", source]
-        draws = block_draws(np.concatenate([data.block["test"][parts["test", s]] for s in (source, target)]))
-        x = {p: np.asarray(data.table[p].obsm["X_spatia_cell"]) for p in ("train", "test")}
-        nearest = cKDTree(x["train"][parts["train", target]]).query(x["test"][here])[1]
+        wanted = data.sample(real[where, target], where, parts[where, target])
+        here = parts[where, source]
+        draws = block_draws(np.concatenate([data.block[where][parts[where, s]] for s in (source, target)]))
+        x = {p: np.asarray(data.table[p].obsm["X_spatia_cell"]) for p in ("train", where)}
+        nearest = cKDTree(x["train"][parts["train", target]]).query(x[where][here])[1]
         mean = {
             n: real["train", target][known.niche == n].mean(0).astype(np.uint8)
             for n in np.unique(data.table["train"].obs["niche"].astype(str)) if (known.niche == n).any()
         }  # fmt: skip
-        control = real["test", source]
-        niche = data.table["test"].obs["niche"].astype(str).to_numpy()[here]
-        candidates = {
+        control = real[where, source]
+        niche = data.table[where].obs["niche"].astype(str).to_numpy()[here]
+        images = {
             "copy of the source": control,
             "source, histogram of the target": matched(control, real["train", source], real["train", target]),
             "nearest training target": real["train", target][nearest],
             "mean training target": np.stack([mean.get(n, real["train", target].mean(0).astype(np.uint8)) for n in niche]),
         }  # fmt: skip
-        seconds = {}
-        runs = {OURS: (model, 10, "heun"), "generated, euler 10": (model, 10, "euler")}
+        images = {key: [one] for key, one in images.items()}
+        runs = {OURS: (models["ours"], 10, "heun"), "generated, euler 10": (models["ours"][:1], 10, "euler")}
         if not a.quick:
-            runs["generated, heun 200"] = (model, 200, "heun")
-        runs |= {f"generated, {key}": (other, 10, "heun") for key, other in variants.items()}
+            runs["generated, heun 200, one seed"] = (models["ours"][:1], 200, "heun")
+            runs["generated, heun 10, one seed"] = (models["ours"][:1], 10, "heun")
+        runs |= {f"generated, {key}": (other, 10, "heun") for key, other in models.items() if key != "ours"}
+        seconds = {}
         for key, (made_by, steps, method) in runs.items():
             start = time.perf_counter()
-            made = sf.tl.generate_morphology(
-                data.parts["test"], source=source, target=name.split(" -> ")[1], model=made_by, mpp=1, n_steps=steps,
-                cells=list(data.table["test"].obs_names[here]), method=method,
-            )  # fmt: skip
-            seconds[key] = (time.perf_counter() - start) / len(here)
-            candidates[key] = made.obsm["image"]
-        samples = {key: data.sample(images, "test", here) for key, images in candidates.items()}
+            images[key] = [
+                sf.tl.generate_morphology(
+                    data.parts[where], source=source, target=name.split(" -> ")[1], model=one, mpp=1, n_steps=steps,
+                    cells=list(data.table[where].obs_names[here]), method=method, random_state=seed,
+                ).obsm["image"]
+                for seed, one in enumerate(made_by)
+            ]  # fmt: skip
+            seconds[key] = (time.perf_counter() - start) / len(here) / len(made_by)
+        samples = {key: [data.sample(one, where, here) for one in some] for key, some in images.items()}
         halves = [wanted.rows(np.arange(i, len(wanted.niche), 2)) for i in (0, 1)]
         known.block[:] = len(draws[0]) - 1
-        found = {key: over_niches(sample, wanted, draws) for key, sample in samples.items()}
-        found["real targets, half against half"] = over_niches(*halves, draws)
-        found["training targets"] = over_niches(known, wanted, draws)
-        for key, value in found.items():
-            row = {"transition": name, "method": key, "n": len(here), "n_target": len(wanted.niche)}
-            for metric, v in value.items():
-                for label, one in ((metric, v), (f"{metric} minus ours", v - found[OURS][metric])):
+        found = {key: [over_niches(one, wanted, draws) for one in some] for key, some in samples.items()}
+        found["real targets, half against half"] = [over_niches(*halves, draws)]
+        found["training targets"] = [over_niches(known, wanted, draws)]
+        ours = {metric: np.mean([one[metric] for one in found[OURS]], 0) for metric in found[OURS][0]}
+        for key, some in found.items():
+            row = {"transition": name, "method": key, "n": len(here), "n_target": len(wanted.niche), "seeds": len(some)}
+            for metric in ours:
+                v = np.mean([one[metric] for one in some], 0)
+                for label, one in ((metric, v), (f"{metric} minus ours", v - ours[metric])):
                     low, high = np.nanquantile(one[1:], (0.025, 0.975))
                     row |= {label: one[0], f"{label}, low": low, f"{label}, high": high}
+                row[f"{metric}, sd of seeds"] = np.std([one[metric][0] for one in some])
             if key in samples:
-                start_from = samples["copy of the source"].profile
-                effect = sf.metrics.effect_recovery(start_from, samples[key].profile, wanted.profile)
-                row |= {f"effect, {k}": v for k, v in effect.items()} | {
-                    "shift": np.linalg.norm(samples[key].profile.mean(0) - start_from.mean(0)),
-                    "true shift": np.linalg.norm(wanted.profile.mean(0) - start_from.mean(0)),
-                    "memorised": sf.metrics.memorised(samples[key].features, known.features, wanted.features),
-                    "spread": samples[key].features.std(0).mean() / wanted.features.std(0).mean(),
-                }  # fmt: skip
+                before = samples["copy of the source"][0]
+                each = [
+                    effect(before, one, wanted)
+                    | {
+                        "shift": np.linalg.norm(one.profile.mean(0) - before.profile.mean(0)),
+                        "true shift": np.linalg.norm(wanted.profile.mean(0) - before.profile.mean(0)),
+                        "memorised": sf.metrics.memorised(one.features, known.features, wanted.features),
+                        "spread": one.features.std(0).mean() / wanted.features.std(0).mean(),
+                    }
+                    for one in samples[key]
+                ]
+                row |= pd.DataFrame(each).mean().to_dict()
             rows.append(row | {"seconds a cell": seconds.get(key, np.nan)})
         shown = [c for c in rows[0] if "low" not in c and "high" not in c]
         print(pd.DataFrame(rows)[shown].round(4).to_string(index=False), flush=True)
-    write("pancreas", rows)
+    write("pancreas" if where == "test" else f"pancreas-{where}", rows)
 
 
 if __name__ == "__main__":
@@ -451,7 +486,12 @@ if __name__ == "__main__":
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")
-    parser.add_argument("--variants", nargs="*", default=[], metavar="NAME=FILE", help="other generators, side by side")
+    parser.add_argument(
+        "--folder", type=Path, help="of variants and seeds, by benchmarks/morphology_weights.py --folder"
+    )
+    parser.add_argument(
+        "--part", default="test", choices=["validation", "test"], help="validation: 17000-19000, for choices"
+    )
     parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
     parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
     a = parser.parse_args()

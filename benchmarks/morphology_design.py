@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import spatiaflow as sf
 from morphology import FIT_AUTOENCODER, Images, Pancreas, once, over_niches, write
-from morphology_weights import paired
+from morphology_weights import NOISE, paired
 from spatiaflow.models.morphology import SCALE, MorphologyNetwork
 from spatiaflow.train import morphology as train
 
@@ -46,12 +46,11 @@ class UNet(MorphologyNetwork):
 
 DESIGNS = {  # backbone, preset, start of the path, whether sources exchange targets
     "chosen": (MorphologyNetwork, {}, "control", True),
-    "patches of 4 px": (MorphologyNetwork, {"patch_pixels": 4}, "control", True),
     "U-Net": (UNet, {}, "control", True),
+    "patches of 4 px": (MorphologyNetwork, {"patch_pixels": 4}, "control", True),
     "targets as drawn": (MorphologyNetwork, {}, "control", False),
     "no noise": (MorphologyNetwork, {"noise": 0.0}, "control", True),
-    "noise .25": (MorphologyNetwork, {"noise": 0.25}, "control", True),
-    "noise 1": (MorphologyNetwork, {"noise": 1.0}, "control", True),
+    "noise .5": (MorphologyNetwork, {"noise": 0.5}, "control", True),
     "from noise": (MorphologyNetwork, {}, "noise", True),
 }
 FIT_SURROGATE, FIT = train.fit_surrogate, train.fit_morphology
@@ -79,7 +78,7 @@ def fitted(part, name: str, seconds: float, seed: int):
     train.fit_morphology = in_time
     began = time.process_time()
     model = sf.tl.train_morphology(
-        part, crop_um=13.6, crop_pixels=32, start=start, preset=preset, mpp=1,
+        part, crop_um=13.6, crop_pixels=32, start=start, preset={"noise": NOISE} | preset, mpp=1,
         validation=0.05, losses={"alignment": 0.0, "contrast": 0.0}, exchange=exchange, random_state=seed,
     )  # fmt: skip
     return model, taken | {"CPU seconds, all": time.process_time() - began}

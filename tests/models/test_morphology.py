@@ -109,7 +109,7 @@ def test_targets_are_turned_towards_their_source():
 
 
 def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network):
-    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 8, 4, 4)
+    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 4, 4, 4)
     conditions, model = some_conditions(4), flow(network)
     one = model.generate(control, conditions, noise, n_steps=4)
     torch.testing.assert_close(model.generate(control, conditions, noise, n_steps=4), one)
@@ -138,7 +138,7 @@ def test_without_spatial_context_neither_niche_nor_neighbours_matter():
     network = MorphologyNetwork(MorphologyConfig(**(vars(CONFIG) | {"spatial": False}))).eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 8, 4, 4)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4, 4, 4)
     one = flow(network).generate(control, some_conditions(2), noise, n_steps=2)
     other = some_conditions(2)
     other.niche, other.tissue, other.neighbors = -other.niche, -other.tissue, -other.neighbors
@@ -173,7 +173,7 @@ def test_equal_confidence_is_plain_flow_matching(network, autoencoder):
 
 
 def test_losses_are_switched_by_name_and_reach_the_network(network, autoencoder):
-    surrogate = Surrogate(8, 1)
+    surrogate = Surrogate(4, 1)
     module = MorphologyTraining(
         network, autoencoder, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}
     ).train()
@@ -186,6 +186,16 @@ def test_losses_are_switched_by_name_and_reach_the_network(network, autoencoder)
     same = batch()
     same["conditions"].transition.zero_()  # no other transition to contrast with
     assert float(module.losses(network, same)["contrast"].detach()) == 0
+
+
+def test_morphology_is_aligned_late_on_the_path_alone(network, autoencoder, monkeypatch):
+    """Early the best endpoint is a mean over targets, which would be asked to spread as they do."""
+    module = MorphologyTraining(network, autoencoder, Surrogate(4, 1), {"flow": 1.0, "alignment": 1.0})
+    values = {}
+    for since in (0.0, 0.75, 2.0):
+        monkeypatch.setattr("spatiaflow.train.morphology.ALIGNED_FROM", since)
+        values[since] = float(module.losses(network, batch())["alignment"].detach())
+    assert values[2.0] == 0 and values[0.0] > 0 and values[0.75] != values[0.0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 11, 500])
@@ -212,19 +222,19 @@ def test_sliced_wasserstein():
 
 def test_save_and_load(network, autoencoder, tmp_path):
     model = MorphologyFlow(
-        network=network, autoencoder=autoencoder, surrogate=Surrogate(8, 1),
+        network=network, autoencoder=autoencoder, surrogate=Surrogate(4, 1),
         shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
         intensity={"dapi": [0.0, 1.0], "rna": [0.0, 2.0]}, history={"epoch": [0]}, card={"use_rep": "X"},
     )  # fmt: skip
     again = models.load(model.save(tmp_path / "m.safetensors"))
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 8, 4, 4)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4, 4, 4)
     arguments = (control, some_conditions(2), noise)
     torch.testing.assert_close(again.generate(*arguments), model.generate(*arguments))
     assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
 
 
 def test_the_path_begins_at_the_control_with_noise():
-    control, noise = torch.randn(1, 8, 4, 4), torch.randn(400, 8, 4, 4)
+    control, noise = torch.randn(1, 4, 4, 4), torch.randn(400, 4, 4, 4)
     added = start(control, noise, replace(CONFIG, noise=0.2)) - control
     np.testing.assert_allclose(added, 0.2 * noise, atol=1e-6)
     np.testing.assert_array_equal(start(control, noise, replace(CONFIG, noise=0.0))[0], control[0])
@@ -232,26 +242,51 @@ def test_the_path_begins_at_the_control_with_noise():
 
 
 def test_no_change_of_latents_is_no_change_of_the_image(network):
-    """What the autoencoder loses is carried over from the control image."""
+    """The grain is carried over from the control image."""
     for p in network.out.parameters():
         torch.nn.init.zeros_(p)
     model, control = flow(network), torch.randn(3, 2, 16, 16)
-    made = model.generate(control, some_conditions(3), torch.zeros(3, 8, 4, 4), n_steps=2)
+    made = model.generate(control, some_conditions(3), torch.zeros(3, 4, 4, 4), n_steps=2)
     torch.testing.assert_close(made, control)
-    path = model.generate(control, some_conditions(3), torch.zeros(3, 8, 4, 4), n_steps=2, trajectory=True)
+    path = model.generate(control, some_conditions(3), torch.zeros(3, 4, 4, 4), n_steps=2, trajectory=True)
     assert path.shape == (2, 3, 2, 16, 16)
 
 
-def test_autoencoder_learns_planted_blobs_and_says_how_well():
-    rng, grid = np.random.default_rng(0), np.arange(16)
-    x, y = rng.uniform(4, 12, (2, 400, 1, 1))
-    wide = rng.uniform(4, 12, (400, 1, 1))
-    blob = np.exp(-((grid[None, :, None] - y) ** 2 + (grid - x) ** 2) / wide)
-    images = np.stack([2 * blob - 1, rng.normal(size=(400, 16, 16))], 1).astype(np.float32)  # the second is noise alone
-    rows = np.arange(400)
-    network, r2 = fit_autoencoder(images, rows < 350, rows >= 350, 4, max_epochs=60)
-    assert r2[0] > 0.9 and r2[1] < 0.5
+def blobs(n, seed=0):
+    """Blobs whose noise is strong where they are bright (n x 16 x 16), their brightness, and noise alone."""
+    rng, grid = np.random.default_rng(seed), np.arange(16)
+    x, y = rng.uniform(4, 12, (2, n, 1, 1))
+    blob = np.exp(-((grid[None, :, None] - y) ** 2 + (grid - x) ** 2) / rng.uniform(4, 12, (n, 1, 1)))
+    noise = rng.normal(size=(2, n, 16, 16))
+    return np.stack([2 * blob - 1 + (0.05 + 0.3 * blob) * noise[0], noise[1]], 1).astype(np.float32), blob
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    images, blob = blobs(800)
+    rows = np.arange(800)
+    return *fit_autoencoder(images, rows < 700, rows >= 700, 4, max_epochs=60), torch.from_numpy(images), blob
+
+
+def test_autoencoder_learns_planted_blobs_and_says_how_well(fitted):
+    network, r2, images, _ = fitted
+    assert r2[0] > 0.9 and r2[1] < 0.5  # the second channel is noise alone
     with torch.inference_mode():
-        z = network.encode(torch.from_numpy(images))
+        z = network.encode(images)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.1, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
+
+
+def test_grain_is_carried_at_the_strength_it_would_have_there(fitted):
+    network, _, images, blob = fitted
+    images, blob = images[700:], blob[700:]  # held out
+    with torch.inference_mode():
+        z = network.encode(images)
+        grain = network.grain(images, z)
+        torch.testing.assert_close(network.decode(z, grain), images, atol=1e-4, rtol=0)
+        smooth = network.decode(z.roll(1, 0))
+        left = (network.decode(z.roll(1, 0), grain) - smooth)[:, 0].numpy()  # the grain of each, where the next blob is
+    there = np.roll(blob, 1, 0)
+    bright, dark = there > 0.6, (there < 0.05) & (blob > 0.6)
+    assert left[bright & (blob < 0.05)].std() > 0.15  # planted there: about .29; .06 where it came from
+    assert left[dark].std() < 0.1  # planted there: .06; .29 where it came from

@@ -110,6 +110,15 @@ def test_confidence_ranks_those_without_a_counterpart_below():
     assert auc["mass"] >= 0.9 and auc["mass"] > max(auc["entropy"], auc["peak"])
 
 
+def test_confidence_is_judged_alike_however_pairs_are_drawn():
+    """A balanced plan gives every source its whole mass, and could not tell those without a counterpart."""
+    adata, _ = tissue(200, 200, unmatched=0.15)
+    drawn, balanced = (paired(adata, unbalanced=unbalanced) for unbalanced in (0.5, None))
+    np.testing.assert_allclose(balanced["confidence"], drawn["confidence"])
+    alone = adata.obs["alone"].loc[balanced["source"]].to_numpy()
+    assert roc_auc_score(~alone, balanced["confidence"]) >= 0.9
+
+
 def test_confidence_falls_with_noise():
     """Noise of measurement makes matches of two halves disagree; what is the cells' own costs mass."""
     by_depth = [paired(tissue(300, 300, depth=depth)[0])["confidence"].mean() for depth in (300, 100, 30, 10)]

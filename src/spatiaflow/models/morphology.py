@@ -58,7 +58,7 @@ class MorphologyConfig:
     spatial: bool = True
     start: str = "control"
     noise: float = 0.5
-    n_latent: int = 8
+    n_latent: int = 4
     patch_pixels: int = 8
     width: int = 128
     n_layers: int = 4
@@ -103,11 +103,12 @@ class Residual(nn.Module):
 class Autoencoder(nn.Module):
     """Images to latents of a quarter of their side and back; the flow runs between latents.
 
-    A variational autoencoder whose prior weighs next to nothing: just enough that latents near each other, as noise makes
-    them, stand for images that look alike.
+    A variational autoencoder that says of every pixel what to expect and how far off that may be. What an image holds beyond
+    its latents, its *grain*, is measured by the latter: carried to other latents it is as strong as it would be there, and does
+    not draw the edges of the image it came from.
     """
 
-    def __init__(self, n_channels: int, n_latent: int = 8, width: int = 32):
+    def __init__(self, n_channels: int, n_latent: int = 4, width: int = 32):
         super().__init__()
         n, a, b = n_channels, width, 2 * width
         self.encoder = nn.Sequential(
@@ -116,27 +117,51 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(n_latent, b, 3, 1, 1), Residual(b), Residual(b), nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2), Residual(a),
-            nn.SiLU(), nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, n, 3, 1, 1),
+            nn.SiLU(), nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, 2 * n, 3, 1, 1),
         )  # fmt: skip
-        self.register_buffer("mean", torch.zeros(1, n_latent, 1, 1))  # of the latents of training images
-        self.register_buffer("std", torch.ones(1, n_latent, 1, 1))
+        for name, size in (("pixel", n), ("latent", n_latent)):  # of training images
+            self.register_buffer(f"{name}_mean", torch.zeros(1, size, 1, 1))
+            self.register_buffer(f"{name}_std", torch.ones(1, size, 1, 1))
         self.to(memory_format=torch.channels_last)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the raw latents of images (n x C x p x p)."""
+        mean, log_variance = self.encoder((x - self.pixel_mean) / self.pixel_std).chunk(2, 1)
+        return mean, log_variance.clamp(-10, 4)
+
+    def expected(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Of raw latents, pixel by pixel and in standardised images: the mean, and the log of how far off it may be."""
+        mean, log_std = self.decoder(z).chunk(2, 1)
+        return mean, log_std.clamp(-3.5, 1.5)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents (n x d x p/4 x p/4), of mean 0 and standard deviation 1, of images (n x C x p x p)."""
-        return (self.encoder(x).chunk(2, 1)[0] - self.mean) / self.std
+        return (self.posterior(x)[0] - self.latent_mean) / self.latent_std
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images of latents."""
-        return self.decoder(z * self.std + self.mean)
+    def grain(self, x: Tensor, z: Tensor) -> Tensor:
+        """What images (n x C x p x p) hold beyond their latents, in standard deviations."""
+        mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
+        return ((x - self.pixel_mean) / self.pixel_std - mean) * (-log_std).exp()
 
-    def losses(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean square error of images rebuilt from noisy latents, and the divergence of these from a standard normal."""
-        mean, log_variance = self.encoder(x).chunk(2, 1)
-        log_variance = log_variance.clamp(-8, 4)
-        rebuilt = self.decoder(mean + noise * (0.5 * log_variance).exp())
+    def decode(self, z: Tensor, grain: Tensor | None = None) -> Tensor:
+        """Images of latents, smooth or with this grain."""
+        mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
+        if grain is not None:
+            mean = mean + log_std.exp() * grain
+        return mean * self.pixel_std + self.pixel_mean
+
+    def loss(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Negative evidence lower bound a pixel; ``noise`` is standard normal, of the shape of the latents.
+
+        Pixels weigh by the standard deviation that they are given, so that the mean is fitted where that is large too (Seitzer,
+        Tavakoli, Antic and Martius, 2022).
+        """
+        mean, log_variance = self.posterior(x)
+        expected, log_std = self.expected(mean + noise * (0.5 * log_variance).exp())
+        misfit = 0.5 * (((x - self.pixel_mean) / self.pixel_std - expected) * (-log_std).exp()) ** 2 + log_std
+        weight = log_std.exp().detach()
         divergence = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum() / x.numel()
-        return F.mse_loss(rebuilt, x), divergence
+        return (weight * misfit).mean() + weight.mean() * divergence
 
 
 class Block(nn.Module):
@@ -324,8 +349,8 @@ class MorphologyFlow:
         ``n_steps`` counts evaluations of the network along the path; with guidance s the velocity is
         (1 + s) v(conditions) - s v(nothing). With ``trajectory`` all states between, steps + 1 of them, come first.
 
-        What the autoencoder loses of the control image, grain and fine texture, is the microscope's and the slide's rather than
-        the state's: it is carried over, so that no change of latents is no change of the image.
+        The grain of the control image, what its latents do not hold, is carried over: it is the microscope's and the slide's
+        rather than the state's, and no change of latents is no change of the image.
         """
         network, c = self.network, self.config
         given = self.autoencoder.encode(control)
@@ -342,10 +367,10 @@ class MorphologyFlow:
             return v
 
         z = integrate(velocity, start(given, noise, c), n_steps, method=method, trajectory=trajectory)
-        lost = control - self.autoencoder.decode(given)
+        grain = self.autoencoder.grain(control, given)
         if trajectory:
-            return torch.stack([self.autoencoder.decode(one) + lost for one in z])
-        return self.autoencoder.decode(z) + lost
+            return torch.stack([self.autoencoder.decode(one, grain) for one in z])
+        return self.autoencoder.decode(z, grain)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -24,6 +24,8 @@ from spatiaflow.tl import _cells
 from spatiaflow.tl._images import LEVELS, CellImages, model_of, unscaled
 from spatiaflow.tl._transitions import sources_of, targets_of
 
+DEFAULT_WEIGHTS = "morphology-pancreas-small"
+
 
 def train_morphology(
     data: AnnData | SpatialData,
@@ -258,7 +260,7 @@ def generate_morphology(
     *,
     source: str,
     target: str,
-    model,
+    model=None,
     level: str = "cell",
     groupby: str | None = None,
     cells: list[str] | None = None,
@@ -292,7 +294,8 @@ def generate_morphology(
         States; the model must know the transition.
     model
         :class:`spatiaflow.models.MorphologyFlow`, the path of one, or the name of weights that
-        :func:`spatiaflow.datasets.weights` lists.
+        :func:`spatiaflow.datasets.weights` lists; ``"morphology-pancreas-small"`` when None, whose transitions are those of
+        one pancreas.
     level
         ``"cell"``, or ``"niche"`` with a model that was trained on tiles; then ``table_key`` names them.
     groupby
@@ -358,7 +361,7 @@ def generate_morphology(
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
     if not isinstance(model, MorphologyFlow):
-        model = models.load(_cells.file_of(model))
+        model = models.load(_cells.file_of(model or DEFAULT_WEIGHTS))
     if not isinstance(model, MorphologyFlow):
         raise TypeError(
             f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."

@@ -20,9 +20,10 @@ from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.models.pairing import Plan, agreement, transport
 from spatiaflow.models.spatial import spatial_graph
 
-# Confidence is judged on wide plans: at the width that pairs are drawn with, what few targets happen to be near would count
-# as evidence, and a group of 20 cells would be surer, or less sure, than one of 5,000.
-CONFIDENCE_EPSILON = 0.25
+# Confidence is judged on wide plans that may refuse mass, however pairs are drawn: at the width that these are drawn with, what
+# few targets happen to be near would count as evidence, and a group of 20 cells would be surer, or less sure, than one of 5,000;
+# and a balanced plan has no mass to tell a source without a counterpart by.
+CONFIDENCE_EPSILON, CONFIDENCE_RHO = 0.25, 0.5
 CONFIDENCES = ("mass", "entropy", "peak")
 
 
@@ -81,7 +82,8 @@ def pair_transitions(
         Entropic regularisation, over the median cost within the target state.
     unbalanced
         Weight of the Kullback-Leibler divergence of both marginals from uniform ones, in the same unit: sources
-        without a counterpart lose mass. None: balanced, every source and every target is used in full.
+        without a counterpart lose mass. None: balanced, every source and every target of a niche is used in full, so
+        that the pairs show the whole difference of the two states there. Confidence is judged by a plan of its own either way.
     confidence
         ``"mass"``: min(1, transported mass / prescribed mass) times the agreement of the matches found from two binomial
         halves of the counts. For comparison ``"entropy"`` (1 - entropy of the row / log of the number of targets) and
@@ -368,13 +370,14 @@ def _pair(views: _Views, rows, columns, epsilon, confidence, options) -> tuple[P
         return plan, np.clip(1 - plan.entropy, 0, 1)
     if confidence == "peak":
         return plan, plan.share[:, 0] * plan.mass / len(rows)
-    wide = transport(x, y, epsilon=CONFIDENCE_EPSILON, **options)
+    judged = options | {"epsilon": CONFIDENCE_EPSILON, "rho": CONFIDENCE_RHO}
+    wide = transport(x, y, **judged)
     sure = np.minimum(1, wide.mass)
     if views.halves:
         halves = []
         for blocks in views.halves:
             a, b = views.both(blocks, rows, columns)
-            halves.append(transport(a, b, at=y, epsilon=CONFIDENCE_EPSILON, **options))
+            halves.append(transport(a, b, at=y, **judged))
         sure = sure * agreement(*halves, y)
     return plan, sure
 

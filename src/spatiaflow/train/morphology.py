@@ -27,8 +27,8 @@ from spatiaflow.train.fit import claim, fit
 from spatiaflow.train.pairs import Context, PairBatches, Pairs, turned
 
 LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
-MARGIN = 0.1
-PRIOR, MAX_STEPS = 0.003, 2000  # of the autoencoder: weight of the divergence, and its longest training
+MARGIN, ALIGNED_FROM = 0.1, 0.75
+MAX_STEPS = 2000  # of the autoencoder
 
 
 @torch.no_grad()
@@ -81,11 +81,13 @@ class MorphologyTraining(L.LightningModule):
         weight = b["confidence"] / b["confidence"].mean().clamp_min(1e-8) if self.weighted else torch.ones_like(misfit)
         out = {"flow": (weight * misfit).mean()}
         if "alignment" in self.weights:
-            endpoint = x_t + (1 - t)[:, None, None, None] * v
+            # early the endpoint is a mean over many targets, whose morphology is not to be spread as theirs is
+            late = (t >= ALIGNED_FROM).nonzero()[:, 0]
+            endpoint = x_t[late] + (1 - t[late])[:, None, None, None] * v[late]
             read = (
-                self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target)
+                self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late])
             )  # no more than it can tell
-            out["alignment"] = sliced_wasserstein(*read, g)
+            out["alignment"] = sliced_wasserstein(*read, g) if len(late) else misfit.sum() * 0
         if "contrast" in self.weights:
             out["contrast"] = self._contrast(network, b, control, x_t, t, u, misfit, g)
         return out
@@ -152,21 +154,24 @@ def fit_autoencoder(
         x = torch.from_numpy(np.asarray(images[rows], np.float32))
         return x.to(device, memory_format=torch.channels_last)
 
+    def moments(x):
+        mean, std = (getattr(x, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+        return mean, std.clamp_min(1e-6)
+
+    some = rng.choice(train, min(2048, len(train)), replace=False)
+    network.pixel_mean, network.pixel_std = moments(read(some))
     for _ in progress(range(steps), "autoencoder", unit="step"):
         x = turned(read(rng.choice(train, batch_size, replace=False)), rng.integers(0, 8, batch_size))
         noise = torch.randn(batch_size, n_latent, side, side, generator=g).to(device)
-        misfit, divergence = network.losses(x, noise)
+        loss = network.loss(x, noise)
         optimizer.zero_grad()
-        (misfit + PRIOR * divergence).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     network.eval()
-    with torch.inference_mode():
-        z = network.encode(read(rng.choice(train, min(2048, len(train)), replace=False)))
-        mean, std = (getattr(z, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
-        network.mean.copy_(mean)
-        network.std.copy_(std.clamp_min(1e-6))
+    with torch.no_grad():  # what is kept here must stay an ordinary tensor
+        network.latent_mean, network.latent_std = moments(network.encode(read(some)))
         misfit, spread = (np.zeros(images.shape[1]) for _ in range(2))
         middle = read(test[:2048]).mean((0, 2, 3), keepdim=True)
         for rows in np.array_split(test[:2048], -(-len(test[:2048]) // 256)):
@@ -196,7 +201,7 @@ def fit_surrogate(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = Surrogate(autoencoder.mean.shape[1], profile.shape[1]).to(device)
+        network = Surrogate(autoencoder.latent_mean.shape[1], profile.shape[1]).to(device)
     steps = max_epochs * -(-len(train) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.2)
