@@ -4,8 +4,8 @@ python benchmarks/morphology.py pairing            confidence and matching on pl
 python benchmarks/morphology.py simulated          planted shift of area and elongation, niche by niche
 python benchmarks/morphology.py bundled            the same of the weights that come with the package, on another slide
 python benchmarks/morphology.py speed              cells a second
-python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --weights FILE
-                                                   generated cells of the test part against real ones and simple baselines
+python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --folder runs (or --weights FILE)
+                                                   generated cells of the test part against real ones, baselines and variants
 
 Pancreas: states and transitions by ``benchmarks/transitions.py``; trained on x < 16500 px, tested on x > 19500. Distances are
 unbiased and at equal n in each niche, the mean over niches that hold ``MIN_CELLS`` of both states; intervals by bootstrap over

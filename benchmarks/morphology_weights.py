@@ -47,7 +47,7 @@ def spoil(table, transitions: list[tuple[str, str]], share: float, seed: int) ->
     table.obs["state"] = pd.Categorical(state, table.obs["state"].cat.categories)
 
 
-def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, **options):
+def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0):
     """The training part with states, niches and pairs, and the rule for states.
 
     Pairs are balanced and by expression alone: they show .30 of the true shift of morphology on 17000-19000, where unbalanced
@@ -62,7 +62,7 @@ def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, 
         spoil(parts["train"]["table"], transitions, spoiled, seed)
     sf.tl.pair_transitions(
         parts["train"], transitions=[*transitions, (control, control)], groupby="state", niche_key="niche", mpp=1,
-        **{"unbalanced": None} | options,
+        unbalanced=None,
     )  # fmt: skip
     return parts["train"], states
 
@@ -71,7 +71,7 @@ def pancreas(part, states, seed: int, a, losses=None, spoiled=None, **options):
     """A generator of cells of the pancreas slide."""
     model = sf.tl.train_morphology(
         part, crop_um=a.crop_um, crop_pixels=a.pixels, max_epochs=a.epochs, validation=0.05, mpp=1, random_state=seed,
-        losses=losses, preset={"noise": a.noise}, **options,
+        losses=losses, preset={"noise": NOISE}, **options,
     )  # fmt: skip
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}
@@ -109,7 +109,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="7, on simulated tissue 48")
     parser.add_argument("--crop-um", type=float, default=13.6)
     parser.add_argument("--pixels", type=int, default=32)
-    parser.add_argument("--noise", type=float, default=NOISE)
     parser.add_argument("--like", help="file of a generator whose autoencoder and surrogate are taken")
     parser.add_argument("--variants", nargs="+", default=["ours"], choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
