@@ -13,9 +13,7 @@ blocks of 500 um of the test part, in which a cell is never compared with itself
 """
 
 import argparse
-import datetime
 import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,23 +28,19 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 
 import spatiaflow as sf
+import writing
 from spatiaflow import _io
 from spatiaflow.train import morphology as fitting
 from transitions import embedded, fit_states
 
 FIT_AUTOENCODER = fitting.fit_autoencoder
 
-RESULTS = Path(__file__).parent / "results"
 N_GENES, N_LATENT, DEPTH = 200, 6, 300
 SIZES = [(20, 20), (20, 500), (20, 5000), (5000, 20), (50, 50), (200, 200), (500, 500), (1000, 1000), (5000, 5000)]
 
 
 def write(name: str, rows: list[dict]) -> None:
-    """One CSV a question, with the command, version and date in every row."""
-    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
-    table = pd.DataFrame(rows).assign(command=command, version=sf.__version__, date=datetime.date.today().isoformat())
-    table.to_csv(RESULTS / f"morphology-{name}.csv", index=False)
-    print(table.drop(columns=["command", "version", "date"]).round(4).to_string(index=False), flush=True)
+    writing.write(f"morphology-{name}", rows)
 
 
 def planted(n_a, n_b, *, seed, unmatched=0.0, depth=DEPTH, twins=False):
@@ -188,9 +182,10 @@ def shares(table, real: pd.DataFrame, made) -> list[dict]:
 
     real, shown, rows = measured(real), measured(made.to_df()), []
     state, niche = (table.obs[name].astype(str).to_numpy() for name in ("state", "niche"))
+    at = niche[table.obs_names.get_indexer(made.obs["source_cell"])]  # a model without context knows no niches
     for group in np.unique(niche):
         before, after = (real[(niche == group) & (state == s)] for s in "AB")
-        now = shown[(made.obs["niche"] == group).to_numpy()]
+        now = shown[at == group]
         planted = after.mean() - before.mean()
         share = (now.mean() - before.mean()) / planted
         error = np.sqrt(sum(v.var() / len(v) for v in (now, before, after))) / planted.abs()

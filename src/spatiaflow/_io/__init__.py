@@ -4,7 +4,7 @@ from spatiaflow._io._arguments import at_least_one, held_out, known_names, one_o
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, Decoded, open_image
-from spatiaflow._io._slides import Slide, collect, microns_per_unit, one_slide, pitch, slides, unpack
+from spatiaflow._io._slides import Slide, collect, microns_per_unit, one_slide, pitch, sections, slides, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
@@ -52,6 +52,7 @@ __all__ = [
     "pitch",
     "positive",
     "same_encoder",
+    "sections",
     "shared_genes",
     "slide_image",
     "slides",

@@ -87,6 +87,25 @@ def slides(
     return found
 
 
+def sections(
+    data: AnnData | SpatialData, *, library_key: str | None = None, spatial_key: str = "spatial", **where
+) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
+    if isinstance(data, SpatialData):
+        found = slides(data, library_key=library_key, mpp=1.0, **where)
+        return [(slide.library_id, slide.rows, slide.xy) for slide in found]
+    there = spatial_key in data.obsm
+    out = []
+    for name, rows in _groups(data, library_key, list(data.uns.get("spatial", {})) if there else []):
+        xy = np.asarray(data.obsm[spatial_key], dtype=np.float64)[rows, :2] if there else None
+        if there and not np.isfinite(xy).all():
+            raise ValueError(
+                f"positions of slide {name!r} in obsm[{spatial_key!r}] are NaN or infinite; drop those rows."
+            )
+        out.append((name, rows, xy))
+    return out
+
+
 def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
     """Return (object, table, slides by name) for one object or a list of them; no two slides have one name.
 

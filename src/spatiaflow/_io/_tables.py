@@ -141,10 +141,10 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     if key not in table.obsm or names is None:
         raise KeyError(
             f"no result {key!r}: it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}. "
-            "Run sf.tl.predict_expression(data, model=...) first."
+            "Run sf.tl.predict_expression(data, model=...) or sf.tl.impute_genes(data, reference=...) first."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
-    for name in ("skill", "trusted", "reliability"):
+    for name in ("skill", "trusted", "reliability", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
     out = AnnData(np.asarray(table.obsm[key]), obs=table.obs.copy(), var=var)

@@ -4,6 +4,7 @@ from spatiaflow.pl._calibration import calibration
 from spatiaflow.pl._crops import crops
 from spatiaflow.pl._expression import expression
 from spatiaflow.pl._generation import profile_shift, transition
+from spatiaflow.pl._imputation import imputation
 from spatiaflow.pl._levels import attention, levels
 from spatiaflow.pl._profile import profile
 from spatiaflow.pl._scores import gene_scores
@@ -15,6 +16,7 @@ __all__ = [
     "crops",
     "expression",
     "gene_scores",
+    "imputation",
     "levels",
     "pairs",
     "profile",

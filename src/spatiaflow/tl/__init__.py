@@ -1,6 +1,7 @@
 """The verbs: check the input, gather arrays, run a model, write slots."""
 
 from spatiaflow.tl._expression import predict_expression, train_stflow
+from spatiaflow.tl._imputation import impute_genes
 from spatiaflow.tl._labels import annotate, cluster_niches
 from spatiaflow.tl._morphology import generate_morphology, train_morphology
 from spatiaflow.tl._spatia import embed_spatia, train_spatia
@@ -11,6 +12,7 @@ __all__ = [
     "cluster_niches",
     "embed_spatia",
     "generate_morphology",
+    "impute_genes",
     "pair_transitions",
     "predict_expression",
     "train_morphology",

@@ -1,0 +1,357 @@
+"""Genes hidden in the query: how well they are imputed, and whether what is said of their trust is true.
+
+    python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features
+    python benchmarks/imputation.py starmap
+    python benchmarks/imputation.py bulb
+    python benchmarks/imputation.py memory
+
+Five folds of the genes seen in > 2 % of the query's cells are hidden, one after the other; all else is made without them.
+Pancreas: reference x < 16500 px, query x > 19500, cells with >= 15 counts, log1p of counts per 100 of the kept genes, as in
+the reference figures. STARmap: each mouse by the other two. Olfactory bulb: each section by the other two. Penalties and
+branches by left-out blocks (or slides) of the reference, for baselines alike. Differences to the best baseline by bootstrap
+over blocks of the query (500 um; slides are a hundredth of that for spots).
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse, stats
+from scipy.spatial import cKDTree
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsRegressor
+
+import spatiaflow as sf
+from spatiaflow.models.counts import draw_counts
+from spatiaflow.models.imputation import CellTable, Imputer, log_shares
+from spatiaflow.models.simple import gene_pearson
+from spatiaflow.tl._imputation import _blocks
+from writing import write
+
+N_FOLDS, DETECTED, DRAWS, SCORED = 5, 0.02, 99, 3000
+PENALTIES = np.geomspace(10, 1e5, 9)
+OURS, CHECKED = "ours, branches by left-out blocks", "ours, checked in the query"
+
+
+class Task:
+    """Reference and query as arrays; one slide (or part) an entry."""
+
+    def __init__(self, reference: list[ad.AnnData], query: ad.AnnData, target_sum: float, block: float, image=None):
+        self.genes, self.target_sum, self.image = list(query.var_names), target_sum, image
+        self.reference, self.query = reference, query
+        self.blocks = _blocks([(str(i), np.arange(a.n_obs), a.obsm["spatial"]) for i, a in enumerate(reference)], True)
+        self.block = sf.metrics.spatial_blocks(query.obsm["spatial"], block)
+
+    def folds(self, seed: int) -> list[np.ndarray]:
+        seen = np.asarray((self.query.X > 0).mean(0)).ravel()
+        return np.array_split(np.random.default_rng(seed).permutation(np.flatnonzero(seen > DETECTED)), N_FOLDS)
+
+    def cells(self, one: ad.AnnData, shown: np.ndarray, hidden: np.ndarray, targets: bool) -> CellTable:
+        x = sparse.csr_matrix(one.X, dtype=np.float32)
+        image = None if self.image is None else np.hstack([np.asarray(one.obsm[key]) for key in self.image])
+        library = np.asarray(x[:, shown].sum(1), dtype=np.float64).ravel()
+        return CellTable(x[:, shown], library, one.obsm["spatial"], image, x[:, hidden] if targets else None)
+
+
+def ridge(x: list, y: list, groups: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Ridge on standardised columns, the penalty by left-out groups."""
+    x, y = np.concatenate(x).astype(np.float32), np.concatenate(y).astype(np.float32)
+    x, centre = np.hstack([x, np.ones((len(x), 1), np.float32)]), y.mean(0)
+    names = np.unique(groups)
+    sums = [(x[groups == g].T @ x[groups == g], x[groups == g].T @ (y[groups == g] - centre)) for g in names]
+    total = [np.sum([s[k] for s in sums], 0, dtype=np.float64) for k in (0, 1)]
+    free = np.append(np.ones(x.shape[1] - 1), 1e-9)  # the intercept is not penalised
+
+    def solved(xx, xy, penalty):
+        return np.linalg.solve(xx + penalty * np.diag(free), xy)
+
+    scores = np.zeros(len(PENALTIES))
+    for g, (xx, xy) in zip(names, sums):
+        for i, penalty in enumerate(PENALTIES):
+            prediction = x[groups == g] @ solved(total[0] - xx, total[1] - xy, penalty)
+            scores[i] += np.nanmean(gene_pearson(y[groups == g], prediction))
+    weights = solved(*total, PENALTIES[scores.argmax()])
+    return np.maximum(np.hstack([query, np.ones((len(query), 1))]) @ weights + centre, 0)
+
+
+def baselines(task: Task, train: list[CellTable], query: CellTable, seed: int) -> dict[str, np.ndarray]:
+    """Simple methods with the same genes, neighbours and images."""
+    rng, own = np.random.default_rng(seed), {}
+    everyone = [*train, query]
+    log = [log_shares(c.counts, c.library, task.target_sum).toarray() for c in everyone]
+    y = [log_shares(c.targets, c.library, task.target_sum).toarray() for c in train]
+    groups = np.concatenate(task.blocks)
+    pca = PCA(min(50, log[0].shape[1] - 1), random_state=seed).fit(np.concatenate(log[:-1]))
+    near = [cKDTree(c.xy).query(c.xy, k=min(16, len(c)))[1][:, 1:] for c in everyone]
+    own["pca"] = [pca.transform(v) for v in log]
+    own["near"] = [v[n].mean(1) for v, n in zip(own["pca"], near)]
+    own["permuted"] = [rng.permutation(v) for v in own["near"]]
+    own["genes"] = log
+    own["near genes"] = [np.stack([v[i].mean(0) for i in n]) for v, n in zip(log, near)]
+    own["depth"] = [np.log(np.maximum(c.library, 1))[:, None] for c in everyone]
+    if task.image:
+        own["image"] = [c.image for c in everyone]
+    for name, parts in own.items():
+        joint = np.concatenate(parts[:-1])
+        mean, std = joint.mean(0), np.maximum(joint.std(0), 1e-3)
+        std = std if name not in ("pca", "near", "permuted") else np.full_like(std, joint.std())
+        own[name] = [(part - mean) / std for part in parts]
+
+    def by(**weights):
+        x = [
+            np.hstack([w * own[name.replace("_", " ")][i] for name, w in weights.items()]) for i in range(len(everyone))
+        ]
+        return ridge(x[:-1], y, groups, x[-1])
+
+    flat = np.concatenate(own["pca"][:-1]), np.concatenate(y)
+    out = {
+        "training mean": np.repeat(flat[1].mean(0, keepdims=True), len(query), 0),
+        "depth only": by(depth=1),
+        "kNN in 50 components": KNeighborsRegressor(50).fit(*flat).predict(own["pca"][-1]),
+        "ridge, 50 components": by(pca=1),
+        "ridge, 50 components + neighbors": by(pca=1, near=1),
+        "ridge, 50 components + permuted neighbors": by(pca=1, permuted=1),
+        "ridge, genes": by(genes=0.3),
+        "ridge, genes + neighbors' genes": by(genes=0.3, near_genes=0.15),
+    }
+    if task.image:
+        own_penalty = [by(genes=0.3, near_genes=0.15, image=w) for w in (0.05, 0.15)]
+        out |= {
+            f"ridge, genes + neighbors' genes + image, {w} of a column": p for w, p in zip((0.05, 0.15), own_penalty)
+        }
+    return out
+
+
+def uncertainty(y, mean, reference: np.ndarray, residual: np.ndarray, law) -> list[dict]:
+    """CRPS and 90 % intervals of ours, of a constant marginal, and of the same mean with one law of residuals a gene."""
+    some = np.sort(np.random.default_rng(0).permutation(len(y))[:SCORED])
+    y, mean, law = y[some], mean[some], (lambda g, all_draws=law: all_draws(g)[:, some])
+    levels = (np.arange(DRAWS) + 0.5) / DRAWS
+    rows = []
+    marginal = np.quantile(reference, levels, axis=0)  # draws x genes
+    errors = np.quantile(residual, levels, axis=0)
+    detected = (y > 0).mean(0)
+    for name, draws in (
+        ("ours", law), ("constant marginal", lambda g: np.repeat(marginal[:, None, g], len(y), 1)),
+        ("ridge with residuals of left-out blocks", lambda g: np.maximum(mean[None, :, g] + errors[:, None, g], 0)),
+    ):  # fmt: skip
+        crps, score, covered = [], [], []
+        for g in range(y.shape[1]):
+            d = draws(g).astype(np.float64)
+            crps.append(sf.metrics.crps_ensemble(y[:, [g]], d[:, :, None], fair=False).mean())
+            low, high = np.quantile(d, [0.05, 0.95], axis=0)
+            score.append(sf.metrics.interval_score(y[:, [g]], low[:, None], high[:, None]).mean())
+            covered.append(sf.metrics.interval_coverage(y[:, [g]], low[:, None], high[:, None]).mean())
+        covered, often = np.array(covered), detected >= 0.2
+        rows.append({
+            "law": name, "CRPS": np.mean(crps), "interval score": np.mean(score), "coverage": covered.mean(),
+            "coverage, genes in >= 20 % of cells": covered[often].mean(), "genes in >= 20 %": int(often.sum()),
+            "within 85-95 %": ((covered > 0.85) & (covered < 0.95))[often].mean(),
+        })  # fmt: skip
+    return rows
+
+
+def p_values(groups: list, uncertain: list | None = None) -> np.ndarray:
+    """Benjamini-Hochberg of Welch's test of two groups of cells, gene by gene; ``uncertain``: standard deviations of values."""
+    mean, variance = ([f(values, 0) for values in groups] for f in (np.mean, np.var))
+    if uncertain is not None:
+        variance = [v + (std**2).mean(0) for v, std in zip(variance, uncertain)]
+    spread = np.sqrt(sum(v / len(values) for v, values in zip(variance, groups)) + 1e-12)
+    return stats.false_discovery_control(2 * stats.norm.sf(np.abs(mean[0] - mean[1]) / spread))
+
+
+def differential(y, mean, std, visible: np.ndarray, seed: int) -> dict[str, float]:
+    """Share of genes called different (5 %) between two clusters of the visible genes that measured values do not call so."""
+    from sklearn.cluster import KMeans
+
+    label = KMeans(8, n_init=3, random_state=seed).fit_predict(PCA(10, random_state=seed).fit_transform(visible))
+    called = {"false positives, imputed": [], "false positives, imputed with its std": []}
+    for a in range(8):
+        for b in range(a):
+            rows = [np.flatnonzero(label == k) for k in (a, b)]
+            if min(map(len, rows)) < 30:
+                continue
+            measured, imputed, uncertain = ([v[r] for r in rows] for v in (y, mean, std))
+            null = p_values(measured) > 0.05
+            if null.any():
+                for name, p in zip(called, (p_values(imputed), p_values(imputed, uncertain))):
+                    called[name].append((p < 0.05)[null].mean())
+    return {name: float(np.mean(v)) for name, v in called.items()}
+
+
+def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
+    """Tables of scores, uncertainty and reliability of some tasks."""
+    scores, laws, trust = [], [], []
+    for where, task in tasks.items():
+        for seed in range(seeds):
+            found, truth, about = {}, [], []
+            pieces = {"de": []}
+            began = time.perf_counter()
+            for hidden in task.folds(seed):
+                shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
+                train = [task.cells(one, shown, hidden, True) for one in task.reference]
+                query = task.cells(task.query, shown, hidden, False)
+                y = log_shares(
+                    task.cells(task.query, hidden, hidden, False).counts, query.library, task.target_sum
+                ).toarray()
+                seconds = {}
+                start = time.perf_counter()
+                here = baselines(task, train, query, seed)
+                seconds["baselines"] = time.perf_counter() - start
+                start = time.perf_counter()
+                names = [[task.genes[i] for i in rows] for rows in (shown, hidden)]
+                model = Imputer(train, task.blocks, *names, target_sum=task.target_sum, seed=seed)
+                taken, penalty = model.branches, model.alpha
+                sets = [b for b in model.judged if b != taken]
+                for branches in sets:
+                    model.branches, model.alpha = branches, model.penalties[branches]
+                    here[f"ours, {' + '.join(branches)}"] = np.concatenate([m for m, _ in model.predict(query)])
+                model.branches, model.alpha = taken, penalty
+                here[OURS] = np.concatenate([m for m, _ in model.predict(query)])
+                model.adapt([query], seed=seed)
+                mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
+                here[CHECKED] = mean
+                seconds["ours"] = time.perf_counter() - start
+                for key, value in here.items():
+                    found.setdefault(key, []).append(value.astype(np.float32))
+                truth.append(y)
+                e = model.evidence
+                residual = e.y - model._held_out(model.branches, model.alpha, np.arange(len(hidden)))
+                rng = np.random.default_rng(seed)
+                laws += [
+                    {"data": where, "seed": seed, **row}
+                    for row in uncertainty(y, mean, e.y, residual, drawn(model, query, mean, rng))
+                ]
+                r = gene_pearson(y, mean)
+                about.append(pd.DataFrame({
+                    "gene": names[1], "r": r, "reliability": model.reliability, "training variance": e.y.var(0),
+                    "detection rate": (e.y > 0).mean(0),
+                }))  # fmt: skip
+                visible = log_shares(query.counts, query.library, task.target_sum).toarray()
+                pieces["de"].append(differential(y, mean, std, visible, seed))
+                print(where, seed, {k: round(float(np.nanmean(gene_pearson(y, v))), 4) for k, v in here.items()},
+                      model.branches, {k: round(v, 4) for k, v in model.checked.items()},
+                      {k: round(v) for k, v in seconds.items()}, flush=True)  # fmt: skip
+            y = np.hstack(truth)
+            found = {key: np.hstack(v) for key, v in found.items() if len(v) == N_FOLDS}
+            r = {key: gene_pearson(y, v) for key, v in found.items()}
+            best = max((k for k in found if not k.startswith("ours")), key=lambda k: np.nanmean(r[k]))
+            for key, value in found.items():
+                row = {
+                    "data": where,
+                    "seed": seed,
+                    "method": key,
+                    "genes": y.shape[1],
+                    "cells": len(y),
+                    "r": np.nanmean(r[key]),
+                }
+                if key != best:
+                    row["difference"], row["low"], row["high"] = sf.metrics.paired_pearson_difference(
+                        y, value, found[best], task.block
+                    )
+                agreement = sf.metrics.morans_agreement(y, value, task.query.obsm["spatial"])
+                row |= {f"Moran's I, {k}": v for k, v in agreement.items() if np.ndim(v) == 0}
+                measured, imputed = (np.corrcoef(v[:, np.nanstd(value, 0) > 1e-6].T) for v in (y, value))
+                above = np.triu_indices_from(measured, 1)
+                row["gene-gene correlation, error"] = (
+                    np.sqrt(np.mean((measured - imputed)[above] ** 2)) if len(above[0]) else np.nan
+                )
+                row |= {"best baseline": best, "seconds, all folds": time.perf_counter() - began}
+                scores.append(row)
+            about = pd.concat(about)
+            trust.append({
+                "data": where, "seed": seed, "genes": len(about),
+                **{k: stats.spearmanr(about[k], about["r"], nan_policy="omit")[0] for k in about.columns[2:]},
+                **pd.DataFrame(pieces["de"]).mean().to_dict(),
+            })  # fmt: skip
+            write(f"imputation-{name}", scores)
+            write(f"imputation-{name}-uncertainty", laws)
+            write(f"imputation-{name}-trust", trust)
+
+
+def drawn(model: Imputer, query: CellTable, mean: np.ndarray, rng):
+    """Draws of the predictive law of one gene, draws x cells: counts of the cell's own library."""
+    floor = 0.05 * model.evidence.total.y / model.evidence.total.n
+    bins, laws = model._bin(query.library), model._laws(mean.shape[1])
+
+    def draws(g):
+        out = np.empty((DRAWS, len(mean)), np.float32)
+        for i, law in enumerate(laws):
+            rows = np.flatnonzero(bins == i)
+            law.pi = np.zeros(1)
+            rate = law.rate_at(np.maximum(mean[rows][:, [g]], floor[g]), model.theta[i, [g]])[:, 0]
+            law.pi = np.zeros(mean.shape[1])
+            counts = draw_counts(np.repeat((query.library[rows] * rate)[None], DRAWS, 0), model.theta[i, g], 0.0, rng)
+            out[:, rows] = np.log1p(counts * (model.target_sum / np.maximum(query.library[rows], 1)))
+        return out
+
+    return draws
+
+
+def pancreas(a) -> None:
+    from transitions import embedded
+
+    parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
+    for name, table in parts.items():
+        parts[name] = table[np.asarray(table.X.sum(1)).ravel() >= 15].copy()
+    task = Task([parts["train"]], parts["test"], 100, 500.0, ("image_cell", "image_niche"))
+    evaluate("pancreas", {"pancreas": task}, a.seeds)
+
+
+def starmap(a) -> None:
+    mice = sf.datasets.starmap_mpfc()
+    mice = {name: mice[mice.obs["mouse"] == name].copy() for name in mice.obs["mouse"].unique()}
+    tasks = {
+        name: Task([other for key, other in mice.items() if key != name], query, 100, np.ptp(query.obsm["spatial"], 0).max() / 6)
+        for name, query in mice.items()
+    }  # fmt: skip
+    evaluate("starmap", tasks, a.seeds)
+
+
+def bulb(a) -> None:
+    parts = {name: sf.datasets.mouse_olfactory_bulb(name) for name in ("MOB1", "MOB2", "MOB3")}
+    tasks = {
+        name: Task([other for key, other in parts.items() if key != name], query, 1e3, np.ptp(query.obsm["spatial"], 0).max() / 6)
+        for name, query in parts.items()
+    }  # fmt: skip
+    evaluate("bulb", tasks, a.seeds)
+
+
+def memory(a) -> None:
+    """100,000 cells x 1,000 imputed genes from 50,000 reference cells: seconds and peak memory."""
+    rng, n_genes = np.random.default_rng(0), 1400
+    weight = rng.normal(size=(8, n_genes)).astype(np.float32)
+
+    def made(n, genes):
+        parts = []
+        for _ in range(0, n, 5000):
+            rate = np.exp(0.4 * rng.normal(size=(5000, 8)).astype(np.float32) @ weight)
+            parts.append(sparse.csr_matrix(rng.poisson(rate / rate.sum(1, keepdims=True) * 400).astype(np.float32)))
+        x = sparse.vstack(parts, format="csr")[:n]
+        out = ad.AnnData(x, obsm={"spatial": rng.uniform(0, 5000, (n, 2))})
+        out.var_names = [f"gene{i}" for i in range(n_genes)]
+        return out[:, genes].copy()
+
+    reference, query = made(50_000, slice(None)), made(100_000, slice(0, 400))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter()
+    sf.tl.impute_genes(query, reference=reference)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    write("imputation-memory", [{
+        "cells": query.n_obs, "genes": query.obsm["imputed"].shape[1], "reference": reference.n_obs,
+        "seconds": time.perf_counter() - start, "peak GB": peak, "of it before the call": before,
+    }])  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"pancreas": pancreas, "starmap": starmap, "bulb": bulb, "memory": memory}
+    parser.add_argument("what", choices=list(commands))
+    parser.add_argument("--store")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    parser.add_argument("--seeds", type=int, default=3)
+    a = parser.parse_args()
+    commands[a.what](a)

@@ -1,0 +1,20 @@
+"""One CSV a question, with the command, version and date in every row."""
+
+import datetime
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+import spatiaflow as sf
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Write rows to ``results/name.csv`` and print them."""
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    table = pd.DataFrame(rows)
+    stamped = table.assign(command=command, version=sf.__version__, date=datetime.date.today().isoformat())
+    stamped.to_csv(RESULTS / f"{name}.csv", index=False)
+    print(table.round(4).to_string(index=False), flush=True)

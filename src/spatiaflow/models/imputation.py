@@ -1,0 +1,440 @@
+"""Genes that were not measured, from a cell's other genes, its neighbours and its image: ridge regression on moments.
+
+All that is learned from reference cells are sums over them (moments), which add over blocks of tissue and can be cut down to
+any set of inputs. So penalties and branches are judged by leaving blocks out at no further pass over the cells, and a branch
+is judged once more in the query, on genes that it measures, each fifth of them predicted from the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import sparse
+from scipy.linalg import cho_factor, cho_solve
+from scipy.spatial import cKDTree
+
+from spatiaflow.models.counts import CountLaw, library_quantiles
+from spatiaflow.models.simple import gene_pearson
+
+NEAR = (5, 15, 50)  # neighbours whose genes are averaged
+BRANCHES = ("genes", "neighbors", "kernel", "image")
+ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # penalty, in units of a column's mean sum of squares
+N_COMPONENTS, N_KERNEL, BANDWIDTH = 30, 1500, 0.9
+CHUNK, GENE_BLOCK = 4096, 500
+JUDGED_CELLS, JUDGED_GENES, LAW_CELLS = 8000, 300, 2000
+FLOOR = 0.05  # of a gene's mean: below it the predictive law is that of the floor
+N_LIBRARIES = 6  # bins of library size, each with its own predictive law
+
+
+@dataclass
+class CellTable:
+    """Cells of one slide (or one dissociated sample) as arrays."""
+
+    counts: sparse.csr_matrix  # n x inputs
+    library: np.ndarray  # n, total counts of the genes that the query measures too
+    xy: np.ndarray | None = None  # n x 2; None: dissociated
+    image: np.ndarray | None = None  # n x d
+    targets: sparse.csr_matrix | None = None  # n x genes
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+
+def log_shares(counts: sparse.csr_matrix, library: np.ndarray, target_sum: float) -> sparse.csr_matrix:
+    """log1p of counts per ``target_sum``; zeros stay sparse."""
+    scale = sparse.diags((target_sum / np.maximum(library, 1)).astype(np.float32))
+    return sparse.csr_matrix(scale @ counts, dtype=np.float32).log1p()
+
+
+def neighbor_means(xy: np.ndarray, sizes: tuple[int, ...] = NEAR) -> list[sparse.csr_matrix]:
+    """Matrices (n x n) that average over the nearest cells, without the cell itself; fewer where there are not so many."""
+    n = len(xy)
+    order = cKDTree(xy).query(xy, k=min(max(sizes) + 1, n))[1].reshape(n, -1)
+    order = np.where(order == np.arange(n)[:, None], order[:, :1], order)[:, 1:]  # duplicates may come before the cell
+    out = []
+    for k in sizes:
+        some = order[:, :k]
+        weight = np.full(some.size, 1 / max(some.shape[1], 1), np.float32)
+        out.append(sparse.csr_matrix((weight, some.ravel(), np.arange(n + 1) * some.shape[1]), (n, n)))
+    return out
+
+
+@dataclass
+class Design:
+    """Columns of the regression: what they are, how they are centred and scaled; fitted to reference cells alone.
+
+    Columns of expression are divided by the square root of their deviation, between leaving genes as they are, where the
+    abundant rule, and standardising them, where the noise of rare ones does.
+    """
+
+    inputs: list[str]
+    target_sum: float
+    branch: np.ndarray  # columns, index into BRANCHES
+    gene: np.ndarray  # columns, index into inputs, -1 where a column is not of one gene
+    centre: np.ndarray = field(repr=False)  # columns without the kernel
+    scale: np.ndarray = field(repr=False)
+    components: np.ndarray | None = field(default=None, repr=False)  # inputs x components, scaled
+    directions: np.ndarray | None = field(default=None, repr=False)  # 2 components x kernel features
+    phase: np.ndarray | None = field(default=None, repr=False)
+    spatial: bool = False
+    n_image: int = 0
+
+    @classmethod
+    def fit(
+        cls, cells: list[CellTable], inputs: list[str], target_sum: float, *, kernel: bool = True, seed: int = 0
+    ) -> Design:
+        """Centre, scale and components of some cells."""
+        spatial = all(c.xy is not None for c in cells)
+        n_image = cells[0].image.shape[1] if all(c.image is not None for c in cells) else 0
+        g, n_near = len(inputs), len(NEAR) if spatial else 0
+        branch = np.r_[0, np.repeat(0, g), np.repeat(1, n_near * g), np.repeat(3, n_image)]
+        gene = np.r_[-1, np.tile(np.arange(g), 1 + n_near), np.repeat(-1, n_image)]
+        design = cls(inputs, target_sum, branch, gene, None, None, spatial=spatial, n_image=n_image)
+        n = total = square = cross = 0
+        for one in cells:
+            for x in design.raw(one):
+                x = x.astype(np.float64)
+                n, total, square = n + len(x), total + x.sum(0), square + (x**2).sum(0)
+                cross = cross + x[:, 1 : g + 1].T @ x[:, 1 : g + 1]
+        design.centre = total / n
+        std = np.sqrt(np.maximum(square / n - design.centre**2, 0))
+        flat = std < 1e-4
+        expression = gene >= 0
+        design.scale = np.where(expression, np.sqrt(np.maximum(std, 1e-4)), std)
+        typical = np.median(design.scale[1 : g + 1][~flat[1 : g + 1]]) if (~flat[1 : g + 1]).any() else 1.0
+        # neighbours' means and images are steadier than a cell's own genes, and there are more of them
+        design.scale *= np.where(branch == 1, 1 / 0.3, np.where(expression, 1.0, 1 / (0.5 * typical)))
+        design.scale[branch == 3] *= 2.0
+        design.scale[flat] = np.inf  # a column that does not vary says nothing
+        if kernel:
+            mean = design.centre[1 : g + 1]
+            values, axes = np.linalg.eigh(cross / n - np.outer(mean, mean))
+            m = min(N_COMPONENTS, g)
+            size = max(float(np.sqrt(max(values[-1], 1e-12))), 1e-6)
+            rng = np.random.default_rng(seed)
+            design.components = (axes[:, ::-1][:, :m] / (size * np.sqrt(6))).astype(np.float32)
+            design.directions = (BANDWIDTH * rng.normal(size=((1 + spatial) * m, N_KERNEL))).astype(np.float32)
+            design.phase = rng.uniform(0, 2 * np.pi, N_KERNEL).astype(np.float32)
+            design.branch = np.r_[branch, np.repeat(2, N_KERNEL)]
+            design.gene = np.r_[gene, np.repeat(-1, N_KERNEL)]
+        return design
+
+    def raw(self, cells: CellTable) -> Iterator[np.ndarray]:
+        """Columns as they are, chunk by chunk of cells: log library, own genes, neighbours' genes, image."""
+        own = log_shares(cells.counts, cells.library, self.target_sum)
+        means = neighbor_means(cells.xy) if self.spatial else []
+        for s in range(0, len(cells), CHUNK):
+            rows = slice(s, min(s + CHUNK, len(cells)))
+            parts = [np.log(np.maximum(cells.library[rows], 1))[:, None], own[rows].toarray()]
+            parts += [(m[rows] @ own).toarray() for m in means]
+            yield np.hstack([*parts, *([cells.image[rows]] if self.n_image else [])]).astype(np.float32)
+
+    def columns(self, cells: CellTable) -> Iterator[np.ndarray]:
+        """Scaled columns with the kernel's, chunk by chunk of cells."""
+        g = len(self.inputs)
+        for raw in self.raw(cells):
+            x = (raw - self.centre.astype(np.float32)) / self.scale.astype(np.float32)
+            if self.components is not None:
+                z = [(raw[:, 1 : g + 1] - self.centre[1 : g + 1].astype(np.float32)) @ self.components]
+                if self.spatial:
+                    at = 1 + g * (1 + NEAR.index(15))
+                    z.append((raw[:, at : at + g] - self.centre[at : at + g].astype(np.float32)) @ self.components)
+                kernel = np.cos(np.hstack(z) @ self.directions + self.phase)
+                x = np.hstack([x, (0.3 * kernel).astype(np.float32)])
+            yield x
+
+    def taken(self, branches: tuple[str, ...]) -> np.ndarray:
+        """Columns of some branches, bool."""
+        return np.isin(self.branch, [BRANCHES.index(b) for b in branches])
+
+
+@dataclass
+class Sums:
+    """Moments of columns and targets over some cells."""
+
+    n: int
+    x: np.ndarray = field(repr=False)  # p
+    y: np.ndarray = field(repr=False)  # genes
+    xx: np.ndarray = field(repr=False)  # p x p
+    xy: np.ndarray = field(repr=False)  # p x genes
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    def __sub__(self, other: Sums) -> Sums:
+        return Sums(*(a - b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    def ridge(self, columns: np.ndarray, alpha: float, targets=None) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients (p x targets, 0 at columns not given) and intercepts; ``targets``: moments other than ``xy, y``."""
+        at = np.flatnonzero(columns)
+        xy, y = (self.xy, self.y) if targets is None else targets
+        mean_x, mean_y = self.x[at] / self.n, y / self.n
+        centred = self.xx[np.ix_(at, at)] - self.n * np.outer(mean_x, mean_x)
+        penalty = alpha * max(float(np.trace(centred)) / len(at), 1e-9)
+        centred[np.diag_indices(len(at))] += penalty
+        right = xy[at] - self.n * np.outer(mean_x, mean_y)
+        out = np.zeros((len(columns), right.shape[1]), np.float32)
+        out[at] = cho_solve(cho_factor(centred, lower=True, overwrite_a=True), right)
+        return out, (mean_y - mean_x @ out[at]).astype(np.float32)
+
+    def each_from_rest(self, columns: np.ndarray, alpha: float, own: np.ndarray, scale: np.ndarray, centre: np.ndarray):
+        """As :meth:`ridge`, for targets that are columns themselves (``own``), each from all columns given but itself.
+
+        One inverse serves all: regressing column g on the rest has the coefficients -A[:, g] / A[g, g], where A is the inverse
+        of the penalised moments.
+        """
+        at = np.flatnonzero(columns)
+        mean = self.x[at] / self.n
+        centred = self.xx[np.ix_(at, at)] - self.n * np.outer(mean, mean)
+        centred[np.diag_indices(len(at))] += alpha * max(float(np.trace(centred)) / len(at), 1e-9)
+        inverse = cho_solve(cho_factor(centred, lower=True, overwrite_a=True), np.eye(len(at)))
+        place = np.searchsorted(at, own)
+        found = -inverse[:, place] / inverse[place, place]
+        found[place, np.arange(len(own))] = 0
+        out = np.zeros((len(columns), len(own)), np.float32)
+        out[at] = found * scale[own]
+        means = self.x[own] / self.n * scale[own] + centre[own]  # back to the scale of the target
+        return out, (means - mean @ out[at]).astype(np.float32)
+
+
+@dataclass
+class Gathered:
+    """Moments of every block of the reference, and a sample of its cells to judge by."""
+
+    sums: list[Sums]
+    x: np.ndarray  # sampled cells x p
+    y: np.ndarray  # sampled cells x genes, log1p
+    counts: sparse.csr_matrix  # sampled cells x genes
+    library: np.ndarray  # sampled cells
+    block: np.ndarray  # sampled cells
+
+    def without(self, block: int) -> Sums:
+        """Moments of all other blocks."""
+        rest = [one for b, one in enumerate(self.sums) if b != block]
+        return sum(rest[1:], rest[0])
+
+    @property
+    def total(self) -> Sums:
+        """Moments of all blocks."""
+        return self.without(-1)
+
+
+def gather(design: Design, cells: list[CellTable], blocks: list[np.ndarray], *, seed: int = 0) -> Gathered:
+    """Moments of reference cells by block; ``blocks`` numbers the block of every cell of each slide."""
+    p, genes, n_blocks = len(design.branch), cells[0].targets.shape[1], 1 + max(int(b.max()) for b in blocks)
+    sums = [Sums(0, *(np.zeros(s) for s in (p, genes, (p, p), (p, genes)))) for _ in range(n_blocks)]
+    rng, kept = np.random.default_rng(seed), []
+    share = min(1.0, JUDGED_CELLS / sum(map(len, cells)))
+    for one, block in zip(cells, blocks):
+        targets, start = log_shares(one.targets, one.library, design.target_sum), 0
+        for x in design.columns(one):
+            rows = np.arange(start, start + len(x))
+            start += len(x)
+            y = targets[rows].toarray()
+            for b in np.unique(block[rows]):
+                some, into = block[rows] == b, sums[b]
+                u, v = x[some], y[some]
+                into.n += len(u)
+                into.x += u.sum(0, dtype=np.float64)
+                into.y += v.sum(0, dtype=np.float64)
+                into.xx += u.T @ u
+                into.xy += u.T @ v
+            some = np.flatnonzero(rng.random(len(rows)) < share)
+            kept.append((x[some], y[some], one.targets[rows[some]], one.library[rows[some]], block[rows[some]]))
+    x, y, counts, library, block = zip(*kept)
+    sample = (np.concatenate(x), np.concatenate(y), sparse.vstack(counts, format="csr"))
+    return Gathered(sums, *sample, np.concatenate(library), np.concatenate(block))
+
+
+def mean_pearson(y: np.ndarray, prediction: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Mean over genes of the correlation inside each block."""
+    return np.array([np.nanmean(gene_pearson(y[block == b], prediction[block == b])) for b in np.unique(block)])
+
+
+class Imputer:
+    """Genes of reference cells as functions of what the query measures too.
+
+    Attributes
+    ----------
+    inputs, genes
+        Genes that it reads, and those that it gives.
+    branches
+        Of the cell's ``"genes"``, its ``"neighbors"``, the ``"kernel"`` and the ``"image"``, those that predict left-out
+        blocks of the reference better than without them.
+    reliability
+        For every gene the correlation of measured and predicted expression in left-out blocks.
+    judged, penalties
+        Mean correlation in left-out blocks, and the penalty that gave it, for every set of branches that was tried.
+    checked
+        By branch what it added in the query, after :meth:`adapt`.
+    """
+
+    def __init__(
+        self, cells: list[CellTable], blocks: list[np.ndarray], inputs: list[str], genes: list[str], *,
+        target_sum: float, branches: tuple[str, ...] = BRANCHES, seed: int = 0,
+    ):  # fmt: skip
+        self.inputs, self.genes, self.target_sum = inputs, genes, target_sum
+        self.checked: dict[str, float] = {}
+        self.design = Design.fit(cells, inputs, target_sum, kernel="kernel" in branches, seed=seed)
+        self.evidence = gather(self.design, cells, blocks, seed=seed)
+        there = [b for i, b in enumerate(BRANCHES) if b in branches and (self.design.branch == i).any()]
+        place = {gene: 1 + i for i, gene in enumerate(inputs)}
+        self.own = np.array([place.get(gene, -1) for gene in genes])  # column of a gene that is an input too
+        self._choose(there)
+        self._judge()
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which of the genes are inputs too, bool."""
+        return self.own >= 0
+
+    def _weights(self, sums: Sums, branches, alpha: float, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients and intercepts of some genes; a gene that is an input too is predicted from all others."""
+        columns, out = self.design.taken(branches), np.zeros((len(self.design.branch), len(genes)), np.float32)
+        intercept, inner = np.zeros(len(genes), np.float32), self.measured[genes]
+        if not inner.all():
+            at = genes[~inner]
+            out[:, ~inner], intercept[~inner] = sums.ridge(columns, alpha, (sums.xy[:, at], sums.y[at]))
+        if inner.any():  # the kernel is made of all inputs, the gene's own among them
+            columns = self.design.taken(tuple(b for b in branches if b != "kernel"))
+            scale, centre = self.design.scale, self.design.centre
+            out[:, inner], intercept[inner] = sums.each_from_rest(columns, alpha, self.own[genes[inner]], scale, centre)
+        return out, intercept
+
+    # ---- what the reference says ------------------------------------------------------------------------------------
+
+    def _held_out(self, branches: tuple[str, ...], alpha: float, genes: np.ndarray) -> np.ndarray:
+        """Predictions of sampled reference cells by the other blocks, cells x genes."""
+        e, out = self.evidence, np.empty((len(self.evidence.x), len(genes)), np.float32)
+        for b in np.unique(e.block):
+            rows = e.block == b
+            weights, intercept = self._weights(e.without(b), branches, alpha, genes)
+            out[rows] = e.x[rows] @ weights + intercept
+        return out
+
+    def _choose(self, there: list[str]) -> None:
+        """Penalty and branches by left-out blocks; a branch is added where their mean correlation is higher with it."""
+        e = self.evidence
+        abundant = np.argsort(-np.asarray(e.counts.sum(0)).ravel(), kind="stable")[:JUDGED_GENES]
+
+        def best(branches, i):
+            """Climb from the penalty that was best with fewer branches."""
+            found = {}
+
+            def at(k):
+                if k not in found:
+                    held_out = self._held_out(branches, ALPHAS[k], abundant)
+                    found[k] = float(mean_pearson(e.y[:, abundant], held_out, e.block).mean())
+                return found[k]
+
+            for step in (1, -1):
+                while 0 <= i + step < len(ALPHAS) and at(i + step) > at(i):
+                    i += step
+            self.judged[branches], self.penalties[branches] = at(i), ALPHAS[i]
+            return i
+
+        self.judged: dict[tuple[str, ...], float] = {}
+        self.penalties: dict[tuple[str, ...], float] = {}
+        self.branches, place = ("genes",), best(("genes",), ALPHAS.index(1.0))
+        for branch in there[1:]:
+            more = (*self.branches, branch)
+            next_place = best(more, place)
+            if self.judged[more] > self.judged[self.branches]:
+                self.branches, place = more, next_place
+        self.alpha = ALPHAS[place]
+
+    def _judge(self) -> None:
+        """Reliability and predictive law of every gene, from left-out blocks."""
+        e = self.evidence
+        edges = np.quantile(e.library, np.linspace(0, 1, N_LIBRARIES + 1))
+        self.edges = np.unique(edges[1:-1])
+        bins = self._bin(e.library)
+        self.libraries = [library_quantiles(e.library[bins == i], 64) for i in range(len(self.edges) + 1)]
+        self.reliability = np.empty(len(self.genes), np.float32)
+        self.theta = np.empty((len(self.libraries), len(self.genes)))
+        for s in range(0, len(self.genes), GENE_BLOCK):
+            at = np.arange(s, min(s + GENE_BLOCK, len(self.genes)))
+            mean = np.maximum(self._held_out(self.branches, self.alpha, at), 0)
+            self.reliability[at] = np.nan_to_num(gene_pearson(e.y[:, at], mean))
+            for i, law in enumerate(self._laws(len(at))):
+                rows = np.flatnonzero(bins == i)[:LAW_CELLS]
+                self.theta[i, at] = law.fit_theta(mean[rows], e.counts[rows][:, at].toarray(), e.library[rows])
+
+    def _bin(self, library: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.edges, library, side="right")
+
+    def _laws(self, n_genes: int) -> list[CountLaw]:
+        if not hasattr(self, "_tables"):
+            self._tables = [CountLaw(library, self.target_sum, np.zeros(1)) for library in self.libraries]
+        for law in self._tables:
+            law.pi = np.zeros(n_genes)
+        return self._tables
+
+    # ---- what the query says ----------------------------------------------------------------------------------------
+
+    def adapt(self, query: list[CellTable], *, n_folds: int = 5, seed: int = 0) -> None:
+        """Keep those branches that serve in the query.
+
+        Genes that the query measures are hidden by turns and predicted from the rest by what the reference says: of the
+        same cells, but never of the genes that are asked for. Neighbours and image are left out where they lower the mean
+        correlation of these genes. The kernel, made of all inputs at once, cannot be judged so.
+        """
+        g, design, total = len(self.inputs), self.design, self.evidence.total
+        step = max(1, sum(map(len, query)) // JUDGED_CELLS)
+        x = np.concatenate([part[::step] for one in query for part in design.columns(one)])
+        own = 1 + np.arange(g)
+        seen = (x[:, own] > x[:, own].min(0)).mean(0) * np.isfinite(design.scale[own])
+        usable = np.flatnonzero(seen > (0.02 if (seen > 0.02).sum() >= 10 else 0))
+        folds = [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n_folds) if len(f)]
+
+        def score(branches):
+            found, columns = np.full(g, np.nan), design.taken(branches)
+            for fold in folds:
+                left = columns & ~np.isin(design.gene, fold)
+                weights, _ = total.ridge(left, self.alpha, (total.xx[:, own[fold]], total.x[own[fold]]))
+                found[fold] = gene_pearson(x[:, own[fold]], x @ weights)
+            return float(np.nanmean(found))
+
+        kept = tuple(b for b in self.branches if b not in ("neighbors", "kernel", "image"))
+        best = score(kept)
+        for branch in (b for b in ("neighbors", "image") if b in self.branches):
+            more = score((*kept, branch))
+            self.checked[branch] = more - best
+            if more > best:
+                kept, best = (*kept, branch), more
+        self.branches = tuple(b for b in self.branches if b in kept or b == "kernel")
+
+    def predict(self, query: CellTable, genes: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Mean and standard deviation (cells x genes, log1p per ``target_sum``), chunk by chunk of cells.
+
+        ``genes``: places of those that are wanted, all when None.
+        """
+        total, at = self.evidence.total, np.arange(len(self.genes)) if genes is None else genes
+        weights, intercept = self._weights(total, self.branches, self.alpha, at)
+        floor = (FLOOR * total.y[at] / total.n).astype(np.float32)  # nobody is sure that a gene is off
+        inner, start = np.flatnonzero(self.measured[at]), 0
+        for x in self.design.columns(query):
+            rows = slice(start, start + len(x))
+            start += len(x)
+            mean = np.maximum(x @ weights + intercept, 0).astype(np.float32)
+            bins, std = self._bin(query.library[rows]), np.empty_like(mean)
+            for i, law in enumerate(self._laws(len(at))):
+                some = np.flatnonzero(bins == i)
+                if len(some):
+                    theta, likely = self.theta[i, at], np.maximum(mean[some], floor)
+                    std[some] = law.std_at(likely, theta)
+                    if len(inner):
+                        rate = self._tables[i].rate_at(likely, theta)[:, inner]
+                        counts = query.counts[rows][some][:, self.own[at[inner]] - 1].toarray()
+                        mean[np.ix_(some, inner)], std[np.ix_(some, inner)] = self._seen(
+                            counts, query.library[rows][some], rate, theta[inner]
+                        )
+            yield mean, std
+
+    def _seen(self, counts, library, rate, theta) -> tuple[np.ndarray, np.ndarray]:
+        """What is expected of genes once their counts (n x genes) are seen: gamma prior of mean ``rate``, Poisson counts."""
+        shape, scale = theta + counts, 1 / (theta / rate + library[:, None])
+        expected = self.target_sum * shape * scale
+        return np.log1p(expected), self.target_sum * np.sqrt(shape) * scale / (1 + expected)

@@ -1,0 +1,191 @@
+"""Imputed genes beside measured ones, and what was said of their trust."""
+
+from __future__ import annotations
+
+import numpy as np
+import seaborn as sns
+from anndata import AnnData
+from matplotlib.figure import Figure
+from spatialdata import SpatialData
+
+from spatiaflow import _io, metrics
+from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
+
+
+def imputation(
+    data: AnnData | SpatialData,
+    genes: str | list[str],
+    *,
+    truth: AnnData | None = None,
+    key: str = "imputed",
+    layer: str | None = None,
+    table_key: str = "table",
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    library_id: str | None = None,
+    spatial_key: str = "spatial",
+    mpp: float | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Draw imputed genes on the tissue, beside measured values where there are any, and the reliability of all genes.
+
+    A row a gene: measured and imputed on one colour scale, and imputed against measured: the mean of measured values in
+    tenths of the imputed ones, which lie on the diagonal where imputation is right on average. Below, the reliability of every
+    gene: against the correlation with measured values, or alone, sorted. Denoised genes, which have seen what was measured,
+    are not compared with it.
+
+    Parameters
+    ----------
+    data
+        Object that :func:`spatiaflow.tl.impute_genes` wrote into.
+    genes
+        One gene or several.
+    truth
+        Raw counts of the same cells (``obs_names``) for the genes, if they were measured but left out; by default those of
+        ``data``.
+    key
+        Slot of the imputation.
+    layer
+        Layer with raw counts; None reads ``X``.
+    table_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key, library_id
+        Column of ``.obs`` that tells slides apart, and the slide to draw (the first when None).
+    spatial_key, mpp
+        Where positions are in an AnnData, and their scale in µm per pixel when the data do not say.
+    show
+        Show the figure; None: when matplotlib is interactive.
+    return_fig
+        Return the figure instead.
+
+    Returns
+    -------
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`.
+
+    Raises
+    ------
+    KeyError
+        The slot, a gene, the slide, or a cell in ``truth`` is missing.
+    ValueError
+        ``genes`` is empty.
+    """
+    import matplotlib.pyplot as plt
+
+    _, table = _io.unpack(data, table_key)
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    if not genes:
+        raise ValueError("genes is empty; name at least one gene.")
+    imputed = _io.slot_as_anndata(table, key)
+    if missing := [gene for gene in genes if gene not in imputed.var_names]:
+        raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(imputed.var_names[:8])}, ...")
+    slide = _io.one_slide(
+        _io.slides(
+            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
+            spatial_key=spatial_key, mpp=mpp,
+        ),
+        library_id,
+    )  # fmt: skip
+    measured = _measured(table, truth, list(imputed.var_names), key, layer)
+    values = imputed[slide.rows]
+    aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.4, 1.5)
+    height = 2.1 * aspect + 0.3
+    figure = plt.figure(figsize=(7.1, len(genes) * height + 1.9), layout="constrained")
+    grid = figure.add_gridspec(len(genes) + 1, 3, height_ratios=[height] * len(genes) + [1.8], width_ratios=[1, 1, 0.8])
+    unit = f"log1p per {_io.target_sum(table, key):g}"
+    for i, gene in enumerate(genes):
+        g = imputed.var_names.get_loc(gene)
+        found, known = np.asarray(values.X[:, g]), measured.get(gene)
+        known = None if known is None else known[slide.rows]
+        top = max(float(np.quantile(found if known is None else np.r_[found, known], 0.99)), 1e-3)
+        trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
+        for column, one in ((0, known), (1, found)):
+            ax = figure.add_subplot(grid[i, column])
+            if one is None:
+                ax.set_axis_off()
+                ax.text(
+                    0.5, 0.5, f"{gene} is not measured", transform=ax.transAxes, ha="center", fontsize=7, color="0.4"
+                )
+                continue
+            title = f"{gene}, {'imputed' if column else 'measured'}"
+            points = tissue_panel(ax, slide, one, vmin=0, vmax=top, cmap="viridis", title=title)
+            if column:
+                ax.text(0.98, 0.02, trust, transform=ax.transAxes, ha="right", va="bottom", fontsize=6,
+                        bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
+                bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
+                bar.ax.tick_params(labelsize=6, length=2)
+                bar.outline.set_visible(False)
+                bar.set_label(unit, fontsize=6)
+            if i == len(genes) - 1 and column == (0 if known is not None else 1):
+                scale_bar(ax)
+        if known is not None and not imputed.var["denoised"].iloc[g]:
+            _against(figure.add_subplot(grid[i, 2]), found, known)
+    _reliability(figure.add_subplot(grid[-1, :]), imputed, measured, genes, slide.rows)
+    return finish(figure, show, return_fig)
+
+
+def _measured(table: AnnData, truth: AnnData | None, genes: list[str], key: str, layer) -> dict[str, np.ndarray]:
+    """Measured values of those genes that were measured, in the unit of the imputed ones."""
+    source = table if truth is None else truth
+    at = source.obs_names.get_indexer(table.obs_names)
+    if (at < 0).any():
+        raise KeyError(
+            f"truth has no cell {table.obs_names[int(np.argmax(at < 0))]!r}; obs_names must be those of data."
+        )
+    there = [gene for gene in genes if gene in source.var_names]
+    if not there:
+        return {}
+    shared = [str(gene) for gene in table.uns[key]["shared"]]
+    library = _io.dense(_io.counts(table, shared, layer)[0].sum(1)).ravel()
+    counts = _io.dense(_io.counts(source, there, layer)[0])[at]
+    values = np.log1p(counts * (_io.target_sum(table, key) / np.maximum(library, 1))[:, None])
+    return dict(zip(there, values.T))
+
+
+def _against(ax, found: np.ndarray, known: np.ndarray) -> None:
+    """Mean of measured values in tenths of the imputed ones, with the standard error."""
+    color = sns.color_palette("colorblind")[0]
+    parts = [p for p in np.array_split(np.argsort(found, kind="stable"), 10) if len(p)]
+    x, y = (np.array([v[p].mean() for p in parts]) for v in (found, known))
+    error = np.array([known[p].std() / np.sqrt(len(p)) for p in parts])
+    top = 1.08 * max(x.max(), (y + error).max(), 1e-3)
+    ax.plot([0, top], [0, top], color="0.6", lw=0.8, ls="--")
+    ax.errorbar(x, y, error, fmt="o", ms=3, lw=1, color=color)
+    r = metrics.pearson(known[:, None], found[:, None])[0]
+    ax.text(0.04, 0.96, f"r = {r:.2f}\nn = {len(known):,}", transform=ax.transAxes, va="top", fontsize=6)
+    ax.set(xlim=(0, top), ylim=(0, top), aspect="equal")
+    ax.set_xlabel("imputed, tenths", fontsize=6)
+    ax.set_ylabel("measured, mean", fontsize=6)
+    ax.tick_params(labelsize=6)
+    sns.despine(ax=ax)
+
+
+def _reliability(ax, imputed: AnnData, measured: dict, named: list[str], rows: np.ndarray) -> None:
+    """Reliability of every gene against its correlation, or sorted where nothing was measured."""
+    reliability, colors = imputed.var["reliability"], sns.color_palette("colorblind")
+    there = [gene for gene in imputed.var_names if gene in measured and not imputed.var.loc[gene, "denoised"]]
+    if there:
+        found = np.asarray(imputed[rows, there].X)
+        y, x = metrics.pearson(np.stack([measured[g][rows] for g in there], 1), found), reliability[there].to_numpy()
+        low = min(0.0, np.nanmin(y), x.min())
+        ax.plot([low, 1], [low, 1], color="0.6", lw=0.8, ls="--")
+        ax.set(
+            xlim=(low - 0.02, max(x.max(), np.nanmax(y)) + 0.05), ylim=(low - 0.02, max(x.max(), np.nanmax(y)) + 0.05)
+        )
+        ax.set_ylabel("r with measured", fontsize=6)
+        ax.set_xlabel("reliability, said before", fontsize=6)
+        place = dict(zip(there, zip(x, y)))
+    else:
+        order = reliability.sort_values(ascending=False)
+        x, y = np.arange(len(order)), order.to_numpy()
+        ax.set_ylabel("reliability", fontsize=6)
+        ax.set_xlabel("genes, sorted", fontsize=6)
+        place = {g: (i, v) for i, (g, v) in enumerate(order.items())}
+    ax.plot(x, y, "o", ms=3, color=colors[0], alpha=0.7, mew=0, rasterized=True)
+    for gene in named:
+        if gene in place:
+            ax.plot(*place[gene], "o", ms=4, color=colors[3])
+            ax.annotate(gene, place[gene], xytext=(4, 2), textcoords="offset points", fontsize=6)
+    ax.tick_params(labelsize=6)
+    sns.despine(ax=ax)

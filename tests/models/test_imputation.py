@@ -1,0 +1,194 @@
+"""The regression behind imputation against slow references, and planted truths."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from spatiaflow.models import imputation as I
+from spatiaflow.models.simple import gene_pearson
+
+N, G = 300, 12
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(I, "N_KERNEL", 100)
+
+
+def tissue(seed=0, n=N, image=True, targets=3):
+    """Cells whose genes follow two latent directions; targets follow both, one of them the neighbours' as well."""
+    rng, rule = np.random.default_rng(seed), np.random.default_rng(5)
+    xy = rng.uniform(0, 100, (n, 2))
+    field = np.stack([np.sin(xy[:, 0] / 15), np.cos(xy[:, 1] / 15)], 1)
+    latent = field + 0.5 * rng.normal(size=(n, 2))
+    rate = np.exp(latent @ rule.normal(0, 0.5, (2, G + targets)) + rule.normal(1, 0.5, G + targets))
+    counts = sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
+    features = (latent @ rule.normal(size=(2, 4)) + 0.1 * rng.normal(size=(n, 4))).astype(np.float32) if image else None
+    library = np.asarray(counts[:, :G].sum(1), float).ravel()
+    out = I.CellTable(counts[:, :G], library, xy, features, counts[:, G:])
+    out.best = np.log1p(50 * rate[:, G:] / rate[:, :G].sum(1, keepdims=True))  # what the truth would predict
+    return out
+
+
+def bands(cells, n=5):
+    return np.argsort(np.argsort(cells.xy[:, 0])) * n // len(cells)
+
+
+def names(n, letter):
+    return [f"{letter}{i}" for i in range(n)]
+
+
+def fitted(*cells, **options):
+    blocks = [bands(c) for c in cells]
+    return I.Imputer(list(cells), blocks, names(G, "g"), names(3, "t"), target_sum=50, **options)
+
+
+def test_neighbors_are_the_nearest_others_even_among_duplicates():
+    xy = np.random.default_rng(0).uniform(size=(40, 2))
+    xy[7] = xy[3]
+    for k, found in zip((2, 5), I.neighbor_means(xy, (2, 5))):
+        distance = np.linalg.norm(xy[:, None] - xy, axis=-1)
+        np.fill_diagonal(distance, np.inf)
+        for i in range(40):
+            assert found[i, i] == 0
+            assert found[i].sum() == pytest.approx(1)
+            chosen = found[i].toarray().ravel() > 0
+            np.testing.assert_allclose(np.sort(distance[i][chosen]), np.sort(distance[i])[:k])
+
+
+def test_columns_are_what_they_say():
+    cells = tissue()
+    design = I.Design.fit([cells], names(G, "g"), 50, kernel=False)
+    x = np.concatenate(list(design.columns(cells)))
+    own = np.log1p(cells.counts.toarray() * 50 / np.maximum(cells.library, 1)[:, None])
+    raw = [np.log(np.maximum(cells.library, 1))[:, None], own]
+    for mean in I.neighbor_means(cells.xy):
+        raw.append(np.stack([own[mean[i].indices].mean(0) for i in range(N)]))
+    raw = np.hstack([*raw, cells.image])
+    np.testing.assert_allclose(x * design.scale + design.centre, raw, atol=1e-4)
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(design.scale[1 : 1 + G] ** 2, own.std(0), rtol=1e-4)  # between as is and standardised
+
+
+def test_ridge_from_moments_is_ridge():
+    cells = tissue()
+    design = I.Design.fit([cells], names(G, "g"), 50)
+    found = I.gather(design, [cells], [bands(cells)])
+    columns, alpha = design.taken(("genes", "image")), 0.7
+    weights, intercept = found.without(2).ridge(columns, alpha)
+    rows = bands(cells) != 2
+    x = np.concatenate(list(design.columns(cells)))[rows][:, columns].astype(float)
+    y = I.log_shares(cells.targets, cells.library, 50).toarray()[rows]
+    a = x - x.mean(0)
+    penalty = alpha * (a**2).sum() / columns.sum()
+    slow = np.linalg.solve(a.T @ a + penalty * np.eye(columns.sum()), a.T @ (y - y.mean(0)))
+    np.testing.assert_allclose(weights[columns], slow, atol=1e-4)
+    np.testing.assert_allclose(intercept, y.mean(0) - x.mean(0) @ slow, atol=1e-4)
+    assert not weights[~columns].any()
+
+
+def test_a_gene_from_all_others_is_the_regression_without_its_column():
+    cells = tissue()
+    design = I.Design.fit([cells], names(G, "g"), 50, kernel=False)
+    total = I.gather(design, [cells], [bands(cells)]).total
+    columns, own = design.taken(("genes", "neighbors")), np.array([1, 4])
+    at = np.flatnonzero(columns)
+    mean = total.x[at] / total.n
+    penalty = np.trace(total.xx[np.ix_(at, at)] - total.n * np.outer(mean, mean)) / len(at)
+    weights, intercept = total.each_from_rest(columns, 1.0, own, design.scale, design.centre)
+    x = np.concatenate(list(design.columns(cells))).astype(float)
+    for j, g in enumerate(own):
+        rest = columns.copy()
+        rest[g] = False
+        a, y = x[:, rest] - x[:, rest].mean(0), x[:, g] * design.scale[g] + design.centre[g]
+        slow = np.linalg.solve(a.T @ a + penalty * np.eye(rest.sum()), a.T @ (y - y.mean()))
+        np.testing.assert_allclose(weights[rest, j], slow, atol=1e-4)
+        assert intercept[j] == pytest.approx(y.mean() - x[:, rest].mean(0) @ slow, abs=1e-3)
+        assert weights[g, j] == 0
+
+
+def test_left_out_blocks_are_predicted_by_the_others():
+    cells = tissue()
+    model = fitted(cells)
+    genes, e = np.arange(3), model.evidence
+    whole = model._held_out(model.branches, 1.0, genes)
+    for b in range(5):  # garbage in a block's targets must not reach its own prediction
+        spoiled = tissue()
+        counts = spoiled.targets.toarray()
+        counts[bands(spoiled) == b] = np.random.default_rng(b).poisson(30, (int((bands(spoiled) == b).sum()), 3))
+        spoiled.targets = sparse.csr_matrix(counts)
+        again = I.Imputer.__new__(I.Imputer)
+        again.__dict__ |= model.__dict__
+        again.evidence = I.gather(model.design, [spoiled], [bands(spoiled)])
+        moved = again._held_out(model.branches, 1.0, genes) - whole
+        assert np.abs(moved[e.block == b]).max() < 1e-4
+        assert np.abs(moved[e.block != b]).max() > 1e-2
+
+
+def test_a_planted_relation_is_found_on_another_slide():
+    model, query = fitted(tissue(0, 2000)), tissue(1, 1000)
+    mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
+    y = I.log_shares(query.targets, query.library, 50).toarray()
+    r = gene_pearson(y, mean)
+    assert (r > gene_pearson(y, query.best) - 0.06).all()
+    assert np.abs(model.reliability - r).max() < 0.15
+    z = ((y - mean) / std) ** 2
+    assert 0.7 < z.mean() < 1.4
+
+
+def test_image_of_noise_is_left_out_and_one_that_tells_is_kept():
+    cells = tissue(0, 2000)
+    assert "image" in fitted(cells).branches
+    cells.image = np.random.default_rng(0).normal(size=(2000, 40)).astype(np.float32)
+    assert "image" not in fitted(cells).branches
+
+
+def test_a_branch_that_misleads_in_the_query_is_left_out():
+    model, query = fitted(tissue(0, 2000)), tissue(1, 1000)
+    assert "image" in model.branches
+    query.image = -query.image  # of another microscope
+    model.adapt([query])
+    assert model.checked["image"] < 0
+    assert "image" not in model.branches
+
+
+def test_check_does_not_look_at_hidden_genes():
+    query = tissue(1, 500)
+    model, again = fitted(tissue(0, 1000)), fitted(tissue(0, 1000))
+    model.adapt([query])
+    query.targets = None
+    again.adapt([query])
+    assert model.checked == again.checked
+
+
+def test_what_is_expected_after_seeing_counts_lies_between():
+    """Posterior mean of a gamma prior, by brute force over rates."""
+    model = fitted(tissue())
+    counts, library, rate, theta = (
+        np.array([[0.0], [9.0]]),
+        np.array([40.0, 60.0]),
+        np.array([[0.05], [0.05]]),
+        np.array([2.0]),
+    )
+    mean, std = model._seen(counts, library, rate, theta)
+    grid = np.geomspace(1e-6, 5, 400_000)
+    for i in range(2):
+        log_p = (theta - 1) * np.log(grid) - theta / rate[i] * grid + counts[i] * np.log(grid) - library[i] * grid
+        p = np.exp(log_p - log_p.max()) * np.gradient(grid)
+        p /= p.sum()
+        expected = (p * grid).sum()
+        spread = np.sqrt((p * grid**2).sum() - expected**2)
+        assert mean[i, 0] == pytest.approx(np.log1p(50 * expected), rel=1e-3)
+        assert std[i, 0] == pytest.approx(50 * spread / (1 + 50 * expected), rel=1e-3)
+
+
+def test_prediction_does_not_depend_on_chunks_or_order(monkeypatch):
+    model, query = fitted(tissue(0, 600)), tissue(1, 200)
+    whole = np.concatenate([m for m, _ in model.predict(query)])
+    monkeypatch.setattr(I, "CHUNK", 17)
+    np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(query)]), whole, atol=1e-5)
+    order = np.random.default_rng(0).permutation(200)
+    turned = I.CellTable(
+        query.counts[order], query.library[order], query.xy[order] @ [[0.6, 0.8], [0.8, -0.6]], query.image[order]
+    )
+    np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(turned)]), whole[order], atol=1e-4)

@@ -1,0 +1,174 @@
+"""tl.impute_genes: slots, references with and without positions, leakage, errors."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse, stats
+
+import spatiaflow as sf
+from spatiaflow.models.simple import gene_pearson
+
+GENES = 20
+
+
+def cells(name, n=400, seed=0, spatial=True):
+    """Cells of two types in two halves of a tissue."""
+    rng, rule = np.random.default_rng(seed), np.random.default_rng(3)
+    xy = rng.uniform(0, 200, (n, 2))
+    kind = (xy[:, 0] + rng.normal(0, 20, n) > 100).astype(int)
+    rate = np.exp(rule.normal(0.8, 0.6, (2, GENES)))[kind] * rng.lognormal(0, 0.3, (n, 1))
+    out = ad.AnnData(
+        sparse.csr_matrix(rng.poisson(rate).astype(np.float32)),
+        obs=pd.DataFrame(index=[f"{name}{i}" for i in range(n)]),
+        var=pd.DataFrame(index=[f"G{g}" for g in range(GENES)]),
+    )
+    if spatial:
+        out.obsm["spatial"] = xy
+    out.obsm["picture"] = (kind[:, None] + 0.3 * rng.normal(size=(n, 3))).astype(np.float32)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    from spatiaflow.models import imputation
+
+    monkeypatch.setattr(imputation, "N_KERNEL", 100)
+
+
+@pytest.fixture
+def reference():
+    return cells("r", 800, seed=1)
+
+
+@pytest.fixture
+def query():
+    return cells("q", seed=2)
+
+
+def hidden(query, n=5):
+    return query[:, : GENES - n].copy()
+
+
+def test_missing_genes_are_imputed_into_slots(query, reference):
+    data = hidden(query)
+    before = data.X.copy()
+    assert sf.tl.impute_genes(data, reference=reference, use_rep="picture") is None
+    assert list(data.uns["imputed"]["genes"]) == [f"G{g}" for g in range(15, 20)]
+    for slot in ("imputed", "imputed_std"):
+        assert data.obsm[slot].shape == (400, 5)
+        assert data.obsm[slot].dtype == np.float32
+        assert (data.obsm[slot] >= 0).all()
+    assert (data.X != before).nnz == 0
+    library = np.asarray(data.X.sum(1))
+    per = data.uns["imputed"]["normalization"]["target_sum"]
+    assert per == np.median(np.asarray(reference[:, data.var_names].X.sum(1)))
+    y = np.log1p(query[:, 15:].X.toarray() * per / library)
+    r = gene_pearson(y, data.obsm["imputed"])
+    kind = query.obsm["spatial"][:, 0] > 100  # the difference of the types is all there is to be found
+    possible = np.abs([stats.pearsonr(kind, y[:, g])[0] for g in range(5)])
+    assert (r > possible - 0.05).all()
+    assert np.abs(data.uns["imputed"]["reliability"] - r).max() < 0.2
+    assert sf.get.expression(data, key="imputed").var["reliability"].gt(0).all()
+
+
+def test_hidden_counts_leave_no_trace(query, reference):
+    genes = [f"G{g}" for g in range(15, 20)]
+    spoiled = query.copy()
+    garbage = query.X.toarray()
+    garbage[:, 15:] = 99
+    spoiled.X = sparse.csr_matrix(garbage)
+    one, other = (
+        sf.tl.impute_genes(v[:, :15].copy(), reference=reference, genes=genes, copy=True) for v in (query, spoiled)
+    )
+    np.testing.assert_array_equal(one.obsm["imputed"], other.obsm["imputed"])
+
+
+def test_second_call_gives_the_same(query, reference):
+    one, other = (sf.tl.impute_genes(hidden(query), reference=reference, copy=True) for _ in range(2))
+    np.testing.assert_array_equal(one.obsm["imputed"], other.obsm["imputed"])
+
+
+def test_dissociated_reference_gives_no_neighbors(query):
+    data = hidden(query)
+    sf.tl.impute_genes(data, reference=cells("r", 800, seed=1, spatial=False))
+    assert "neighbors" not in data.uns["imputed"]["branches"]
+    assert np.isfinite(data.obsm["imputed"]).all()
+
+
+def test_neighbors_never_cross_slides(reference):
+    slides = [hidden(cells(name, 150, seed=i)) for i, name in enumerate("ab", 5)]
+    both = ad.concat(slides, label="slide")
+    known = reference.copy()
+    known.obs["slide"] = "r"
+    sf.tl.impute_genes(both, reference=known, library_key="slide", check=False)
+    alone = slides[1]
+    alone.obs["slide"] = "b"
+    sf.tl.impute_genes(alone, reference=known, library_key="slide", check=False)
+    np.testing.assert_allclose(both.obsm["imputed"][150:], alone.obsm["imputed"], atol=1e-5)
+
+
+def test_denoised_counts_are_nearer_to_what_thinning_hid():
+    whole = cells("d", 1500, seed=4)
+    rng = np.random.default_rng(0)
+    half = whole.copy()
+    half.X = sparse.csr_matrix(rng.binomial(whole.X.toarray().astype(int), 0.5).astype(np.float32))
+    rest = whole.X.toarray() - half.X.toarray()
+    sf.tl.impute_genes(half)
+    assert half.uns["imputed"]["denoised"].all()
+    per, library = half.uns["imputed"]["normalization"]["target_sum"], np.asarray(half.X.sum(1))
+    noisy, other = (np.log1p(v * per / library) for v in (half.X.toarray(), rest))
+    errors = [np.mean((v - other) ** 2) for v in (half.obsm["imputed"], noisy)]
+    assert errors[0] < 0.75 * errors[1]
+    assert np.nanmean(gene_pearson(other, half.obsm["imputed"])) > np.nanmean(gene_pearson(other, noisy)) + 0.03
+
+
+def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):
+    from spatiaflow.tl import _imputation
+
+    monkeypatch.setattr(_imputation, "MAX_SLOT", 4)
+    data = hidden(query)
+    out = sf.tl.impute_genes(data, reference=reference)
+    assert "imputed" not in data.obsm
+    assert list(out.var_names) == [f"G{g}" for g in range(15, 20)]
+    assert out.obs_names.equals(data.obs_names)
+    assert out.layers["std"].shape == out.shape == (400, 5)
+    assert {"reliability", "denoised"} <= set(out.var)
+
+
+def test_result_survives_h5ad(query, reference, tmp_path):
+    data = hidden(query)
+    sf.tl.impute_genes(data, reference=reference)
+    data.write_h5ad(tmp_path / "a.h5ad")
+    again = ad.read_h5ad(tmp_path / "a.h5ad")
+    np.testing.assert_array_equal(again.obsm["imputed"], data.obsm["imputed"])
+    assert again.uns["imputed"]["params"]["n_reference"] == 800
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, r: {"genes": ["ACTB"], "reference": r}, KeyError, "not in the reference"),
+        (lambda q, r: {"genes": ["G19"]}, KeyError, "there is no reference"),
+        (lambda q, r: {"reference": q}, ValueError, "no gene that data lack"),
+        (lambda q, r: {"reference": r[:20].copy()}, ValueError, "20 cells"),
+        (lambda q, r: {"reference": r, "use_rep": "X_none"}, KeyError, "X_none"),
+        (lambda q, r: {"reference": r, "genes": ["G1", "G1"]}, ValueError, "twice"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(query, reference, change, error, message):
+    data = hidden(query)
+    with pytest.raises(error, match=message):
+        sf.tl.impute_genes(data, **change(data.copy(), reference))
+
+
+def test_foreign_names_say_so(query, reference):
+    reference.var_names = [f"ENSG{i}" for i in range(GENES)]
+    with pytest.raises(ValueError, match="share 0 of 15 genes"):
+        sf.tl.impute_genes(hidden(query), reference=reference)
+
+
+def test_normalised_values_are_refused(query, reference):
+    reference.X = reference.X * 0.5
+    with pytest.raises(ValueError, match="not integer"):
+        sf.tl.impute_genes(hidden(query), reference=reference)
