@@ -3,6 +3,7 @@
 python benchmarks/morphology.py pairing            confidence and matching on planted cells; 50,000 x 50,000
 python benchmarks/morphology.py simulated          planted shift of area and elongation, niche by niche
 python benchmarks/morphology.py bundled            the same of the weights that come with the package, on another slide
+python benchmarks/morphology.py tiles              tiles with some of state A to such with some of B, on simulated tissue
 python benchmarks/morphology.py speed              cells a second
 python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --folder runs (or --weights FILE)
                                                    generated cells of the test part against real ones, baselines and variants
@@ -239,6 +240,49 @@ def simulated(a) -> None:
     write("simulated", rows)
 
 
+def tiles(a) -> None:
+    """Whole tiles of 25 um: how much of the difference between those with state A alone and those with B is shown."""
+    image, rows, options = {"image_key": "fluorescence"}, [], {"table_key": "tiles"}
+    pool = ["E_cell", "E_niche", "E_tissue", "morphology"]
+    for seed in range(a.seeds):
+        train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, 6000)))
+        with_embeddings(test, with_embeddings(train))
+        for sdata in (train, test):
+            sf.pp.morphology_profile(sdata, **image)
+            sf.pp.tiles(sdata, tile_um=25, groupby="state", pool=pool, key_added="tiles")
+        sf.tl.pair_transitions(train, transitions=[("A", "B")], groupby="state", random_state=seed, **options)
+        model = sf.tl.train_morphology(
+            train, use_rep="E", level="niche", crop_um=25.0, crop_pixels=32, max_epochs=a.epochs, random_state=seed,
+            losses={"contrast": 0}, **options, **image,
+        )  # fmt: skip
+        made = sf.tl.generate_morphology(
+            test, source="A", target="B", model=model, level="niche", random_state=seed, **options, **image
+        )
+        share = pd.DataFrame(
+            test["tiles"].obsm["state"], test["tiles"].obs_names, list(test["tiles"].uns["tiles"]["state"])
+        )
+        crops = sf.pp.crops(test, crop_um=25.0, pixels=32, **options, **image)
+        inside = ((crops.xy > 0) & (crops.xy < np.array(test["fluorescence"].shape[:0:-1]))).all(1)
+        states = {"A": (share["A"] >= 0.05) & (share["B"] < 0.05), "B": share["B"] >= 0.05}
+        real = {}
+        for state, chosen in states.items():
+            which = np.flatnonzero(chosen.to_numpy() & inside)
+            images = crops.read(which).numpy()
+            real[state] = sf.pp.image_profile(images, channels=list(crops.channels), mpp=25 / 32, whole=True)
+        columns = [c for c in real["A"] if c in made.var_names]
+        for feature in columns:
+            before, after, now = real["A"][feature], real["B"][feature], pd.Series(made[:, feature].X.ravel())
+            planted = after.mean() - before.mean()
+            spread = np.sqrt(sum(v.var() / len(v) for v in (before, after)))
+            rows.append({
+                "seed": seed, "feature": feature, "sources": before.mean(), "targets": after.mean(), "generated": now.mean(),
+                "difference in standard errors": planted / spread, "share shown": (now.mean() - before.mean()) / planted,
+                "standard error": np.sqrt(sum(v.var() / len(v) for v in (before, after, now))) / abs(planted),
+                "n_source": len(before), "n_target": len(after),
+            })  # fmt: skip
+    write("tiles", rows)
+
+
 def speed(a) -> None:
     """Cells generated a second at 48 px, profiles measured; what the network has learned does not matter."""
     sdata, image = sf.datasets.simulated_tissue(2000, seed=0), {"image_key": "fluorescence"}
@@ -473,7 +517,7 @@ def pancreas(a) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairing", "simulated", "bundled", "speed", "pancreas"])
+    parser.add_argument("what", choices=["pairing", "simulated", "bundled", "tiles", "speed", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
     parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
@@ -490,5 +534,7 @@ if __name__ == "__main__":
     parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
     parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
     a = parser.parse_args()
-    commands = {"pairing": pairing, "simulated": simulated, "bundled": bundled, "speed": speed, "pancreas": pancreas}
+    commands = {
+        "pairing": pairing, "simulated": simulated, "bundled": bundled, "tiles": tiles, "speed": speed, "pancreas": pancreas,
+    }  # fmt: skip
     commands[a.what](a)

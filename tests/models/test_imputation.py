@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+import spatiaflow as sf
 from spatiaflow.models import imputation as I
 from spatiaflow.models.simple import gene_pearson
 
@@ -192,3 +193,42 @@ def test_prediction_does_not_depend_on_chunks_or_order(monkeypatch):
         query.counts[order], query.library[order], query.xy[order] @ [[0.6, 0.8], [0.8, -0.6]], query.image[order]
     )
     np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(turned)]), whole[order], atol=1e-4)
+
+
+def panel(seed, **options):
+    """All genes as inputs and targets alike."""
+    cells = tissue(seed, image=False, **options)
+    counts = sparse.hstack([cells.counts, cells.targets], format="csr")
+    return I.CellTable(counts, np.asarray(counts.sum(1), float).ravel(), cells.xy, None, counts)
+
+
+def test_a_saved_model_imputes_whatever_is_missing(tmp_path):
+    cells, genes = panel(0, n=1500), names(G + 3, "p")
+    model = I.Imputer([cells], [bands(cells)], genes, genes, target_sum=50, branches=("genes", "neighbors"))
+    again = sf.models.load(model.save(tmp_path / "panel"))
+    for missing in ([0, 5], [12, 13, 14]):
+        kept = np.setdiff1d(np.arange(G + 3), missing)
+        query = panel(1, n=600)
+        y = I.log_shares(query.counts[:, missing], query.library, 50).toarray()
+        shown = query.counts.toarray()
+        shown[:, missing] = 0
+        part = I.CellTable(sparse.csr_matrix(shown), shown.sum(1) / model.share[kept].sum(), query.xy)
+        wanted = [genes[i] for i in missing]
+        one, other = (
+            np.concatenate([m for m, _ in v.restricted([genes[i] for i in kept], wanted).predict(part)])
+            for v in (model, again)
+        )
+        np.testing.assert_allclose(one, other, atol=1e-3)
+        slow = I.Imputer(  # a model that never had them as inputs
+            [I.CellTable(cells.counts[:, kept], cells.library, cells.xy, None, cells.counts[:, missing])], [bands(cells)],
+            [genes[i] for i in kept], wanted, target_sum=50, branches=("genes", "neighbors"),
+        )  # fmt: skip
+        slow.branches, slow.alpha = model.branches, model.alpha
+        part.counts = part.counts[:, kept]
+        np.testing.assert_allclose(one, np.concatenate([m for m, _ in slow.predict(part)]), atol=0.03)
+        assert (gene_pearson(y, one) > gene_pearson(y, np.random.default_rng(0).permutation(one))).all()
+
+
+def test_a_model_with_a_kernel_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="train_imputation"):
+        fitted(tissue()).save(tmp_path / "a")

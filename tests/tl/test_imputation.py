@@ -145,6 +145,28 @@ def test_result_survives_h5ad(query, reference, tmp_path):
     assert again.uns["imputed"]["params"]["n_reference"] == 800
 
 
+def test_a_trained_model_serves_panels_that_lack_some_of_its_genes(query, reference, tmp_path):
+    model = sf.tl.train_imputation(reference)
+    assert model.genes == list(reference.var_names)
+    assert model.card["data"]["slide"]["n_obs"] == 800
+    data = hidden(query)
+    sf.tl.impute_genes(data, model=model.save(tmp_path / "panel"))
+    assert list(data.uns["imputed"]["genes"]) == [f"G{g}" for g in range(15, 20)]
+    assert 0 < data.uns["imputed"]["library_share"] < 1
+    other = hidden(query)
+    sf.tl.impute_genes(other, reference=reference)
+    r = [np.corrcoef(data.obsm["imputed"][:, g], other.obsm["imputed"][:, g])[0, 1] for g in range(5)]
+    assert min(r) > 0.8  # the other has a kernel as well
+    sf.tl.impute_genes(data, model=model, genes=["G3", "G17"], key_added="both")
+    np.testing.assert_array_equal(data.uns["both"]["denoised"], [True, False])
+    with pytest.raises(ValueError, match="not both"):
+        sf.tl.impute_genes(data, model=model, reference=reference)
+    with pytest.raises(KeyError, match="not in the model"):
+        sf.tl.impute_genes(data, model=model, genes=["ACTB"])
+    with pytest.raises(KeyError, match="neighbors"):
+        sf.tl.impute_genes(hidden(cells("q", spatial=False)), model=model)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spatiaflow.models import _base
 from spatiaflow.models.features import ImageFeatures
+from spatiaflow.models.imputation import Imputer
 from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow, States
 from spatiaflow.models.spatia import Spatia, SpatiaConfig
 from spatiaflow.models.stflow import PRESETS, Preset, STFlow
@@ -13,6 +14,7 @@ from spatiaflow.models.stflow import PRESETS, Preset, STFlow
 __all__ = [
     "PRESETS",
     "ImageFeatures",
+    "Imputer",
     "MorphologyConfig",
     "MorphologyFlow",
     "Preset",
@@ -23,10 +25,12 @@ __all__ = [
     "load",
 ]
 
-_KINDS = {"ImageFeatures": ImageFeatures, "MorphologyFlow": MorphologyFlow, "STFlow": STFlow, "Spatia": Spatia}
+_KINDS = {
+    "ImageFeatures": ImageFeatures, "Imputer": Imputer, "MorphologyFlow": MorphologyFlow, "STFlow": STFlow, "Spatia": Spatia,
+}  # fmt: skip
 
 
-def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow | ImageFeatures:
+def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow | Imputer | ImageFeatures:
     """Load a model written by ``model.save(path)``.
 
     Parameters

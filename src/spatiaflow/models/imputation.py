@@ -8,13 +8,16 @@ is judged once more in the query, on genes that it measures, each fifth of them 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial import cKDTree
 
+from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, library_quantiles
 from spatiaflow.models.simple import gene_pearson
 
@@ -88,9 +91,8 @@ class Design:
         """Centre, scale and components of some cells."""
         spatial = all(c.xy is not None for c in cells)
         n_image = cells[0].image.shape[1] if all(c.image is not None for c in cells) else 0
-        g, n_near = len(inputs), len(NEAR) if spatial else 0
-        branch = np.r_[0, np.repeat(0, g), np.repeat(1, n_near * g), np.repeat(3, n_image)]
-        gene = np.r_[-1, np.tile(np.arange(g), 1 + n_near), np.repeat(-1, n_image)]
+        g = len(inputs)
+        branch, gene = cls.layout(g, spatial, n_image)
         design = cls(inputs, target_sum, branch, gene, None, None, spatial=spatial, n_image=n_image)
         n = total = square = cross = 0
         for one in cells:
@@ -120,6 +122,13 @@ class Design:
             design.branch = np.r_[branch, np.repeat(2, N_KERNEL)]
             design.gene = np.r_[gene, np.repeat(-1, N_KERNEL)]
         return design
+
+    @staticmethod
+    def layout(g: int, spatial: bool, n_image: int) -> tuple[np.ndarray, np.ndarray]:
+        """Branch and gene of every column: log library, own genes, neighbours' genes, image."""
+        n_near = len(NEAR) if spatial else 0
+        branch = np.r_[0, np.repeat(0, g), np.repeat(1, n_near * g), np.repeat(3, n_image)]
+        return branch, np.r_[-1, np.tile(np.arange(g), 1 + n_near), np.repeat(-1, n_image)]
 
     def raw(self, cells: CellTable) -> Iterator[np.ndarray]:
         """Columns as they are, chunk by chunk of cells: log library, own genes, neighbours' genes, image."""
@@ -269,14 +278,21 @@ class Imputer:
         Mean correlation in left-out blocks, and the penalty that gave it, for every set of branches that was tried.
     checked
         By branch what it added in the query, after :meth:`adapt`.
+    share
+        Mean share of each input in the counts of all inputs.
+    card
+        Reference data and settings, when made by :func:`spatiaflow.tl.train_imputation`.
     """
 
     def __init__(
         self, cells: list[CellTable], blocks: list[np.ndarray], inputs: list[str], genes: list[str], *,
-        target_sum: float, branches: tuple[str, ...] = BRANCHES, seed: int = 0,
+        target_sum: float, branches: tuple[str, ...] = BRANCHES, seed: int = 0, card: dict | None = None,
     ):  # fmt: skip
-        self.inputs, self.genes, self.target_sum = inputs, genes, target_sum
+        self.inputs, self.genes, self.target_sum, self.card = inputs, genes, target_sum, card or {}
         self.checked: dict[str, float] = {}
+        self.seen = np.ones(len(inputs), bool)  # which inputs the query measures
+        total = sum(np.asarray(c.counts.sum(0), dtype=np.float64).ravel() for c in cells)
+        self.share = total / max(total.sum(), 1)
         self.design = Design.fit(cells, inputs, target_sum, kernel="kernel" in branches, seed=seed)
         self.evidence = gather(self.design, cells, blocks, seed=seed)
         there = [b for i, b in enumerate(BRANCHES) if b in branches and (self.design.branch == i).any()]
@@ -285,20 +301,28 @@ class Imputer:
         self._choose(there)
         self._judge()
 
+    def __repr__(self) -> str:
+        return f"Imputer: {len(self.genes)} genes from {len(self.inputs)}, {' + '.join(self.branches)}"
+
     @property
     def measured(self) -> np.ndarray:
-        """Which of the genes are inputs too, bool."""
-        return self.own >= 0
+        """Which of the genes are inputs that the query measures too, bool."""
+        return (self.own >= 0) & self.seen[self.own - 1]
+
+    def _taken(self, branches: tuple[str, ...]) -> np.ndarray:
+        """Columns of some branches, without those of genes that the query does not measure."""
+        gene = self.design.gene
+        return self.design.taken(branches) & ((gene < 0) | self.seen[gene])
 
     def _weights(self, sums: Sums, branches, alpha: float, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients and intercepts of some genes; a gene that is an input too is predicted from all others."""
-        columns, out = self.design.taken(branches), np.zeros((len(self.design.branch), len(genes)), np.float32)
+        columns, out = self._taken(branches), np.zeros((len(self.design.branch), len(genes)), np.float32)
         intercept, inner = np.zeros(len(genes), np.float32), self.measured[genes]
         if not inner.all():
             at = genes[~inner]
             out[:, ~inner], intercept[~inner] = sums.ridge(columns, alpha, (sums.xy[:, at], sums.y[at]))
         if inner.any():  # the kernel is made of all inputs, the gene's own among them
-            columns = self.design.taken(tuple(b for b in branches if b != "kernel"))
+            columns = self._taken(tuple(b for b in branches if b != "kernel"))
             scale, centre = self.design.scale, self.design.centre
             out[:, inner], intercept[inner] = sums.each_from_rest(columns, alpha, self.own[genes[inner]], scale, centre)
         return out, intercept
@@ -372,6 +396,76 @@ class Imputer:
             law.pi = np.zeros(n_genes)
         return self._tables
 
+    # ---- kept for other queries ------------------------------------------------------------------------------------------
+
+    def restricted(self, measured: list[str], genes: list[str]) -> Imputer:
+        """For a query that measures only some of the inputs: what remains of the sums, solved anew.
+
+        Needs a model without kernel, whose columns are not of single genes.
+        """
+        out = copy(self)
+        out.seen = np.isin(self.inputs, measured)
+        place = {gene: i for i, gene in enumerate(self.genes)}
+        at = np.array([place[gene] for gene in genes])
+        total = self.evidence.total
+        sums = Sums(total.n, total.x, total.y[at], total.xx, total.xy[:, at])
+        out.evidence, out.genes, out.checked = Gathered([sums], *[None] * 5), genes, {}
+        out.own, out.reliability, out.theta = self.own[at], self.reliability[at], self.theta[:, at]
+        return out
+
+    def save(self, path) -> object:
+        """Write sums and settings to one safetensors file, atomically, and return its path. No cell is kept.
+
+        Only a model whose genes are its inputs and that has no kernel can be saved: see
+        :func:`spatiaflow.tl.train_imputation`.
+        """
+        if self.genes != self.inputs or "kernel" in self.branches:
+            raise ValueError("only what sf.tl.train_imputation returned can be saved.")
+        total, d = self.evidence.total, self.design
+        arrays = {
+            "xx": total.xx[np.triu_indices(len(total.x))], "x": total.x, "centre": d.centre, "scale": d.scale,
+            "share": self.share, "reliability": self.reliability, "theta": self.theta, "libraries": np.stack(self.libraries),
+            "edges": self.edges,
+        }  # fmt: skip
+        description = {
+            "genes": self.genes, "target_sum": self.target_sum, "n": total.n, "branches": self.branches, "alpha": self.alpha,
+            "judged": [[list(k), v] for k, v in self.judged.items()], "spatial": d.spatial, "n_image": d.n_image,
+            "card": self.card,
+        }  # fmt: skip
+        tensors = {name: torch.from_numpy(np.asarray(v, np.float32)) for name, v in arrays.items()}
+        return _base.save(path, "Imputer", description, tensors)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what was learned."""
+        total = self.evidence.total
+        return _base.tensors_sha256({"x": torch.from_numpy(total.x), "scale": torch.from_numpy(self.design.scale)})
+
+    @classmethod
+    def from_state(cls, d: dict, tensors: dict[str, torch.Tensor]) -> Imputer:
+        """Rebuild a model from the description and tensors of its file."""
+        a, genes = {name: v.numpy().astype(np.float64) for name, v in tensors.items()}, d["genes"]
+        out, g, p = cls.__new__(cls), len(genes), len(a["x"])
+        out.inputs = out.genes = genes
+        out.target_sum, out.alpha, out.card, out.checked = d["target_sum"], d["alpha"], d["card"], {}
+        out.branches, out.judged = tuple(d["branches"]), {tuple(k): v for k, v in d["judged"]}
+        out.seen, out.share, out.own = np.ones(g, bool), a["share"], 1 + np.arange(g)
+        out.design = Design(genes, out.target_sum, *Design.layout(g, d["spatial"], d["n_image"]), a["centre"], a["scale"],
+                            spatial=d["spatial"], n_image=d["n_image"])  # fmt: skip
+        xx = np.zeros((p, p))
+        xx[np.triu_indices(p)] = a["xx"]
+        xx += np.triu(xx, 1).T
+        scale, centre = (
+            out.design.scale[out.own],
+            out.design.centre[out.own],
+        )  # own columns, back in the unit of targets
+        scale = np.where(np.isfinite(scale), scale, 0.0)
+        y, xy = a["x"][out.own] * scale + d["n"] * centre, xx[:, out.own] * scale + np.outer(a["x"], centre)
+        out.evidence = Gathered([Sums(d["n"], a["x"], y, xx, xy)], *[None] * 5)
+        out.reliability, out.theta = a["reliability"].astype(np.float32), a["theta"]
+        out.libraries, out.edges = [*a["libraries"]], a["edges"]
+        return out
+
     # ---- what the query says ----------------------------------------------------------------------------------------
 
     def adapt(self, query: list[CellTable], *, n_folds: int = 5, seed: int = 0) -> None:
@@ -386,11 +480,12 @@ class Imputer:
         x = np.concatenate([part[::step] for one in query for part in design.columns(one)])
         own = 1 + np.arange(g)
         seen = (x[:, own] > x[:, own].min(0)).mean(0) * np.isfinite(design.scale[own])
+        seen = seen * self.seen
         usable = np.flatnonzero(seen > (0.02 if (seen > 0.02).sum() >= 10 else 0))
         folds = [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n_folds) if len(f)]
 
         def score(branches):
-            found, columns = np.full(g, np.nan), design.taken(branches)
+            found, columns = np.full(g, np.nan), self._taken(branches)
             for fold in folds:
                 left = columns & ~np.isin(design.gene, fold)
                 weights, _ = total.ridge(left, self.alpha, (total.xx[:, own[fold]], total.x[own[fold]]))
@@ -406,12 +501,9 @@ class Imputer:
                 kept, best = (*kept, branch), more
         self.branches = tuple(b for b in self.branches if b in kept or b == "kernel")
 
-    def predict(self, query: CellTable, genes: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Mean and standard deviation (cells x genes, log1p per ``target_sum``), chunk by chunk of cells.
-
-        ``genes``: places of those that are wanted, all when None.
-        """
-        total, at = self.evidence.total, np.arange(len(self.genes)) if genes is None else genes
+    def predict(self, query: CellTable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Mean and standard deviation (cells x genes, log1p per ``target_sum``), chunk by chunk of cells."""
+        total, at = self.evidence.total, np.arange(len(self.genes))
         weights, intercept = self._weights(total, self.branches, self.alpha, at)
         floor = (FLOOR * total.y[at] / total.n).astype(np.float32)  # nobody is sure that a gene is off
         inner, start = np.flatnonzero(self.measured[at]), 0

@@ -137,7 +137,7 @@ def _measured(table: AnnData, truth: AnnData | None, genes: list[str], key: str,
     if not there:
         return {}
     shared = [str(gene) for gene in table.uns[key]["shared"]]
-    library = _io.dense(_io.counts(table, shared, layer)[0].sum(1)).ravel()
+    library = _io.dense(_io.counts(table, shared, layer)[0].sum(1)).ravel() / table.uns[key]["library_share"]
     counts = _io.dense(_io.counts(source, there, layer)[0])[at]
     values = np.log1p(counts * (_io.target_sum(table, key) / np.maximum(library, 1))[:, None])
     return dict(zip(there, values.T))

@@ -1,7 +1,7 @@
 """The verbs: check the input, gather arrays, run a model, write slots."""
 
 from spatiaflow.tl._expression import predict_expression, train_stflow
-from spatiaflow.tl._imputation import impute_genes
+from spatiaflow.tl._imputation import impute_genes, train_imputation
 from spatiaflow.tl._labels import annotate, cluster_niches
 from spatiaflow.tl._morphology import generate_morphology, train_morphology
 from spatiaflow.tl._spatia import embed_spatia, train_spatia
@@ -15,6 +15,7 @@ __all__ = [
     "impute_genes",
     "pair_transitions",
     "predict_expression",
+    "train_imputation",
     "train_morphology",
     "train_spatia",
     "train_stflow",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,9 +17,78 @@ import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress, resolve_seed
 
+if TYPE_CHECKING:
+    from spatiaflow.models import Imputer
+
 N_BLOCKS, MIN_CELLS, MIN_SHARED = 5, 50, 5
 MAX_INPUTS = 600  # genes that predictions read: of more, those of the largest variance; all count for the library size
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
+
+
+def train_imputation(
+    data: AnnData | SpatialData | list[AnnData | SpatialData],
+    *,
+    genes: list[str] | None = None,
+    use_rep: str | None = None,
+    target_sum: float | None = None,
+    layer: str | None = None,
+    table_key: str = "table",
+    shapes_key: str | None = None,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    random_state: int | None = None,
+) -> Imputer:
+    """Learn how the genes of a panel, those of neighbours and images go together, to impute whichever of them are missing.
+
+    What :func:`impute_genes` learns from a reference, without its kernel, and for any choice of genes: sums over cells, which say
+    how each gene follows from any of the others. No cell is kept.
+
+    Parameters
+    ----------
+    data
+        Raw counts; positions if there are any. One object or a list.
+    genes
+        Panel of the model; when None all genes that the slides share (at most 600: those of the largest variance).
+    use_rep, target_sum, layer, table_key, shapes_key, labels_key, library_key, spatial_key, random_state
+        As in :func:`impute_genes`.
+
+    Returns
+    -------
+    :class:`spatiaflow.models.Imputer`, with ``.reliability`` (of each gene from all others, in left-out blocks), ``.judged``,
+    ``.card`` and ``.save(path)``.
+
+    Raises
+    ------
+    KeyError
+        Genes, a layer or a slot are missing.
+    ValueError
+        Counts are not raw, or there are too few cells or genes.
+    """
+    objects = list(data) if isinstance(data, list | tuple) else [data]
+    tables = [_io.unpack(one, table_key)[1] for one in objects]
+    shared = _io.shared_genes(tables)
+    if genes is not None:
+        if unknown := [g for g in genes if g not in shared]:
+            raise KeyError(f"genes= names {len(unknown)} that not all slides measure, such as {unknown[0]!r}.")
+        shared = [str(g) for g in genes]
+    where = {"shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key, "spatial_key": spatial_key}
+    reference = _Cells.of(objects, tables, shared, layer, use_rep, table_key=table_key, **where)
+    if reference.n < MIN_CELLS or len(shared) < MIN_SHARED:
+        raise ValueError(
+            f"{reference.n} cells and {len(shared)} shared genes; at least {MIN_CELLS} and {MIN_SHARED} are needed."
+        )
+    if len(shared) > MAX_INPUTS:
+        shared = _most_variable(reference.counts, reference.library, shared)
+        reference = _Cells.of(objects, tables, shared, layer, use_rep, table_key=table_key, **where)
+    boxes = {
+        name: {"n_obs": len(rows)} | ({} if xy is None else {"box": [*xy.min(0), *xy.max(0)]})
+        for name, rows, xy in reference.sections
+    }
+    return reference.imputer(
+        shared, shared, target_sum=target_sum, branches=("genes", "neighbors", "image"), seed=resolve_seed(random_state),
+        card={"data": boxes, "use_rep": use_rep or "", "spatiaflow": spatiaflow.__version__},
+    )  # fmt: skip
 
 
 def impute_genes(
@@ -24,6 +96,7 @@ def impute_genes(
     *,
     genes: list[str] | None = None,
     reference: AnnData | SpatialData | None = None,
+    model: Imputer | str | Path | None = None,
     use_rep: str | None = None,
     check: bool = True,
     target_sum: float | None = None,
@@ -38,7 +111,7 @@ def impute_genes(
     key_added: str = "imputed",
     copy: bool = False,
 ) -> AnnData | SpatialData | None:
-    """Impute genes that a panel does not measure from a reference, and say which of them to trust.
+    """Impute genes that a panel does not measure, from a reference or a trained model, and say which of them to trust.
 
     A ridge regression on what query and reference share: a cell's other genes, those of its 5, 15 and 50 nearest neighbours
     (where both have positions), features of its image (``use_rep``), and random Fourier features of the principal components
@@ -51,10 +124,12 @@ def impute_genes(
     data
         Raw counts; positions if there are any.
     genes
-        What to impute; when None all genes of the reference that ``data`` lack, or, without a reference, all of ``data``.
+        What to impute; when None all genes of the reference or model that ``data`` lack, or, without either, all of ``data``.
     reference
-        Cells with raw counts of the genes: another slide or part of one, or dissociated cells. When None the data are
-        their own reference, and only genes that they measure can be given.
+        Cells with raw counts of the genes: another slide or part of one, or dissociated cells.
+    model
+        Instead of a reference a model of :func:`train_imputation`, or its path; it has no kernel. Without reference and model the
+        data are their own reference, and only genes that they measure can be given.
     use_rep
         Slot of ``.obsm`` with features of each cell's image, in data and reference alike, such as those of
         ``embed_spatia(..., modalities="image")``. Features that have seen counts would give hidden genes away.
@@ -62,8 +137,8 @@ def impute_genes(
         Judge neighbours and image once more in ``data``, on genes that it measures, hidden by turns: what lowers their
         correlation there is left out. It looks at all cells of the query at once (transductive; it is recorded).
     target_sum
-        Values are log1p of counts per ``target_sum`` of the counts of all shared genes; their median over the reference
-        when None.
+        Values are log1p of counts per ``target_sum`` of the counts of all shared genes (with a model: of all its genes, whose
+        share in them is known from its reference); their median over the reference when None.
     layer, reference_layer
         Layers with raw counts; None reads ``X``.
     table_key, shapes_key, labels_key
@@ -87,9 +162,10 @@ def impute_genes(
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p of counts per ``target_sum``
     ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law of the cell's own
         library, with the dispersion of left-out blocks of the reference
-    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library), ``reliability`` (correlation with measured values in left-out blocks),
-        ``denoised`` (which genes the data measure), ``branches``, ``judged`` (mean correlation by set of branches),
-        ``checked`` (what a branch added in ``data``), ``normalization`` and ``params``
+    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library) and ``library_share`` (of them in
+        the library: 1 but with a model), ``reliability`` (correlation with measured values in left-out blocks), ``denoised``
+        (which genes the data measure), ``branches``, ``judged`` (mean correlation by set of branches), ``checked`` (what a branch
+        added in ``data``), ``normalization`` and ``params``
 
     With more than 2,000 genes the result is an AnnData of its own, with these as ``.X``, ``.layers["std"]`` and ``.var``: it is
     returned for an AnnData, and is the table ``key_added`` on the same region in a SpatialData.
@@ -104,65 +180,75 @@ def impute_genes(
     See Also
     --------
     spatiaflow.get.expression : the slot as an AnnData.
+    spatiaflow.pl.imputation : imputed beside measured values.
     """
-    from spatiaflow.models.imputation import Imputer
+    from spatiaflow import models
 
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.slot_name(key_added)
     _io.positive(target_sum=target_sum)
+    if reference is not None and model is not None:
+        raise ValueError("give a reference or a model, not both.")
     data, table = _io.unpack(data, table_key, copy=copy)
-    known = table if reference is None else _io.unpack(reference, table_key)[1]
     where = {
         "table_key": table_key, "shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key,
         "spatial_key": spatial_key,
     }  # fmt: skip
-    if reference is None:
-        layer_of_reference = layer
-        reference = data
+    if model is not None:
+        model = model if isinstance(model, models.Imputer) else models.load(model)
+        if not isinstance(model, models.Imputer):
+            raise TypeError(f"model must be an Imputer, not a {type(model).__name__}.")
+        if target_sum is not None:
+            raise ValueError("target_sum= is the model's; leave it out.")
+        shared, wanted = _genes(table, model.inputs, genes, "the model")
+        model = model.restricted(shared, wanted)
+        query = _Cells.of([data], [table], shared, layer, use_rep, inputs=model.inputs, **where)
+        if model.design.n_image != (0 if use_rep is None else query.image.shape[1]):
+            named = model.card.get("use_rep") or None
+            raise ValueError(f"the model was trained with use_rep={named!r}; give features of the same kind.")
+        if model.design.spatial and not query.spatial:
+            raise KeyError(f"the model looks at neighbors, and obsm has no {spatial_key!r}; give spatial_key=...")
+        share, n_reference = float(model.share[model.seen].sum()), model.evidence.total.n
+        query.library = query.library / share
     else:
-        layer_of_reference = reference_layer
-    if known.n_obs < MIN_CELLS:
-        raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
-    shared, wanted = _genes(table, known, genes)
-    sections, others = (_io.sections(one, **where) for one in (data, reference))
-    counts, theirs = _matrix(table, shared, layer), _matrix(known, shared, layer_of_reference)
-    library, depth = (np.asarray(one.sum(1), dtype=np.float64).ravel() for one in (counts, theirs))
-    inputs = _most_variable(theirs, depth, shared)
-    spatial = all(xy is not None for _, _, xy in sections + others)
-    if target_sum is None:
-        target_sum = max(float(np.median(depth)), 1.0)
-    images = [None, None]
-    if use_rep is not None:
-        images = [_io.features(one, use_rep, "Give use_rep= of a slot that both have.") for one in (table, known)]
-        if images[0].shape[1] != images[1].shape[1]:
+        known = table if reference is None else _io.unpack(reference, table_key)[1]
+        if known.n_obs < MIN_CELLS:
+            raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
+        shared, wanted = _genes(
+            table, known.var_names, genes, "data, and there is no reference=" if known is table else "the reference"
+        )
+        theirs = reference if reference is not None else data
+        source = _Cells.of(
+            [theirs], [known], shared, reference_layer if reference is not None else layer, use_rep, **where
+        )
+        inputs = _most_variable(source.counts, source.library, shared)
+        query = _Cells.of([data], [table], shared, layer, use_rep, inputs=inputs, **where)
+        query.spatial = source.spatial = query.spatial and source.spatial
+        if use_rep is not None and query.image.shape[1] != source.image.shape[1]:
             raise ValueError(
-                f"obsm[{use_rep!r}] has {images[0].shape[1]} columns in data and {images[1].shape[1]} in the reference."
+                f"obsm[{use_rep!r}] has {query.image.shape[1]} columns in data and {source.image.shape[1]} in the reference."
             )
-    columns = np.flatnonzero(np.isin(shared, inputs))
-    targets = _matrix(known, wanted, layer_of_reference)
-    query = [_cells(counts, library, columns, images[0], s, spatial) for s in sections]
-    train = [_cells(theirs, depth, columns, images[1], s, spatial, targets) for s in others]
-    logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), known.n_obs)
-    model = Imputer(
-        train, _blocks(others, spatial), [shared[i] for i in columns], wanted, target_sum=target_sum, seed=seed
-    )
+        logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), source.n)
+        model = source.imputer(inputs, wanted, target_sum=target_sum, seed=seed)
+        share, n_reference = 1.0, source.n
+    cells = query.cells(model.inputs)
     if check:
-        model.adapt(query, seed=seed)
+        model.adapt(cells, seed=seed)
     uns = {
-        "genes": wanted, "shared": shared, "reliability": model.reliability, "denoised": model.measured, "branches": list(model.branches),
-        "judged": {"+".join(names): r for names, r in model.judged.items()}, "checked": model.checked,
-        "normalization": {"target_sum": target_sum},
+        "genes": wanted, "shared": shared, "library_share": share, "reliability": model.reliability, "denoised": model.measured,
+        "branches": list(model.branches), "judged": {"+".join(names): r for names, r in model.judged.items()},
+        "checked": model.checked, "normalization": {"target_sum": model.target_sum},
         "params": {
-            "n_shared": len(shared), "n_reference": known.n_obs, "use_rep": use_rep or "", "transductive": check,
+            "n_shared": len(shared), "n_reference": n_reference, "use_rep": use_rep or "", "transductive": check,
             "penalty": model.alpha, "random_state": seed, "spatial_key": spatial_key, "n_vars": table.n_vars,
             "spatiaflow": spatiaflow.__version__,
         },
     }  # fmt: skip
     mean, std = (np.zeros((table.n_obs, len(wanted)), np.float32) for _ in range(2))
     bar = progress(None, "imputing", total=table.n_obs, unit="cell")
-    for (_, rows, _), cells in zip(sections, query):
+    for (_, rows, _), one in zip(query.sections, cells):
         start = 0
-        for m, s in model.predict(cells):
+        for m, s in model.predict(one):
             at = rows[start : start + len(m)]
             mean[at], std[at], start = m, s, start + len(m)
             bar.update(len(m))
@@ -174,32 +260,95 @@ def impute_genes(
     return _own_table(data, table, key_added, mean, std, uns, copy)
 
 
-def _genes(table: AnnData, known: AnnData, genes) -> tuple[list[str], list[str]]:
+@dataclass
+class _Cells:
+    """Cells of some objects as one list of sections, in the shared genes."""
+
+    tables: list[AnnData]
+    layer: str | None
+    genes: list[str]
+    counts: sparse.csr_matrix  # n x genes
+    library: np.ndarray  # n
+    sections: list[tuple[str, np.ndarray, np.ndarray | None]]
+    image: np.ndarray | None
+    spatial: bool
+
+    @classmethod
+    def of(cls, objects, tables, shared, layer, use_rep, *, inputs=None, **where) -> _Cells:
+        """Counts of the shared genes (of ``inputs`` where given: zero where they are not shared), places and features."""
+        parts = [sparse.csr_matrix(_io.counts(t, shared, layer)[0], dtype=np.float32) for t in tables]
+        counts, sections, start = sparse.vstack(parts, format="csr"), [], 0
+        library = np.asarray(counts.sum(1), dtype=np.float64).ravel()
+        for one, table in zip(objects, tables):
+            sections += [(name, start + rows, xy) for name, rows, xy in _io.sections(one, **where)]
+            start += table.n_obs
+        genes = shared
+        if inputs is not None:
+            place = {gene: i for i, gene in enumerate(shared)}
+            at = np.array([place.get(gene, -1) for gene in inputs])
+            chosen = sparse.csr_matrix(
+                (np.ones((at >= 0).sum(), np.float32), (at[at >= 0], np.flatnonzero(at >= 0))),
+                (len(shared), len(inputs)),
+            )
+            counts, genes = sparse.csr_matrix(counts @ chosen), inputs
+        image = None
+        if use_rep is not None:
+            image = np.concatenate(
+                [_io.features(t, use_rep, "Give use_rep= of a slot that both have.") for t in tables]
+            )
+        return cls(tables, layer, genes, counts, library, sections, image, all(xy is not None for _, _, xy in sections))
+
+    @property
+    def n(self) -> int:
+        return len(self.library)
+
+    def cells(self, inputs: list[str], wanted: list[str] | None = None) -> list:
+        """A :class:`spatiaflow.models.imputation.CellTable` for each section."""
+        from spatiaflow.models.imputation import CellTable
+
+        place = {gene: i for i, gene in enumerate(self.genes)}
+        counts, targets = self.counts[:, [place[g] for g in inputs]], None
+        if wanted is not None:
+            parts = [sparse.csr_matrix(_io.counts(t, wanted, self.layer)[0], dtype=np.float32) for t in self.tables]
+            targets = sparse.vstack(parts, format="csr")
+        return [
+            CellTable(
+                counts[rows], self.library[rows], xy if self.spatial else None, None if self.image is None else self.image[rows],
+                None if targets is None else targets[rows],
+            )
+            for _, rows, xy in self.sections
+        ]  # fmt: skip
+
+    def imputer(self, inputs: list[str], wanted: list[str], *, target_sum: float | None, **options) -> Imputer:
+        """Fit to these cells."""
+        from spatiaflow.models import Imputer
+
+        per = target_sum or max(float(np.median(self.library)), 1.0)
+        blocks = _blocks(self.sections, self.spatial)
+        return Imputer(self.cells(inputs, wanted), blocks, inputs, wanted, target_sum=per, **options)
+
+
+def _genes(table: AnnData, there, genes, where: str) -> tuple[list[str], list[str]]:
     """Genes that both measure, and those that are wanted."""
-    there = set(known.var_names)
-    shared = [str(g) for g in table.var_names if g in there]
+    known = set(there)
+    shared = [str(g) for g in table.var_names if g in known]
     if len(shared) < MIN_SHARED:
         raise ValueError(
-            f"data and reference share {len(shared)} of {table.n_vars} genes; at least {MIN_SHARED} are needed. Data have e.g. "
-            f"{', '.join(table.var_names[:3])}, the reference {', '.join(known.var_names[:3])}: are the identifiers of one kind "
+            f"data and {where} share {len(shared)} of {table.n_vars} genes; at least {MIN_SHARED} are needed. Data have e.g. "
+            f"{', '.join(table.var_names[:3])}, {where} {', '.join(list(there)[:3])}: are the identifiers of one kind "
             "(symbols or Ensembl, human or mouse)?"
         )
     if genes is None:
-        wanted = [str(g) for g in known.var_names if g not in set(shared)] if known is not table else shared
+        wanted = [str(g) for g in there if g not in set(shared)] if there is not table.var_names else shared
         if not wanted:
-            raise ValueError("the reference has no gene that data lack; name those to denoise in genes=.")
+            raise ValueError(f"{where} has no gene that data lack; name those to denoise in genes=.")
         return shared, wanted
     wanted = [genes] if isinstance(genes, str) else [str(g) for g in genes]
-    if unknown := [g for g in wanted if g not in there]:
-        where = "data, and there is no reference=" if known is table else "the reference"
+    if unknown := [g for g in wanted if g not in known]:
         raise KeyError(f"genes= names {len(unknown)} that are not in {where}, such as {unknown[0]!r}.")
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError("genes= names no gene, or one of them twice.")
     return shared, wanted
-
-
-def _matrix(table: AnnData, genes: list[str], layer: str | None) -> sparse.csr_matrix:
-    return sparse.csr_matrix(_io.counts(table, genes, layer)[0], dtype=np.float32)
 
 
 def _most_variable(counts: sparse.csr_matrix, library: np.ndarray, shared: list[str]) -> list[str]:
@@ -210,16 +359,6 @@ def _most_variable(counts: sparse.csr_matrix, library: np.ndarray, shared: list[
     mean, square = (np.asarray(v.mean(0)).ravel() for v in (values, values.multiply(values)))
     order = np.argsort(-(square - mean**2), kind="stable")
     return [shared[i] for i in order[:MAX_INPUTS]]
-
-
-def _cells(counts, library, columns, image, section, spatial: bool, targets=None):
-    from spatiaflow.models.imputation import CellTable
-
-    _, rows, xy = section
-    return CellTable(
-        counts[rows][:, columns], library[rows], xy if spatial else None, None if image is None else image[rows],
-        None if targets is None else targets[rows],
-    )  # fmt: skip
 
 
 def _blocks(sections: list, spatial: bool) -> list[np.ndarray]:
