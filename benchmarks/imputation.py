@@ -10,8 +10,8 @@ Five folds of the genes seen in > 2 % of the query's cells are hidden, one after
 Pancreas: reference x < 16500 px, query x > 19500, cells with >= 15 counts, log1p of counts per 100 of the kept genes, as in
 the reference figures. STARmap: each mouse by the other two. Olfactory bulb: each section by the other two. Penalties and
 branches by left-out blocks of the reference, for baselines alike. ``known``: no reference, but models of the whole panel:
-what ``tl.train_imputation`` keeps, and SPATIA's decoder from the embedding of what is left. Differences to the best baseline by bootstrap
-over blocks of the query (500 um; slides are a hundredth of that for spots).
+what ``tl.train_imputation`` keeps, and SPATIA's decoder from the embedding of what is left. Differences to the best baseline
+by bootstrap over blocks of the query: 500 um, of the others a sixth of the longer side.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress, resolve_seed
+from spatiaflow.tl._cells import file_of
 
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
@@ -128,8 +129,10 @@ def impute_genes(
     reference
         Cells with raw counts of the genes: another slide or part of one, or dissociated cells.
     model
-        Instead of a reference a model of :func:`train_imputation`, or its path; it has no kernel. Without reference and model the
-        data are their own reference, and only genes that they measure can be given.
+        Instead of a reference a model of :func:`train_imputation`, its path, or the name of weights that
+        :func:`spatiaflow.datasets.weights` lists ("imputation-pancreas-small"). It has no kernel, and normalises by an
+        estimate of the library: a reference serves better. Without both the data are their own reference, and only genes
+        that they measure can be given.
     use_rep
         Slot of ``.obsm`` with features of each cell's image, in data and reference alike, such as those of
         ``embed_spatia(..., modalities="image")``. Features that have seen counts would give hidden genes away.
@@ -195,7 +198,7 @@ def impute_genes(
         "spatial_key": spatial_key,
     }  # fmt: skip
     if model is not None:
-        model = model if isinstance(model, models.Imputer) else models.load(model)
+        model = model if isinstance(model, models.Imputer) else models.load(file_of(model))
         if not isinstance(model, models.Imputer):
             raise TypeError(f"model must be an Imputer, not a {type(model).__name__}.")
         if target_sum is not None:
@@ -215,7 +218,10 @@ def impute_genes(
         if known.n_obs < MIN_CELLS:
             raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
         shared, wanted = _genes(
-            table, known.var_names, genes, "data, and there is no reference=" if known is table else "the reference"
+            table,
+            known.var_names,
+            genes,
+            "data, and there is neither reference= nor model=" if known is table else "the reference",
         )
         theirs = reference if reference is not None else data
         source = _Cells.of(
