@@ -465,7 +465,7 @@ def pancreas(a) -> None:
             "mean training target": np.stack([mean.get(n, real["train", target].mean(0).astype(np.uint8)) for n in niche]),
         }  # fmt: skip
         images = {key: [one] for key, one in images.items()}
-        runs = {OURS: (models["ours"], 10, "heun"), "generated, euler 10": (models["ours"][:1], 10, "euler")}
+        runs = {OURS: (models["ours"], 10, "heun"), "generated, euler 10": (models["ours"], 10, "euler")}
         if not a.quick:
             runs["generated, heun 200, one seed"] = (models["ours"][:1], 200, "heun")
             runs["generated, heun 10, one seed"] = (models["ours"][:1], 10, "heun")

@@ -1,0 +1,214 @@
+"""Every task of the two papers in one table, from what the other benchmarks wrote.
+
+    python benchmarks/all.py            reads benchmarks/results, writes docs/benchmark_table.md: seconds
+    python benchmarks/all.py --refit    prints the commands that make those files anew
+
+Nothing is counted here: each value is a mean over the seeds (and sections, mice or levels that the row names) of a column of a
+file, with the standard deviation between seeds where there are several. A task whose file is missing is listed as not measured.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "benchmark_table.md"
+COMMANDS = {  # what makes the files, and is printed by --refit
+    "her2st-10k": "python benchmarks/expression.py --data her2st --seeds 3",
+    "mouse_olfactory_bulb-10k": "python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3",
+    "embedding-pancreas": "python benchmarks/embedding.py pancreas --store pancreas.zarr --cache features",
+    "embedding-starmap": "python benchmarks/embedding.py starmap --seeds 3 --cache features",
+    "imputation-known": "python benchmarks/imputation.py known --store pancreas.zarr --cache features",
+    "imputation-pancreas": "python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features",
+    "imputation-starmap": "python benchmarks/imputation.py starmap",
+    "morphology-pancreas": "python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --folder runs",
+    "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --epochs 40",
+    "morphology-tiles": "python benchmarks/morphology.py tiles --train 12000 --epochs 30 --seeds 2",
+}
+
+
+@dataclass
+class Row:
+    """A task: where its values are, and which of the methods are ours."""
+
+    task: str
+    data: str
+    split: str
+    metric: str
+    files: str  # as in COMMANDS
+    value: str  # column
+    ours: str  # method
+    baselines: list[str]
+    keep: str = ""  # query of rows
+    method: str = "method"  # column of methods
+    seeds: str = "seed"  # column; one file a seed where it is missing
+    ceiling: str = ""  # method, or column
+    less: bool = False  # less is better
+
+
+ROWS = [
+    Row(
+        "expression from histology", "her2st", "each of C2-C5 from the other sections (one donor)", "Pearson, 50 genes",
+        "her2st-10k", "pearson", "STFlow default",
+        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "deterministic twin",
+         "STFlow paper preset", "no context (k=0)"], "section != 'B4'", ceiling="ceiling",
+    ),
+    Row(
+        "expression from histology", "her2st", "B4 from C2-C5 (another donor)", "Pearson, 50 genes", "her2st-10k", "pearson",
+        "STFlow default", ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "deterministic twin"],
+        "section == 'B4'", ceiling="ceiling",
+    ),
+    Row(
+        "expression from histology", "mouse olfactory bulb", "each of three sections from the others", "Pearson, 50 genes",
+        "mouse_olfactory_bulb-10k", "pearson", "STFlow default", ["ridge", "ridge + smoothing", "MLP + smoothing"],
+        ceiling="ceiling",
+    ),
+    Row(
+        "image -> gene", "Xenium pancreas", "x < 16500 to x > 19500", "Pearson, 50 genes", "embedding-pancreas", "test",
+        "SPATIA image, cell + niche",
+        ["CNN, supervised + neighbours", "hand features + neighbours", "SPATIA image, self-supervised (no genes), cell",
+         "untrained SPATIA, image, cell"], "task == 'image to expression'",
+    ),
+    Row(
+        "gene -> image retrieval", "Xenium pancreas", "x > 19500, among 1,000", "first ten", "embedding-pancreas", "top 10",
+        "SPATIA", ["untrained"], "task == 'retrieval among 1,000'",
+    ),
+    Row(
+        "annotation", "Xenium pancreas", "x < 16500 to x > 19500, labels of whole-slide clusters", "macro F1",
+        "embedding-pancreas", "macro F1", "SPATIA fused, cell", ["all genes", "PCA of genes and of image features, side by side"],
+        "task == 'annotation and clusters'",
+    ),
+    Row(
+        "annotation", "STARmap", "two mice to the third", "macro F1, 15 types", "embedding-starmap", "type F1", "SPATIA cell",
+        ["genes", "PCA", "genes + neighbours", "scVI", "BANKSY-style 0.2"],
+    ),
+    Row(
+        "clustering", "Xenium pancreas", "x > 19500, against whole-slide clusters", "ARI", "embedding-pancreas", "ARI",
+        "SPATIA fused, cell", ["PCA of genes", "PCA of genes and of image features, side by side"],
+        "task == 'annotation and clusters'",
+    ),
+    Row(
+        "domains", "STARmap", "two mice to the third", "macro F1, 4 layers", "embedding-starmap", "layer F1", "SPATIA tissue",
+        ["genes + neighbours", "PCA + neighbours", "neighbours", "scVI + neighbours (as CellCharter)", "BANKSY-style 0.8"],
+    ),
+    Row(
+        "domains", "STARmap", "two mice to the third, no labels", "ARI, 4 layers", "embedding-starmap", "layer ARI",
+        "SPATIA niche", ["neighbours", "neighbours' scVI", "BANKSY-style 0.8", "neighbours, own"],
+    ),
+    Row(
+        "imputation without reference", "Xenium pancreas", "model of x < 16500, genes hidden at x > 19500", "Pearson, 219 genes",
+        "imputation-known", "r", "trained model", ["SPATIA's decoder, niche", "SPATIA's decoder, cell"],
+    ),
+    Row(
+        "imputation with reference", "Xenium pancreas", "reference x < 16500, query x > 19500", "Pearson, 219 genes",
+        "imputation-pancreas", "r", "ours, checked in the query",
+        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes",
+         "ridge, genes + neighbors' genes + image, 0.15 of a column", "kNN in 50 components", "depth only"],
+    ),
+    Row(
+        "imputation with reference", "STARmap", "two mice to the third", "Pearson, all genes", "imputation-starmap", "r",
+        "ours, checked in the query",
+        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "kNN in 50 components", "depth only"],
+    ),
+    Row(
+        "phenotype generation (cell)", "Xenium pancreas, tumour cells", "x < 16500 to x > 19500", "KID (less is better)",
+        "morphology-pancreas", "KID", "generated, heun 10",
+        ["copy of the source", "source, histogram of the target", "generated, noise", "nearest training target",
+         "generated, unweighted", "generated, nospace"], "transition == 'MKI67/UBE2C -> COL17A1/SERPINB3'",
+        ceiling="training targets", less=True,
+    ),
+    Row(
+        "phenotype generation (niche)", "simulated tissue, tiles", "another slide", "share of the change of mean nuclear area",
+        "morphology-tiles", "share shown", "", [], "feature == 'mean_area_um2'",
+    ),
+    Row(
+        "spatial effect recovery", "simulated tissue", "another slide", "share of the planted change of nuclear area, niches",
+        "morphology-simulated", "share shown", "True", ["False"], "feature == 'area_um2'", method="context",
+    ),
+]  # fmt: skip
+
+NOT_YET = [["biomarker genes", "her2st", "GATA3, ERBB2, UBE2C, VWF", "Pearson"]]
+
+
+def read(row: Row) -> pd.DataFrame | None:
+    """Rows of a task's files, with a column of seeds."""
+    exact = RESULTS / f"{row.files}.csv"
+    one_each = f"{row.files}-seed*.csv" if exact.exists() else f"{row.files}-*.csv"
+    paths = [*([exact] if exact.exists() else []), *sorted(RESULTS.glob(one_each))]
+    if not paths:
+        return None
+    table = pd.concat([pd.read_csv(path).assign(file=i) for i, path in enumerate(paths)])
+    if "seed" not in table:
+        table["seed"] = table["file"]
+    table = table.query(row.keep) if row.keep else table
+    if row.method not in table:
+        table[row.method] = ""
+    return table.assign(**{row.method: table[row.method].astype(str)})
+
+
+def value(table: pd.DataFrame, row: Row, method: str) -> str:
+    """Mean over seeds, with the standard deviation between them."""
+    some = table[table[row.method] == method]
+    by_seed = some.groupby("seed")[row.value].mean().dropna()
+    if f"{row.value}, sd of seeds" in some and len(by_seed):  # a row that is a mean of seeds already
+        n = int(some["seeds"].iloc[0]) if "seeds" in some else 1
+        spread = f" ± {some[f'{row.value}, sd of seeds'].iloc[0]:.3f}" if n > 1 else ""
+        return f"{by_seed.mean():.3f}{spread} ({n})"
+    if by_seed.empty:
+        return "not measured"
+    spread = f" ± {by_seed.std():.3f}" if len(by_seed) > 1 and by_seed.std() > 5e-4 else ""
+    return f"{by_seed.mean():.3f}{spread} ({len(by_seed)})"
+
+
+def seconds(table: pd.DataFrame, row: Row) -> str:
+    """Seconds of a run of ours, where its file tells."""
+    ours = table[table[row.method] == row.ours]
+    for name in ("seconds", "seconds, all folds", "seconds to train"):
+        if name in ours and ours[name].notna().any():
+            return f"{ours[name].mean():.0f}"
+    return ""
+
+
+def line(row: Row) -> list[str]:
+    """A row of the table."""
+    table = read(row)
+    head = [row.task, row.data, row.split, row.metric]
+    if table is None or not (table[row.method] == row.ours).any():
+        return [*head, "not measured", "", "", "", "", f"`{COMMANDS[row.files]}`"]
+    baselines = [f"{name}: {value(table, row, name)}" for name in row.baselines if (table[row.method] == name).any()]
+    ceiling = ""
+    if row.ceiling:
+        ceiling = f"{table[row.ceiling].mean():.3f}" if row.ceiling in table else value(table, row, row.ceiling)
+    memory = f"{table['peak_gb'].max():.1f}" if "peak_gb" in table else ""
+    ours = f"**{value(table, row, row.ours)}**"
+    return [*head, ours, "; ".join(baselines), ceiling, seconds(table, row), memory, f"`{COMMANDS[row.files]}`"]
+
+
+def table() -> str:
+    """The table in Markdown."""
+    names = [
+        "task",
+        "data",
+        "split",
+        "metric",
+        "ours (seeds)",
+        "baselines (seeds)",
+        "ceiling",
+        "seconds",
+        "GB",
+        "command",
+    ]
+    rows = [line(row) for row in ROWS] + [[*cells, "not measured", *[""] * 5] for cells in NOT_YET]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (names, ["---"] * len(names), *rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--refit", action="store_true", help="print what makes the files anew")
+    a = parser.parse_args()
+    if a.refit:
+        print("\n".join(COMMANDS.values()))
+        raise SystemExit
+    TABLE.write_text(table(), encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"))
