@@ -1,6 +1,6 @@
 """Every task of the two papers in one table, from what the other benchmarks wrote.
 
-    python benchmarks/all.py            reads benchmarks/results, writes docs/benchmark_table.md: seconds
+    python benchmarks/all.py            reads benchmarks/results, writes docs/benchmark_table.md and a figure: seconds
     python benchmarks/all.py --refit    prints the commands that make those files anew
 
 Nothing is counted here: each value is a mean over the seeds (and sections, mice or levels that the row names) of a column of a
@@ -185,6 +185,27 @@ def line(row: Row) -> list[str]:
     return [*head, ours, "; ".join(baselines), ceiling, seconds(table, row), memory, f"`{COMMANDS[row.files]}`"]
 
 
+def scores() -> pd.DataFrame:
+    """The numbers of the table, a row a task and method, for :func:`spatiaflow.pl.benchmark`."""
+    out = []
+    for row in ROWS:
+        found = read(row)
+        if found is None or not row.baselines or not (found[row.method] == row.ours).any():
+            continue
+        ceiling = found[row.ceiling].mean() if row.ceiling in found else float("nan")
+        task = f"{row.task}, {row.data}" + (", another donor" if "another donor" in row.split else "")
+        task += ", no labels" if "no labels" in row.split else ""
+        for name in (row.ours, *row.baselines):
+            some = found[found[row.method] == name]
+            by_seed, mean_of_seeds = some.groupby("seed")[row.value].mean(), f"{row.value}, sd of seeds"
+            out.append({
+                "task": task, "metric": row.metric, "method": "ours" if name == row.ours else name, "value": by_seed.mean(),
+                "std": some[mean_of_seeds].iloc[0] if mean_of_seeds in some else by_seed.std(), "ceiling": ceiling,
+                "less": row.less,
+            })  # fmt: skip
+    return pd.DataFrame(out)
+
+
 def table() -> str:
     """The table in Markdown."""
     names = [
@@ -212,3 +233,7 @@ if __name__ == "__main__":
         raise SystemExit
     TABLE.write_text(table(), encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
+    import spatiaflow as sf
+
+    figure = sf.pl.benchmark(scores(), ours="ours", show=False, return_fig=True)
+    figure.savefig(TABLE.parent / "images" / "benchmark.png", dpi=160, bbox_inches="tight")

@@ -1,6 +1,6 @@
 """Which generator of cell images: backbones and starts of the path between latents, at equal CPU seconds on one core.
 
-    python benchmarks/morphology_design.py pancreas.zarr --cache features --seconds 200
+    python benchmarks/morphology_design.py pancreas.zarr --cache features --seconds 200 --designs chosen U-Net
 
 Trained on x < 16500 px, judged on 17000-19000 by the energy distance of morphology profiles to the real targets there and
 by the share of the true shift that is shown; neither the test part nor the feature network is touched. All designs share one
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import spatiaflow as sf
 from morphology import FIT_AUTOENCODER, Images, Pancreas, once, over_niches, write
-from morphology_weights import NOISE, paired
+from morphology_weights import NOISE, paired, share
 from spatiaflow.models.morphology import SCALE, MorphologyNetwork
 from spatiaflow.train import morphology as train
 
@@ -92,14 +92,20 @@ if __name__ == "__main__":
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="design", help="of the table of results")
+    parser.add_argument(
+        "--like", help="file of a generator whose autoencoder and surrogate all designs take; else they are fitted"
+    )
     parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=list(DESIGNS))
     a = parser.parse_args()
     torch.set_num_threads(1)
     part, _ = paired(a.store, a.cache)
     data = Pancreas(a.store, a.cache, 13.6, 32)
     # one autoencoder for all, and one surrogate, which nothing reads here, since no run aligns
-    train.fit_autoencoder = once(FIT_AUTOENCODER)
-    train.fit_surrogate = once(lambda *x, **options: FIT_SURROGATE(*x, max_epochs=1, **options))
+    if a.like:
+        share(sf.models.load(a.like))
+    else:
+        train.fit_autoencoder = once(FIT_AUTOENCODER)
+        train.fit_surrogate = once(lambda *x, **options: FIT_SURROGATE(*x, max_epochs=1, **options))
     table, rng, rows = data.table["validation"], np.random.default_rng(0), []
 
     def measured(images, where, cells, scale=None):

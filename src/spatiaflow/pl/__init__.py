@@ -1,5 +1,6 @@
 """Figures."""
 
+from spatiaflow.pl._benchmark import benchmark
 from spatiaflow.pl._calibration import calibration
 from spatiaflow.pl._crops import crops
 from spatiaflow.pl._expression import expression
@@ -12,6 +13,7 @@ from spatiaflow.pl._transitions import pairs
 
 __all__ = [
     "attention",
+    "benchmark",
     "calibration",
     "crops",
     "expression",

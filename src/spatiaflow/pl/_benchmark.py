@@ -1,0 +1,87 @@
+"""Methods over tasks, each on its own scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from spatiaflow.pl._tissue import finish
+
+
+def benchmark(
+    data: pd.DataFrame,
+    *,
+    ours: str | list[str],
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Draw scores of several methods in several tasks, a row a task, with the spread over seeds and the ceiling.
+
+    Parameters
+    ----------
+    data
+        A row a task and method: columns ``task``, ``metric``, ``method``, ``value``; optionally ``std`` (between seeds),
+        ``ceiling`` (one value a task) and ``less`` (true where less is better; such rows run from right to left).
+    ours
+        Methods to set off from the others.
+    show
+        Show the figure; None: when matplotlib is interactive.
+    return_fig
+        Return the figure instead.
+
+    Returns
+    -------
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`.
+
+    Raises
+    ------
+    KeyError
+        A column is missing.
+    ValueError
+        No row is of a method in ``ours``.
+    """
+    import matplotlib.pyplot as plt
+
+    if missing := [name for name in ("task", "metric", "method", "value") if name not in data]:
+        raise KeyError(f"data has no column {missing[0]!r}; it has {', '.join(map(str, data.columns))}.")
+    ours = [ours] if isinstance(ours, str) else list(ours)
+    if not data["method"].isin(ours).any():
+        raise ValueError(f"data has no method {ours[0]!r}; it has {', '.join(data['method'].unique()[:8])}.")
+    color = sns.color_palette("colorblind")[0]
+    tasks = list(dict.fromkeys(data["task"]))
+    figure, axes = plt.subplots(
+        len(tasks), 1, figsize=(7.1, 0.62 * len(tasks) + 0.2), squeeze=False, layout="constrained"
+    )
+    for ax, task in zip(axes[:, 0], tasks):
+        rows = data[data["task"] == task].dropna(subset=["value"])
+        value, std = (
+            rows["value"].to_numpy(float),
+            rows.get("std", pd.Series(0.0, rows.index)).fillna(0).to_numpy(float),
+        )
+        mine, less = rows["method"].isin(ours).to_numpy(), bool(rows.get("less", pd.Series(False, rows.index)).any())
+        ax.axhline(0, color="0.85", lw=0.8, zorder=0)
+        ax.errorbar(value[~mine], np.zeros((~mine).sum()), xerr=std[~mine], fmt="o", ms=4, lw=1, color="0.55")
+        ax.errorbar(value[mine], np.zeros(mine.sum()), xerr=std[mine], fmt="D", ms=5, lw=1.2, color=color, zorder=3)
+        if (~mine).any():
+            best = np.flatnonzero(~mine)[(value[~mine].argmin if less else value[~mine].argmax)()]
+            ax.annotate(
+                rows["method"].iloc[best], (value[best], 0), xytext=(0, -9), textcoords="offset points", ha="center", va="top",
+                fontsize=5, color="0.35",
+            )  # fmt: skip
+        ceiling = rows["ceiling"].dropna() if "ceiling" in rows else rows["value"][:0]
+        if len(ceiling):
+            ax.axvline(ceiling.iloc[0], color="0.4", lw=0.8, ls=":")
+        reach = np.r_[value - std, value + std, ceiling]
+        margin = 0.08 * max(np.ptp(reach), 1e-3)
+        ax.set_xlim(
+            *([reach.max() + margin, reach.min() - margin] if less else [reach.min() - margin, reach.max() + margin])
+        )
+        ax.set(yticks=[], ylim=(-1, 1))
+        ax.text(
+            -0.01, 0.5, f"{task}\n{rows['metric'].iloc[0]}", transform=ax.transAxes, ha="right", va="center", fontsize=6
+        )
+        ax.tick_params(axis="x", labelsize=5, length=2, pad=1)
+        sns.despine(ax=ax, left=True)
+    return finish(figure, show, return_fig)

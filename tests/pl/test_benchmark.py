@@ -1,0 +1,27 @@
+"""pl.benchmark: the best baseline is named, and better is to the right."""
+
+import pandas as pd
+import pytest
+
+import spatiaflow as sf
+
+
+def test_better_is_to_the_right_and_the_best_baseline_is_named():
+    data = pd.DataFrame({
+        "task": ["a"] * 3 + ["b"] * 3, "metric": ["r"] * 3 + ["KID"] * 3, "method": ["ours", "ridge", "MLP"] * 2,
+        "value": [0.5, 0.3, 0.4, 0.5, 0.3, 0.4], "less": [False] * 3 + [True] * 3, "ceiling": [0.8] * 3 + [float("nan")] * 3,
+    })  # fmt: skip
+    figure = sf.pl.benchmark(data, ours="ours", return_fig=True)
+    first, second = figure.axes
+    assert [t.get_text() for t in first.texts] == ["MLP", "a\nr"]
+    assert [t.get_text() for t in second.texts] == ["ridge", "b\nKID"]
+    assert first.get_xlim()[0] < 0.3 < 0.8 < first.get_xlim()[1]
+    assert second.get_xlim()[0] > second.get_xlim()[1]
+
+
+def test_missing_columns_and_methods_say_so():
+    data = pd.DataFrame({"task": ["a"], "metric": ["r"], "method": ["ridge"], "value": [0.1]})
+    with pytest.raises(ValueError, match="no method 'ours'; it has ridge"):
+        sf.pl.benchmark(data, ours="ours")
+    with pytest.raises(KeyError, match="no column 'value'"):
+        sf.pl.benchmark(data.drop(columns="value"), ours="ridge")
