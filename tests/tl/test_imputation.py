@@ -123,6 +123,18 @@ def test_denoised_counts_are_nearer_to_what_thinning_hid():
     assert np.nanmean(gene_pearson(other, half.obsm["imputed"])) > np.nanmean(gene_pearson(other, noisy)) + 0.03
 
 
+def test_genes_that_were_never_seen_are_finite_and_have_no_reliability(query, reference):
+    counts = reference.X.toarray()
+    counts[:, [2, 16]] = 0
+    reference.X = sparse.csr_matrix(counts)
+    data = hidden(query)
+    sf.tl.impute_genes(data, reference=reference, genes=["G2", "G3", "G16", "G17"])
+    assert np.isfinite(data.obsm["imputed"]).all()
+    assert np.isfinite(data.obsm["imputed_std"]).all()
+    np.testing.assert_array_equal(data.uns["imputed"]["reliability"][[0, 2]], 0)
+    assert (data.obsm["imputed"][:, 2] == 0).all()
+
+
 def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):
     from spatiaflow.tl import _imputation
 

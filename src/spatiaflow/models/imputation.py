@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ class Sums:
         One inverse serves all: regressing column g on the rest has the coefficients -A[:, g] / A[g, g], where A is the inverse
         of the penalised moments.
         """
-        at = np.flatnonzero(columns)
+        at, scale = np.flatnonzero(columns), np.where(np.isfinite(scale), scale, 0.0)  # what never varies: its mean
         mean = self.x[at] / self.n
         centred = self.xx[np.ix_(at, at)] - self.n * np.outer(mean, mean)
         centred[np.diag_indices(len(at))] += alpha * max(float(np.trace(centred)) / len(at), 1e-9)
@@ -389,9 +390,11 @@ class Imputer:
     def _bin(self, library: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.edges, library, side="right")
 
+    @cached_property
+    def _tables(self) -> list[CountLaw]:
+        return [CountLaw(library, self.target_sum, np.zeros(1)) for library in self.libraries]
+
     def _laws(self, n_genes: int) -> list[CountLaw]:
-        if not hasattr(self, "_tables"):
-            self._tables = [CountLaw(library, self.target_sum, np.zeros(1)) for library in self.libraries]
         for law in self._tables:
             law.pi = np.zeros(n_genes)
         return self._tables
