@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, library_quantiles
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.simple import Moments, gene_pearson
 
 NEAR = (5, 15, 50)  # neighbours whose genes are averaged
 BRANCHES = ("genes", "neighbors", "kernel", "image")
@@ -160,21 +160,8 @@ class Design:
         return np.isin(self.branch, [BRANCHES.index(b) for b in branches])
 
 
-@dataclass
-class Sums:
-    """Moments of columns and targets over some cells."""
-
-    n: int
-    x: np.ndarray = field(repr=False)  # p
-    y: np.ndarray = field(repr=False)  # genes
-    xx: np.ndarray = field(repr=False)  # p x p
-    xy: np.ndarray = field(repr=False)  # p x genes
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
-
-    def __sub__(self, other: Sums) -> Sums:
-        return Sums(*(a - b for a, b in zip(vars(self).values(), vars(other).values())))
+class Sums(Moments):
+    """Moments of columns and targets over some cells, and ridge regressions on some of the columns."""
 
     def ridge(self, columns: np.ndarray, alpha: float, targets=None) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients (p x targets, 0 at columns not given) and intercepts; ``targets``: moments other than ``xy, y``."""

@@ -88,7 +88,7 @@ class Moments:
         return out
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+        return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
     def ridges(self, alphas: tuple[float, ...]) -> list[Ridge]:
         """Ridge regressions with unpenalised intercept, one eigendecomposition for all penalties."""
