@@ -124,7 +124,7 @@ ROWS = [
     ),
     Row(
         "spatial effect recovery", "simulated tissue", "another slide", "share of the planted change of nuclear area, niches",
-        "morphology-simulated", "share shown", "True", ["False"], "feature == 'area_um2'", method="context",
+        "morphology-simulated", "share shown", "with context", ["without context"], "feature == 'area_um2'", method="context",
     ),
 ]  # fmt: skip
 
@@ -144,7 +144,8 @@ def read(row: Row) -> pd.DataFrame | None:
     table = table.query(row.keep) if row.keep else table
     if row.method not in table:
         table[row.method] = ""
-    return table.assign(**{row.method: table[row.method].astype(str)})
+    switch = {"True": f"with {row.method}", "False": f"without {row.method}"}
+    return table.assign(**{row.method: table[row.method].astype(str).replace(switch)})
 
 
 def value(table: pd.DataFrame, row: Row, method: str) -> str:
