@@ -135,6 +135,18 @@ def test_genes_that_were_never_seen_are_finite_and_have_no_reliability(query, re
     assert (data.obsm["imputed"][:, 2] == 0).all()
 
 
+def test_spatialdata_gets_the_slots_in_its_table(recwarn):
+    slides = [sf.datasets.simulated_tissue(n, seed=i) for i, n in enumerate((400, 300))]
+    known, data = slides
+    genes = list(known["table"].var_names[:3])
+    data.tables["table"] = data["table"][:, 3:].copy()
+    sf.tl.impute_genes(data, reference=known)
+    assert list(data["table"].uns["imputed"]["genes"]) == genes
+    assert data["table"].obsm["imputed"].shape == (data["table"].n_obs, 3)
+    assert any("neighbors" in name for name in data["table"].uns["imputed"]["judged"])  # centroids of the polygons
+    assert not [w for w in recwarn if "mpp" in str(w.message)]
+
+
 def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):
     from spatiaflow.tl import _imputation
 

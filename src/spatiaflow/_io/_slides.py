@@ -92,7 +92,9 @@ def sections(
 ) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
     """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
     if isinstance(data, SpatialData):
-        found = slides(data, library_key=library_key, mpp=1.0, **where)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Check mpp")  # the scale is of no interest here
+            found = slides(data, library_key=library_key, mpp=1.0, **where)
         return [(slide.library_id, slide.rows, slide.xy) for slide in found]
     there = spatial_key in data.obsm
     out = []
