@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import spatialdata
 from scipy import sparse, stats
 
 import spatiaflow as sf
@@ -145,6 +146,20 @@ def test_spatialdata_gets_the_slots_in_its_table(recwarn):
     assert data["table"].obsm["imputed"].shape == (data["table"].n_obs, 3)
     assert any("neighbors" in name for name in data["table"].uns["imputed"]["judged"])  # centroids of the polygons
     assert not [w for w in recwarn if "mpp" in str(w.message)]
+
+
+def test_many_genes_of_a_spatialdata_are_a_table_on_the_same_region(tmp_path, monkeypatch):
+    from spatiaflow.tl import _imputation
+
+    monkeypatch.setattr(_imputation, "MAX_SLOT", 2)
+    known, data = (sf.datasets.simulated_tissue(300, seed=i) for i in range(2))
+    data.tables["table"] = data["table"][:, 3:].copy()
+    assert sf.tl.impute_genes(data, reference=known) is None
+    data.write(tmp_path / "a.zarr")
+    again = spatialdata.read_zarr(tmp_path / "a.zarr")["imputed"]
+    np.testing.assert_array_equal(again.X, data["imputed"].X)
+    assert again.uns["spatialdata_attrs"]["region"] == data["table"].uns["spatialdata_attrs"]["region"]
+    assert list(again.var_names) == list(known["table"].var_names[:3])
 
 
 def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):

@@ -165,10 +165,11 @@ def impute_genes(
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p of counts per ``target_sum``
     ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law of the cell's own
         library, with the dispersion of left-out blocks of the reference
-    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library) and ``library_share`` (of them in
-        the library: 1 but with a model), ``reliability`` (correlation with measured values in left-out blocks), ``denoised``
-        (which genes the data measure), ``branches``, ``judged`` (mean correlation by set of branches), ``checked`` (what a branch
-        added in ``data``), ``normalization`` and ``params``
+    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library) and ``library_share`` (of
+        them in the library: 1 but with a model), ``reliability`` (correlation with measured values in left-out blocks),
+        ``denoised`` (whose own counts were used; of more than 600 shared genes those of the largest variance),
+        ``branches``, ``judged`` (mean correlation by set of branches), ``checked`` (what a branch added in ``data``),
+        ``normalization`` and ``params``
 
     With more than 2,000 genes the result is an AnnData of its own, with these as ``.X``, ``.layers["std"]`` and ``.var``: it is
     returned for an AnnData, and is the table ``key_added`` on the same region in a SpatialData.
