@@ -1,7 +1,7 @@
 """Every task of the two papers in one table, from what the other benchmarks wrote.
 
     python benchmarks/all.py            reads benchmarks/results, writes docs/benchmark_table.md and a figure: seconds
-    python benchmarks/all.py --refit    prints the commands that make those files anew
+    python benchmarks/all.py --commands prints what makes those files anew
 
 Nothing is counted here: each value is a mean over the seeds (and sections, mice or levels that the row names) of a column of a
 file, with the standard deviation between seeds where there are several. A task whose file is missing is listed as not measured.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs" / "benchmark_table.md"
-COMMANDS = {  # what makes the files, and is printed by --refit
+COMMANDS = {  # what makes the files
     "her2st-10k": "python benchmarks/expression.py --data her2st --seeds 3",
     "mouse_olfactory_bulb-10k": "python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3",
     "embedding-pancreas": "python benchmarks/embedding.py pancreas --store pancreas.zarr --cache features",
@@ -227,9 +227,9 @@ def table() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--refit", action="store_true", help="print what makes the files anew")
+    parser.add_argument("--commands", action="store_true", help="print what makes the files anew")
     a = parser.parse_args()
-    if a.refit:
+    if a.commands:
         print("\n".join(COMMANDS.values()))
         raise SystemExit
     TABLE.write_text(table(), encoding="utf-8")

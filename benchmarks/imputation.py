@@ -28,10 +28,10 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsRegressor
 
 import spatiaflow as sf
-from spatiaflow.models.counts import draw_counts
-from spatiaflow.models.imputation import CellTable, Imputer, log_shares
+from spatiaflow.models.counts import log_normalize
+from spatiaflow.models.design import CellTable, left_out
+from spatiaflow.models.imputation import Imputer
 from spatiaflow.models.simple import gene_pearson
-from spatiaflow.tl._imputation import _blocks
 from writing import write
 
 N_FOLDS, DETECTED, DRAWS, SCORED = 5, 0.02, 99, 3000
@@ -45,7 +45,8 @@ class Task:
     def __init__(self, reference: list[ad.AnnData], query: ad.AnnData, target_sum: float, block: float, image=None):
         self.genes, self.target_sum, self.image = list(query.var_names), target_sum, image
         self.reference, self.query = reference, query
-        self.blocks = _blocks([(str(i), np.arange(a.n_obs), a.obsm["spatial"]) for i, a in enumerate(reference)], True)
+        everything = np.arange(query.n_vars)
+        self.blocks = left_out([self.cells(a, everything, everything, False) for a in reference])
         self.block = sf.metrics.spatial_blocks(query.obsm["spatial"], block)
 
     def folds(self, seed: int) -> list[np.ndarray]:
@@ -84,8 +85,8 @@ def baselines(task: Task, train: list[CellTable], query: CellTable, seed: int) -
     """Simple methods with the same genes, neighbours and images."""
     rng, own = np.random.default_rng(seed), {}
     everyone = [*train, query]
-    log = [log_shares(c.counts, c.library, task.target_sum).toarray() for c in everyone]
-    y = [log_shares(c.targets, c.library, task.target_sum).toarray() for c in train]
+    log = [log_normalize(c.counts, c.library, task.target_sum).toarray() for c in everyone]
+    y = [log_normalize(c.targets, c.library, task.target_sum).toarray() for c in train]
     groups = np.concatenate(task.blocks)
     pca = PCA(min(50, log[0].shape[1] - 1), random_state=seed).fit(np.concatenate(log[:-1]))
     near = [cKDTree(c.xy).query(c.xy, k=min(16, len(c)))[1][:, 1:] for c in everyone]
@@ -197,7 +198,7 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
                 shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
                 train = [task.cells(one, shown, hidden, True) for one in task.reference]
                 query = task.cells(task.query, shown, hidden, False)
-                y = log_shares(
+                y = log_normalize(
                     task.cells(task.query, hidden, hidden, False).counts, query.library, task.target_sum
                 ).toarray()
                 seconds = {}
@@ -222,18 +223,24 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
                     found.setdefault(key, []).append(value.astype(np.float32))
                 truth.append(y)
                 e = model.evidence
-                residual = e.y - model._held_out(model.branches, model.alpha, np.arange(len(hidden)))
+                residual = e.y - model.held_out(model.branches, model.alpha, np.arange(len(hidden)))
                 rng = np.random.default_rng(seed)
                 laws += [
                     {"data": where, "seed": seed, **row}
-                    for row in uncertainty(y, mean, e.y, residual, drawn(model, query, mean, rng))
+                    for row in uncertainty(
+                        y,
+                        mean,
+                        e.y,
+                        residual,
+                        lambda g, m=model, q=query, v=mean, r=rng: m.draws(v[:, g], q.library, g, DRAWS, r),
+                    )
                 ]
                 r = gene_pearson(y, mean)
                 about.append(pd.DataFrame({
                     "gene": names[1], "r": r, "reliability": model.reliability, "training variance": e.y.var(0),
                     "detection rate": (e.y > 0).mean(0),
                 }))  # fmt: skip
-                visible = log_shares(query.counts, query.library, task.target_sum).toarray()
+                visible = log_normalize(query.counts, query.library, task.target_sum).toarray()
                 pieces["de"].append(differential(y, mean, std, visible, seed))
                 print(where, seed, {k: round(float(np.nanmean(gene_pearson(y, v))), 4) for k, v in here.items()},
                       model.branches, {k: round(v, 4) for k, v in model.checked.items()},
@@ -275,25 +282,6 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
             write(f"imputation-{name}-trust", trust)
 
 
-def drawn(model: Imputer, query: CellTable, mean: np.ndarray, rng):
-    """Draws of the predictive law of one gene, draws x cells: counts of the cell's own library."""
-    floor = 0.05 * model.evidence.total.y / model.evidence.total.n
-    bins, laws = model._bin(query.library), model._laws(mean.shape[1])
-
-    def draws(g):
-        out = np.empty((DRAWS, len(mean)), np.float32)
-        for i, law in enumerate(laws):
-            rows = np.flatnonzero(bins == i)
-            law.pi = np.zeros(1)
-            rate = law.rate_at(np.maximum(mean[rows][:, [g]], floor[g]), model.theta[i, [g]])[:, 0]
-            law.pi = np.zeros(mean.shape[1])
-            counts = draw_counts(np.repeat((query.library[rows] * rate)[None], DRAWS, 0), model.theta[i, g], 0.0, rng)
-            out[:, rows] = np.log1p(counts * (model.target_sum / np.maximum(query.library[rows], 1)))
-        return out
-
-    return draws
-
-
 def pancreas(a) -> None:
     from transitions import embedded
 
@@ -324,7 +312,9 @@ def known(a) -> None:
         names = [task.genes[i] for i in hidden]
         shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
         left = query[:, shown].copy()
-        y = log_shares(sparse.csr_matrix(query.X[:, hidden]), np.asarray(left.X.sum(1), float).ravel(), 100).toarray()
+        y = log_normalize(
+            sparse.csr_matrix(query.X[:, hidden]), np.asarray(left.X.sum(1), float).ravel(), 100
+        ).toarray()
         sf.tl.impute_genes(left, model=model, genes=names)
         here = {"trained model": left.obsm["imputed"]}
         parts["test"].tables["table"] = whole[:, shown].copy()

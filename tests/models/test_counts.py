@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy import optimize, stats
+from scipy import optimize, sparse, stats
 
 from spatiaflow.models.counts import (
     CountLaw,
@@ -118,3 +118,19 @@ def test_law_recovers_a_planted_dispersion():
     )
     found = one.fit_theta(mean, counts, library)
     assert (np.abs(np.log(found / theta)) < np.log(1.8)).all()
+
+
+@pytest.mark.parametrize("target_sum", [50.0, None])
+def test_sparse_counts_are_normalised_as_dense_ones(target_sum):
+    rng = np.random.default_rng(0)
+    counts, library = rng.poisson(0.5, (30, 8)), np.r_[0, rng.poisson(40, 29)]
+    found = log_normalize(sparse.csr_matrix(counts), library, target_sum)
+    assert sparse.issparse(found)
+    np.testing.assert_allclose(found.toarray(), log_normalize(counts, library, target_sum), rtol=1e-6)
+
+
+def test_one_share_of_extra_zeros_may_stand_for_all_genes():
+    mean, theta = np.random.default_rng(0).uniform(0, 2, (20, 3)), np.array([0.5, 2.0, 10.0])
+    one, each = (CountLaw(np.arange(20.0, 80), 50.0, pi) for pi in (np.array(0.2), np.full(3, 0.2)))
+    np.testing.assert_array_equal(one.std_at(mean, theta), each.std_at(mean, theta))
+    np.testing.assert_array_equal(one.rate_at(mean, theta), each.rate_at(mean, theta))

@@ -5,7 +5,9 @@ import pytest
 from scipy import sparse
 
 import spatiaflow as sf
+from spatiaflow.models import design as D
 from spatiaflow.models import imputation as I
+from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.simple import gene_pearson
 
 N, G = 300, 12
@@ -13,7 +15,7 @@ N, G = 300, 12
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(I, "N_KERNEL", 100)
+    monkeypatch.setattr(D, "N_KERNEL", 100)
 
 
 def tissue(seed=0, n=N, image=True, targets=3):
@@ -26,7 +28,7 @@ def tissue(seed=0, n=N, image=True, targets=3):
     counts = sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
     features = (latent @ rule.normal(size=(2, 4)) + 0.1 * rng.normal(size=(n, 4))).astype(np.float32) if image else None
     library = np.asarray(counts[:, :G].sum(1), float).ravel()
-    out = I.CellTable(counts[:, :G], library, xy, features, counts[:, G:])
+    out = D.CellTable(counts[:, :G], library, xy, features, counts[:, G:])
     out.best = np.log1p(50 * rate[:, G:] / rate[:, :G].sum(1, keepdims=True))  # what the truth would predict
     return out
 
@@ -47,23 +49,41 @@ def fitted(*cells, **options):
 def test_neighbors_are_the_nearest_others_even_among_duplicates():
     xy = np.random.default_rng(0).uniform(size=(40, 2))
     xy[7] = xy[3]
-    for k, found in zip((2, 5), I.neighbor_means(xy, (2, 5))):
+    for k, found in zip((2, 5), D.neighbor_means(xy, (2, 5))):
         distance = np.linalg.norm(xy[:, None] - xy, axis=-1)
         np.fill_diagonal(distance, np.inf)
         for i in range(40):
             assert found[i, i] == 0
             assert found[i].sum() == pytest.approx(1)
             chosen = found[i].toarray().ravel() > 0
-            np.testing.assert_allclose(np.sort(distance[i][chosen]), np.sort(distance[i])[:k])
+            shell = np.sort(distance[i])[k - 1]  # ties, such as the two at one place, count as one
+            np.testing.assert_array_equal(chosen, distance[i] <= shell + 1e-4 * shell)
+
+
+def test_neighbors_of_a_lattice_are_whole_shells():
+    """The same however the array lies."""
+    i, j = np.meshgrid(np.arange(7.0), np.arange(7.0))
+    xy, turn = np.stack([i.ravel(), j.ravel()], 1), np.array([[0.6, 0.8], [-0.8, 0.6]])
+    for one, other in zip(D.neighbor_means(xy), D.neighbor_means(xy @ turn)):
+        np.testing.assert_allclose(one.toarray(), other.toarray(), atol=1e-6)
+
+
+def test_draws_have_the_mean_and_spread_that_are_stated():
+    model, query = fitted(tissue(0, 1500)), tissue(1, 400)
+    mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
+    for g in range(3):
+        d = model.draws(mean[:, g], query.library, g, 400, np.random.default_rng(g))
+        assert np.abs(d.mean(0) - mean[:, g]).mean() < 0.06
+        assert abs(np.mean(d.std(0) / std[:, g]) - 1) < 0.1
 
 
 def test_columns_are_what_they_say():
     cells = tissue()
-    design = I.Design.fit([cells], names(G, "g"), 50, kernel=False)
+    design = D.Design.fit([cells], names(G, "g"), 50, kernel=False)
     x = np.concatenate(list(design.columns(cells)))
     own = np.log1p(cells.counts.toarray() * 50 / np.maximum(cells.library, 1)[:, None])
     raw = [np.log(np.maximum(cells.library, 1))[:, None], own]
-    for mean in I.neighbor_means(cells.xy):
+    for mean in D.neighbor_means(cells.xy):
         raw.append(np.stack([own[mean[i].indices].mean(0) for i in range(N)]))
     raw = np.hstack([*raw, cells.image])
     np.testing.assert_allclose(x * design.scale + design.centre, raw, atol=1e-4)
@@ -73,13 +93,13 @@ def test_columns_are_what_they_say():
 
 def test_ridge_from_moments_is_ridge():
     cells = tissue()
-    design = I.Design.fit([cells], names(G, "g"), 50)
+    design = D.Design.fit([cells], names(G, "g"), 50)
     found = I.gather(design, [cells], [bands(cells)])
     columns, alpha = design.taken(("genes", "image")), 0.7
     weights, intercept = found.without(2).ridge(columns, alpha)
     rows = bands(cells) != 2
     x = np.concatenate(list(design.columns(cells)))[rows][:, columns].astype(float)
-    y = I.log_shares(cells.targets, cells.library, 50).toarray()[rows]
+    y = log_normalize(cells.targets, cells.library, 50).toarray()[rows]
     a = x - x.mean(0)
     penalty = alpha * (a**2).sum() / columns.sum()
     slow = np.linalg.solve(a.T @ a + penalty * np.eye(columns.sum()), a.T @ (y - y.mean(0)))
@@ -90,7 +110,7 @@ def test_ridge_from_moments_is_ridge():
 
 def test_a_gene_from_all_others_is_the_regression_without_its_column():
     cells = tissue()
-    design = I.Design.fit([cells], names(G, "g"), 50, kernel=False)
+    design = D.Design.fit([cells], names(G, "g"), 50, kernel=False)
     total = I.gather(design, [cells], [bands(cells)]).total
     columns, own = design.taken(("genes", "neighbors")), np.array([1, 4])
     at = np.flatnonzero(columns)
@@ -112,7 +132,7 @@ def test_left_out_blocks_are_predicted_by_the_others():
     cells = tissue()
     model = fitted(cells)
     genes, e = np.arange(3), model.evidence
-    whole = model._held_out(model.branches, 1.0, genes)
+    whole = model.held_out(model.branches, 1.0, genes)
     for b in range(5):  # garbage in a block's targets must not reach its own prediction
         spoiled = tissue()
         counts = spoiled.targets.toarray()
@@ -121,7 +141,7 @@ def test_left_out_blocks_are_predicted_by_the_others():
         again = I.Imputer.__new__(I.Imputer)
         again.__dict__ |= model.__dict__
         again.evidence = I.gather(model.design, [spoiled], [bands(spoiled)])
-        moved = again._held_out(model.branches, 1.0, genes) - whole
+        moved = again.held_out(model.branches, 1.0, genes) - whole
         assert np.abs(moved[e.block == b]).max() < 1e-4
         assert np.abs(moved[e.block != b]).max() > 1e-2
 
@@ -129,7 +149,7 @@ def test_left_out_blocks_are_predicted_by_the_others():
 def test_a_planted_relation_is_found_on_another_slide():
     model, query = fitted(tissue(0, 2000)), tissue(1, 1000)
     mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
-    y = I.log_shares(query.targets, query.library, 50).toarray()
+    y = log_normalize(query.targets, query.library, 50).toarray()
     r = gene_pearson(y, mean)
     assert (r > gene_pearson(y, query.best) - 0.06).all()
     assert np.abs(model.reliability - r).max() < 0.15
@@ -186,10 +206,10 @@ def test_what_is_expected_after_seeing_counts_lies_between():
 def test_prediction_does_not_depend_on_chunks_or_order(monkeypatch):
     model, query = fitted(tissue(0, 600)), tissue(1, 200)
     whole = np.concatenate([m for m, _ in model.predict(query)])
-    monkeypatch.setattr(I, "CHUNK", 17)
+    monkeypatch.setattr(D, "CHUNK", 17)
     np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(query)]), whole, atol=1e-5)
     order = np.random.default_rng(0).permutation(200)
-    turned = I.CellTable(
+    turned = D.CellTable(
         query.counts[order], query.library[order], query.xy[order] @ [[0.6, 0.8], [0.8, -0.6]], query.image[order]
     )
     np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(turned)]), whole[order], atol=1e-4)
@@ -199,20 +219,21 @@ def panel(seed, **options):
     """All genes as inputs and targets alike."""
     cells = tissue(seed, image=False, **options)
     counts = sparse.hstack([cells.counts, cells.targets], format="csr")
-    return I.CellTable(counts, np.asarray(counts.sum(1), float).ravel(), cells.xy, None, counts)
+    return D.CellTable(counts, np.asarray(counts.sum(1), float).ravel(), cells.xy, None, counts)
 
 
 def test_a_saved_model_imputes_whatever_is_missing(tmp_path):
     cells, genes = panel(0, n=1500), names(G + 3, "p")
     model = I.Imputer([cells], [bands(cells)], genes, genes, target_sum=50, branches=("genes", "neighbors"))
     again = sf.models.load(model.save(tmp_path / "panel"))
+    assert again.sha256 == model.sha256
     for missing in ([0, 5], [12, 13, 14]):
         kept = np.setdiff1d(np.arange(G + 3), missing)
         query = panel(1, n=600)
-        y = I.log_shares(query.counts[:, missing], query.library, 50).toarray()
+        y = log_normalize(query.counts[:, missing], query.library, 50).toarray()
         shown = query.counts.toarray()
         shown[:, missing] = 0
-        part = I.CellTable(sparse.csr_matrix(shown), shown.sum(1) / model.share[kept].sum(), query.xy)
+        part = D.CellTable(sparse.csr_matrix(shown), shown.sum(1) / model.share[kept].sum(), query.xy)
         wanted = [genes[i] for i in missing]
         one, other = (
             np.concatenate([m for m, _ in v.restricted([genes[i] for i in kept], wanted).predict(part)])
@@ -220,7 +241,7 @@ def test_a_saved_model_imputes_whatever_is_missing(tmp_path):
         )
         np.testing.assert_allclose(one, other, atol=1e-3)
         slow = I.Imputer(  # a model that never had them as inputs
-            [I.CellTable(cells.counts[:, kept], cells.library, cells.xy, None, cells.counts[:, missing])], [bands(cells)],
+            [D.CellTable(cells.counts[:, kept], cells.library, cells.xy, None, cells.counts[:, missing])], [bands(cells)],
             [genes[i] for i in kept], wanted, target_sum=50, branches=("genes", "neighbors"),
         )  # fmt: skip
         slow.branches, slow.alpha = model.branches, model.alpha

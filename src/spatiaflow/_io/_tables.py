@@ -242,20 +242,37 @@ def storable(value):
     return str(value)
 
 
-def log_expression(table: AnnData, genes: list[str], layer: str | None, key: str) -> np.ndarray:
-    """Return measured log1p expression (n_obs x genes), normalised as the prediction in the slot ``key`` is."""
-    per, known = target_sum(table, key), table.uns[key].get("params", {}).get("n_vars", table.n_vars)
-    if per is not None and table.n_vars < known:
-        warnings.warn(
-            f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum over "
-            "all genes, is no longer known, and measured values are too high. Draw from the whole table.",
-            UserWarning,
-            stacklevel=3,
-        )
-    values = dense(counts(table, genes, layer)[0])
+def log_expression(
+    table: AnnData, genes: list[str], layer: str | None, key: str, source: AnnData | None = None
+) -> np.ndarray:
+    """Return measured log1p expression (n_obs x genes), normalised as the prediction in the slot ``key`` is.
+
+    ``source`` holds the counts, of the same cells, where the table does not; the library is always the table's.
+    """
+    per, stored = target_sum(table, key), table.uns[key]
+    values = dense(counts(table if source is None else source, genes, layer)[0])
+    if source is not None:
+        at = source.obs_names.get_indexer(table.obs_names)
+        if (at < 0).any():
+            name = table.obs_names[int(np.argmax(at < 0))]
+            raise KeyError(f"truth has no cell {name!r}; obs_names must be those of data.")
+        values = values[at]
     if per is None:
         return np.log1p(values)
-    return np.log1p(values * (per / np.maximum(library_sizes(table, layer), 1))[:, None])
+    if "shared" in stored:  # imputed: counts of the genes that the reference measures too
+        shared = [str(gene) for gene in stored["shared"]]
+        library = np.asarray(counts(table, shared, layer)[0].sum(1), float).ravel() / stored["library_share"]
+    else:
+        known = stored.get("params", {}).get("n_vars", table.n_vars)
+        if table.n_vars < known:
+            warnings.warn(
+                f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum "
+                "over all genes, is no longer known, and measured values are too high. Draw from the whole table.",
+                UserWarning,
+                stacklevel=3,
+            )
+        library = library_sizes(table, layer)
+    return np.log1p(values * (per / np.maximum(library, 1))[:, None])
 
 
 def target_sum(table: AnnData, key: str) -> float | None:

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 MAX_THETA = 1e4  # above it a negative binomial is a Poisson to any precision that matters here
 
 
-def log_normalize(counts: np.ndarray, library: np.ndarray, target_sum: float | None = 1e4) -> np.ndarray:
-    """Return log1p of counts per ``target_sum`` of each row's library, or log1p of raw counts when it is None."""
+def log_normalize(counts, library: np.ndarray, target_sum: float | None = 1e4):
+    """Return log1p of counts per ``target_sum`` of each row's library, or log1p of raw counts when it is None.
+
+    Sparse counts stay sparse (CSR).
+    """
+    if sparse.issparse(counts):
+        scale = np.ones(counts.shape[0]) if target_sum is None else target_sum / np.maximum(library, 1)
+        return sparse.csr_matrix(sparse.diags(scale.astype(np.float32)) @ counts, dtype=np.float32).log1p()
     if target_sum is None:
         return np.log1p(counts).astype(np.float32)
     return np.log1p(counts * (target_sum / np.maximum(library, 1))[:, None]).astype(np.float32)
@@ -181,8 +188,9 @@ def library_quantiles(library: np.ndarray, n: int = 256) -> np.ndarray:
 class CountLaw:
     """Predictive distribution of log-normalised expression: counts are NB (or ZINB) around the predicted mean.
 
-    Library sizes are those of training. One table gives mean and standard deviation of log1p for every rate and
-    dispersion; a prediction (mean, std) is turned into the rate and dispersion that have just these moments.
+    Library sizes are those of training; ``pi`` is one for each gene, or one for all. One table gives mean and standard
+    deviation of log1p for every rate and dispersion; a prediction (mean, std) is turned into the rate and dispersion that
+    have just these moments.
     """
 
     def __init__(self, libraries: np.ndarray, target_sum: float | None, pi: np.ndarray, n_draws: int = 2048):
@@ -202,7 +210,7 @@ class CountLaw:
     def std_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Standard deviation of log1p expression at a mean (n x genes) for dispersions (genes)."""
         out = np.empty_like(mean, dtype=np.float64)
-        for g, (t, pi) in enumerate(zip(theta, self.pi)):
+        for g, (t, pi) in enumerate(zip(theta, np.broadcast_to(self.pi, len(theta)))):
             m, s = self._row(t)
             inner = np.maximum(mean[:, g], 0) / (1 - pi)
             s = np.interp(inner, m, s)
@@ -212,7 +220,7 @@ class CountLaw:
     def rate_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Rate (fraction of the library) whose expected log1p expression is ``mean``."""
         out = np.empty_like(mean, dtype=np.float64)
-        for g, (t, pi) in enumerate(zip(theta, self.pi)):
+        for g, (t, pi) in enumerate(zip(theta, np.broadcast_to(self.pi, len(theta)))):
             m, _ = self._row(t)
             out[:, g] = np.exp(np.interp(np.maximum(mean[:, g], 0) / (1 - pi), m, np.log(self.rates)))
         return out

@@ -9,155 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
-from scipy.spatial import cKDTree
 
 from spatiaflow.models import _base
-from spatiaflow.models.counts import CountLaw, library_quantiles
+from spatiaflow.models.counts import CountLaw, draw_counts, library_quantiles, log_normalize
+from spatiaflow.models.design import BRANCHES, CellTable, Design
 from spatiaflow.models.simple import Moments, gene_pearson
 
-NEAR = (5, 15, 50)  # neighbours whose genes are averaged
-BRANCHES = ("genes", "neighbors", "kernel", "image")
 ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # penalty, in units of a column's mean sum of squares
-N_COMPONENTS, N_KERNEL, BANDWIDTH = 30, 1500, 0.9
-CHUNK, GENE_BLOCK = 4096, 500
-JUDGED_CELLS, JUDGED_GENES, LAW_CELLS = 8000, 300, 2000
+GENE_BLOCK, JUDGED_CELLS, JUDGED_GENES, LAW_CELLS = 500, 8000, 300, 2000
 FLOOR = 0.05  # of a gene's mean: below it the predictive law is that of the floor
 N_LIBRARIES = 6  # bins of library size, each with its own predictive law
-
-
-@dataclass
-class CellTable:
-    """Cells of one slide (or one dissociated sample) as arrays."""
-
-    counts: sparse.csr_matrix  # n x inputs
-    library: np.ndarray  # n, total counts of the genes that the query measures too
-    xy: np.ndarray | None = None  # n x 2; None: dissociated
-    image: np.ndarray | None = None  # n x d
-    targets: sparse.csr_matrix | None = None  # n x genes
-
-    def __len__(self) -> int:
-        return self.counts.shape[0]
-
-
-def log_shares(counts: sparse.csr_matrix, library: np.ndarray, target_sum: float) -> sparse.csr_matrix:
-    """log1p of counts per ``target_sum``; zeros stay sparse."""
-    scale = sparse.diags((target_sum / np.maximum(library, 1)).astype(np.float32))
-    return sparse.csr_matrix(scale @ counts, dtype=np.float32).log1p()
-
-
-def neighbor_means(xy: np.ndarray, sizes: tuple[int, ...] = NEAR) -> list[sparse.csr_matrix]:
-    """Matrices (n x n) that average over the nearest cells, without the cell itself; fewer where there are not so many."""
-    n = len(xy)
-    order = cKDTree(xy).query(xy, k=min(max(sizes) + 1, n))[1].reshape(n, -1)
-    order = np.where(order == np.arange(n)[:, None], order[:, :1], order)[:, 1:]  # duplicates may come before the cell
-    out = []
-    for k in sizes:
-        some = order[:, :k]
-        weight = np.full(some.size, 1 / max(some.shape[1], 1), np.float32)
-        out.append(sparse.csr_matrix((weight, some.ravel(), np.arange(n + 1) * some.shape[1]), (n, n)))
-    return out
-
-
-@dataclass
-class Design:
-    """Columns of the regression: what they are, how they are centred and scaled; fitted to reference cells alone.
-
-    Columns of expression are divided by the square root of their deviation, between leaving genes as they are, where the
-    abundant rule, and standardising them, where the noise of rare ones does.
-    """
-
-    inputs: list[str]
-    target_sum: float
-    branch: np.ndarray  # columns, index into BRANCHES
-    gene: np.ndarray  # columns, index into inputs, -1 where a column is not of one gene
-    centre: np.ndarray = field(repr=False)  # columns without the kernel
-    scale: np.ndarray = field(repr=False)
-    components: np.ndarray | None = field(default=None, repr=False)  # inputs x components, scaled
-    directions: np.ndarray | None = field(default=None, repr=False)  # 2 components x kernel features
-    phase: np.ndarray | None = field(default=None, repr=False)
-    spatial: bool = False
-    n_image: int = 0
-
-    @classmethod
-    def fit(
-        cls, cells: list[CellTable], inputs: list[str], target_sum: float, *, kernel: bool = True, seed: int = 0
-    ) -> Design:
-        """Centre, scale and components of some cells."""
-        spatial = all(c.xy is not None for c in cells)
-        n_image = cells[0].image.shape[1] if all(c.image is not None for c in cells) else 0
-        g = len(inputs)
-        branch, gene = cls.layout(g, spatial, n_image)
-        design = cls(inputs, target_sum, branch, gene, None, None, spatial=spatial, n_image=n_image)
-        n = total = square = cross = 0
-        for one in cells:
-            for x in design.raw(one):
-                x = x.astype(np.float64)
-                n, total, square = n + len(x), total + x.sum(0), square + (x**2).sum(0)
-                cross = cross + x[:, 1 : g + 1].T @ x[:, 1 : g + 1]
-        design.centre = total / n
-        std = np.sqrt(np.maximum(square / n - design.centre**2, 0))
-        flat = std < 1e-4
-        expression = gene >= 0
-        design.scale = np.where(expression, np.sqrt(np.maximum(std, 1e-4)), std)
-        typical = np.median(design.scale[1 : g + 1][~flat[1 : g + 1]]) if (~flat[1 : g + 1]).any() else 1.0
-        # neighbours' means and images are steadier than a cell's own genes, and there are more of them
-        design.scale *= np.where(branch == 1, 1 / 0.3, np.where(expression, 1.0, 1 / (0.5 * typical)))
-        design.scale[branch == 3] *= 2.0
-        design.scale[flat] = np.inf  # a column that does not vary says nothing
-        if kernel:
-            mean = design.centre[1 : g + 1]
-            values, axes = np.linalg.eigh(cross / n - np.outer(mean, mean))
-            m = min(N_COMPONENTS, g)
-            size = max(float(np.sqrt(max(values[-1], 1e-12))), 1e-6)
-            rng = np.random.default_rng(seed)
-            design.components = (axes[:, ::-1][:, :m] / (size * np.sqrt(6))).astype(np.float32)
-            design.directions = (BANDWIDTH * rng.normal(size=((1 + spatial) * m, N_KERNEL))).astype(np.float32)
-            design.phase = rng.uniform(0, 2 * np.pi, N_KERNEL).astype(np.float32)
-            design.branch = np.r_[branch, np.repeat(2, N_KERNEL)]
-            design.gene = np.r_[gene, np.repeat(-1, N_KERNEL)]
-        return design
-
-    @staticmethod
-    def layout(g: int, spatial: bool, n_image: int) -> tuple[np.ndarray, np.ndarray]:
-        """Branch and gene of every column: log library, own genes, neighbours' genes, image."""
-        n_near = len(NEAR) if spatial else 0
-        branch = np.r_[0, np.repeat(0, g), np.repeat(1, n_near * g), np.repeat(3, n_image)]
-        return branch, np.r_[-1, np.tile(np.arange(g), 1 + n_near), np.repeat(-1, n_image)]
-
-    def raw(self, cells: CellTable) -> Iterator[np.ndarray]:
-        """Columns as they are, chunk by chunk of cells: log library, own genes, neighbours' genes, image."""
-        own = log_shares(cells.counts, cells.library, self.target_sum)
-        means = neighbor_means(cells.xy) if self.spatial else []
-        for s in range(0, len(cells), CHUNK):
-            rows = slice(s, min(s + CHUNK, len(cells)))
-            parts = [np.log(np.maximum(cells.library[rows], 1))[:, None], own[rows].toarray()]
-            parts += [(m[rows] @ own).toarray() for m in means]
-            yield np.hstack([*parts, *([cells.image[rows]] if self.n_image else [])]).astype(np.float32)
-
-    def columns(self, cells: CellTable) -> Iterator[np.ndarray]:
-        """Scaled columns with the kernel's, chunk by chunk of cells."""
-        g = len(self.inputs)
-        for raw in self.raw(cells):
-            x = (raw - self.centre.astype(np.float32)) / self.scale.astype(np.float32)
-            if self.components is not None:
-                z = [(raw[:, 1 : g + 1] - self.centre[1 : g + 1].astype(np.float32)) @ self.components]
-                if self.spatial:
-                    at = 1 + g * (1 + NEAR.index(15))
-                    z.append((raw[:, at : at + g] - self.centre[at : at + g].astype(np.float32)) @ self.components)
-                kernel = np.cos(np.hstack(z) @ self.directions + self.phase)
-                x = np.hstack([x, (0.3 * kernel).astype(np.float32)])
-            yield x
-
-    def taken(self, branches: tuple[str, ...]) -> np.ndarray:
-        """Columns of some branches, bool."""
-        return np.isin(self.branch, [BRANCHES.index(b) for b in branches])
 
 
 class Sums(Moments):
@@ -225,7 +93,7 @@ def gather(design: Design, cells: list[CellTable], blocks: list[np.ndarray], *, 
     rng, kept = np.random.default_rng(seed), []
     share = min(1.0, JUDGED_CELLS / sum(map(len, cells)))
     for one, block in zip(cells, blocks):
-        targets, start = log_shares(one.targets, one.library, design.target_sum), 0
+        targets, start = log_normalize(one.targets, one.library, design.target_sum), 0
         for x in design.columns(one):
             rows = np.arange(start, start + len(x))
             start += len(x)
@@ -317,7 +185,7 @@ class Imputer:
 
     # ---- what the reference says ------------------------------------------------------------------------------------
 
-    def _held_out(self, branches: tuple[str, ...], alpha: float, genes: np.ndarray) -> np.ndarray:
+    def held_out(self, branches: tuple[str, ...], alpha: float, genes: np.ndarray) -> np.ndarray:
         """Predictions of sampled reference cells by the other blocks, cells x genes."""
         e, out = self.evidence, np.empty((len(self.evidence.x), len(genes)), np.float32)
         for b in np.unique(e.block):
@@ -337,7 +205,7 @@ class Imputer:
 
             def at(k):
                 if k not in found:
-                    held_out = self._held_out(branches, ALPHAS[k], abundant)
+                    held_out = self.held_out(branches, ALPHAS[k], abundant)
                     found[k] = float(mean_pearson(e.y[:, abundant], held_out, e.block).mean())
                 return found[k]
 
@@ -368,9 +236,9 @@ class Imputer:
         self.theta = np.empty((len(self.libraries), len(self.genes)))
         for s in range(0, len(self.genes), GENE_BLOCK):
             at = np.arange(s, min(s + GENE_BLOCK, len(self.genes)))
-            mean = np.maximum(self._held_out(self.branches, self.alpha, at), 0)
+            mean = np.maximum(self.held_out(self.branches, self.alpha, at), 0)
             self.reliability[at] = np.nan_to_num(gene_pearson(e.y[:, at], mean))
-            for i, law in enumerate(self._laws(len(at))):
+            for i, law in enumerate(self.laws):
                 rows = np.flatnonzero(bins == i)[:LAW_CELLS]
                 self.theta[i, at] = law.fit_theta(mean[rows], e.counts[rows][:, at].toarray(), e.library[rows])
 
@@ -378,13 +246,9 @@ class Imputer:
         return np.searchsorted(self.edges, library, side="right")
 
     @cached_property
-    def _tables(self) -> list[CountLaw]:
-        return [CountLaw(library, self.target_sum, np.zeros(1)) for library in self.libraries]
-
-    def _laws(self, n_genes: int) -> list[CountLaw]:
-        for law in self._tables:
-            law.pi = np.zeros(n_genes)
-        return self._tables
+    def laws(self) -> list[CountLaw]:
+        """Predictive law of each bin of library sizes."""
+        return [CountLaw(library, self.target_sum, np.zeros(())) for library in self.libraries]
 
     # ---- kept for other queries ------------------------------------------------------------------------------------------
 
@@ -411,25 +275,28 @@ class Imputer:
         """
         if self.genes != self.inputs or "kernel" in self.branches:
             raise ValueError("only what sf.tl.train_imputation returned can be saved.")
-        total, d = self.evidence.total, self.design
-        arrays = {
-            "xx": total.xx[np.triu_indices(len(total.x))], "x": total.x, "centre": d.centre, "scale": d.scale,
-            "share": self.share, "reliability": self.reliability, "theta": self.theta, "libraries": np.stack(self.libraries),
-            "edges": self.edges,
-        }  # fmt: skip
+        d = self.design
         description = {
-            "genes": self.genes, "target_sum": self.target_sum, "n": total.n, "branches": self.branches, "alpha": self.alpha,
+            "genes": self.genes, "target_sum": self.target_sum, "n": self.evidence.total.n, "branches": self.branches,
+            "alpha": self.alpha,
             "judged": [[list(k), v] for k, v in self.judged.items()], "spatial": d.spatial, "n_image": d.n_image,
             "card": self.card,
         }  # fmt: skip
-        tensors = {name: torch.from_numpy(np.asarray(v, np.float32)) for name, v in arrays.items()}
-        return _base.save(path, "Imputer", description, tensors)
+        return _base.save(path, "Imputer", description, self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        total = self.evidence.total
+        arrays = {
+            "xx": total.xx[np.triu_indices(len(total.x))], "x": total.x, "centre": self.design.centre,
+            "scale": self.design.scale, "share": self.share, "reliability": self.reliability, "theta": self.theta,
+            "libraries": np.stack(self.libraries), "edges": self.edges,
+        }  # fmt: skip
+        return {name: torch.from_numpy(np.asarray(v, np.float32)) for name, v in arrays.items()}
 
     @property
     def sha256(self) -> str:
         """Identity of what was learned."""
-        total = self.evidence.total
-        return _base.tensors_sha256({"x": torch.from_numpy(total.x), "scale": torch.from_numpy(self.design.scale)})
+        return _base.tensors_sha256(self._tensors())
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, torch.Tensor]) -> Imputer:
@@ -445,10 +312,7 @@ class Imputer:
         xx = np.zeros((p, p))
         xx[np.triu_indices(p)] = a["xx"]
         xx += np.triu(xx, 1).T
-        scale, centre = (
-            out.design.scale[out.own],
-            out.design.centre[out.own],
-        )  # own columns, back in the unit of targets
+        scale, centre = (v[out.own] for v in (out.design.scale, out.design.centre))  # back in the unit of targets
         scale = np.where(np.isfinite(scale), scale, 0.0)
         y, xy = a["x"][out.own] * scale + d["n"] * centre, xx[:, out.own] * scale + np.outer(a["x"], centre)
         out.evidence = Gathered([Sums(d["n"], a["x"], y, xx, xy)], *[None] * 5)
@@ -491,29 +355,42 @@ class Imputer:
                 kept, best = (*kept, branch), more
         self.branches = tuple(b for b in self.branches if b in kept or b == "kernel")
 
+    @property
+    def floor(self) -> np.ndarray:
+        """Least mean that a gene's law is taken at: nobody is sure that a gene is off."""
+        total = self.evidence.total
+        return (FLOOR * total.y / total.n).astype(np.float32)
+
     def predict(self, query: CellTable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Mean and standard deviation (cells x genes, log1p per ``target_sum``), chunk by chunk of cells."""
-        total, at = self.evidence.total, np.arange(len(self.genes))
-        weights, intercept = self._weights(total, self.branches, self.alpha, at)
-        floor = (FLOOR * total.y[at] / total.n).astype(np.float32)  # nobody is sure that a gene is off
-        inner, start = np.flatnonzero(self.measured[at]), 0
+        genes, floor = np.arange(len(self.genes)), self.floor
+        weights, intercept = self._weights(self.evidence.total, self.branches, self.alpha, genes)
+        inner, start = np.flatnonzero(self.measured), 0
         for x in self.design.columns(query):
             rows = slice(start, start + len(x))
             start += len(x)
             mean = np.maximum(x @ weights + intercept, 0).astype(np.float32)
             bins, std = self._bin(query.library[rows]), np.empty_like(mean)
-            for i, law in enumerate(self._laws(len(at))):
+            for i, law in enumerate(self.laws):
                 some = np.flatnonzero(bins == i)
-                if len(some):
-                    theta, likely = self.theta[i, at], np.maximum(mean[some], floor)
-                    std[some] = law.std_at(likely, theta)
-                    if len(inner):
-                        rate = self._tables[i].rate_at(likely, theta)[:, inner]
-                        counts = query.counts[rows][some][:, self.own[at[inner]] - 1].toarray()
-                        mean[np.ix_(some, inner)], std[np.ix_(some, inner)] = self._seen(
-                            counts, query.library[rows][some], rate, theta[inner]
-                        )
+                likely = np.maximum(mean[some], floor)
+                std[some] = law.std_at(likely, self.theta[i])
+                if len(inner) and len(some):
+                    at, theta = np.ix_(some, inner), self.theta[i, inner]
+                    counts = query.counts[rows][some][:, self.own[inner] - 1].toarray()
+                    rate = law.rate_at(likely[:, inner], theta)
+                    mean[at], std[at] = self._seen(counts, query.library[rows][some], rate, theta)
             yield mean, std
+
+    def draws(self, mean: np.ndarray, library: np.ndarray, gene: int, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Draws (n x cells) of the predictive law of one gene around its mean, at the cells' own libraries."""
+        out, bins = np.empty((n, len(mean)), np.float32), self._bin(library)
+        for i, law in enumerate(self.laws):
+            some, theta = np.flatnonzero(bins == i), self.theta[i, gene]
+            rate = law.rate_at(np.maximum(mean[some], self.floor[gene])[:, None], np.array([theta]))[:, 0]
+            counts = draw_counts(np.repeat((library[some] * rate)[None], n, 0), theta, 0.0, rng)
+            out[:, some] = log_normalize(counts.T, library[some], self.target_sum).T
+        return out
 
     def _seen(self, counts, library, rate, theta) -> tuple[np.ndarray, np.ndarray]:
         """What is expected of genes once their counts (n x genes) are seen: gamma prior of mean ``rate``, Poisson counts."""

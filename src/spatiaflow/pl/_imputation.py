@@ -87,7 +87,8 @@ def imputation(
         ),
         library_id,
     )  # fmt: skip
-    measured = _measured(table, truth, list(imputed.var_names), key, layer)
+    there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
+    measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
     values = imputed[slide.rows]
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.4, 1.5)
     height = 2.1 * aspect + 0.3
@@ -123,24 +124,6 @@ def imputation(
             _against(figure.add_subplot(grid[i, 2]), found, known)
     _reliability(figure.add_subplot(grid[-1, :]), imputed, measured, genes, slide.rows)
     return finish(figure, show, return_fig)
-
-
-def _measured(table: AnnData, truth: AnnData | None, genes: list[str], key: str, layer) -> dict[str, np.ndarray]:
-    """Measured values of those genes that were measured, in the unit of the imputed ones."""
-    source = table if truth is None else truth
-    at = source.obs_names.get_indexer(table.obs_names)
-    if (at < 0).any():
-        raise KeyError(
-            f"truth has no cell {table.obs_names[int(np.argmax(at < 0))]!r}; obs_names must be those of data."
-        )
-    there = [gene for gene in genes if gene in source.var_names]
-    if not there:
-        return {}
-    shared = [str(gene) for gene in table.uns[key]["shared"]]
-    library = _io.dense(_io.counts(table, shared, layer)[0].sum(1)).ravel() / table.uns[key]["library_share"]
-    counts = _io.dense(_io.counts(source, there, layer)[0])[at]
-    values = np.log1p(counts * (_io.target_sum(table, key) / np.maximum(library, 1))[:, None])
-    return dict(zip(there, values.T))
 
 
 def _against(ax, found: np.ndarray, known: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from spatiaflow.tl._cells import file_of
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
 
-N_BLOCKS, MIN_CELLS, MIN_SHARED = 5, 50, 5
+MIN_CELLS, MIN_SHARED = 50, 5
 MAX_INPUTS = 600  # genes that predictions read: of more, those of the largest variance; all count for the library size
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
@@ -205,6 +205,7 @@ def impute_genes(
         if target_sum is not None:
             raise ValueError("target_sum= is the model's; leave it out.")
         shared, wanted = _genes(table, model.inputs, genes, "the model")
+        sha256 = model.sha256
         model = model.restricted(shared, wanted)
         query = _Cells.of([data], [table], shared, layer, use_rep, inputs=model.inputs, **where)
         if model.design.n_image != (0 if use_rep is None else query.image.shape[1]):
@@ -237,7 +238,7 @@ def impute_genes(
             )
         logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), source.n)
         model = source.imputer(inputs, wanted, target_sum=target_sum, seed=seed)
-        share, n_reference = 1.0, source.n
+        share, n_reference, sha256 = 1.0, source.n, ""
     cells = query.cells(model.inputs)
     if check:
         model.adapt(cells, seed=seed)
@@ -246,6 +247,7 @@ def impute_genes(
         "branches": list(model.branches), "judged": {"+".join(names): r for names, r in model.judged.items()},
         "checked": model.checked, "normalization": {"target_sum": model.target_sum},
         "params": {
+            "model_sha256": sha256,
             "n_shared": len(shared), "n_reference": n_reference, "use_rep": use_rep or "", "transductive": check,
             "penalty": model.alpha, "random_state": seed, "spatial_key": spatial_key, "n_vars": table.n_vars,
             "spatiaflow": spatiaflow.__version__,
@@ -310,8 +312,8 @@ class _Cells:
         return len(self.library)
 
     def cells(self, inputs: list[str], wanted: list[str] | None = None) -> list:
-        """A :class:`spatiaflow.models.imputation.CellTable` for each section."""
-        from spatiaflow.models.imputation import CellTable
+        """A :class:`spatiaflow.models.design.CellTable` for each section."""
+        from spatiaflow.models.design import CellTable
 
         place = {gene: i for i, gene in enumerate(self.genes)}
         counts, targets = self.counts[:, [place[g] for g in inputs]], None
@@ -328,11 +330,12 @@ class _Cells:
 
     def imputer(self, inputs: list[str], wanted: list[str], *, target_sum: float | None, **options) -> Imputer:
         """Fit to these cells."""
-        from spatiaflow.models import Imputer
+        from spatiaflow.models.design import left_out
+        from spatiaflow.models.imputation import Imputer
 
         per = target_sum or max(float(np.median(self.library)), 1.0)
-        blocks = _blocks(self.sections, self.spatial)
-        return Imputer(self.cells(inputs, wanted), blocks, inputs, wanted, target_sum=per, **options)
+        cells = self.cells(inputs, wanted)
+        return Imputer(cells, left_out(cells), inputs, wanted, target_sum=per, **options)
 
 
 def _genes(table: AnnData, there, genes, where: str) -> tuple[list[str], list[str]]:
@@ -366,19 +369,6 @@ def _most_variable(counts: sparse.csr_matrix, library: np.ndarray, shared: list[
     mean, square = (np.asarray(v.mean(0)).ravel() for v in (values, values.multiply(values)))
     order = np.argsort(-(square - mean**2), kind="stable")
     return [shared[i] for i in order[:MAX_INPUTS]]
-
-
-def _blocks(sections: list, spatial: bool) -> list[np.ndarray]:
-    """What is left out together: slides where there are three, contiguous bands of each, or random cells without positions."""
-    if len(sections) > 2:
-        return [np.full(len(rows), i % N_BLOCKS) for i, (_, rows, _) in enumerate(sections)]
-    out = []
-    for _, rows, xy in sections:
-        place = np.random.default_rng(0).permutation(len(rows))
-        if spatial:
-            place = np.argsort(np.argsort(xy[:, np.argmax(np.ptp(xy, axis=0))], kind="stable"))
-        out.append(place * N_BLOCKS // len(rows))
-    return out
 
 
 def _own_table(data, table: AnnData, key: str, mean, std, uns: dict, copy: bool):
