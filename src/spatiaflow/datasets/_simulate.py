@@ -15,14 +15,16 @@ SHARES = np.array([[0.60, 0.12, 0.13, 0.15], [0.12, 0.70, 0.10, 0.08], [0.18, 0.
 AREA = {"fibroblast": 38.0, "epithelial": 46.0, "lymphocyte": 26.0, "endothelial": 32.0}
 AREA_NICHE = {"stroma": 1.0, "gland": 1.15, "immune": 0.9}
 AREA_STATE_B = 1.5
+AREA_STATE_B_NICHE = {"stroma": 1.25, "gland": 1.5, "immune": 1.9}  # instead, where the state acts by niche
 AXIS_RATIO = {"fibroblast": 0.45, "epithelial": 0.75, "lymphocyte": 0.92, "endothelial": 0.4}  # minor / major axis
 AXIS_RATIO_STATE_B = 0.8  # factor
+AXIS_RATIO_STATE_B_NICHE = {"stroma": 0.6, "gland": 0.72, "immune": 0.85}
 CHROMATIN = {"fibroblast": 0.8, "epithelial": 0.75, "lymphocyte": 1.25, "endothelial": 0.95}  # optical density
 AREA_SPREAD, THETA, LIBRARY, LIBRARY_SPREAD = 0.12, 10.0, 800.0, 0.35
 HEMATOXYLIN, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.09, 0.95, 0.28])  # optical density of R, G, B
 
 
-def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60):
+def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False):
     """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts, all of whose causes are known.
 
     The planted rules (genes, morphology, colours) are the same for every seed; layout, noise and a slight change of
@@ -36,6 +38,8 @@ def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60):
         Same seed, same slide.
     n_genes
         At least 30: 12 follow the cell type, 6 the niche, 4 the nuclear area, 2 the state, the others nothing.
+    state_by_niche
+        State B changes the nuclei's area and axis ratio by factors of their own in each niche, instead of the same in all.
 
     Returns
     -------
@@ -66,14 +70,14 @@ def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60):
         raise ValueError(f"n_genes must be at least 30, not {n_genes}.")
     rng = np.random.default_rng(seed)
     xy, niche, field, lumen, side = _layout(n_cells, rng)
-    obs = _cells(niche, rng)
+    obs = _cells(niche, state_by_niche, rng)
     polygons = _nuclei(xy, obs, rng)
     rate, drivers = _rates(obs, n_genes)
     obs["library"] = np.round(LIBRARY * rng.lognormal(-(LIBRARY_SPREAD**2) / 2, LIBRARY_SPREAD, n_cells))
     mean = obs["library"].to_numpy()[:, None] * rate
     counts = rng.poisson(rng.gamma(THETA, mean / THETA))
     he, fluorescence = _render(polygons, obs, field, lumen, side, rng)
-    return _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence)
+    return _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence, state_by_niche)
 
 
 def _layout(n_cells, rng):
@@ -108,13 +112,21 @@ def _layout(n_cells, rng):
     return xy, at(niche_map, xy), niche_map, lumen, side
 
 
-def _cells(niche, rng) -> pd.DataFrame:
+def _effects(state_by_niche: bool) -> tuple[dict, dict]:
+    """Factors of state B for area and axis ratio, by niche."""
+    if state_by_niche:
+        return AREA_STATE_B_NICHE, AXIS_RATIO_STATE_B_NICHE
+    return dict.fromkeys(NICHES, AREA_STATE_B), dict.fromkeys(NICHES, AXIS_RATIO_STATE_B)
+
+
+def _cells(niche, state_by_niche, rng) -> pd.DataFrame:
     types = (rng.random((len(niche), 1)) > SHARES.cumsum(1)[niche]).sum(1).clip(0, 3)
     cell_type, niche_name = np.array(TYPES)[types], np.array(NICHES)[niche]
     state = np.where(cell_type == "epithelial", np.where(rng.random(len(niche)) < 0.5, "B", "A"), "none")
     mean_area = np.array([AREA[t] * AREA_NICHE[n] for t, n in zip(cell_type, niche_name)])
-    mean_area = mean_area * np.where(state == "B", AREA_STATE_B, 1.0)
-    ratio = np.array([AXIS_RATIO[t] for t in cell_type]) * np.where(state == "B", AXIS_RATIO_STATE_B, 1.0)
+    larger, longer = (np.array([factor[n] for n in niche_name]) for factor in _effects(state_by_niche))
+    mean_area = mean_area * np.where(state == "B", larger, 1.0)
+    ratio = np.array([AXIS_RATIO[t] for t in cell_type]) * np.where(state == "B", longer, 1.0)
     return pd.DataFrame(
         {
             "cell_type": pd.Categorical(cell_type, TYPES),
@@ -222,7 +234,7 @@ def _render(polygons, obs, niche_map, lumen, side, rng):
     )
 
 
-def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence):
+def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence, state_by_niche):
     import anndata as ad
     import dask.array as da
     import geopandas as gpd
@@ -244,9 +256,10 @@ def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence):
     table.obs["region"] = pd.Categorical(["nuclei"] * len(obs))
     table.obs["cell_id"] = obs.index.to_numpy()
     table.obsm["spatial"] = xy
+    larger, longer = _effects(state_by_niche)
     table.uns["planted"] = {
         "theta": THETA, "library": LIBRARY, "library_spread": LIBRARY_SPREAD, "area_um2": AREA, "area_niche": AREA_NICHE,
-        "area_state_B": AREA_STATE_B, "axis_ratio": AXIS_RATIO, "axis_ratio_state_B": AXIS_RATIO_STATE_B,
+        "area_state_B": larger, "axis_ratio": AXIS_RATIO, "axis_ratio_state_B": longer,
         "chromatin": CHROMATIN, "area_spread": AREA_SPREAD,
     }  # fmt: skip
     table = TableModel.parse(table, region="nuclei", region_key="region", instance_key="cell_id")

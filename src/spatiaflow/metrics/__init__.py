@@ -2,6 +2,7 @@
 
 from spatiaflow.metrics._bootstrap import bootstrap_blocks, paired_pearson_difference, spatial_blocks
 from spatiaflow.metrics._ceiling import noise_ceiling
+from spatiaflow.metrics._conformal import conformal_factor
 from spatiaflow.metrics._correlation import gene_correlation_agreement, pearson, rmse, spearman
 from spatiaflow.metrics._distribution import (
     crps_ensemble,
@@ -24,6 +25,7 @@ from spatiaflow.metrics._spatial import morans_agreement, morans_i
 
 __all__ = [
     "bootstrap_blocks",
+    "conformal_factor",
     "crps_ensemble",
     "crps_normal",
     "effect_recovery",
