@@ -12,9 +12,7 @@ a mouse. Each row is written to ``benchmarks/results/embedding-*.csv`` with its 
 """
 
 import argparse
-import datetime
 import importlib.util
-import sys
 import time
 from pathlib import Path
 
@@ -26,13 +24,13 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import spatiaflow as sf
+import writing
 from spatiaflow import _io
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.simple import gene_pearson
 from spatiaflow.models.spatia import Spatia, SpatiaNetwork, scaled
 from spatiaflow.train.spatia import augmented
 
-RESULTS = Path(__file__).parent / "results"
 MPP = 0.2125
 PARTS = {"train": (0, 16500), "validation": (17000, 19000), "test": (19500, 99999)}  # px
 MIN_COUNTS, N_GENES, BLOCK_UM = 15, 50, 500.0
@@ -41,14 +39,7 @@ BASELINE = "CNN, supervised + neighbours"  # what embeddings are compared with, 
 
 
 def write(data: str, rows: list[dict]) -> None:
-    """One CSV a data set, with the command, version and date in every row."""
-    RESULTS.mkdir(exist_ok=True)
-    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
-    note = {"command": command, "version": sf.__version__, "date": datetime.date.today().isoformat()}
-    table = pd.DataFrame([row | note for row in rows])
-    path = RESULTS / f"embedding-{data}.csv"
-    table.to_csv(path, index=False)
-    print(table.drop(columns=list(note)).round(4).to_string(index=False), flush=True)
+    writing.write(f"embedding-{data}", rows)
 
 
 # ---- pancreas ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from spatiaflow.models.simple import (
 )  # fmt: skip
 from spatiaflow.models.stflow import standardize
 from spatiaflow.train.stflow import fit_stflow
+from writing import RESULTS
 
 SECTIONS = {"her2st": ("B4", "C2", "C3", "C4", "C5"), "mouse_olfactory_bulb": ("MOB1", "MOB2", "MOB3")}
 MARKERS = ("GATA3", "ERBB2", "UBE2C", "VWF")  # of the papers
@@ -336,7 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--patch-um", type=float, default=155.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables from the result files")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -356,7 +356,7 @@ def starmap(a) -> None:
     mice = {name: mice[mice.obs["mouse"] == name].copy() for name in mice.obs["mouse"].unique()}
     tasks = {
         name: Task([other for key, other in mice.items() if key != name], query, 100, np.ptp(query.obsm["spatial"], 0).max() / 6)
-        for name, query in mice.items()
+        for name, query in mice.items() if a.only in (None, name)
     }  # fmt: skip
     evaluate("starmap", tasks, a.seeds)
 
@@ -404,5 +404,6 @@ if __name__ == "__main__":
     parser.add_argument("--weights", help="of a model by tl.train_imputation; else it is trained")
     parser.add_argument("--save", type=Path, help="where to keep the trained model")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", help="one mouse")
     a = parser.parse_args()
     commands[a.what](a)

@@ -1,6 +1,7 @@
 """One CSV a question, with the command, version and date in every row."""
 
 import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 import spatiaflow as sf
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("SPATIAFLOW_RESULTS", Path(__file__).parent / "results"))
 
 
 def write(name: str, rows: list[dict]) -> None:
@@ -16,5 +17,6 @@ def write(name: str, rows: list[dict]) -> None:
     command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
     table = pd.DataFrame(rows)
     stamped = table.assign(command=command, version=sf.__version__, date=datetime.date.today().isoformat())
+    RESULTS.mkdir(parents=True, exist_ok=True)
     stamped.to_csv(RESULTS / f"{name}.csv", index=False)
     print(table.round(4).to_string(index=False), flush=True)

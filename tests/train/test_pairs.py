@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from spatiaflow.train.pairs import ALIKE, Context, PairBatches, Pairs, exchanged, mean_shift, oriented, shares
+from spatiaflow.train.pairs import ALIKE, Context, PairBatches, Pairs, exchanged, mean_shift, oriented, shares, turned
 
 RNG = np.random.default_rng(0)
 
@@ -59,6 +59,36 @@ def test_targets_are_exchanged_as_trying_every_way_finds():
         cost = image / image.mean() + ALIKE * state / state.mean()
         best = min(permutations(range(len(rows))), key=lambda way: cost[np.arange(len(rows)), way].sum())
         np.testing.assert_array_equal(place[rows], rows[list(best)])
+
+
+def ellipses(angle, major, minor, p=32):
+    """Discs of these axes (px) in the middle of images, each at its angle, one end brighter."""
+    y, x = np.mgrid[:p, :p] - (p - 1) / 2
+    along = np.cos(angle)[:, None, None] * x - np.sin(angle)[:, None, None] * y  # rows go down
+    across = np.sin(angle)[:, None, None] * x + np.cos(angle)[:, None, None] * y
+    inside = (along / major) ** 2 + (across / minor) ** 2 < 1
+    return torch.from_numpy((inside * (1 + 0.01 * along))[:, None].astype(np.float32))
+
+
+def test_long_axes_come_to_lie_along_each_other():
+    angles = RNG.uniform(0, np.pi, (2, 400))
+    source, target = ellipses(angles[0], 6, 5), ellipses(angles[1], 11, 6.5)  # a target covers any source
+
+    def axis(images):
+        y, x = np.mgrid[:32, :32] - 15.5
+        v = images[:, 0].numpy()
+        return np.arctan2(-2 * (v * x * y).sum((1, 2)), (v * (x**2 - y**2)).sum((1, 2)))  # twice the angle
+
+    def agreement(images):
+        return np.cos(axis(images) - axis(source)).mean()
+
+    np.testing.assert_allclose(np.cos(axis(target) - 2 * angles[1]), 1, atol=0.02)
+    assert abs(agreement(target)) < 0.15
+    assert agreement(oriented(target, source)) == pytest.approx(
+        0.81, abs=0.05
+    )  # (4 sin(pi / 4) / pi)^2 within an octant
+    turns = RNG.integers(0, 8, 400)
+    torch.testing.assert_close(oriented(target, turned(source, turns)), turned(oriented(target, source), turns))
 
 
 def test_targets_stay_with_sources_that_are_alike():

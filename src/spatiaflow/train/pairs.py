@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from spatiaflow.models.morphology import Conditions
 
 POOL = 32  # batches among which targets are exchanged
+MIDDLE = 0.15  # of the side of an image: standard deviation of the window in which its long axis is looked for
 ALIKE = 0.3  # about half of the sources exchange theirs then; a tenth: nearly all, 1: hardly any
 
 
@@ -94,21 +95,35 @@ def turned_offsets(offset: np.ndarray, turns: np.ndarray) -> np.ndarray:
     return out
 
 
+def upright(images: Tensor) -> np.ndarray:
+    """Turn of each image (n x C x p x p) that brings the long axis of what lies in its middle between 0 and 45 degrees."""
+    x = (torch.arange(images.shape[-1]) + 0.5) / images.shape[-1] - 0.5  # 1 x p, and p x 1 for y
+    x, y = x[None], -x[:, None]
+    middle = (-(x**2 + y**2) / (2 * MIDDLE**2)).exp()
+    axis = middle * (x**2 - y**2 + 2 * x * y + 1e-3 * x)  # the last term tells one end of the axis from the other
+    flat = images.mean(1, keepdim=True)
+    found = [(turned(flat, np.full(len(flat), k)) * axis).flatten(1).sum(1) for k in range(8)]
+    return torch.stack(found).argmax(0).numpy()
+
+
 def oriented(target: Tensor, source: Tensor) -> Tensor:
-    """Each target in that of its eight orientations which is nearest to its source: a cell has no up."""
-    flat = [turned(target, np.full(len(target), k)) for k in range(8)]
-    distance = torch.stack([((one - source) ** 2).flatten(1).sum(1) for one in flat])
-    return torch.stack(flat)[distance.argmin(0), torch.arange(len(target))]
+    """Each target in that of its eight orientations in which it lies as its source does: a cell has no up.
+
+    By the long axis, and not by the distance of the images: a larger nucleus covers a smaller one whichever way it lies, and
+    targets that lie anyhow are round on average, which is what a flow learns first.
+    """
+    back = upright(source)
+    back = np.where(back < 4, -back % 4, back)  # a reflection is its own inverse
+    return turned(turned(target, upright(target)), back)
 
 
 def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.ndarray) -> np.ndarray:
     """For each source the place of a target, so that images lie near each other: minibatch optimal transport.
 
-    Sources exchange targets within their group; what an exchange costs is the distance of the images, in the nearest
-    orientation, and ``ALIKE`` times that of the sources' ``context`` (n x d), each over its mean, so that targets stay with
-    sources that are alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain
-    the same, and so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of
-    the source.
+    Sources exchange targets within their group; what an exchange costs is the distance of the images, both upright, and
+    ``ALIKE`` times that of the sources' ``context`` (n x d), each over its mean, so that targets stay with sources that are
+    alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same, and
+    so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of the source.
     """
 
     def coarse(x):
@@ -119,10 +134,9 @@ def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.nda
         rows = np.flatnonzero(group == g)
         if len(rows) < 2:
             continue
-        here, there = coarse(source[rows]), target[rows]
-        images = torch.stack([torch.cdist(here, coarse(turned(there, np.full(len(rows), k)))) for k in range(8)])
+        images = torch.cdist(*(coarse(turned(x[rows], upright(x[rows]))) for x in (source, target)))
         states = torch.cdist(*(torch.from_numpy(np.ascontiguousarray(context[rows], np.float32)),) * 2)
-        images, states = (d / d.mean().clamp_min(1e-9) for d in (images.amin(0) ** 2, states**2))
+        images, states = (d / d.mean().clamp_min(1e-9) for d in (images**2, states**2))
         place[rows] = rows[linear_sum_assignment((images + ALIKE * states).numpy())[1]]
     return place
 
