@@ -54,6 +54,14 @@ class Settings:
         Show progress bars.
     verbosity
         ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``.
+
+    Examples
+    --------
+    >>> with sf.settings.override(seed=1):
+    ...     sf.settings.seed
+    1
+    >>> sf.settings.seed
+    0
     """
 
     device: str = "auto"

@@ -68,7 +68,9 @@ def merfish_mouse_brain() -> SpatialData:
 
     Examples
     --------
-    >>> sdata = sf.datasets.merfish_mouse_brain()  # doctest: +SKIP
+    >>> sdata = sf.datasets.merfish_mouse_brain()
+    >>> sdata["table"].shape
+    (504, 450)
     """
     import spatialdata as sd
 

@@ -61,7 +61,11 @@ def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, s
 
     Examples
     --------
-    >>> sdata = sf.datasets.simulated_tissue(500)  # doctest: +SKIP
+    >>> sdata = sf.datasets.simulated_tissue(500)
+    >>> sdata["table"].shape
+    (500, 60)
+    >>> sorted(sdata.images)
+    ['fluorescence', 'he']
     """
     n_cells, n_genes = int(n_cells), int(n_genes)
     if n_cells < 20:

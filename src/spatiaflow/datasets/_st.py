@@ -64,9 +64,11 @@ def her2st(section: str = "C2") -> AnnData:
     --------
     Several sections side by side, told apart by ``library_key="library_id"``:
 
-    >>> import anndata as ad, spatiaflow as sf
+    >>> import anndata as ad
     >>> sections = [sf.datasets.her2st(section) for section in ("C2", "C3")]
     >>> adata = ad.concat(sections, uns_merge="unique")
+    >>> adata.obs["library_id"].unique().tolist()
+    ['C2', 'C3']
     """
     _check_section("her2st", section, HER2ST_SECTIONS)
     counts, spots, image = fetch("her2st", f"{section}.tsv.gz", f"{section}_selection.tsv", f"{section}.jpg")
@@ -116,6 +118,12 @@ def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
     The files come with STUtility: Bergenstråhle, Larsson and Lundeberg, "Seamless integration of image and molecular
     analysis for spatial transcriptomics workflows", BMC Genomics 21, 482 (2020),
     https://doi.org/10.1186/s12864-020-06832-3; repository ``jbergenstrahle/STUtility``, MIT.
+
+    Examples
+    --------
+    >>> adata = sf.datasets.mouse_olfactory_bulb("MOB1")
+    >>> adata.shape
+    (379, 1000)
     """
     _check_section("mouse_olfactory_bulb", section, OLFACTORY_BULB_SECTIONS)
     files = f"{section}.tsv", f"alignment_table_{section}.tsv", f"{section}.jpg"

@@ -57,7 +57,9 @@ def starmap_mpfc() -> AnnData:
 
     Examples
     --------
-    >>> adata = sf.datasets.starmap_mpfc()  # doctest: +SKIP
+    >>> adata = sf.datasets.starmap_mpfc()
+    >>> adata.obs["mouse"].cat.categories.tolist()
+    ['BZ5', 'BZ9', 'BZ14']
     """
     return read_h5ad(assembled("starmap_mpfc", _write, ".h5ad"))
 

@@ -39,7 +39,10 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
 
     Examples
     --------
-    >>> sf.models.load(sf.datasets.weights("spatia-pancreas-small"))  # doctest: +SKIP
+    >>> sf.datasets.weights().loc["spatia-pancreas-small", "model"]
+    'Spatia'
+    >>> sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
+    Spatia: 377 genes, channels dapi, bound, rna, prot, width 128, 20.4 µm crops
     """
     folder = package_files("spatiaflow.datasets") / FOLDER
     with (folder / "weights.csv").open(encoding="utf-8") as lines:

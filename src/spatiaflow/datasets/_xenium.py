@@ -71,7 +71,9 @@ def xenium_pancreas() -> SpatialData:
 
     Examples
     --------
-    >>> sdata = sf.datasets.xenium_pancreas()  # doctest: +SKIP
+    >>> sdata = sf.datasets.xenium_pancreas()
+    >>> sdata["table"].shape
+    (7619, 377)
     """
     import spatialdata as sd
 

@@ -32,8 +32,11 @@ def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: s
 
     Examples
     --------
-    >>> predicted = sf.get.expression(adata)  # doctest: +SKIP
-    >>> sq.pl.spatial_scatter(predicted, color="ERBB2")  # doctest: +SKIP
+    >>> predicted = sf.get.expression(adata)
+    >>> predicted.var_names.tolist()
+    ['TYPE_epithelial1', 'NICHE_gland1', 'STATE1']
+    >>> import squidpy as sq
+    >>> sq.pl.spatial_scatter(predicted, color="STATE1", shape=None)
     """
     _, table = _io.unpack(data, table_key)
     return _io.slot_as_anndata(table, key)

@@ -46,6 +46,12 @@ def noise_ceiling(
         ``genes`` are not column numbers.
     ValueError
         Counts are negative, not integer, NaN or infinite, or there is no such column.
+
+    Examples
+    --------
+    >>> ceiling = sf.metrics.noise_ceiling(adata.X, genes=[0, 1])
+    >>> ceiling.shape
+    (2,)
     """
     if type(counts).__name__ == "AnnData":
         raise TypeError("counts must be an array or a sparse matrix: give .X or a layer of the AnnData.")

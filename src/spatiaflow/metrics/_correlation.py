@@ -30,6 +30,14 @@ def pearson(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     ------
     ValueError
         Shapes differ, or values are NaN or infinite.
+
+    Examples
+    --------
+    A gene that does not vary has nothing to predict:
+
+    >>> truth = np.array([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    >>> sf.metrics.pearson(truth, truth)
+    array([ 1., nan])
     """
     truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
     return _by_slide(_pearson, truth, prediction, library)
@@ -53,6 +61,11 @@ def spearman(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     ------
     ValueError
         Shapes differ, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> sf.metrics.spearman([[1.0], [2.0], [3.0]], [[1.0], [10.0], [100.0]])
+    array([1.])
     """
     truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
     return _by_slide(lambda x, y: _pearson(rankdata(x, axis=0), rankdata(y, axis=0)), truth, prediction, library)
@@ -76,6 +89,11 @@ def rmse(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     ------
     ValueError
         Shapes differ, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> sf.metrics.rmse([[0.0, 1.0], [0.0, 2.0]], [[3.0, 1.0], [3.0, 2.0]])
+    array([3., 0.])
     """
     truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
     return _by_slide(lambda x, y: np.sqrt(((x - y) ** 2).mean(0)), truth, prediction, library)
@@ -101,6 +119,13 @@ def gene_correlation_agreement(truth, prediction) -> dict[str, float]:
     ------
     ValueError
         Shapes differ, values are NaN or infinite, or fewer than 3 genes vary in ``truth``.
+
+    Examples
+    --------
+    >>> expression = np.log1p(sdata["table"].X.toarray())
+    >>> agreement = sf.metrics.gene_correlation_agreement(expression, expression)
+    >>> round(agreement["pearson"], 3), round(agreement["rmse"], 3)
+    (1.0, 0.0)
     """
     truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
     varies = ~constant(truth)

@@ -24,6 +24,11 @@ def interval_coverage(truth, lower, upper) -> np.ndarray:
     ------
     ValueError
         Shapes differ, values are NaN or infinite, or ``lower`` exceeds ``upper``.
+
+    Examples
+    --------
+    >>> sf.metrics.interval_coverage([[1.0], [5.0]], [[0.0], [0.0]], [[2.0], [2.0]])
+    array([0.5])
     """
     truth, lower, upper = _intervals(truth, lower, upper)
     return ((truth >= lower) & (truth <= upper)).mean(0)
@@ -49,6 +54,14 @@ def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
     ------
     ValueError
         Shapes differ, values are NaN or infinite, ``lower`` exceeds ``upper``, or ``alpha`` is not in (0, 1).
+
+    Examples
+    --------
+    A width of 2, and for the second observation 20 times its distance of 3 to the interval:
+
+    >>> sf.metrics.interval_score([[1.0], [5.0]], [[0.0], [0.0]], [[2.0], [2.0]])
+    array([[ 2.],
+           [62.]])
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is the probability outside of the interval, in (0, 1); {alpha!r} was given.")
@@ -80,6 +93,14 @@ def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
     ------
     ValueError
         Shapes do not fit, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> draws = np.array([[[0.0]], [[2.0]]])
+    >>> sf.metrics.crps_ensemble([[3.0]], draws)
+    array([[1.]])
+    >>> sf.metrics.crps_ensemble([[3.0]], draws, fair=False)
+    array([[1.5]])
     """
     truth, draws = _arrays.ensemble(truth, draws)
     m = len(draws)
@@ -108,6 +129,11 @@ def crps_normal(truth, mean, std) -> np.ndarray:
     ------
     ValueError
         Shapes differ, values are NaN or infinite, or ``std`` is negative.
+
+    Examples
+    --------
+    >>> sf.metrics.crps_normal([[1.0, 1.0]], [[1.0, 3.0]], [[1.0, 0.0]]).round(3)
+    array([[0.234, 2.   ]])
     """
     truth, mean, std = _arrays.tables(truth=truth, mean=mean, std=std)
     if std.min() < 0:
@@ -141,6 +167,13 @@ def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
     ------
     ValueError
         Shapes do not fit, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> truth, draws = rng.poisson(1, (500, 2)), rng.poisson(1, (50, 500, 2))
+    >>> round(float(sf.metrics.pit(truth, draws).mean()), 1)
+    0.5
     """
     truth, draws = _arrays.ensemble(truth, draws)
     uniform = np.random.default_rng(seed).random(truth.shape)
@@ -174,6 +207,12 @@ def energy_score(truth, draws, *, fair: bool = True) -> np.ndarray:
     ------
     ValueError
         Shapes do not fit, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> draws = np.array([[[0.0, 0.0]], [[3.0, 4.0]]])
+    >>> sf.metrics.energy_score([[3.0, 0.0]], draws)
+    array([1.])
     """
     truth, draws = _arrays.ensemble(truth, draws)
     m = len(draws)

@@ -48,6 +48,13 @@ def image_features(
     ------
     ValueError
         No channel is known to the network, images are of another shape, or ``mpp`` is missing.
+
+    Examples
+    --------
+    >>> crops = sf.pp.crops(sdata, image_key="fluorescence")
+    >>> images = crops.read(np.arange(10)).numpy()
+    >>> sf.metrics.image_features(images, channels=crops.channels, mpp=20.4 / 48).shape
+    (10, 64)
     """
     if mpp is None:
         raise ValueError("images alone do not say how large a pixel is: give mpp= (µm per pixel).")

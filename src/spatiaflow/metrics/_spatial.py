@@ -32,6 +32,16 @@ def morans_i(values, xy, *, k: int = 6, graph=None) -> np.ndarray:
     ------
     ValueError
         Shapes do not fit, values are NaN or infinite, or there are not more than ``k`` positions.
+
+    Examples
+    --------
+    A gradient and noise:
+
+    >>> rng = np.random.default_rng(0)
+    >>> xy = rng.uniform(size=(400, 2))
+    >>> gradient, noise = sf.metrics.morans_i(np.stack([xy[:, 0], rng.normal(size=400)], 1), xy)
+    >>> bool(gradient > 0.9 > 0.1 > noise)
+    True
     """
     values = _arrays.table(values, "values")
     return _morans_i(values, _weights(len(values), xy, k, graph))
@@ -61,6 +71,13 @@ def morans_agreement(truth, prediction, xy, *, k: int = 6, graph=None) -> dict[s
     ------
     ValueError
         Shapes do not fit, values are NaN or infinite, fewer than 3 genes vary, or positions are not more than ``k``.
+
+    Examples
+    --------
+    >>> truth = np.log1p(adata.X.toarray())
+    >>> agreement = sf.metrics.morans_agreement(truth, truth, adata.obsm["spatial"])
+    >>> agreement["mean_abs_difference"]
+    0.0
     """
     truth, prediction = _arrays.tables(truth=truth, prediction=prediction)
     varies = ~constant(truth)

@@ -50,6 +50,11 @@ def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow | Imputer | Image
         ``path`` is not a path.
     ValueError
         The file is truncated, corrupted, a pickle, or not a spatiaflow model.
+
+    Examples
+    --------
+    >>> sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
+    Spatia: 377 genes, channels dapi, bound, rna, prot, width 128, 20.4 µm crops
     """
     if not isinstance(path, str | Path):
         raise TypeError(f"a model or the path of a saved one is needed, not {path!r}.")

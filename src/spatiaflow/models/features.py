@@ -40,6 +40,12 @@ class ImageFeatures(nn.Module):
         Channels, scale and sizes.
     card
         What it was trained on, and how.
+
+    Examples
+    --------
+    >>> network = sf.models.load(sf.datasets.weights("cell-features-small"))
+    >>> network(sf.pp.crops(sdata, image_key="fluorescence").read([0, 5])).shape
+    torch.Size([2, 64])
     """
 
     def __init__(self, config: FeaturesConfig, card: dict | None = None):

@@ -138,6 +138,12 @@ class Imputer:
         Mean share of each input in the counts of all inputs.
     card
         Reference data and settings, when made by :func:`spatiaflow.tl.train_imputation`.
+
+    Examples
+    --------
+    >>> model = sf.models.load(sf.datasets.weights("imputation-pancreas-small"))
+    >>> model
+    Imputer: 377 genes from 377, genes + neighbors
     """
 
     def __init__(

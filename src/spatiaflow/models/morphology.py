@@ -45,6 +45,12 @@ class MorphologyConfig:
         Of the transformer over patches of latents; the side of a patch, in pixels of the image, is a multiple of 4.
     drop
         Probability that a sample is trained without conditions, for guidance.
+
+    Examples
+    --------
+    >>> config = sf.models.MorphologyConfig(channels=["dapi"], transitions=["A -> B"])
+    >>> config.crop_pixels, config.n_latent
+    (48, 4)
     """
 
     channels: list[str]
@@ -284,6 +290,12 @@ class States:
         States x genes and states; the largest of ``weight @ log1p(counts per unit) + offset`` is the state.
     unit, min_counts
         Counts of a cell (in ``genes``) are scaled to ``unit``; cells with fewer than ``min_counts`` have no state.
+
+    Examples
+    --------
+    >>> states = sf.models.States(["acinar", "ductal"], ["CPA1", "KRT19"], [[1, 0], [0, 1]], [0, 0])
+    >>> states(np.array([[30, 2], [1, 40], [0, 1]]))
+    ['acinar', 'ductal', None]
     """
 
     names: list[str]
@@ -318,6 +330,12 @@ class MorphologyFlow:
         Rule that tells states where no column names them; None for models of your own.
     history, card
         As of the other models.
+
+    Examples
+    --------
+    >>> model = sf.models.load(sf.datasets.weights("morphology-simulated-small"))
+    >>> model.config.transitions
+    ['A -> B']
     """
 
     def __init__(

@@ -60,6 +60,12 @@ class SpatiaConfig:
         cell sees about 350 µm around it.
     pitch_um
         Unit of distances: the distance of neighbouring cells in the training data.
+
+    Examples
+    --------
+    >>> config = sf.models.SpatiaConfig(genes=["CD3E", "MS4A1"], channels=["dapi"], width=64)
+    >>> config.width, config.niche_neighbors
+    (64, 24)
     """
 
     genes: list[str]
@@ -360,6 +366,12 @@ class Spatia:
         Dict of lists, one entry an epoch.
     card
         Training data, settings and scores.
+
+    Examples
+    --------
+    >>> model = sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
+    >>> model.config.channels
+    ['dapi', 'bound', 'rna', 'prot']
     """
 
     def __init__(self, *, network: SpatiaNetwork, target_sum: float, history: dict, card: dict):

@@ -152,6 +152,14 @@ class Preset:
         leave-one-slide-out ridge).
     regions, regions_per_batch
         Contiguous regions drawn from each slide an epoch, and how many make a batch.
+
+    Examples
+    --------
+    Without spatial context:
+
+    >>> from dataclasses import replace
+    >>> alone = replace(sf.models.PRESETS["default"], n_neighbors=0)
+    >>> model = sf.tl.train_stflow(adata, genes=3, preset=alone, max_epochs=1)
     """
 
     width: int = 128
@@ -229,6 +237,12 @@ class STFlow:
         Dict of lists, one entry an epoch.
     card
         Training data, settings and scores.
+
+    Examples
+    --------
+    >>> path = model.save("stflow.safetensors")
+    >>> sf.models.load(path).genes == model.genes
+    True
     """
 
     def __init__(

@@ -41,6 +41,12 @@ def benchmark(
         A column is missing.
     ValueError
         No row is of a method in ``ours``.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"task": "genes", "metric": "Pearson r", "method": ["STFlow", "ridge"], "value": [0.4, 0.3]})
+    >>> sf.pl.benchmark(scores, ours="STFlow")
     """
     import matplotlib.pyplot as plt
 

@@ -57,6 +57,15 @@ def calibration(
         The slot or the counts of its genes are missing.
     ValueError
         ``draws`` are of another shape.
+
+    Examples
+    --------
+    >>> sf.pl.calibration(adata)
+
+    With draws of the predictive distribution:
+
+    >>> draws = model.law.sample(adata.obsm["stflow"], adata.obsm["stflow_std"], 100)
+    >>> sf.pl.calibration(adata, draws=draws)
     """
     import matplotlib.pyplot as plt
 

@@ -87,6 +87,10 @@ def crops(
         The column, a group, a channel or the image is missing.
     ValueError
         More channels than can be told apart, no cell in the image, or an outline of cells without masks.
+
+    Examples
+    --------
+    >>> sf.pl.crops(sdata, "cell_type", n=4, image_key="fluorescence")
     """
     import matplotlib.pyplot as plt
 

@@ -63,6 +63,10 @@ def expression(
         The slot, a gene or the slide is missing.
     ValueError
         ``genes`` is empty.
+
+    Examples
+    --------
+    >>> sf.pl.expression(adata, ["TYPE_epithelial1", "NICHE_gland1"])
     """
     import matplotlib.pyplot as plt
 

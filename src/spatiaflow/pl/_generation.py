@@ -63,6 +63,13 @@ def transition(
         ``data`` holds no generated images, or a channel is unknown.
     ValueError
         More channels than can be told apart, or targets of another shape.
+
+    Examples
+    --------
+    >>> images = {"image_key": "fluorescence"}
+    >>> made = sf.tl.generate_morphology(sdata, source="A", target="B", model="morphology-simulated-small", **images)
+    >>> real = sf.pp.crops(sdata, crop_um=16, pixels=32, **images).read(np.flatnonzero(sdata["table"].obs["state"] == "B"))
+    >>> sf.pl.transition(made, real, n=4)
     """
     import matplotlib.pyplot as plt
 
@@ -151,6 +158,14 @@ def profile_shift(
     ------
     KeyError
         A feature is missing.
+
+    Examples
+    --------
+    >>> images = {"image_key": "fluorescence"}
+    >>> made = sf.tl.generate_morphology(sdata, source="A", target="B", model="morphology-simulated-small", **images)
+    >>> profile = sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16, pixels=32, **images))
+    >>> state = sdata["table"].obs["state"].to_numpy()
+    >>> sf.pl.profile_shift(made, source=profile[state == "A"], target=profile[state == "B"])
     """
     import matplotlib.pyplot as plt
 

@@ -70,6 +70,11 @@ def imputation(
         The slot, a gene, the slide, or a cell in ``truth`` is missing.
     ValueError
         ``genes`` is empty.
+
+    Examples
+    --------
+    >>> sf.tl.impute_genes(sdata, genes=["STATE1"])
+    >>> sf.pl.imputation(sdata, "STATE1")
     """
     import matplotlib.pyplot as plt
 

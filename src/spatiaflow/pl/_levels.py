@@ -66,6 +66,11 @@ def levels(
     ------
     KeyError
         A level or the slide is missing.
+
+    Examples
+    --------
+    >>> fig = sf.pl.levels(sdata, return_fig=True)
+    >>> fig.savefig("levels.png", dpi=100)
     """
     import matplotlib.pyplot as plt
 
@@ -145,6 +150,11 @@ def attention(
     ------
     KeyError
         The cell, the column, or ``.obsp[f"{key}_attention"]`` is missing.
+
+    Examples
+    --------
+    >>> sf.tl.embed_spatia(sdata, modalities="image", image_key="fluorescence", attention=True)
+    >>> sf.pl.attention(sdata, "cell_150", color="cell_type")
     """
     import matplotlib.pyplot as plt
     import seaborn as sns

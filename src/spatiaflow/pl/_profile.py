@@ -61,6 +61,10 @@ def profile(
         The slot, the column or a feature is missing.
     ValueError
         Too many groups, or no cell with both a group and morphology.
+
+    Examples
+    --------
+    >>> sf.pl.profile(sdata, "cell_type", features=["area_um2", "eccentricity"])
     """
     import matplotlib.pyplot as plt
 

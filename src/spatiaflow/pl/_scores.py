@@ -48,6 +48,12 @@ def gene_scores(
         ``data`` is not a DataFrame of genes x methods.
     ValueError
         ``ceiling`` has another length.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"STFlow": [0.6, 0.4], "ridge": [0.5, 0.4]}, index=["ERBB2", "GNAS"])
+    >>> sf.pl.gene_scores(scores)
     """
     import matplotlib.pyplot as plt
 

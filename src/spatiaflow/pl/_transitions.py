@@ -65,6 +65,10 @@ def pairs(
         There are no pairs, or no such transition or slide.
     ValueError
         Several transitions and none is named, or no pair lies on the slide.
+
+    Examples
+    --------
+    >>> sf.pl.pairs(sdata)
     """
     import matplotlib.pyplot as plt
 

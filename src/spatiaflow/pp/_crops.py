@@ -39,6 +39,14 @@ class Crops:
         Pixels of each cell, where those of others are to be left out.
     members
         Of each crop, its place in ``masks``.
+
+    Examples
+    --------
+    >>> crops = sf.pp.crops(sdata, image_key="fluorescence")
+    >>> crops.shape
+    (300, 4, 48, 48)
+    >>> [len(rows) for rows, images in crops.batches(100)]
+    [100, 100, 100]
     """
 
     image: object
@@ -166,6 +174,12 @@ def crops(
         No image, several and no ``image_key``, or no such slide.
     ValueError
         Several slides and no ``library_id``, masks are asked for where there are none, or the scale is unknown.
+
+    Examples
+    --------
+    >>> crops = sf.pp.crops(sdata, crop_um=16, pixels=32, image_key="fluorescence")
+    >>> crops.read([0, 5]).shape
+    torch.Size([2, 4, 32, 32])
     """
     _io.positive(crop_um=crop_um)
     _io.at_least_one(pixels=pixels)

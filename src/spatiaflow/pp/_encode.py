@@ -97,6 +97,12 @@ def encode_patches(
         The image is not where ``.uns`` says.
     ImportError, OSError
         The encoder's package or weights are missing; the message says how to get them.
+
+    Examples
+    --------
+    >>> sf.pp.encode_patches(sdata, image_key="he", patch_um=64)
+    >>> sdata["table"].obsm["X_texture"].shape
+    (300, 118)
     """
     from spatiaflow.models.encoders import load_encoder
     from spatiaflow.pp._patches import cut

@@ -94,7 +94,9 @@ def morphology_profile(
 
     Examples
     --------
-    >>> sf.pp.morphology_profile(sdata)  # doctest: +SKIP
+    >>> sf.pp.morphology_profile(sdata, image_key="fluorescence")
+    >>> sdata["table"].obsm["morphology"].columns[:2].tolist()
+    ['area_um2', 'perimeter_um']
     """
     started = time.perf_counter()
     if isinstance(data, AnnData):
@@ -183,6 +185,12 @@ def image_profile(
     ------
     ValueError
         The number of channels differs from the images', ``nuclei`` is no channel, or channels or scale are not known.
+
+    Examples
+    --------
+    >>> crops = sf.pp.crops(sdata, image_key="fluorescence")
+    >>> sf.pp.image_profile(crops).columns[:2].tolist()
+    ['area_um2', 'perimeter_um']
     """
     if isinstance(data, Crops):
         names, scale, parts = channels or data.channels, data.scale, []

@@ -74,6 +74,14 @@ def tiles(
         ``groupby`` is no column, or a slot of ``pool`` is missing.
     ValueError
         Counts are not raw, the scale is unknown, or ``key_added`` is given with an AnnData or taken by another element.
+
+    Examples
+    --------
+    >>> tiles = sf.pp.tiles(sdata, tile_um=50, groupby="cell_type")
+    >>> tiles.shape
+    (16, 60)
+    >>> tiles.uns["tiles"]["cell_type"]
+    ['fibroblast', 'epithelial', 'lymphocyte', 'endothelial']
     """
     _io.positive(tile_um=tile_um)
     _io.slot_name(key_added)

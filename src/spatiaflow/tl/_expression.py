@@ -101,6 +101,12 @@ def train_stflow(
     See Also
     --------
     predict_expression : apply the model.
+
+    Examples
+    --------
+    >>> model = sf.tl.train_stflow(adata, genes=["TYPE_epithelial1", "NICHE_gland1"], max_epochs=1)
+    >>> model.skill.shape
+    (2,)
     """
     from spatiaflow.models import PRESETS
     from spatiaflow.models.counts import log_normalize
@@ -255,6 +261,12 @@ def predict_expression(
         No features at ``features_key``; the message gives the ``pp.encode_patches`` call that makes them.
     ValueError
         Features were made by another encoder or have the wrong width, are not finite, or the scale is unknown.
+
+    Examples
+    --------
+    >>> sf.tl.predict_expression(adata, model=model, n_samples=3)
+    >>> adata.obsm["stflow"].shape
+    (79, 3)
     """
     from spatiaflow import models
 

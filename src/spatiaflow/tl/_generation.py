@@ -116,6 +116,14 @@ def generate_morphology(
     ValueError
         The embeddings were made by another model, the model does not know the transition, no cell is of the source state,
         channels differ, or ``key_added`` is given with an AnnData or taken by another element.
+
+    Examples
+    --------
+    >>> made = sf.tl.generate_morphology(
+    ...     sdata, source="A", target="B", model="morphology-simulated-small", image_key="fluorescence"
+    ... )
+    >>> made.obsm["image"].shape
+    (46, 4, 32, 32)
     """
     from spatiaflow import models
     from spatiaflow.models.flow import times_of

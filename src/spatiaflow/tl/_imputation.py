@@ -65,6 +65,14 @@ def train_imputation(
         Genes, a layer or a slot are missing.
     ValueError
         Counts are not raw, or there are too few cells or genes.
+
+    Examples
+    --------
+    >>> model = sf.tl.train_imputation(sdata)
+    >>> panel = adata[:, :50].copy()
+    >>> sf.tl.impute_genes(panel, model=model)
+    >>> panel.obsm["imputed"].shape
+    (79, 10)
     """
     objects = list(data) if isinstance(data, list | tuple) else [data]
     tables = [_io.unpack(one, table_key)[1] for one in objects]
@@ -185,6 +193,16 @@ def impute_genes(
     --------
     spatiaflow.get.expression : the slot as an AnnData.
     spatiaflow.pl.imputation : imputed beside measured values.
+
+    Examples
+    --------
+    Four genes that one half of a slide does not measure, from the other half:
+
+    >>> table = sdata["table"]
+    >>> panel = table[150:, table.var["driver"] != "morphology"].copy()
+    >>> sf.tl.impute_genes(panel, reference=table[:150].copy())
+    >>> panel.uns["imputed"]["genes"].tolist()
+    ['MORPH1', 'MORPH2', 'MORPH3', 'MORPH4']
     """
     from spatiaflow import models
 

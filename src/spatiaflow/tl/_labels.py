@@ -67,6 +67,12 @@ def cluster_niches(
         The embedding is missing.
     ValueError
         It has values that are not finite, or fewer cells than clusters.
+
+    Examples
+    --------
+    >>> sf.tl.cluster_niches(sdata, n_clusters=3, key_added="found_niche")
+    >>> sdata["table"].obs["found_niche"].cat.categories.tolist()
+    ['0', '1', '2']
     """
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
@@ -160,6 +166,16 @@ def annotate(
         The embedding or the labels are missing.
     ValueError
         Fewer than two classes are labelled, or the embeddings were made by different models.
+
+    Examples
+    --------
+    Labels are known on the left half of the slide:
+
+    >>> table = sdata["table"]
+    >>> table.obs["known"] = table.obs["cell_type"].where(table.obsm["spatial"][:, 0] < 90)
+    >>> sf.tl.annotate(sdata, labels="known")
+    >>> table.uns["annotation"]["classes"].tolist()
+    ['endothelial', 'epithelial', 'fibroblast', 'lymphocyte']
     """
     from sklearn.metrics import accuracy_score, f1_score
 

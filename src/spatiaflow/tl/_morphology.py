@@ -115,6 +115,17 @@ def train_morphology(
     ValueError
         A transition has no pairs, no pair lies in the image, none is left by ``validation``, or ``losses`` or ``preset``
         hold an unknown name.
+
+    Examples
+    --------
+    A small network for one epoch, so that it takes seconds:
+
+    >>> model = sf.tl.train_morphology(
+    ...     sdata, image_key="fluorescence", crop_um=16, crop_pixels=16, preset={"width": 32, "n_layers": 2},
+    ...     validation=0.2, max_epochs=1,
+    ... )
+    >>> model
+    MorphologyFlow: A -> B; channels dapi, bound, rna, prot
     """
     from spatiaflow.models.morphology import SCALE, MorphologyConfig, MorphologyFlow
     from spatiaflow.train import morphology as train

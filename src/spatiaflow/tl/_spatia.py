@@ -119,6 +119,17 @@ def train_spatia(
     See Also
     --------
     embed_spatia : apply the model.
+
+    Examples
+    --------
+    A small network for one epoch, so that it takes seconds:
+
+    >>> slides = [sf.datasets.simulated_tissue(80, seed=seed) for seed in (1, 2)]
+    >>> small = {"width": 32, "crop_pixels": 16}
+    >>> model = sf.tl.train_spatia(slides, image_key="fluorescence", preset=small, max_epochs=1)
+    >>> model
+    Spatia: 60 genes, channels dapi, bound, rna, prot, width 32, 20.4 µm crops
+    >>> sf.tl.embed_spatia(sdata, model=model, image_key="fluorescence")
     """
     from spatiaflow import models
     from spatiaflow.models.encoders._cell import published_mae
@@ -286,6 +297,12 @@ def embed_spatia(
         An element is missing, or the model knows no channel of the image.
     ValueError
         Too few of the model's genes are measured, counts are not raw, or the scale is unknown.
+
+    Examples
+    --------
+    >>> sf.tl.embed_spatia(sdata, modalities="image", image_key="fluorescence")
+    >>> sdata["table"].obsm["X_spatia_niche"].shape
+    (300, 128)
     """
     from spatiaflow import models
     from spatiaflow.models.spatia import LEVELS

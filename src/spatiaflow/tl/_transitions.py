@@ -144,7 +144,9 @@ def pair_transitions(
 
     Examples
     --------
-    >>> sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")  # doctest: +SKIP
+    >>> sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
+    >>> sdata["table"].uns["transitions"].columns.tolist()
+    ['source', 'target', 'transition', 'niche', 'confidence']
     """
     started, seed, target = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
     _io.positive(epsilon=epsilon, unbalanced=unbalanced)

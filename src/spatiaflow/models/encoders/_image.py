@@ -42,6 +42,14 @@ class Encoder:
         Of the weights; "" where there are none.
     feature_names
         Names of the features; empty where they have none.
+
+    Examples
+    --------
+    >>> from spatiaflow.models.encoders import Encoder
+    >>> encoder = Encoder("mean_colour", lambda patches: patches.float().mean((2, 3)), mpp=1.0)
+    >>> sf.pp.encode_patches(sdata, encoder=encoder, image_key="he", patch_um=32)
+    >>> sdata["table"].obsm["X_mean_colour"].shape
+    (300, 3)
     """
 
     id: str
@@ -149,6 +157,13 @@ def load_encoder(
         The model needs a package.
     OSError
         The weights cannot be had; the message says where and how.
+
+    Examples
+    --------
+    >>> from spatiaflow.models.encoders import load_encoder
+    >>> encoder = load_encoder("texture")
+    >>> encoder.mpp, len(encoder.feature_names)
+    (1.0, 118)
     """
     if isinstance(encoder, Encoder):
         return encoder
