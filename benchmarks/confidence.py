@@ -1,0 +1,105 @@
+"""Does the confidence of sf.tl.annotate mean what it says, on tissue that its labels do not come from?
+
+    python benchmarks/confidence.py pancreas --store pancreas.zarr --cache features
+    python benchmarks/confidence.py starmap
+
+Labels are learned from one part (x < 16500 px; two mice) and carried to another (x > 19500; the third mouse), from SPATIA's
+embedding (pancreas) or from 30 components of genes. Scored is the confidence of the label that was given: Brier score and log
+score, proper and lower where confidence is right, beside the same labels with (a) one confidence for all, the share that
+was right on held-out labelled cells, and (b) the probability of the classifier as it comes, without temperature. Calibration
+error: mean distance of confidence to the share that is right, over ten bins of equal size. Labels of the pancreas are clusters
+of the same counts, no gold.
+"""
+
+import argparse
+from pathlib import Path
+from unittest import mock
+
+import anndata as ad
+import numpy as np
+
+import spatiaflow as sf
+from spatiaflow.models.counts import log_normalize
+from spatiaflow.tl import _labels
+from writing import write
+
+
+def scores(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Of confidences (n) in labels that are right or not (n, bool)."""
+    p = np.clip(confidence, 1e-6, 1 - 1e-6)
+    bins = np.array_split(np.argsort(p, kind="stable"), 10)
+    return {
+        "Brier": np.mean((p - right) ** 2),
+        "log score": -np.mean(np.where(right, np.log(p), np.log(1 - p))),
+        "calibration error": sum(len(b) * abs(p[b].mean() - right[b].mean()) for b in bins) / len(p),
+    }
+
+
+def untempered(probability: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """In place of the temperature of highest likelihood: 1, and its likelihood."""
+    return 1.0, float(np.log(probability[np.arange(len(truth)), truth] + 1e-9).mean())
+
+
+def judge(data: str, reference: ad.AnnData, query: ad.AnnData, use_rep: str, seed: int, library_key=None) -> list[dict]:
+    """Confidence of labels carried from reference to query, and of both simple alternatives."""
+    options = {"labels": "label", "reference": reference, "use_rep": use_rep, "library_key": library_key}
+
+    def annotated():
+        found = sf.tl.annotate(query, threshold=0.0, random_state=seed, copy=True, **options)
+        right = (found.obs["annotation"].astype(str) == query.obs["label"].astype(str)).to_numpy()
+        return found.obs["annotation_confidence"].to_numpy(float), right, found.uns["annotation"]["held_out_accuracy"]
+
+    ours, right, accuracy = annotated()
+    with mock.patch.object(_labels, "_temperature", untempered):
+        plain, plain_right, _ = annotated()
+    rows = {
+        "annotate": (ours, right), "one confidence for all": (np.full(len(ours), accuracy), right),
+        "without temperature": (plain, plain_right),
+    }  # fmt: skip
+    return [
+        {"data": data, "embedding": use_rep, "seed": seed, "confidence": name, "cells": len(query), "right": ok.mean(),
+         "mean confidence": p.mean(), **scores(p, ok)}
+        for name, (p, ok) in rows.items()
+    ]  # fmt: skip
+
+
+def pancreas(a) -> None:
+    from transitions import embedded
+
+    parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
+    for name, table in parts.items():
+        label = table.obs["cluster"].astype(str)
+        table = table[((label != "<NA>") & (np.asarray(table.X.sum(1)).ravel() >= 15)).to_numpy()]
+        parts[name] = ad.AnnData(obsm={"X_spatia_cell": table.obsm["X_spatia_cell"]}, obs=table.obs.assign(label=label))
+    rows = []
+    for seed in range(a.seeds):
+        some = np.random.default_rng(seed).permutation(parts["train"].n_obs)[:10_000]
+        rows += judge("pancreas", parts["train"][np.sort(some)], parts["test"], "X_spatia_cell", seed)
+    write("confidence-pancreas", rows)
+
+
+def starmap(a) -> None:
+    from sklearn.decomposition import PCA
+
+    cells = sf.datasets.starmap_mpfc()
+    library = np.asarray(cells.X.sum(1), float).ravel()
+    y, mouse = log_normalize(cells.X, library, float(np.median(library))).toarray(), cells.obs["mouse"].astype(str)
+    rows = []
+    for held in mouse.unique():
+        train = (mouse != held).to_numpy()
+        x = PCA(30, random_state=0).fit(y[train]).transform(y)
+        table = ad.AnnData(obsm={"X_pca": x}, obs=cells.obs.assign(label=cells.obs["cell_type"].astype(str)))
+        for seed in range(a.seeds):
+            rows += judge(held, table[train], table[~train], "X_pca", seed, "mouse")
+    write("confidence-starmap", rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"pancreas": pancreas, "starmap": starmap}
+    parser.add_argument("data", choices=list(commands))
+    parser.add_argument("--store")
+    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    parser.add_argument("--seeds", type=int, default=3)
+    a = parser.parse_args()
+    commands[a.data](a)
