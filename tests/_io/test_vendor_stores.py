@@ -255,6 +255,34 @@ def test_xenium_channels_keep_their_names(tmp_path):
     assert _io.slide_image(sdata, slide).channels == ("DAPI", "ATP1A1/CD45/E-Cadherin", "18S", "AlphaSMA/Vimentin")
 
 
+@pytest.mark.parametrize(("key", "half"), [("cell_boundaries", HALF), ("nucleus_boundaries", 3)])
+def test_outlines_that_the_table_does_not_annotate_are_those_of_its_cells(key, half):
+    """A Xenium's table annotates labels by number; its polygons go by the cells' names, in another order."""
+    sdata = xenium()
+    (slide,) = _io.slides(sdata, shapes_key=key)
+    image = _io.slide_image(sdata, slide)
+    masks = _io.masks(sdata, sdata["table"], slide, image)
+    expected = np.hstack([CENTRES - half, CENTRES + half])[SHUFFLED]
+    np.testing.assert_allclose(masks.bounds, expected, atol=1)
+    sf.pp.morphology_profile(sdata, shapes_key=key)
+    area = sdata["table"].obsm["morphology"]["area_um2"]
+    np.testing.assert_allclose(area, (2 * half * 0.2125) ** 2, rtol=1e-5)
+
+
+def test_a_cell_of_two_nuclei_is_measured_over_both():
+    sdata = xenium()
+    nuclei = sdata["nucleus_boundaries"]
+    again = nuclei.iloc[[0]].copy()
+    again.index = [99]
+    again["geometry"] = again.geometry.translate(7 * 0.2125)
+    sdata["nucleus_boundaries"] = ShapesModel.parse(gpd.GeoDataFrame(pd.concat([nuclei, again])))
+    set_transformation(sdata["nucleus_boundaries"], Scale([1 / 0.2125, 1 / 0.2125], axes=("x", "y")))
+    sf.pp.morphology_profile(sdata, shapes_key="nucleus_boundaries")
+    area = sdata["table"].obsm["morphology"]["area_um2"].to_numpy() / 0.2125**2
+    twice = sdata["table"].obs["cell_id"].to_numpy() == nuclei["cell_id"].iloc[0]
+    np.testing.assert_allclose(area, np.where(twice, 72, 36), rtol=1e-4)
+
+
 def test_xenium_nuclei_are_not_numbered_as_its_cells():
     with pytest.raises(ValueError, match="give shapes_key='nucleus_boundaries'"):
         _io.slides(xenium(), labels_key="nucleus_labels")

@@ -14,20 +14,28 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._images import SlideImage
 from spatiaflow._io._reader import open_image, parts
-from spatiaflow._io._slides import Slide, _affine, image_scales
+from spatiaflow._io._slides import Slide, _affine, image_scales, known_instances
 
 
 def masks(sdata: SpatialData, table: AnnData, slide: Slide, image: SlideImage) -> PolygonMasks | LabelMasks:
     """Return the masks of a slide's cells, in the order of ``slide.rows``, in pixels of the image."""
-    instances = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].iloc[slide.rows]
+    attrs = table.uns["spatialdata_attrs"]
+    instances = table.obs[attrs["instance_key"]].iloc[slide.rows]
     element = sdata[slide.element]
+    annotated = (table.obs[attrs["region_key"]].astype(str) == slide.element).any()
     if slide.element not in sdata.shapes:
         return LabelMasks(element, instances.to_numpy(), slide, image)
+    if not annotated:
+        if "cell_id" in element:  # a cell may have several nuclei
+            element = (
+                element.dissolve("cell_id") if element["cell_id"].duplicated().any() else element.set_index("cell_id")
+            )
+        instances = known_instances(instances, element.index)
     shapes = element.loc[instances]
     geometry = shapes.geometry.to_numpy()
     if "radius" in shapes:
         geometry = shapely.buffer(geometry, shapes["radius"].to_numpy())
-    return PolygonMasks(geometry, np.linalg.inv(image.affine) @ _affine(element, slide.coordinate_system))
+    return PolygonMasks(geometry, np.linalg.inv(image.affine) @ _affine(sdata[slide.element], slide.coordinate_system))
 
 
 class PolygonMasks:

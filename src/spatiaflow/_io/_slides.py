@@ -236,10 +236,13 @@ def _of_other_element(sdata, name, centroids, instances) -> tuple[pd.DataFrame, 
         )
     if hasattr(sdata[name], "geometry") and "cell_id" in sdata[name]:
         centroids = centroids.groupby(sdata[name]["cell_id"].to_numpy()).mean()
-    if not instances.isin(centroids.index).all():
-        by_name = instances.index.to_series()
-        instances = by_name if by_name.isin(centroids.index).all() else instances
-    return centroids, instances
+    return centroids, known_instances(instances, centroids.index)
+
+
+def known_instances(instances: pd.Series, known: pd.Index) -> pd.Series:
+    """Return the instances of rows as an element that the table does not annotate knows them: as they are, or by obs_names."""
+    by_name = instances.index.to_series()
+    return by_name if not instances.isin(known).all() and by_name.isin(known).all() else instances
 
 
 def _centroids(element, system: str) -> pd.DataFrame:
