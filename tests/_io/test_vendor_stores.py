@@ -283,6 +283,18 @@ def test_a_cell_of_two_nuclei_is_measured_over_both():
     np.testing.assert_allclose(area, np.where(twice, 72, 36), rtol=1e-4)
 
 
+def test_a_scale_that_contradicts_the_instrument_is_a_warning():
+    with pytest.warns(UserWarning, match="mpp=1 was given, but coordinate system 'global' has 0.2125 µm per unit"):
+        (slide,) = _io.slides(xenium(), mpp=1.0)
+    assert slide.mpp == 1.0
+
+
+@pytest.mark.filterwarnings("error:mpp=")
+def test_a_scale_that_agrees_or_is_of_no_interest_is_none():
+    _io.slides(xenium(), mpp=0.21)
+    _io.sections(xenium())
+
+
 def test_xenium_nuclei_are_not_numbered_as_its_cells():
     with pytest.raises(ValueError, match="give shapes_key='nucleus_boundaries'"):
         _io.slides(xenium(), labels_key="nucleus_labels")

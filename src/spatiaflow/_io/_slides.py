@@ -204,7 +204,9 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     system = next(
         (name for name in MICRON_SYSTEMS if name in common), "global" if "global" in common else sorted(common)[0]
     )
-    scale = mpp if mpp is not None else microns_per_unit(sdata, system)
+    scale = microns_per_unit(sdata, system) if mpp is None else mpp
+    if mpp is not None:
+        _compare_scale(sdata, system, mpp)
     out = []
     for name in regions:
         rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
@@ -307,6 +309,20 @@ def microns_per_unit(sdata: SpatialData, coordinate_system: str) -> float:
         f"the scale of coordinate system {coordinate_system!r} is unknown: give mpp= (micrometres per unit; mpp=1 if its "
         f"unit is the µm, 0.2125 for a Xenium's), or set sdata.attrs['microns_per_unit'] = {{{coordinate_system!r}: ...}}."
     )
+
+
+def _compare_scale(sdata: SpatialData, system: str, mpp: float) -> None:
+    """Warn of a scale that contradicts what the data say of themselves."""
+    try:
+        known = microns_per_unit(sdata, system)
+    except ValueError:
+        return
+    if abs(mpp / known - 1) > 0.1:
+        warnings.warn(
+            f"mpp={mpp:g} was given, but coordinate system {system!r} has {known:g} µm per unit; {mpp:g} is used. Check mpp.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _vendor_scale(sdata: SpatialData, system: str) -> float | None:
