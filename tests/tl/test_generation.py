@@ -1,6 +1,10 @@
+import warnings
+
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import get_transformation
 
 import spatiaflow as sf
 
@@ -45,6 +49,23 @@ def model(slide):
 
 def generate(slide, model, **options):
     return sf.tl.generate_morphology(slide, **({"source": "A", "target": "B", "model": model} | IMAGE | options))
+
+
+def test_an_image_of_more_bits_than_the_training_slides_is_a_warning(model):
+    """Read by the scale of 8 bits, crops of 16 bits are white all over: nothing else would tell."""
+    sdata = tissue(1)
+    image = sdata["fluorescence"]
+    pixels = Image2DModel.parse(
+        image.to_numpy().astype(np.uint16) * 100, dims=("c", "y", "x"), c_coords=list(image.c.values),
+        transformations=get_transformation(image, get_all=True),
+    )  # fmt: skip
+    cells = list(sdata["table"].obs_names[sdata["table"].obs["state"] == "A"][:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(sdata, model, cells=cells, n_steps=2)
+    sdata["fluorescence"] = pixels
+    with pytest.warns(UserWarning, match="bright end of channel .* come out white or black"):
+        generate(sdata, model, cells=cells, n_steps=2)
 
 
 def test_generated_cells(slide, model, tmp_path):

@@ -22,6 +22,7 @@ from spatiaflow.tl._images import LEVELS, CellImages, model_of, unscaled
 from spatiaflow.tl._transitions import sources_of
 
 DEFAULT_WEIGHTS = "morphology-pancreas-small"
+UNLIKE = 5  # times as bright or as dark: no stain varies so much, bits do
 
 
 def generate_morphology(
@@ -158,6 +159,7 @@ def generate_morphology(
             f"the image has channels {', '.join(found.channels)}; the model generates {', '.join(c.channels)}. Rename them "
             "with sdata.set_channel_names(...), or train a model on yours."
         )
+    _check_brightness(found.intensity, model.intensity)
     found.channels = tuple(c.channels)
     table, use_rep = found.table, model.card["use_rep"]
     made_by, known_by = model_of(table, use_rep), model.card["embedding_sha256"]
@@ -236,6 +238,20 @@ def generate_morphology(
         slides = [part.slide for part in found.parts]
         _io.keep(data, key_added, out, slides, found.slide_of[rows[repeated]], out.obsm["spatial"])
     return out
+
+
+def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]) -> None:
+    """Warn where the crops, scaled as those of the training slides, can only come out white or black."""
+    ratio = {name: (own[name][1] - own[name][0]) / max(known[name][1] - known[name][0], 1e-9) for name in known}
+    name = max(ratio, key=lambda name: abs(np.log(max(ratio[name], 1e-9))))
+    if not 1 / UNLIKE < np.median([*ratio.values()]) < UNLIKE:
+        warnings.warn(
+            f"the bright end of channel {name!r} is {own[name][1]:.4g}; in the training slides it was {known[name][1]:.4g}. "
+            "Crops are scaled as they were there and come out white or black (8 bits against 16?). Bring the image to the "
+            "scale of model.intensity, or train a model on this slide.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _sources(
