@@ -14,6 +14,16 @@ SMALLER = {
     "impute_with_trust": ({}, 1),
     "levels_of_tissue": ({}, 4),
     "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(1200, seed=7)"}, 5),
+    "your_own_data": (
+        {
+            "SIZE = 1536": "SIZE = 1024",
+            'TRAIN = ["C3", "C4", "C5"]': 'TRAIN = ["C5"]',
+            ', "B4": "B4, another donor"': "",
+            "MAX_EPOCHS = 12": "MAX_EPOCHS = 2",
+            "(hidden), 150": "(hidden), 60",
+        },
+        6,
+    ),
 }
 
 
