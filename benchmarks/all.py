@@ -40,8 +40,8 @@ COMMANDS = {  # what makes the files
         "noise unweighted unaligned nospace spoiled spoiled-unweighted && "
         "python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --folder runs --cells 600"
     ),
-    "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --epochs 40",
-    "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --epochs 40 --seeds 2",
+    "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000",
+    "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
 }
 QUICK = {  # the same in minutes, and no pancreas
     "her2st-10k": 'python benchmarks/expression.py --sections C2 --seeds 1 --methods "STFlow default"',

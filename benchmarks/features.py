@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import spatiaflow as sf
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.features import FeaturesConfig, ImageFeatures
-from spatiaflow.train.pairs import turned
+from spatiaflow.models.orientation import turned
 from weights import WHERE, training_part
 
 

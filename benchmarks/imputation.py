@@ -382,10 +382,11 @@ def tangram(seq: ad.AnnData, spatial: ad.AnnData, hidden: np.ndarray, target_sum
     """Hidden genes of spatial cells by Tangram, every reference cell mapped, at its own settings."""
     import tangram as tg
 
-    order = seq.var_names
-    tg.pp_adatas(seq, spatial, gene_to_lowercase=False)
+    order = seq.var_names.str.lower()  # as Tangram calls them from here on
+    tg.pp_adatas(seq, spatial)
     found = tg.map_cells_to_space(seq, spatial, mode="cells", device="cpu", random_state=seed, verbose=False)
-    return per_shown(tg.project_genes(found, seq)[:, order].X, hidden, target_sum)
+    projected = tg.project_genes(found, seq).to_df().reindex(columns=order).fillna(0)
+    return per_shown(projected.to_numpy(), hidden, target_sum)
 
 
 def per_shown(values: np.ndarray, hidden: np.ndarray, target_sum: float) -> np.ndarray:

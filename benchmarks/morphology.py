@@ -222,6 +222,7 @@ def simulated(a) -> None:
     are generated, and embeddings are of the genes that follow no niche.
     """
     image, rows = {"image_key": "dapi"}, []
+    fitting.fit_autoencoder = once(FIT_AUTOENCODER)  # one for all, of images of the first slide
     for seed in range(a.seeds):
         train, test = (
             sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i, state_by_niche=True)
@@ -233,7 +234,6 @@ def simulated(a) -> None:
         with_embeddings(test, with_embeddings(train, genes=genes), genes)
         sf.pp.morphology_profile(train, **image)
         real = sf.pp.image_profile(sf.pp.crops(test, crop_um=16.0, pixels=32, **image))
-        fitting.fit_autoencoder = once(FIT_AUTOENCODER)  # one for both, which see the same images
         for context in (True, False):
             sf.tl.pair_transitions(
                 train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
@@ -532,7 +532,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
     parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
-    parser.add_argument("--epochs", type=int, default=48, help="of training on simulated tissue")
+    parser.add_argument("--epochs", type=int, default=10, help="of training on simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")

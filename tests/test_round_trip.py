@@ -1,5 +1,6 @@
 """The main line on simulated tissue: image to features to expression, in SpatialData, written, read and drawn."""
 
+import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -81,3 +82,12 @@ def test_drawn_by_scanpy_squidpy_and_spatialdata_plot(result, model, slide):
     drawn.pl.render_shapes("nuclei", color=gene, table_name="stflow").pl.show(ax=ax)
     assert ax.collections or ax.images
     plt.close("all")
+
+
+def test_a_result_under_another_key_is_named():
+    adata = ad.AnnData(
+        np.zeros((3, 2), np.float32), obsm={"imputed": np.ones((3, 2))}, uns={"imputed": {"genes": ["a", "b"]}}
+    )
+    with pytest.raises(KeyError, match="no result 'stflow'; there is 'imputed': give key='imputed'"):
+        sf.get.expression(adata)
+    assert list(sf.get.expression(adata, key="imputed").var_names) == ["a", "b"]

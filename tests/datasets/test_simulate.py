@@ -61,6 +61,17 @@ def test_morphology_is_the_planted_one(tissue):
             assert part["area_um2"].mean() == pytest.approx(planted, rel=0.06)
 
 
+def test_state_may_act_by_niche():
+    table = simulated_tissue(6000, seed=5, state_by_niche=True)["table"]
+    planted, cells = table.uns["planted"], table.obs[table.obs["cell_type"] == "epithelial"]
+    for niche, part in cells.groupby("niche", observed=True):
+        mean = part.groupby("state", observed=True)[["area_um2", "axis_ratio"]].mean()
+        found = mean.loc["B"] / mean.loc["A"]
+        assert found["area_um2"] == pytest.approx(planted["area_state_B"][niche], rel=0.06)
+        assert found["axis_ratio"] == pytest.approx(planted["axis_ratio_state_B"][niche], rel=0.03)
+    assert len(set(planted["area_state_B"].values())) == len(set(planted["axis_ratio_state_B"].values())) == 3
+
+
 def test_images_show_the_polygons(tissue):
     he, dapi = tissue["he"].data.compute(), tissue["fluorescence"].sel(c="dapi").data.compute()
     x, y = (tissue["table"].obsm["spatial"] / MPP).astype(int).T

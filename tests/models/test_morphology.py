@@ -17,12 +17,12 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
+from spatiaflow.models.orientation import turned, upright
 from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
-from spatiaflow.train.pairs import oriented, turned, turned_offsets
 
 CONFIG = MorphologyConfig(
-    ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, width=32,
-    n_layers=2,
+    ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
+    width=32, n_layers=2,
 )  # fmt: skip
 
 
@@ -44,15 +44,9 @@ def network():
     return network
 
 
-@pytest.fixture
-def autoencoder():
-    torch.manual_seed(1)
-    return Autoencoder(2, CONFIG.n_latent).eval()
-
-
 def flow(network):
     torch.manual_seed(2)
-    autoencoder = Autoencoder(2, CONFIG.n_latent)
+    autoencoder = Autoencoder(2, CONFIG.n_latent, 16)
     return MorphologyFlow(
         network=network, autoencoder=autoencoder, surrogate=None, shifts={}, intensity={}, history={}, card={}
     )
@@ -90,26 +84,8 @@ def test_path_between_gaussians_is_recovered():
     assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
 
 
-def test_orientations_of_images_and_neighbours_agree():
-    rng = np.random.default_rng(1)
-    for _ in range(5):
-        x, y = rng.integers(-4, 5, 2)
-        image = torch.zeros(8, 1, 9, 9)
-        image[:, 0, 4 + y, 4 + x] = 1
-        offsets = turned_offsets(np.tile([[float(x), float(y)]], (8, 1, 1)), np.arange(8))
-        for one, offset in zip(turned(image, np.arange(8)), offsets):
-            row, column = np.argwhere(one[0].numpy())[0] - 4
-            assert (column, row) == tuple(offset[0])
-
-
-def test_targets_are_turned_towards_their_source():
-    source = torch.randn(16, 2, 12, 12, generator=torch.Generator().manual_seed(0))
-    target = turned(source, np.arange(16) % 8)
-    torch.testing.assert_close(oriented(target, source), source)
-
-
 def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network):
-    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 4, 4, 4)
+    control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 4)
     conditions, model = some_conditions(4), flow(network)
     one = model.generate(control, conditions, noise, n_steps=4)
     torch.testing.assert_close(model.generate(control, conditions, noise, n_steps=4), one)
@@ -127,18 +103,28 @@ def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network
 
 def test_conditions_are_dropped_sample_by_sample(network):
     conditions, kept = some_conditions(3), torch.tensor([True, False, True])
-    vector, around = network.condition(conditions, kept)
-    whole, whole_around = network.condition(conditions)
+    vector, whole = network.condition(conditions, kept), network.condition(conditions)
     torch.testing.assert_close(vector[kept], whole[kept])
-    torch.testing.assert_close(around[kept], whole_around[kept])
-    assert (vector[1] == network.nothing).all() and (around[1] == network.nothing).all()
+    assert (vector[1] == network.nothing).all()
+
+
+def test_neighbours_are_a_set_around_an_upright_cell(network):
+    """Their order does not matter, and a cell that is turned with its surroundings is generated turned."""
+    model, conditions, noise = flow(network), some_conditions(4), torch.randn(4, 4)
+    control = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    one = model.generate(control, conditions, noise, n_steps=2)
+    other = replace(conditions, neighbors=conditions.neighbors[:, [2, 0, 1]])
+    torch.testing.assert_close(model.generate(control, other, noise, n_steps=2), one)
+    turns = np.array([1, 3, 4, 6])
+    found = model.generate(turned(control, turns), conditions.turned(turns), noise, n_steps=2)
+    torch.testing.assert_close(found, turned(one, turns), atol=1e-5, rtol=1e-4)
 
 
 def test_without_spatial_context_neither_niche_nor_neighbours_matter():
     network = MorphologyNetwork(MorphologyConfig(**(vars(CONFIG) | {"spatial": False}))).eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4, 4, 4)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4)
     one = flow(network).generate(control, some_conditions(2), noise, n_steps=2)
     other = some_conditions(2)
     other.niche, other.tissue, other.neighbors = -other.niche, -other.tissue, -other.neighbors
@@ -146,51 +132,48 @@ def test_without_spatial_context_neither_niche_nor_neighbours_matter():
 
 
 def batch(n=8):
-    g = torch.Generator().manual_seed(3)
-    images = torch.randn(2, n, 2, 16, 16, generator=g)
+    source, target = torch.randn(2, n, 4, generator=torch.Generator().manual_seed(3))
     return {
-        "source": images[0],
-        "target": images[1],
+        "source": source,
+        "target": target,
         "confidence": torch.ones(n),
         "conditions": some_conditions(n),
         "seed": 5,
     }
 
 
-def test_equal_confidence_is_plain_flow_matching(network, autoencoder):
+def test_equal_confidence_is_plain_flow_matching(network):
     found = []
     for weighted, confidence in ((True, 0.3), (True, 1.0), (False, 0.3)):
-        module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0}, weighted=weighted)
+        module = MorphologyTraining(network, None, {"flow": 1.0}, weighted=weighted)
         found.append(
             float(module.losses(network, batch() | {"confidence": torch.full((8,), confidence)})["flow"].detach())
         )
     assert found[0] == pytest.approx(found[1]) and found[1] == pytest.approx(found[2])
-    module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0})
+    module = MorphologyTraining(network, None, {"flow": 1.0})
     b = batch() | {"confidence": torch.tensor([1.0] + [0.0] * 7)}
     b["source"].requires_grad_(True)
     module.losses(network, b)["flow"].backward()
     assert (b["source"].grad[1:] == 0).all() and b["source"].grad[0].abs().sum() > 0
 
 
-def test_losses_are_switched_by_name_and_reach_the_network(network, autoencoder):
+def test_losses_are_switched_by_name_and_reach_the_network(network):
     surrogate = Surrogate(4, 1)
-    module = MorphologyTraining(
-        network, autoencoder, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}
-    ).train()
+    module = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 1.0, "contrast": 1.0}).train()
     losses = module.losses(network, batch())
     assert set(losses) == {"flow", "alignment", "contrast"}
     losses["alignment"].backward()
     assert network.into.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
-    off = MorphologyTraining(network, autoencoder, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
+    off = MorphologyTraining(network, surrogate, {"flow": 1.0, "alignment": 0.0, "contrast": 0.0})
     assert set(off.losses(network, batch())) == {"flow"}
     same = batch()
     same["conditions"].transition.zero_()  # no other transition to contrast with
     assert float(module.losses(network, same)["contrast"].detach()) == 0
 
 
-def test_morphology_is_aligned_late_on_the_path_alone(network, autoencoder, monkeypatch):
+def test_morphology_is_aligned_late_on_the_path_alone(network, monkeypatch):
     """Early the best endpoint is a mean over targets, which would be asked to spread as they do."""
-    module = MorphologyTraining(network, autoencoder, Surrogate(4, 1), {"flow": 1.0, "alignment": 1.0})
+    module = MorphologyTraining(network, Surrogate(4, 1), {"flow": 1.0, "alignment": 1.0})
     values = {}
     for since in (0.0, 0.75, 2.0):
         monkeypatch.setattr("spatiaflow.train.morphology.ALIGNED_FROM", since)
@@ -199,8 +182,8 @@ def test_morphology_is_aligned_late_on_the_path_alone(network, autoencoder, monk
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 11, 500])
-def test_a_training_may_have_any_number_of_steps(network, autoencoder, steps):
-    module = MorphologyTraining(network, autoencoder, None, {"flow": 1.0})
+def test_a_training_may_have_any_number_of_steps(network, steps):
+    module = MorphologyTraining(network, None, {"flow": 1.0})
     module._trainer = SimpleNamespace(estimated_stepping_batches=steps)
     schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     rates = []
@@ -220,21 +203,21 @@ def test_sliced_wasserstein():
     assert float(sliced_wasserstein(a, shifted, g, n=4000)) == pytest.approx(expected, rel=0.05)
 
 
-def test_save_and_load(network, autoencoder, tmp_path):
+def test_save_and_load(network, tmp_path):
     model = MorphologyFlow(
-        network=network, autoencoder=autoencoder, surrogate=Surrogate(4, 1),
+        network=network, autoencoder=flow(network).autoencoder, surrogate=Surrogate(4, 1),
         shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
         intensity={"dapi": [0.0, 1.0], "rna": [0.0, 2.0]}, history={"epoch": [0]}, card={"use_rep": "X"},
     )  # fmt: skip
     again = models.load(model.save(tmp_path / "m.safetensors"))
-    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4, 4, 4)
+    control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4)
     arguments = (control, some_conditions(2), noise)
     torch.testing.assert_close(again.generate(*arguments), model.generate(*arguments))
     assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
 
 
 def test_the_path_begins_at_the_control_with_noise():
-    control, noise = torch.randn(1, 4, 4, 4), torch.randn(400, 4, 4, 4)
+    control, noise = torch.randn(1, 4), torch.randn(400, 4)
     added = start(control, noise, replace(CONFIG, noise=0.2)) - control
     np.testing.assert_allclose(added, 0.2 * noise, atol=1e-6)
     np.testing.assert_array_equal(start(control, noise, replace(CONFIG, noise=0.0))[0], control[0])
@@ -246,9 +229,9 @@ def test_no_change_of_latents_is_no_change_of_the_image(network):
     for p in network.out.parameters():
         torch.nn.init.zeros_(p)
     model, control = flow(network), torch.randn(3, 2, 16, 16)
-    made = model.generate(control, some_conditions(3), torch.zeros(3, 4, 4, 4), n_steps=2)
+    made = model.generate(control, some_conditions(3), torch.zeros(3, 4), n_steps=2)
     torch.testing.assert_close(made, control)
-    path = model.generate(control, some_conditions(3), torch.zeros(3, 4, 4, 4), n_steps=2, trajectory=True)
+    path = model.generate(control, some_conditions(3), torch.zeros(3, 4), n_steps=2, trajectory=True)
     assert path.shape == (2, 3, 2, 16, 16)
 
 
@@ -265,21 +248,23 @@ def blobs(n, seed=0):
 def fitted():
     images, blob = blobs(800)
     rows = np.arange(800)
-    return *fit_autoencoder(images, rows < 700, rows >= 700, 4, max_epochs=60), torch.from_numpy(images), blob
+    return *fit_autoencoder(images, rows < 700, rows >= 700, 8, n_steps=1300), torch.from_numpy(images), blob
 
 
 def test_autoencoder_learns_planted_blobs_and_says_how_well(fitted):
     network, r2, images, _ = fitted
     assert r2[0] > 0.9 and r2[1] < 0.5  # the second channel is noise alone
     with torch.inference_mode():
-        z = network.encode(images)
-    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=0.1, rtol=0)
-    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
+        z = network.encode(turned(images, upright(images)))
+    torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=0.1, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(8), atol=0.1, rtol=0)
 
 
 def test_grain_is_carried_at_the_strength_it_would_have_there(fitted):
     network, _, images, blob = fitted
-    images, blob = images[700:], blob[700:]  # held out
+    images, blob = images[700:], torch.from_numpy(blob[700:])  # held out
+    turns = upright(images)
+    images, blob = turned(images, turns), turned(blob[:, None], turns)[:, 0].numpy()
     with torch.inference_mode():
         z = network.encode(images)
         grain = network.grain(images, z)

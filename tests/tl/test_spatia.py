@@ -137,7 +137,17 @@ def test_a_slide_with_one_channel_and_names_of_its_own(slides, model):
         embedded(named, model, channels={"c0": "dapi", "c1": "dapi"})
 
 
-def test_other_panels(slides, model, caplog):
+def test_a_channel_by_another_name_is_not_left_out_silently(slides, model, caplog, monkeypatch):
+    monkeypatch.setattr(sf._settings.logger, "propagate", True)
+    values = np.asarray(slides[0]["fluorescence"].data)
+    embedded(edited(slides[0], fluorescence=image_like(slides[0], values[:1], ["dapi"])), model)
+    assert "masked" not in caplog.text  # settings show warnings alone: nothing was left out
+    embedded(edited(slides[0], fluorescence=image_like(slides[0], values[:2], ["dapi", "18S"])), model)
+    assert "no channel bound, rna, prot: masked, and its 18S left out" in caplog.text
+    assert "channels={'18S': 'bound'}" in caplog.text
+
+
+def test_other_panels(slides, model):
     half = slides[0]["table"][:, ::2].copy()
     table = embedded(edited(slides[0], table=half), model)
     assert table.uns["X_spatia"]["gene_coverage"] == 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.flow import integrate, time_features
+from spatiaflow.models.orientation import back, turned, turned_offsets, upright
 from spatiaflow.models.spatial import GatedMLP
 
-SCALE = 4  # pixels of the image to a pixel of its latents
+SCALE = 8  # pixels of the image to a pixel of the coarsest layer of the autoencoder
+CONDITION = 128  # width of what an image is generated under
 
 
 @dataclass
@@ -40,9 +42,9 @@ class MorphologyConfig:
         standard deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the
         latents of the control image beside.
     n_latent
-        Channels of the latents, whose side is a quarter of the image's.
-    patch_pixels, width, n_layers, n_heads
-        Of the transformer over patches of latents; the side of a patch, in pixels of the image, is a multiple of 4.
+        Numbers that an image is described by.
+    width, n_layers, n_heads
+        Of the perceptron between latents, and of the attention to neighbours.
     drop
         Probability that a sample is trained without conditions, for guidance.
 
@@ -50,7 +52,7 @@ class MorphologyConfig:
     --------
     >>> config = sf.models.MorphologyConfig(channels=["dapi"], transitions=["A -> B"])
     >>> config.crop_pixels, config.n_latent
-    (48, 4)
+    (48, 128)
     """
 
     channels: list[str]
@@ -64,9 +66,8 @@ class MorphologyConfig:
     spatial: bool = True
     start: str = "control"
     noise: float = 0.5
-    n_latent: int = 4
-    patch_pixels: int = 8
-    width: int = 128
+    n_latent: int = 128
+    width: int = 512
     n_layers: int = 4
     n_heads: int = 4
     drop: float = 0.1
@@ -93,6 +94,11 @@ class Conditions:
         """The same on a device."""
         return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    def turned(self, turns: np.ndarray) -> Conditions:
+        """The same around images that are :func:`turned <spatiaflow.models.orientation.turned>`."""
+        who, where = self.neighbors[..., :-2], self.neighbors[..., -2:]
+        return replace(self, neighbors=torch.cat([who, turned_offsets(where, turns)], -1))
+
 
 class Residual(nn.Module):
     """Two convolutions beside a shortcut. Not normalised: how bright an image is would be lost."""
@@ -107,27 +113,31 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images to latents of a quarter of their side and back; the flow runs between latents.
+    """Images to a vector of latents and back; the flow runs between latents.
 
     A variational autoencoder that says of every pixel what to expect and how far off that may be. What an image holds beyond
     its latents, its *grain*, is measured by the latter: carried to other latents it is as strong as it would be there, and does
-    not draw the edges of the image it came from.
+    not draw the edges of the image it came from. Images are to be upright.
     """
 
-    def __init__(self, n_channels: int, n_latent: int = 4, width: int = 32):
+    def __init__(self, n_channels: int, n_latent: int = 128, pixels: int = 32, width: int = 32):
         super().__init__()
-        n, a, b = n_channels, width, 2 * width
+        n, a, b, side = n_channels, width, 2 * width, pixels // SCALE
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * n, a, 3, 1, 1), Residual(a), nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1),
-            Residual(b), nn.SiLU(), nn.Conv2d(b, 2 * n_latent, 3, 1, 1),
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * n, a, 3, 1, 1), Residual(a),
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), Residual(b), nn.SiLU(),
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * b, b, 1), Residual(b), nn.SiLU(),
+            nn.Flatten(), nn.Linear(b * side**2, 2 * n_latent),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(n_latent, b, 3, 1, 1), Residual(b), Residual(b), nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2), Residual(a),
-            nn.SiLU(), nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, 2 * n, 3, 1, 1),
+            nn.Linear(n_latent, b * side**2), nn.Unflatten(1, (b, side, side)), Residual(b),
+            nn.Conv2d(b, 4 * b, 1), nn.PixelShuffle(2), Residual(b),
+            nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2), Residual(a), nn.SiLU(),
+            nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, 2 * n, 3, 1, 1),
         )  # fmt: skip
-        for name, size in (("pixel", n), ("latent", n_latent)):  # of training images
-            self.register_buffer(f"{name}_mean", torch.zeros(1, size, 1, 1))
-            self.register_buffer(f"{name}_std", torch.ones(1, size, 1, 1))
+        for name, shape in (("pixel", (1, n, 1, 1)), ("latent", (1, n_latent))):  # of training images
+            self.register_buffer(f"{name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{name}_std", torch.ones(shape))
         self.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +151,7 @@ class Autoencoder(nn.Module):
         return mean, log_std.clamp(-3.5, 1.5)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (n x d x p/4 x p/4), of mean 0 and standard deviation 1, of images (n x C x p x p)."""
+        """Latents (n x d), of mean 0 and standard deviation 1, of images (n x C x p x p)."""
         return (self.posterior(x)[0] - self.latent_mean) / self.latent_std
 
     def grain(self, x: Tensor, z: Tensor) -> Tensor:
@@ -170,38 +180,21 @@ class Autoencoder(nn.Module):
         return (weight * misfit).mean() + weight.mean() * divergence
 
 
-class Block(nn.Module):
-    """Transformer block on patches: attention among them, to the neighbours, and a perceptron; modulated by the conditions."""
+class Layer(nn.Module):
+    """Two linear maps beside a shortcut, under conditions."""
 
-    def __init__(self, c: MorphologyConfig):
+    def __init__(self, width: int):
         super().__init__()
-        d = c.width
-        self.heads = c.n_heads
-        self.norms = nn.ModuleList(nn.LayerNorm(d, elementwise_affine=False) for _ in range(2))
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.feed_forward = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
-        self.modulation = nn.Linear(d, 6 * d)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        self.around = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
-        if self.around is not None:
-            nn.init.zeros_(self.around.out_proj.weight)
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.condition = nn.Linear(CONDITION, width)
 
-    def forward(self, x: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
-        """Patches n x p x d, conditions n x d, tokens of neighbours n x k x d."""
-        shift, scale, gate, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, -1)
-        h = self.norms[0](x) * (1 + scale) + shift
-        n, p, d = h.shape
-        q, k, v = self.qkv(h).view(n, p, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, p, d)
-        x = x + gate * self.out(h)
-        if self.around is not None:
-            x = x + self.around(x, around, around, need_weights=False)[0]
-        return x + gate_2 * self.feed_forward(self.norms[1](x) * (1 + scale_2) + shift_2)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """States n x d, conditions n x c."""
+        return x + self.layers(x + self.condition(condition))
 
 
 class MorphologyNetwork(nn.Module):
-    """Velocity of latents under conditions: a diffusion transformer on patches of them.
+    """Velocity of latents under conditions: a perceptron with shortcuts.
 
     On a path that begins at the control image the network does not see that image again: the less noise there is at the start,
     the better could the velocity be read off, (z - control) / t, without a word learnt about where to go.
@@ -209,15 +202,12 @@ class MorphologyNetwork(nn.Module):
 
     def __init__(self, c: MorphologyConfig):
         super().__init__()
-        self.config, d = c, c.width
-        self.patch = c.patch_pixels // SCALE
-        self.side = c.crop_pixels // c.patch_pixels
-        n = c.n_latent * self.patch**2
-        self.into = nn.Linear(n * (2 if c.start == "noise" else 1), d)
-        self.out = nn.Linear(d, n)
+        self.config, d = c, CONDITION
+        self.into = nn.Linear(c.n_latent * (2 if c.start == "noise" else 1), c.width)
+        self.layers = nn.ModuleList(Layer(c.width) for _ in range(c.n_layers))
+        self.norm, self.out = nn.LayerNorm(c.width), nn.Linear(c.width, c.n_latent)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.place = nn.Parameter(0.02 * torch.randn(1, self.side**2, d))
         self.time = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
         self.known = nn.ModuleDict({
             name: nn.Linear(size, d)
@@ -230,46 +220,35 @@ class MorphologyNetwork(nn.Module):
         self.transition, self.level = nn.Embedding(len(c.transitions), d), nn.Embedding(2, d)
         self.nothing = nn.Parameter(0.02 * torch.randn(d))  # stands for conditions that are dropped
         self.neighbor = GatedMLP(c.n_embedding + 2, 2 * d, d) if c.spatial else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
-        self.norm = nn.LayerNorm(d)
+        self.around = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
 
-    def condition(self, c: Conditions, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """One vector (n x d) and the neighbours' tokens (n x k x d); samples that are not ``kept`` (n, bool) see neither."""
+    def condition(self, c: Conditions, kept: Tensor | None = None) -> Tensor:
+        """What is known of each sample, its neighbours by attention to them (n x c); ``nothing`` where not ``kept`` (n, bool)."""
         vector = self.transition(c.transition) + self.level(c.level)
         for name, layer in self.known.items():
             vector = vector + layer(getattr(c, name))
-        around = self.neighbor(c.neighbors) if self.neighbor is not None else None
-        if kept is not None:
-            vector = torch.where(kept[:, None], vector, self.nothing)
-            around = None if around is None else torch.where(kept[:, None, None], around, self.nothing)
-        return vector, around
+        if self.around is not None:
+            tokens = self.neighbor(c.neighbors)  # n x k x c
+            vector = vector + self.around(vector[:, None], tokens, tokens, need_weights=False)[0][:, 0]
+        return vector if kept is None else torch.where(kept[:, None], vector, self.nothing)
 
-    def forward(self, z: Tensor, t: Tensor, control: Tensor, condition: Tensor, around: Tensor | None) -> Tensor:
-        """Velocity (n x d x p/4 x p/4) at latents z (alike) and times t (n)."""
-        seen = torch.cat([z, control], 1) if self.config.start == "noise" else z
+    def forward(self, z: Tensor, t: Tensor, control: Tensor, condition: Tensor) -> Tensor:
+        """Velocity (n x d) at latents z (n x d) and times t (n)."""
         condition = F.silu(condition + self.time(time_features(t, 128)))
-        h = self.into(F.pixel_unshuffle(seen, self.patch).flatten(2).transpose(1, 2)) + self.place
-        for block in self.blocks:
-            h = block(h, condition, around)
-        h = self.out(self.norm(h)).transpose(1, 2).reshape(len(z), -1, self.side, self.side)
-        return F.pixel_shuffle(h, self.patch)
+        h = self.into(torch.cat([z, control], 1) if self.config.start == "noise" else z)
+        for layer in self.layers:
+            h = layer(h, condition)
+        return self.out(self.norm(h))
 
 
-class Surrogate(nn.Module):
-    """Morphology of a cell from its latents, differentiable: a small convolutional network fitted to measured profiles."""
+class Surrogate(nn.Sequential):
+    """Morphology of a cell (n x f, standardised) from its latents (n x d): differentiable, fitted to measured profiles."""
 
-    def __init__(self, n_latent: int, n_features: int, width: int = 24):
-        super().__init__()
-        layers, n = [], n_latent
-        for out, stride in ((2 * width, 1), (2 * width, 2), (4 * width, 2)):
-            layers += [nn.Conv2d(n, out, 3, stride, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
-            n = out
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * n, n_features))
+    def __init__(self, n_latent: int, n_features: int, width: int = 256):
+        super().__init__(
+            nn.Linear(n_latent, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, n_features)
+        )
         self.register_buffer("reliability", torch.ones(n_features))  # R2 on held-out cells, 0 where it is negative
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Standardised features (n x f) of latents (n x d x p/4 x p/4)."""
-        return self.layers(z)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int = 64) -> Tensor:
@@ -362,7 +341,7 @@ class MorphologyFlow:
         guidance=0.0,
         trajectory=False,
     ) -> Tensor:
-        """Images in the target state (n x C x p x p) from control images and standard normal noise of their latents' shape.
+        """Images in the target state (n x C x p x p) from control images and standard normal noise (n x d).
 
         ``n_steps`` counts evaluations of the network along the path; with guidance s the velocity is
         (1 + s) v(conditions) - s v(nothing). With ``trajectory`` all states between, steps + 1 of them, come first.
@@ -370,31 +349,27 @@ class MorphologyFlow:
         The grain of the control image, what its latents do not hold, is carried over: it is the microscope's and the slide's
         rather than the state's, and no change of latents is no change of the image.
         """
-        network, c = self.network, self.config
-        given = self.autoencoder.encode(control)
-        condition, around = network.condition(conditions)
+        network, c, turns = self.network, self.config, upright(control)
+        control = turned(control, turns)
+        given, conditions = self.autoencoder.encode(control), conditions.turned(turns)
+        condition = network.condition(conditions)
         if guidance:
-            none = torch.zeros(len(given), dtype=torch.bool, device=given.device)
-            free, free_around = network.condition(conditions, none)
+            free = network.condition(conditions, torch.zeros(len(given), dtype=torch.bool, device=given.device))
 
         def velocity(z, t):
             times = torch.full((len(z),), t, device=z.device)
-            v = network(z, times, given, condition, around)
+            v = network(z, times, given, condition)
             if guidance:
-                v = (1 + guidance) * v - guidance * network(z, times, given, free, free_around)
+                v = (1 + guidance) * v - guidance * network(z, times, given, free)
             return v
 
         z = integrate(velocity, start(given, noise, c), n_steps, method=method, trajectory=trajectory)
         grain = self.autoencoder.grain(control, given)
-        if trajectory:
-            return torch.stack([self.autoencoder.decode(one, grain) for one in z])
-        return self.autoencoder.decode(z, grain)
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Of one cell: channels and sides of its latents."""
-        side = self.config.crop_pixels // SCALE
-        return self.config.n_latent, side, side
+        def image(z):
+            return turned(self.autoencoder.decode(z, grain), back(turns))
+
+        return torch.stack([image(one) for one in z]) if trajectory else image(z)
 
     def save(self, path) -> object:
         """Write the model to one safetensors file, atomically, and return its path."""
@@ -417,7 +392,8 @@ class MorphologyFlow:
         try:
             config = MorphologyConfig(**d["config"])
             parts = {
-                "network": MorphologyNetwork(config), "autoencoder": Autoencoder(len(config.channels), config.n_latent),
+                "network": MorphologyNetwork(config),
+                "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
                 "surrogate": None,
             }  # fmt: skip
             if any(name.startswith("surrogate.") for name in tensors):

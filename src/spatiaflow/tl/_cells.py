@@ -186,7 +186,13 @@ def match_channels(have, wanted: list[str], names: dict | None, library_id: str)
         )
     if (places < 0).any():
         missing = [name for name, place in zip(wanted, places) if place < 0]
-        logger.info("slide %r has no channel %s: masked", library_id, ", ".join(missing))
+        if left := [name for name, as_ in zip(have, called) if as_ not in [w.lower() for w in wanted]]:
+            logger.warning(
+                "slide %r has no channel %s: masked, and its %s left out; if they are the same, map them: channels={%r: %r}",
+                library_id, ", ".join(missing), ", ".join(left), left[0], missing[0],
+            )  # fmt: skip
+        else:
+            logger.info("slide %r has no channel %s: masked", library_id, ", ".join(missing))
     return places
 
 

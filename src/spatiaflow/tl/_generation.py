@@ -86,7 +86,7 @@ def generate_morphology(
     table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
         As everywhere.
     batch_size
-        Images generated at a time, 64 by default.
+        Images generated at a time, 256 by default.
     device
         Overrides ``settings.device``.
     random_state
@@ -187,7 +187,7 @@ def generate_morphology(
         rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], place, LEVELS.index(level)
     )
     around = found.surroundings(c.n_neighbors)
-    size, modules = batch_size or 64, (model.network.to(where), model.autoencoder.to(where))
+    size, modules = batch_size or 256, (model.network.to(where), model.autoencoder.to(where))
     made, bar = {}, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
     order = np.full(table.n_obs, -1)
     order[rows] = np.arange(len(rows))
@@ -198,7 +198,7 @@ def generate_morphology(
             here = order[part.slide.rows[some]]
             given = conditions(pairs, here, around).to(where)
             for variant in range(n_variants):
-                noise = _noise(table.obs_names[rows[here]], seed, variant, model.latent_shape).to(where)
+                noise = _noise(table.obs_names[rows[here]], seed, variant, c.n_latent).to(where)
                 states = model.generate(
                     control, given, noise, n_steps=n_steps, method=method, guidance=guidance, trajectory=trajectory
                 ).cpu()
@@ -214,7 +214,9 @@ def generate_morphology(
     for module in modules:
         module.cpu()
     made = {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
-    profile = image_profile(made["image"], channels=c.channels, mpp=c.crop_um / c.crop_pixels, whole=level == "niche")
+    own = {str(name).lower(): str(name) for part in found.parts for name in part.crops.channels}
+    channels = [own[name] for name in c.channels]  # as the image calls them
+    profile = image_profile(made["image"], channels=channels, mpp=c.crop_um / c.crop_pixels, whole=level == "niche")
     repeated = np.repeat(np.arange(len(rows)), n_variants)
     variant = np.tile(np.arange(n_variants), len(rows))
     obs = pd.DataFrame(
@@ -227,7 +229,8 @@ def generate_morphology(
         out.obsm[slot] = values
     out.obsm["spatial"] = found.positions[rows[repeated]]
     out.uns["morphology"] = {
-        "channels": list(c.channels), "mpp": c.crop_um / c.crop_pixels, "intensity": model.intensity,
+        "channels": channels, "mpp": c.crop_um / c.crop_pixels,
+        "intensity": {own[name]: ends for name, ends in model.intensity.items()},
         "times": times_of(n_steps, method),
         "params": {
             "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
@@ -285,10 +288,10 @@ def _sources(
     return rows
 
 
-def _noise(names, seed: int, variant: int, shape) -> torch.Tensor:
-    """Standard normal noise that belongs to the name of a cell."""
+def _noise(names, seed: int, variant: int, n: int) -> torch.Tensor:
+    """Standard normal noise (cells x n) that belongs to the name of a cell."""
     draws = [
-        np.random.default_rng([seed, variant, zlib.crc32(str(name).encode())]).standard_normal(shape, np.float32)
+        np.random.default_rng([seed, variant, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
         for name in names
     ]
     return torch.from_numpy(np.stack(draws))

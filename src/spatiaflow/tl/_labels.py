@@ -83,7 +83,7 @@ def cluster_niches(
     x = _io.features(table, use_rep, EMBEDDING_HELP).astype(np.float64)
     tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
     if len(x) < 2 * max(tried[0], 2):
-        raise ValueError(f"{len(x)} cells are too few for {tried[0]} niches.")
+        raise ValueError(f"{len(x)} cells are too few: two for each niche are needed, and four at least.")
     x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
     x = x / max(x[:, 0].std(), 1e-12)
     sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]

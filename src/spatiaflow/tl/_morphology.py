@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
@@ -17,6 +18,8 @@ from spatiaflow import _io
 from spatiaflow._settings import resolve_seed, settings
 from spatiaflow.tl._images import LEVELS, CellImages, model_of
 from spatiaflow.tl._transitions import targets_of
+
+MORE_IMAGES = 20_000  # of any cells, that the autoencoder also sees
 
 
 def train_morphology(
@@ -35,7 +38,7 @@ def train_morphology(
     crop_um: float = 20.4,
     crop_pixels: int = 48,
     validation: float = 0.1,
-    max_epochs: int = 20,
+    max_epochs: int = 10,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     devices: int | str = 1,
@@ -55,9 +58,9 @@ def train_morphology(
     """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
 
     A flow from the image of a source cell (with noise, so that it has more than one outcome) to the image of its target, between
-    latents of an autoencoder that is fitted to the same images; under what is known of the source: its embedding, those of
-    its niche and tissue, its neighbours and where they lie, the transition, and the mean shift of genes and morphology in
-    it. Each pair counts by its confidence.
+    latents of an autoencoder that is fitted to the same images, all laid upright; under what is known of the source: its
+    embedding, those of its niche and tissue, its neighbours and where they lie, the transition, and the mean shift of genes and
+    morphology in it. Each pair counts by its confidence.
 
     Parameters
     ----------
@@ -76,7 +79,7 @@ def train_morphology(
     spatial
         Condition on niche, tissue and neighbours.
     start
-        ``"control"`` or ``"noise"``: where the flow begins.
+        ``"control"``, the image of the source cell with noise added, or ``"noise"``: where the flow begins.
     weighted
         Weigh pairs by their confidence.
     exchange
@@ -92,13 +95,13 @@ def train_morphology(
     validation
         Share of each slide held out as a band, to choose the epoch.
     max_epochs, checkpoint_dir, resume, devices, precision
-        As in :func:`train_spatia`.
+        As in :func:`train_spatia`; an epoch is 200 steps at least.
     layer
         Layer with raw counts, for the shift of genes.
     table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
         As everywhere.
     batch_size
-        Pairs a step, 64 by default.
+        Pairs a step, 128 by default.
     device
         Overrides ``settings.device``.
     random_state
@@ -128,6 +131,7 @@ def train_morphology(
     MorphologyFlow: A -> B; channels dapi, bound, rna, prot
     """
     from spatiaflow.models.morphology import SCALE, MorphologyConfig, MorphologyFlow
+    from spatiaflow.models.orientation import turned_offsets
     from spatiaflow.train import morphology as train
 
     seed, target = resolve_seed(random_state), settings.torch_device(device)
@@ -138,14 +142,9 @@ def train_morphology(
     _io.one_of(("control", "noise"), start=start)
     _io.one_of(("cell", "niche"), level=level)
     _io.known_names(train.LOSSES, losses=losses)
-    _io.known_names(
-        ("n_neighbors", "noise", "n_latent", "patch_pixels", "width", "n_layers", "n_heads", "drop"), preset=preset
-    )
-    patch = (preset or {}).get("patch_pixels", MorphologyConfig.patch_pixels)
-    if patch < SCALE or patch % SCALE or crop_pixels % patch:
-        raise ValueError(
-            f"patch_pixels={patch} must be a multiple of {SCALE}, and crop_pixels={crop_pixels} a multiple of it."
-        )
+    _io.known_names(("n_neighbors", "noise", "n_latent", "width", "n_layers", "n_heads", "drop"), preset=preset)
+    if crop_pixels % SCALE:
+        raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of {SCALE}.")
     cells = CellImages.of(
         data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
         labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
@@ -170,8 +169,9 @@ def train_morphology(
     where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
     with where as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        used = np.union1d(pairs.source, pairs.target)
-        images, image_of = cells.images(used, Path(folder) / "images.npy")
+        others = np.random.default_rng(seed).permutation(np.flatnonzero(cells.inside))[:MORE_IMAGES]
+        used = np.union1d(np.union1d(pairs.source, pairs.target), others)
+        images, place = cells.images(used, Path(folder) / "images.npy")
         band = cells.far(validation)
         training, held_out = pairs.within(~band), pairs.within(band)
         if not len(training) or not len(held_out):
@@ -180,17 +180,25 @@ def train_morphology(
                 f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
             )
         autoencoder, rebuilt = train.fit_autoencoder(
-            images, ~band[used], band[used], config.n_latent, max_epochs=max_epochs, seed=seed, device=target
+            images,
+            ~band[used],
+            band[used],
+            config.n_latent,
+            n_steps=min(3000, 300 * max_epochs),
+            seed=seed,
+            device=target,
         )
+        latents, turns = train.encoded(images, autoencoder)
+        around.offset[used] = turned_offsets(torch.from_numpy(around.offset[used]), turns).numpy()
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)
             surrogate, r2 = train.fit_surrogate(
-                images, autoencoder, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
+                latents, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
             )
         network, history = train.fit_morphology(
-            training, held_out, images, image_of, around, config, autoencoder, surrogate, losses=losses,
-            weighted=weighted, exchange=exchange, max_epochs=max_epochs, batch_size=batch_size or 64,
+            training, held_out, latents, place, around, config, surrogate, losses=losses,
+            weighted=weighted, exchange=exchange, max_epochs=max_epochs, batch_size=batch_size or 128,
             checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
             accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
         )  # fmt: skip

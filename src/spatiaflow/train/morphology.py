@@ -1,4 +1,4 @@
-"""Training the generator of morphology: pairs of cells as batches, and losses that weigh them by confidence."""
+"""Training the generator of morphology: an autoencoder of images, then a flow between latents, weighed by confidence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from spatiaflow._settings import progress
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
-    SCALE,
     Autoencoder,
     Conditions,
     MorphologyConfig,
@@ -23,16 +22,20 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
+from spatiaflow.models.orientation import turned, upright
 from spatiaflow.train.fit import claim, fit
-from spatiaflow.train.pairs import Context, PairBatches, Pairs, turned
+from spatiaflow.train.pairs import Context, PairBatches, Pairs
 
 LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
 MARGIN, ALIGNED_FROM = 0.1, 0.75
-MAX_STEPS = 2000  # of the autoencoder
+MAX_STEPS, EPOCH = (
+    3000,
+    200,
+)  # steps of the autoencoder; batches of an epoch, which a few pairs fill by drawing targets anew
 
 
 @torch.no_grad()
-def _moving_average(average: list[Tensor], current: list[Tensor], n: Tensor, decay: float = 0.995) -> None:
+def _moving_average(average: list[Tensor], current: list[Tensor], n: Tensor, decay: float = 0.999) -> None:
     """Exponential moving average whose memory grows with the steps taken, so that a short training is not lost in it."""
     torch._foreach_lerp_(average, current, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
 
@@ -43,7 +46,6 @@ class MorphologyTraining(L.LightningModule):
     def __init__(
         self,
         network: MorphologyNetwork,
-        autoencoder: Autoencoder,
         surrogate: Surrogate | None,
         weights: dict[str, float],
         *,
@@ -53,7 +55,6 @@ class MorphologyTraining(L.LightningModule):
         super().__init__()
         self.network, self.surrogate, self.weighted, self.learning_rate = network, surrogate, weighted, learning_rate
         self.average = AveragedModel(network, multi_avg_fn=_moving_average)
-        self.autoencoder = autoencoder.requires_grad_(False)
         if surrogate is not None:
             surrogate.requires_grad_(False)
         self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}
@@ -68,22 +69,21 @@ class MorphologyTraining(L.LightningModule):
 
     def losses(self, network: MorphologyNetwork, b: dict) -> dict[str, Tensor]:
         """Every loss whose weight is not 0."""
-        c, (control, target) = network.config, (self.autoencoder.encode(b[name]) for name in ("source", "target"))
+        c, control, target = network.config, b["source"], b["target"]
         g = torch.Generator().manual_seed(b["seed"])
         n = len(control)
         x0 = start(control, torch.randn(control.shape, generator=g).to(control), c)
         t = torch.rand(n, generator=g).to(control)
         kept = torch.rand(n, generator=g) >= (c.drop if self.training else 0)
-        x_t, u = interpolate(x0, target, t[:, None, None, None]), target - x0
-        condition, around = network.condition(b["conditions"], kept.to(control.device))
-        v = network(x_t, t, control, condition, around)
-        misfit = ((v - u) ** 2).flatten(1).mean(1)
+        x_t, u = interpolate(x0, target, t[:, None]), target - x0
+        v = network(x_t, t, control, network.condition(b["conditions"], kept.to(control.device)))
+        misfit = ((v - u) ** 2).mean(1)
         weight = b["confidence"] / b["confidence"].mean().clamp_min(1e-8) if self.weighted else torch.ones_like(misfit)
         out = {"flow": (weight * misfit).mean()}
         if "alignment" in self.weights:
             # early the endpoint is a mean over many targets, whose morphology is not to be spread as theirs is
             late = (t >= ALIGNED_FROM).nonzero()[:, 0]
-            endpoint = x_t[late] + (1 - t[late])[:, None, None, None] * v[late]
+            endpoint = x_t[late] + (1 - t[late])[:, None] * v[late]
             read = (
                 self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late])
             )  # no more than it can tell
@@ -99,9 +99,9 @@ class MorphologyTraining(L.LightningModule):
         which = (transition != transition[other]).nonzero()[:, 0][: len(transition) // 4]
         if not len(which):
             return misfit.sum() * 0
-        condition, around = network.condition(b["conditions"].rows(other[which].to(u.device)))
-        wrong = network(x_t[which], t[which], control[which], condition, around)
-        return F.relu(misfit[which] - ((wrong - u[which]) ** 2).flatten(1).mean(1) + MARGIN).mean()
+        condition = network.condition(b["conditions"].rows(other[which].to(u.device)))
+        wrong = network(x_t[which], t[which], control[which], condition)
+        return F.relu(misfit[which] - ((wrong - u[which]) ** 2).mean(1) + MARGIN).mean()
 
     def _step(self, network, b: dict, stage: str) -> Tensor:
         losses = self.losses(network, b)
@@ -129,7 +129,7 @@ def fit_autoencoder(
     held_out: np.ndarray,
     n_latent: int,
     *,
-    max_epochs: int = 20,
+    n_steps: int = 3000,
     batch_size: int = 64,
     seed: int = 0,
     device="cpu",
@@ -142,28 +142,25 @@ def fit_autoencoder(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = Autoencoder(images.shape[1], n_latent).to(device)
+        network = Autoencoder(images.shape[1], n_latent, images.shape[-1]).to(device)
     batch_size = min(batch_size, len(train))
-    steps = min(max_epochs * -(-len(train) // batch_size), MAX_STEPS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(n_steps, 16), pct_start=0.1)
     g = torch.Generator().manual_seed(seed)
-    side = images.shape[-1] // SCALE
 
     def read(rows):
         x = torch.from_numpy(np.asarray(images[rows], np.float32))
-        return x.to(device, memory_format=torch.channels_last)
+        return turned(x, upright(x)).to(device, memory_format=torch.channels_last)
 
-    def moments(x):
-        mean, std = (getattr(x, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+    def moments(x, over):
+        mean, std = (getattr(x, name)(over, keepdim=True) for name in ("mean", "std"))
         return mean, std.clamp_min(1e-6)
 
     some = rng.choice(train, min(2048, len(train)), replace=False)
-    network.pixel_mean, network.pixel_std = moments(read(some))
-    for _ in progress(range(steps), "autoencoder", unit="step"):
-        x = turned(read(rng.choice(train, batch_size, replace=False)), rng.integers(0, 8, batch_size))
-        noise = torch.randn(batch_size, n_latent, side, side, generator=g).to(device)
-        loss = network.loss(x, noise)
+    network.pixel_mean, network.pixel_std = moments(read(some), (0, 2, 3))
+    for _ in progress(range(n_steps), "autoencoder", unit="step"):
+        noise = torch.randn(batch_size, n_latent, generator=g).to(device)
+        loss = network.loss(read(rng.choice(train, batch_size, replace=False)), noise)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -171,7 +168,7 @@ def fit_autoencoder(
         schedule.step()
     network.eval()
     with torch.no_grad():  # what is kept here must stay an ordinary tensor
-        network.latent_mean, network.latent_std = moments(network.encode(read(some)))
+        network.latent_mean, network.latent_std = moments(network.encode(read(some)), 0)
         misfit, spread = (np.zeros(images.shape[1]) for _ in range(2))
         middle = read(test[:2048]).mean((0, 2, 3), keepdim=True)
         for rows in np.array_split(test[:2048], -(-len(test[:2048]) // 256)):
@@ -181,18 +178,22 @@ def fit_autoencoder(
     return network, 1 - misfit / spread.clip(1e-9)
 
 
+@torch.no_grad()
+def encoded(images, autoencoder: Autoencoder) -> tuple[Tensor, np.ndarray]:
+    """Latents (n x d) of images (n x C x p x p), and the turn that lays each upright."""
+    latents, turns = [], []
+    device = autoencoder.latent_mean.device
+    for start_row in range(0, len(images), 512):
+        x = torch.from_numpy(np.asarray(images[start_row : start_row + 512], np.float32))
+        turns.append(upright(x))
+        latents.append(autoencoder.encode(turned(x, turns[-1]).to(device)).cpu())
+    return torch.cat(latents), np.concatenate(turns)
+
+
 def fit_surrogate(
-    images,
-    autoencoder: Autoencoder,
-    profile: np.ndarray,
-    training: np.ndarray,
-    held_out: np.ndarray,
-    *,
-    max_epochs: int = 15,
-    batch_size: int = 128,
-    seed: int = 0,
-    device="cpu",
-) -> tuple[Surrogate, np.ndarray]:
+    latents: Tensor, profile: np.ndarray, training: np.ndarray, held_out: np.ndarray, *, max_epochs: int = 30,
+    batch_size: int = 128, seed: int = 0, device="cpu",
+) -> tuple[Surrogate, np.ndarray]:  # fmt: skip
     """Fit a network that reads standardised morphology (n x features) off latents; returns it and R2 on those held out.
 
     ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
@@ -201,44 +202,37 @@ def fit_surrogate(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = Surrogate(autoencoder.latent_mean.shape[1], profile.shape[1]).to(device)
+        network = Surrogate(latents.shape[1], profile.shape[1]).to(device)
     steps = max_epochs * -(-len(train) // batch_size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 16), pct_start=0.2)
-    y = torch.from_numpy(np.asarray(profile, np.float32)).to(device)
-
-    @torch.no_grad()
-    def read(rows, turns=None):
-        x = torch.from_numpy(np.asarray(images[rows], np.float32))
-        return autoencoder.encode((x if turns is None else turned(x, turns)).to(device))
-
+    x, y = latents.to(device), torch.from_numpy(np.asarray(profile, np.float32)).to(device)
     for _ in range(max_epochs):
         for rows in np.array_split(rng.permutation(train), -(-len(train) // batch_size)):
-            loss = F.smooth_l1_loss(network(read(rows, rng.integers(0, 8, len(rows)))), y[rows])
+            loss = F.smooth_l1_loss(network(x[rows]), y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     network.eval()
     with torch.inference_mode():
-        found = torch.cat([network(read(rows)) for rows in np.array_split(test, -(-len(test) // 512))])
-    truth = y[test]
+        found, truth = network(x[test]), y[test]
     r2 = 1 - ((found - truth) ** 2).mean(0) / truth.var(0, unbiased=False).clamp_min(1e-9)
     network.reliability.copy_(r2.clamp(0, 1))
     return network, r2.cpu().numpy()
 
 
 def fit_morphology(
-    training: Pairs, validation: Pairs, images, image_of, around: Context, config: MorphologyConfig, autoencoder: Autoencoder,
+    training: Pairs, validation: Pairs, latents: Tensor, place: np.ndarray, around: Context, config: MorphologyConfig,
     surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, exchange=True,
-    max_epochs: int = 20, batch_size: int = 64, batches_per_epoch: int | None = None, learning_rate: float = 1e-3,
-    checkpoint_dir: Path | None = None, resume=False, accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
+    max_epochs: int = 10, batch_size: int = 128, learning_rate: float = 1e-3, checkpoint_dir: Path | None = None, resume=False,
+    accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
-    """Fit a generator to pairs; returns its averaged network and the history."""
+    """Fit a generator to pairs, whose rows' latents are at ``place``; returns its averaged network and the history."""
     if checkpoint_dir is not None:
         claim(
             checkpoint_dir, resume, config=config, losses=losses, weighted=weighted, exchange=exchange, seed=seed,
-            max_epochs=max_epochs, batch_size=batch_size, batches_per_epoch=batches_per_epoch, learning_rate=learning_rate,
+            max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate,
             pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
             around=[around.cell, around.offset],
         )  # fmt: skip
@@ -246,15 +240,12 @@ def fit_morphology(
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)
     module = MorphologyTraining(
-        network, autoencoder, surrogate, LOSSES | (losses or {}), weighted=weighted, learning_rate=learning_rate
+        network, surrogate, LOSSES | (losses or {}), weighted=weighted, learning_rate=learning_rate
     )
-    n = batches_per_epoch or max(16, -(-len(training) // batch_size))
-    arguments = (images, image_of, around)
+    n, arguments = max(EPOCH, -(-len(training) // batch_size)), (latents, place, around)
     fit(
         module, PairBatches(training, *arguments, n, batch_size, seed, exchange=exchange),
-        PairBatches(
-            validation, *arguments, max(2, min(16, n // 4)), batch_size, seed + 1, augment=False, exchange=exchange
-        ),
+        PairBatches(validation, *arguments, 8, batch_size, seed + 1, exchange=exchange),
         description="morphology", checkpoint_dir=checkpoint_dir, max_epochs=max_epochs, patience=max_epochs, monitor="val_loss",
         seed=seed, resume=resume, accelerator=accelerator, devices=devices, precision=precision,
     )  # fmt: skip

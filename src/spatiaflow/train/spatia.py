@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from spatiaflow.models.counts import log_likelihood
+from spatiaflow.models.orientation import turned
 from spatiaflow.models.spatia import (
     Spatia,
     SpatiaConfig,
@@ -27,7 +28,6 @@ from spatiaflow.models.spatia import (
 )
 from spatiaflow.models.spatial import Graph, far_band
 from spatiaflow.train.fit import claim, fit
-from spatiaflow.train.pairs import turned
 
 # the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
 LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.05, "contrast": 0.02, "niche": 1.0, "tissue": 0.5}
