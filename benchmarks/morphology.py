@@ -193,7 +193,7 @@ def shares(table, real: pd.DataFrame, made) -> list[dict]:
         error = np.sqrt(sum(v.var() / len(v) for v in (now, before, after))) / planted.abs()
         rows += [
             {"niche": group, "feature": feature, "planted shift": planted[feature], "share shown": share[feature],
-             "standard error": error[feature], "n": len(now)}
+             "off by": abs(1 - share[feature]), "standard error": error[feature], "n": len(now)}
             for feature in planted.index
         ]  # fmt: skip
     return rows
