@@ -1,7 +1,7 @@
 """Every task of the two papers in one table, from what the other benchmarks wrote.
 
     python benchmarks/all.py                reads benchmarks/results, writes docs/benchmark_table.md and a figure: seconds
-    python benchmarks/all.py --quick        runs what needs no downloaded slide at small settings, into a folder of its own, and
+    python benchmarks/all.py --quick        runs what needs no pancreas slide at small settings, into a folder of its own, and
                                             prints the table of that: minutes; scores mean nothing, all of it has to run
     python benchmarks/all.py --refit [FILE ...] runs everything anew (or what makes these files), seconds into refit.csv
 

@@ -5,7 +5,7 @@
 
 Labels are learned from one part (x < 16500 px; two mice) and carried to another (x > 19500; the third mouse), from SPATIA's
 embedding (pancreas) or from 30 components of genes. Scored is the confidence of the label that was given: Brier score and log
-score, proper and lower where confidence is right, beside the same labels with (a) one confidence for all, the share that
+score, proper and lower where confidence is right, beside (a) one confidence for all, the share that
 was right on held-out labelled cells, and (b) the probability of the classifier as it comes, without temperature. Calibration
 error: mean distance of confidence to the share that is right, over ten bins of equal size. Labels of the pancreas are clusters
 of the same counts, no gold.

@@ -291,7 +291,7 @@ def test_a_scale_that_contradicts_the_instrument_is_a_warning():
 
 @pytest.mark.filterwarnings("error:mpp=")
 def test_a_scale_that_agrees_or_is_of_no_interest_is_none():
-    _io.slides(xenium(), mpp=0.21)
+    assert _io.slides(xenium(), mpp=0.21)[0].mpp == 0.21
     _io.sections(xenium())
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
@@ -95,7 +94,7 @@ def train_morphology(
     validation
         Share of each slide held out as a band, to choose the epoch.
     max_epochs, checkpoint_dir, resume, devices, precision
-        As in :func:`train_spatia`; an epoch is 200 steps at least.
+        As in :func:`train_spatia`; an epoch is 200 steps at least, and 300 of the autoencoder, up to 3,000.
     layer
         Layer with raw counts, for the shift of genes.
     table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
@@ -131,7 +130,6 @@ def train_morphology(
     MorphologyFlow: A -> B; channels dapi, bound, rna, prot
     """
     from spatiaflow.models.morphology import SCALE, MorphologyConfig, MorphologyFlow
-    from spatiaflow.models.orientation import turned_offsets
     from spatiaflow.train import morphology as train
 
     seed, target = resolve_seed(random_state), settings.torch_device(device)
@@ -189,7 +187,7 @@ def train_morphology(
             device=target,
         )
         latents, turns = train.encoded(images, autoencoder)
-        around.offset[used] = turned_offsets(torch.from_numpy(around.offset[used]), turns).numpy()
+        around.turn(used, turns)
         surrogate, r2 = None, []
         if features:
             known = np.isfinite(profile[used]).all(1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spatiaflow.models.morphology import Conditions
+from spatiaflow.models.orientation import turned_offsets
 
 POOL = 4  # batches among which targets are exchanged
 ALIKE = 0.3  # about half of the sources exchange theirs then; a tenth: nearly all, 1: hardly any
@@ -26,6 +27,10 @@ class Context:
     tissue: np.ndarray  # n x d
     neighbors: np.ndarray  # n x k, rows; a cell that has fewer repeats itself
     offset: np.ndarray  # n x k x 2 (x, y), in crops
+
+    def turn(self, rows: np.ndarray, turns: np.ndarray) -> None:
+        """Turn what lies around some cells as their images were."""
+        self.offset[rows] = turned_offsets(torch.from_numpy(self.offset[rows]), turns).numpy()
 
 
 @dataclass
