@@ -35,6 +35,7 @@ COMMANDS = {  # what makes the files
     "imputation-known": "python benchmarks/imputation.py known --store pancreas.zarr --cache features",
     "imputation-pancreas": "python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features",
     "imputation-starmap": "python benchmarks/imputation.py starmap",
+    "imputation-bulb": "python benchmarks/imputation.py bulb",
     "morphology-pancreas": (
         "python benchmarks/morphology_weights.py pancreas.zarr --cache features --folder runs --seeds 0 1 2 --variants ours "
         "noise unweighted unaligned nospace spoiled spoiled-unweighted && "
@@ -69,6 +70,7 @@ class Row:
     seeds: str = "seed"  # column; one file a seed where it is missing
     ceiling: str = ""  # method, or column
     less: bool = False  # less is better
+    others: str = ""  # a file with rows of other methods, where it exists
 
 
 ROWS = [
@@ -139,12 +141,21 @@ ROWS = [
         "imputation with reference", "Xenium pancreas", "reference x < 16500, query x > 19500", "Pearson, 219 genes",
         "imputation-pancreas", "r", "ours, checked in the query",
         ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes",
-         "ridge, genes + neighbors' genes + image, 0.15 of a column", "kNN in 50 components", "depth only"],
+         "ridge, genes + neighbors' genes + image, 0.15 of a column", "flow matching head", "perceptron, deterministic twin",
+         "kNN in 50 components", "depth only"], ceiling="ceiling",
     ),
     Row(
         "imputation with reference", "STARmap", "two mice to the third", "Pearson, all genes", "imputation-starmap", "r",
         "ours, checked in the query",
-        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "kNN in 50 components", "depth only"],
+        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "flow matching head",
+         "perceptron, deterministic twin", "kNN in 50 components", "depth only", "gimVI", "Tangram"], ceiling="ceiling",
+        others="imputation-others",
+    ),
+    Row(
+        "imputation with reference", "mouse olfactory bulb", "two sections to the third", "Pearson, genes in > 2 % of spots",
+        "imputation-bulb", "r", "ours, checked in the query",
+        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "flow matching head",
+         "perceptron, deterministic twin", "kNN in 50 components", "depth only"], ceiling="ceiling",
     ),
     Row(
         "phenotype generation (cell)", "Xenium pancreas, tumour cells", "x < 16500 to x > 19500", "KID (less is better)",
@@ -172,10 +183,12 @@ def read(row: Row) -> pd.DataFrame | None:
     paths = [*([exact] if exact.exists() else []), *sorted(RESULTS.glob(one_each))]
     if not paths:
         return None
+    if row.others and (others := RESULTS / f"{row.others}.csv").exists():
+        paths.append(others)
     table = pd.concat([pd.read_csv(path).assign(file=i) for i, path in enumerate(paths)])
     if "seed" not in table:
         table["seed"] = table["file"]
-    table = table.query(row.keep) if row.keep else table
+    table = table.query(row.keep).copy() if row.keep else table
     if row.method not in table:
         table[row.method] = ""
     switch = {"True": f"with {row.method}", "False": f"without {row.method}"}
@@ -263,11 +276,19 @@ def run(commands: dict[str, str], results: Path) -> None:
     """Run commands one after the other; they write into ``results``, and ``refit.csv`` there says how long each took."""
     rows = []
     for name, command in commands.items():
-        start, where, failed = time.perf_counter(), os.environ | {"SPATIAFLOW_RESULTS": str(results)}, False
+        start, where, failed, peak = time.perf_counter(), os.environ | {"SPATIAFLOW_RESULTS": str(results)}, False, 0.0
         for one in command.split(" && "):
-            failed = failed or subprocess.run([sys.executable, *shlex.split(one)[1:]], env=where).returncode != 0
-        rows.append({"file": name, "ran": command, "seconds": time.perf_counter() - start, "failed": failed})
+            if not failed:
+                process = subprocess.Popen([sys.executable, *shlex.split(one)[1:]], env=where)
+                _, status, used = os.wait4(process.pid, 0)
+                failed, peak = status != 0, max(peak, used.ru_maxrss / 2**20)
+        seconds = time.perf_counter() - start
+        rows.append({"file": name, "ran": command, "seconds": seconds, "failed": failed, "peak_gb": peak})
     print(f"{sum(row['seconds'] for row in rows):.0f} s in all, {sum(row['failed'] for row in rows)} failed")
+    before = results / "refit.csv"
+    if before.exists():  # what was not run now stays
+        known = pd.read_csv(before)[list(rows[0])]
+        rows = known[~known["file"].isin(commands)].to_dict("records") + rows
     writing.write("refit", rows)
 
 

@@ -29,15 +29,18 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsRegressor
 
 import spatiaflow as sf
+from flow_head import fit_head
+from imputation_trust import DRAWS, conformal, differential, uncertainty
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.design import CellTable, left_out
 from spatiaflow.models.imputation import Imputer
 from spatiaflow.models.simple import gene_pearson
 from writing import write
 
-N_FOLDS, DETECTED, DRAWS, SCORED = 5, 0.02, 99, 3000
+N_FOLDS, DETECTED, SCORED = 5, 0.02, 3000
 PENALTIES = np.geomspace(10, 1e5, 9)
 OURS, CHECKED = "ours, branches by left-out blocks", "ours, checked in the query"
+FLOW, TWIN = "flow matching head", "perceptron, deterministic twin"
 
 
 class Task:
@@ -82,13 +85,11 @@ def ridge(x: list, y: list, groups: np.ndarray, query: np.ndarray) -> np.ndarray
     return np.maximum(np.hstack([query, np.ones((len(query), 1))]) @ weights + centre, 0)
 
 
-def baselines(task: Task, train: list[CellTable], query: CellTable, seed: int) -> dict[str, np.ndarray]:
-    """Simple methods with the same genes, neighbours and images."""
+def inputs(task: Task, train: list[CellTable], query: CellTable, seed: int) -> dict[str, list[np.ndarray]]:
+    """What baselines read of every reference table and the query, standardised."""
     rng, own = np.random.default_rng(seed), {}
     everyone = [*train, query]
     log = [log_normalize(c.counts, c.library, task.target_sum).toarray() for c in everyone]
-    y = [log_normalize(c.targets, c.library, task.target_sum).toarray() for c in train]
-    groups = np.concatenate(task.blocks)
     pca = PCA(min(50, log[0].shape[1] - 1), random_state=seed).fit(np.concatenate(log[:-1]))
     near = [cKDTree(c.xy).query(c.xy, k=min(16, len(c)))[1][:, 1:] for c in everyone]
     own["pca"] = [pca.transform(v) for v in log]
@@ -103,17 +104,26 @@ def baselines(task: Task, train: list[CellTable], query: CellTable, seed: int) -
         joint = np.concatenate(parts[:-1])
         mean, std = joint.mean(0), np.maximum(joint.std(0), 1e-3)
         std = std if name not in ("pca", "near", "permuted") else np.full_like(std, joint.std())
-        own[name] = [(part - mean) / std for part in parts]
+        own[name] = [((part - mean) / std).astype(np.float32) for part in parts]
+    return own
+
+
+def joined(own: dict[str, list[np.ndarray]], **weights: float) -> list[np.ndarray]:
+    """Some of the inputs side by side, each by its weight."""
+    return [np.hstack([w * part for w, part in zip(weights.values(), parts)])
+            for parts in zip(*(own[name.replace("_", " ")] for name in weights))]  # fmt: skip
+
+
+def baselines(task: Task, own: dict[str, list[np.ndarray]], y: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Simple methods with the same genes, neighbours and images."""
 
     def by(**weights):
-        x = [
-            np.hstack([w * own[name.replace("_", " ")][i] for name, w in weights.items()]) for i in range(len(everyone))
-        ]
-        return ridge(x[:-1], y, groups, x[-1])
+        *x, last = joined(own, **weights)
+        return ridge(x, y, np.concatenate(task.blocks), last)
 
     flat = np.concatenate(own["pca"][:-1]), np.concatenate(y)
     out = {
-        "training mean": np.repeat(flat[1].mean(0, keepdims=True), len(query), 0),
+        "training mean": np.repeat(flat[1].mean(0, keepdims=True), len(own["pca"][-1]), 0),
         "depth only": by(depth=1),
         "kNN in 50 components": KNeighborsRegressor(50).fit(*flat).predict(own["pca"][-1]),
         "ridge, 50 components": by(pca=1),
@@ -130,70 +140,15 @@ def baselines(task: Task, train: list[CellTable], query: CellTable, seed: int) -
     return out
 
 
-def uncertainty(y, mean, reference: np.ndarray, residual: np.ndarray, law) -> list[dict]:
-    """CRPS and 90 % intervals of ours, of a constant marginal, and of the same mean with one law of residuals a gene."""
-    some = np.sort(np.random.default_rng(0).permutation(len(y))[:SCORED])
-    y, mean, law = y[some], mean[some], (lambda g, all_draws=law: all_draws(g)[:, some])
-    levels = (np.arange(DRAWS) + 0.5) / DRAWS
-    rows = []
-    marginal = np.quantile(reference, levels, axis=0)  # draws x genes
-    errors = np.quantile(residual, levels, axis=0)
-    detected = (y > 0).mean(0)
-    for name, draws in (
-        ("ours", law), ("constant marginal", lambda g: np.repeat(marginal[:, None, g], len(y), 1)),
-        ("ridge with residuals of left-out blocks", lambda g: np.maximum(mean[None, :, g] + errors[:, None, g], 0)),
-    ):  # fmt: skip
-        crps, score, covered = [], [], []
-        for g in range(y.shape[1]):
-            d = draws(g).astype(np.float64)
-            crps.append(sf.metrics.crps_ensemble(y[:, [g]], d[:, :, None], fair=False).mean())
-            low, high = np.quantile(d, [0.05, 0.95], axis=0)
-            score.append(sf.metrics.interval_score(y[:, [g]], low[:, None], high[:, None]).mean())
-            covered.append(sf.metrics.interval_coverage(y[:, [g]], low[:, None], high[:, None]).mean())
-        covered, often = np.array(covered), detected >= 0.2
-        rows.append({
-            "law": name, "CRPS": np.mean(crps), "interval score": np.mean(score), "coverage": covered.mean(),
-            "coverage, genes in >= 20 % of cells": covered[often].mean(), "genes in >= 20 %": int(often.sum()),
-            "within 85-95 %": ((covered > 0.85) & (covered < 0.95))[often].mean(),
-        })  # fmt: skip
-    return rows
-
-
-def p_values(groups: list, uncertain: list | None = None) -> np.ndarray:
-    """Benjamini-Hochberg of Welch's test of two groups of cells, gene by gene; ``uncertain``: standard deviations of values."""
-    mean, variance = ([f(values, 0) for values in groups] for f in (np.mean, np.var))
-    if uncertain is not None:
-        variance = [v + (std**2).mean(0) for v, std in zip(variance, uncertain)]
-    spread = np.sqrt(sum(v / len(values) for v, values in zip(variance, groups)) + 1e-12)
-    return stats.false_discovery_control(2 * stats.norm.sf(np.abs(mean[0] - mean[1]) / spread))
-
-
-def differential(y, mean, std, visible: np.ndarray, seed: int) -> dict[str, float]:
-    """Share of genes called different (5 %) between two clusters of the visible genes that measured values do not call so."""
-    from sklearn.cluster import KMeans
-
-    label = KMeans(8, n_init=3, random_state=seed).fit_predict(PCA(10, random_state=seed).fit_transform(visible))
-    called = {"false positives, imputed": [], "false positives, imputed with its std": []}
-    for a in range(8):
-        for b in range(a):
-            rows = [np.flatnonzero(label == k) for k in (a, b)]
-            if min(map(len, rows)) < 30:
-                continue
-            measured, imputed, uncertain = ([v[r] for r in rows] for v in (y, mean, std))
-            null = p_values(measured) > 0.05
-            if null.any():
-                for name, p in zip(called, (p_values(imputed), p_values(imputed, uncertain))):
-                    called[name].append((p < 0.05)[null].mean())
-    return {name: float(np.mean(v)) for name, v in called.items()}
-
-
 def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
     """Tables of scores, uncertainty and reliability of some tasks."""
     scores, laws, trust = [], [], []
     for where, task in tasks.items():
+        ceiling = sf.metrics.noise_ceiling(task.query.X, target_sum=task.target_sum)
         for seed in range(seeds):
+            rng = np.random.default_rng(seed)
             found, truth, about = {}, [], []
-            pieces = {"de": []}
+            pieces = {"de": [], "conformal": []}
             began = time.perf_counter()
             for hidden in task.folds(seed):
                 shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
@@ -204,8 +159,20 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
                 ).toarray()
                 seconds = {}
                 start = time.perf_counter()
-                here = baselines(task, train, query, seed)
+                own = inputs(task, train, query, seed)
+                targets = [log_normalize(c.targets, c.library, task.target_sum).toarray() for c in train]
+                here = baselines(task, own, targets)
                 seconds["baselines"] = time.perf_counter() - start
+                start = time.perf_counter()
+                scored = np.sort(rng.permutation(len(y))[:SCORED])
+                weights = {"genes": 1.0, "near_genes": 1.0} | ({"image": 1.0} if task.image else {})
+                *x, last = joined(own, **weights)
+                drawn = {}
+                for key, flow in ((FLOW, True), (TWIN, False)):
+                    head = fit_head(np.concatenate(x), np.concatenate(targets), np.concatenate(task.blocks), flow, seed)
+                    here[key] = head.mean(last)
+                    drawn |= {key: head.draws(last[scored], 50)} if flow else {}
+                seconds["heads"] = time.perf_counter() - start
                 start = time.perf_counter()
                 names = [[task.genes[i] for i in rows] for rows in (shown, hidden)]
                 model = Imputer(train, task.blocks, *names, target_sum=task.target_sum, seed=seed)
@@ -224,18 +191,16 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
                     found.setdefault(key, []).append(value.astype(np.float32))
                 truth.append(y)
                 e = model.evidence
-                residual = e.y - model.held_out(model.branches, model.alpha, np.arange(len(hidden)))
-                rng = np.random.default_rng(seed)
+                held_out = np.maximum(model.held_out(model.branches, model.alpha, np.arange(len(hidden))), 0)
+                pieces["conformal"].append(conformal(y, mean, std, model, held_out))
                 laws += [
                     {"data": where, "seed": seed, **row}
                     for row in uncertainty(
-                        y,
-                        mean,
-                        e.y,
-                        residual,
-                        lambda g, m=model, q=query, v=mean, r=rng: m.draws(v[:, g], q.library, g, DRAWS, r),
+                        y[scored], mean[scored], e.y, e.y - held_out,
+                        lambda g, m=model, v=mean[scored], q=query.library[scored], r=rng: m.draws(v[:, g], q, g, DRAWS, r),
+                        drawn,
                     )
-                ]
+                ]  # fmt: skip
                 r = gene_pearson(y, mean)
                 about.append(pd.DataFrame({
                     "gene": names[1], "r": r, "reliability": model.reliability, "training variance": e.y.var(0),
@@ -258,6 +223,7 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
                     "genes": y.shape[1],
                     "cells": len(y),
                     "r": np.nanmean(r[key]),
+                    "ceiling": np.nanmean(ceiling[np.concatenate(task.folds(seed))]),
                 }
                 if key != best:
                     row["difference"], row["low"], row["high"] = sf.metrics.paired_pearson_difference(
@@ -276,7 +242,7 @@ def evaluate(name: str, tasks: dict[str, Task], seeds: int) -> None:
             trust.append({
                 "data": where, "seed": seed, "genes": len(about),
                 **{k: stats.spearmanr(about[k], about["r"], nan_policy="omit")[0] for k in about.columns[2:]},
-                **pd.DataFrame(pieces["de"]).mean().to_dict(),
+                **{name: v for piece in pieces.values() for name, v in pd.DataFrame(piece).mean().items()},
             })  # fmt: skip
             write(f"imputation-{name}", scores)
             write(f"imputation-{name}-uncertainty", laws)

@@ -40,13 +40,14 @@ VARIANTS = {  # what differs from ours
 
 
 def spoil(table, transitions: list[tuple[str, str]], share: float, seed: int) -> None:
-    """Label cells of states that no transition names as its sources."""
+    """Label cells of states that no transition names as its sources, and write ``obs["spoiled"]``."""
     rng, state = np.random.default_rng(seed), table.obs["state"].astype(object).to_numpy()
     others = rng.permutation(np.flatnonzero(table.obs["state"].notna() & ~np.isin(state, np.unique(transitions))))
+    alien = np.zeros(len(state), bool)
     for source, _ in transitions:
         n = int(share * (state == source).sum())
-        state[others[:n]], others = source, others[n:]
-    table.obs["state"] = pd.Categorical(state, table.obs["state"].cat.categories)
+        state[others[:n]], alien[others[:n]], others = source, True, others[n:]
+    table.obs["state"], table.obs["spoiled"] = pd.Categorical(state, table.obs["state"].cat.categories), alien
 
 
 def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0):

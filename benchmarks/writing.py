@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -13,9 +14,11 @@ RESULTS = Path(os.environ.get("SPATIAFLOW_RESULTS", Path(__file__).parent / "res
 
 
 def write(name: str, rows: list[dict]) -> None:
-    """Write rows to ``results/name.csv`` and print them."""
+    """Write rows to ``results/name.csv``, with the largest memory of the process so far where they tell none, and print them."""
     command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
     table = pd.DataFrame(rows)
+    if "peak_gb" not in table:
+        table["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     stamped = table.assign(command=command, version=sf.__version__, date=datetime.date.today().isoformat())
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamped.to_csv(RESULTS / f"{name}.csv", index=False)

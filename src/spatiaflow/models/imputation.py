@@ -376,17 +376,23 @@ class Imputer:
             rows = slice(start, start + len(x))
             start += len(x)
             mean = np.maximum(x @ weights + intercept, 0).astype(np.float32)
-            bins, std = self._bin(query.library[rows]), np.empty_like(mean)
+            bins, std = self._bin(query.library[rows]), self.std(mean, query.library[rows])
             for i, law in enumerate(self.laws):
                 some = np.flatnonzero(bins == i)
-                likely = np.maximum(mean[some], floor)
-                std[some] = law.std_at(likely, self.theta[i])
                 if len(inner) and len(some):
                     at, theta = np.ix_(some, inner), self.theta[i, inner]
                     counts = query.counts[rows][some][:, self.own[inner] - 1].toarray()
-                    rate = law.rate_at(likely[:, inner], theta)
+                    rate = law.rate_at(np.maximum(mean[at], floor[inner]), theta)
                     mean[at], std[at] = self._seen(counts, query.library[rows][some], rate, theta)
             yield mean, std
+
+    def std(self, mean: np.ndarray, library: np.ndarray) -> np.ndarray:
+        """Standard deviation of the predictive law around ``mean`` (cells x genes) at the cells' own libraries."""
+        out, bins = np.empty_like(mean), self._bin(library)
+        for i, law in enumerate(self.laws):
+            some = np.flatnonzero(bins == i)
+            out[some] = law.std_at(np.maximum(mean[some], self.floor), self.theta[i])
+        return out
 
     def draws(self, mean: np.ndarray, library: np.ndarray, gene: int, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draws (n x cells) of the predictive law of one gene around its mean, at the cells' own libraries."""
