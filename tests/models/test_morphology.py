@@ -275,3 +275,8 @@ def test_grain_is_carried_at_the_strength_it_would_have_there(fitted):
     bright, dark = there > 0.6, (there < 0.05) & (blob > 0.6)
     assert left[bright & (blob < 0.05)].std() > 0.15  # planted there: about .29; .06 where it came from
     assert left[dark].std() < 0.1  # planted there: .06; .29 where it came from
+
+
+def test_a_rule_for_states_prints_in_a_line():
+    rule = models.States(["a", "b"], [f"G{i}" for i in range(300)], [[0.5] * 300] * 2, [0, 0])
+    assert repr(rule) == "States: a, b; from 300 genes"

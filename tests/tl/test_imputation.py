@@ -73,6 +73,13 @@ def test_missing_genes_are_imputed_into_slots(query, reference):
     assert sf.get.expression(data, key="imputed").var["reliability"].gt(0).all()
 
 
+@pytest.mark.parametrize("n", [300, 800])
+def test_a_small_reference_is_warned_of(query, n, caplog, monkeypatch):
+    monkeypatch.setattr(sf._settings.logger, "propagate", True)
+    sf.tl.impute_genes(hidden(query), reference=cells("r", n, seed=1))
+    assert ("300 reference cells are few" in caplog.text) == (n == 300)
+
+
 def test_genes_that_the_reference_lacks_leave_no_trace(query, reference):
     """Neither in the library nor in any column: what the query alone measures may be garbage."""
     data, spoiled = query.copy(), query.copy()

@@ -195,6 +195,13 @@ def test_two_images_and_no_scale(slides, model):
         embedded(unscaled, model)
 
 
+def test_a_wrong_image_is_named_before_genes_that_the_model_lacks(slides, model):
+    foreign = slides[0]["table"].copy()
+    foreign.var_names = [f"OTHER{i}" for i in range(foreign.n_vars)]
+    with pytest.raises(KeyError, match="'fluorescent'"):
+        embedded(edited(slides[0], table=foreign), model, image_key="fluorescent")
+
+
 def test_a_broken_chunk_is_an_error(slides, model, tmp_path):
     slides[0].write(tmp_path / "t.zarr")
     stored = sd.read_zarr(tmp_path / "t.zarr")

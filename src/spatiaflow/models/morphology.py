@@ -257,7 +257,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int 
     return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean()
 
 
-@dataclass
+@dataclass(repr=False)
 class States:
     """A frozen linear rule that tells the state of a cell from its counts, for slides whose states nobody has named.
 
@@ -283,6 +283,9 @@ class States:
     offset: list[float]
     unit: float = 100.0
     min_counts: int = 20
+
+    def __repr__(self) -> str:
+        return f"States: {', '.join(self.names)}; from {len(self.genes)} genes"
 
     def __call__(self, counts) -> list[str | None]:
         """States of cells from their counts (n x genes, CSR, in the order of ``genes``)."""

@@ -117,8 +117,7 @@ def imputation(
             title = f"{gene}, {'imputed' if column else 'measured'}"
             points = tissue_panel(ax, slide, one, vmin=0, vmax=top, cmap="viridis", title=title)
             if column:
-                ax.text(0.98, 0.02, trust, transform=ax.transAxes, ha="right", va="bottom", fontsize=6,
-                        bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
+                ax.text(0.5, -0.03, trust, transform=ax.transAxes, ha="center", va="top", fontsize=6)
                 bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
                 bar.ax.tick_params(labelsize=6, length=2)
                 bar.outline.set_visible(False)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MIN_CELLS, MIN_SHARED = 50, 5
 MAX_INPUTS = 600  # genes that predictions read: of more, those of the largest variance; all count for the library size
+FEW = 500  # reference cells, below which the standard error of a correlation (1 / sqrt(n)) is more than what genes differ by
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
 
@@ -255,6 +256,11 @@ def impute_genes(
                 f"obsm[{use_rep!r}] has {query.image.shape[1]} columns in data and {source.image.shape[1]} in the reference."
             )
         logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), source.n)
+        if source.n < FEW:
+            logger.warning(
+                "%d reference cells are few: reliability, a correlation in left-out blocks of them, is off by about %.2f",
+                source.n, source.n**-0.5,
+            )  # fmt: skip
         model = source.imputer(inputs, wanted, target_sum=target_sum, seed=seed)
         share, n_reference, sha256 = 1.0, source.n, ""
     cells = query.cells(model.inputs)

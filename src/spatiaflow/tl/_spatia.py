@@ -332,11 +332,11 @@ def embed_spatia(
         spatial_key=spatial_key, mpp=mpp,
     )  # fmt: skip
     c = model.config
-    coverage = _cells.check_coverage(list(table.var_names), c.genes) if "genes" in modalities else 0.0
     found = _cells.parts(
         data, table, slides, modalities=modalities, crop_um=None if c.adaptive else c.crop_um,
         crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
     )  # fmt: skip
+    coverage = _cells.check_coverage(list(table.var_names), c.genes) if "genes" in modalities else 0.0
     cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
     if scaling == "training":
         cells = [_cells.with_intensity(one, model.card["intensity"], c.channels) for one in cells]
