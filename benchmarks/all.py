@@ -28,7 +28,9 @@ from writing import RESULTS
 TABLE = Path(__file__).parents[1] / "docs" / "benchmark_table.md"
 COMMANDS = {  # what makes the files
     "her2st-10k": "python benchmarks/expression.py --data her2st --seeds 3",
-    "her2st-markers": "python benchmarks/expression.py --data her2st --convention markers --seeds 3",
+    "her2st-markers": (
+        'python benchmarks/expression.py --data her2st --convention markers --seeds 3 --methods "STFlow default"'
+    ),
     "mouse_olfactory_bulb-10k": "python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3",
     "embedding-pancreas": "python benchmarks/embedding.py pancreas --store pancreas.zarr --cache features",
     "embedding-starmap": "python benchmarks/embedding.py starmap --seeds 3 --cache features",

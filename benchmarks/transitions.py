@@ -19,7 +19,8 @@ import pandas as pd
 from scipy import sparse
 
 import spatiaflow as sf
-from embedding import folds, pancreas_parts
+from embedding import pancreas_parts
+from probes import folds
 from spatiaflow import _io
 
 MIN_COUNTS, N_NICHES, LIKENESS, RANGE = 20, 4, 0.75, (0.6, 0.9)
