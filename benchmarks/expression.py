@@ -152,7 +152,7 @@ def simple_rows(train, test, seed, sections):
     yield "kNN retrieval", knns[best_k]().fit(x, y).predict(b.features)
 
 
-def network_row(name, train, test, genes, seed):
+def network_row(name, train, test, genes, seed, epochs=None):
     """Fit one STFlow variant; return (prediction, std, model)."""
     train, test = list(train), test
     if name == "features shuffled":
@@ -162,7 +162,7 @@ def network_row(name, train, test, genes, seed):
     target = None if np.array_equal(train[0].y, np.log1p(train[0].counts).astype(np.float32)) else 1e4
     model = fit_stflow(
         train, genes=genes, encoder={"id": "texture"}, target_sum=target, preset=NETWORKS[name], pitch=200.0, card={},
-        seed=seed,
+        seed=seed, **({"max_epochs": epochs} if epochs else {}),
     )  # fmt: skip
     noisy = model.preset.flow and not model.prior.deterministic
     out = model.predict(
@@ -262,7 +262,7 @@ def run(args) -> None:
                 if (args.out / f"{stem}-{method}.csv".replace(" ", "_")).exists():
                     continue
                 started = time.perf_counter()
-                out, model = network_row(method, train, test, genes, seed)
+                out, model = network_row(method, train, test, genes, seed, args.epochs)
                 seconds = time.perf_counter() - started
                 record(method, out.mean, seconds, uncertainty(test, out, model, train) | _inner(model))
 
@@ -335,6 +335,7 @@ if __name__ == "__main__":
     parser.add_argument("--sections", nargs="*")
     parser.add_argument("--methods", nargs="*", choices=NETWORKS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of the networks, fewer than the verb's own")
     parser.add_argument("--patch-um", type=float, default=155.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)

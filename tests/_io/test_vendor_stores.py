@@ -300,6 +300,11 @@ def test_xenium_nuclei_are_not_numbered_as_its_cells():
         _io.slides(xenium(), labels_key="nucleus_labels")
 
 
+def test_a_missing_element_is_named_with_what_there_is():
+    with pytest.raises(KeyError, match="holds no 'cells'; it has .*'nucleus_boundaries'"):
+        _io.slides(xenium(), shapes_key="cells")
+
+
 def test_cosmx_fields_of_view_are_slides_with_their_own_image(tmp_path):
     sdata = stored(cosmx(), tmp_path)
     slides = {slide.library_id: slide for slide in _io.slides(sdata)}

@@ -43,3 +43,29 @@ def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, 
     monkeypatch.setitem(everything.COMMANDS, "none", "python y.py")
     row.files = "none"
     assert everything.line(row)[4] == "not measured"
+
+
+def test_refit_times_each_command_starts_anew_and_keeps_what_was_known(everything, tmp_path, monkeypatch):
+    script = tmp_path / "some.py"
+    script.write_text("import os, pathlib; pathlib.Path(os.environ['SPATIAFLOW_RESULTS'], 'made.csv').write_text('a')")
+    monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
+    for old in ("one-C2-0-ridge.csv", "one-C2-0-ridge.npz", "one.csv", "other-C2-0-ridge.csv"):
+        (tmp_path / old).write_text("old")
+    everything.run({"one": f"python {script}", "bad": f"python {tmp_path}/none.py && python {script}"}, tmp_path)
+    everything.run({"bad": f"python {script}"}, tmp_path)
+    found = pd.read_csv(tmp_path / "refit.csv").set_index("file")
+    assert list(found.index) == ["one", "bad"]
+    assert not found["failed"].any()
+    assert (found["seconds"] > 0).all()
+    assert (found["peak_gb"] > 0).all()
+    left = {path.name for path in tmp_path.glob("*.csv")} | {path.name for path in tmp_path.glob("*.npz")}
+    assert left == {"made.csv", "one.csv", "other-C2-0-ridge.csv", "refit.csv"}
+
+
+def test_other_methods_come_from_a_file_of_their_own(everything, tmp_path, monkeypatch):
+    monkeypatch.setattr(everything, "RESULTS", tmp_path)
+    pd.DataFrame({"method": ["a"], "seed": [0], "r": [0.2]}).to_csv(tmp_path / "some.csv", index=False)
+    row = everything.Row("task", "data", "split", "r", "some", "r", "a", ["b"], others="more")
+    assert everything.value(everything.read(row), row, "b") == "not measured"
+    pd.DataFrame({"method": ["b"], "seed": [0], "r": [0.1]}).to_csv(tmp_path / "more.csv", index=False)
+    assert everything.value(everything.read(row), row, "b") == "0.100 (1)"

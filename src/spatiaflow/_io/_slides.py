@@ -196,6 +196,9 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     region_of, instance_of = table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]]
     regions = [element_key] if element_key else list(dict.fromkeys(region_of))
     missing = [name for name in regions if name not in sdata]
+    if missing and element_key:
+        here = [*sdata.shapes, *sdata.labels, *sdata.points]
+        raise KeyError(f"this SpatialData holds no {element_key!r}; it has {_listing(here)}.")
     if missing:
         raise KeyError(f"the table annotates {_listing(missing)}, which this SpatialData does not hold.")
     common = set.intersection(*(set(get_transformation(sdata[name], get_all=True)) for name in regions))
