@@ -205,6 +205,12 @@ def speed(a) -> None:
 # ---- pancreas ----------------------------------------------------------------------------------------------------
 
 MIN_CELLS, BLOCK_UM, OURS = 30, 500.0, "generated, heun 10"
+GAINS = {  # what a part of training is worth: without it, with it, seed by seed
+    "gain of weighting": ("generated, unweighted", OURS),
+    "gain of weighting, pairs spoiled": ("generated, spoiled-unweighted", "generated, spoiled"),
+    "gain of alignment": ("generated, unaligned", OURS),
+    "gain of spatial context": ("generated, nospace", OURS),
+}
 
 
 @dataclass
@@ -316,6 +322,19 @@ def effect(before: Images, shown: Images, wanted: Images) -> dict[str, float]:
     return found | {f"effect in niches, {k}": v for k, v in pd.DataFrame(niches).mean().items()}
 
 
+def gain(label: str, without: list, having: list, transition: str, n: int) -> dict:
+    """How much farther from real targets models are without a part of training, seed by seed, with an interval over blocks."""
+    row = {"transition": transition, "method": label, "n": n, "seeds": len(having)}
+    for metric in having[0]:
+        each = np.stack([a[metric] - b[metric] for a, b in zip(without, having)])  # seeds x draws
+        low, high = np.nanquantile(each.mean(0)[1:], (0.025, 0.975))
+        row |= {
+            metric: each.mean(0)[0], f"{metric}, low": low, f"{metric}, high": high,
+            f"{metric}, sd of seeds": each[:, 0].std(), f"{metric}, seeds": "; ".join(f"{v:.4f}" for v in each[:, 0]),
+        }  # fmt: skip
+    return row
+
+
 def generators(a) -> dict[str, list]:
     """Models by variant, one a seed; the first are ours."""
     if (a.weights is None) == (a.folder is None):
@@ -395,6 +414,7 @@ def pancreas(a) -> None:
                     low, high = np.nanquantile(one[1:], (0.025, 0.975))
                     row |= {label: one[0], f"{label}, low": low, f"{label}, high": high}
                 row[f"{metric}, sd of seeds"] = np.std([one[metric][0] for one in some])
+                row[f"{metric}, seeds"] = "; ".join(f"{one[metric][0]:.4f}" for one in some)
             if key in samples:
                 before = samples["copy of the source"][0]
                 each = [
@@ -409,6 +429,11 @@ def pancreas(a) -> None:
                 ]
                 row |= pd.DataFrame(each).mean().to_dict()
             rows.append(row | {"seconds a cell": seconds.get(key, np.nan)})
+        rows += [
+            gain(label, found[a], found[b], name, len(here))
+            for label, (a, b) in GAINS.items()
+            if {a, b} <= set(found) and len(found[a]) == len(found[b])
+        ]
         shown = [c for c in rows[0] if "low" not in c and "high" not in c]
         print(pd.DataFrame(rows)[shown].round(4).to_string(index=False), flush=True)
     write("pancreas" if where == "test" else f"pancreas-{where}", rows)
