@@ -59,10 +59,12 @@ def test_heads_find_a_planted_mean_and_the_flow_its_spread(imputation, flow):
     spread = np.array([0.5, 1.0, 2.0])
     y = truth + spread * rng.normal(size=truth.shape)
     head = fit_head(x[:2500], y[:2500], np.arange(2500) % 10, flow, seed=0)
-    mean, draws = head.mean(x[2500:]), head.draws(x[2500:], 40)
+    mean = head.mean(x[2500:])
     assert np.min([np.corrcoef(mean[:, j], truth[2500:, j])[0, 1] for j in range(3)]) > 0.9
-    found = draws.std(0).mean(0)
-    np.testing.assert_allclose(found, spread if flow else 0, rtol=0.25, atol=1e-6)
+    if flow:
+        draws = head.draws(x[2500:], 100)
+        np.testing.assert_allclose(draws.std(0).mean(0), spread, rtol=0.25)
+        assert np.corrcoef(draws.mean(0).ravel(), mean.ravel())[0, 1] > 0.97  # a mean of draws, without their noise
 
 
 def test_conformal_coverage_is_counted_in_the_query(imputation):
