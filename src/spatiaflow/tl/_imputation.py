@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MIN_CELLS, MIN_SHARED = 50, 5
 MAX_INPUTS = 600  # genes that predictions read: of more, those of the largest variance; all count for the library size
-FEW = 500  # reference cells, below which the standard error of a correlation (1 / sqrt(n)) is more than what genes differ by
+FEW = 500  # reference cells; with fewer the standard error of a correlation, 1 / sqrt(n), is above .045
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
 
