@@ -114,7 +114,7 @@ def simulated(a) -> None:
     for seed in range(a.seeds):
         train, test = (
             sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i, state_by_niche=True)
-            for i, n in enumerate((a.train, 6000))
+            for i, n in enumerate((a.train, a.test))
         )
         for sdata in (train, test):
             sdata["dapi"] = sdata["fluorescence"].sel(c=["dapi"])
@@ -144,7 +144,9 @@ def tiles(a) -> None:
     image, rows, options = {"image_key": "fluorescence"}, [], {"table_key": "tiles"}
     pool = ["E_cell", "E_niche", "E_tissue", "morphology"]
     for seed in range(a.seeds):
-        train, test = (sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, 6000)))
+        train, test = (
+            sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, a.test))
+        )
         with_embeddings(test, with_embeddings(train))
         for sdata in (train, test):
             sf.pp.morphology_profile(sdata, **image)
@@ -444,6 +446,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["simulated", "bundled", "tiles", "speed", "pancreas"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
+    parser.add_argument("--test", type=int, default=6000, help="cells of the simulated slide that is scored")
     parser.add_argument("--epochs", type=int, default=10, help="of training on simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
