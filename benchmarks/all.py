@@ -69,7 +69,6 @@ class Row:
     baselines: list[str]
     keep: str = ""  # query of rows
     method: str = "method"  # column of methods
-    seeds: str = "seed"  # column; one file a seed where it is missing
     ceiling: str = ""  # method, or column
     less: bool = False  # less is better
     others: str = ""  # a file with rows of other methods, where it exists
@@ -179,7 +178,7 @@ ROWS = [
 
 
 def read(row: Row) -> pd.DataFrame | None:
-    """Rows of a task's files, with a column of seeds."""
+    """Rows of a task's files, with a column of seeds: one file a seed where they have none."""
     exact = RESULTS / f"{row.files}.csv"
     one_each = f"{row.files}-seed*.csv" if exact.exists() else f"{row.files}-*.csv"
     paths = [*([exact] if exact.exists() else []), *sorted(RESULTS.glob(one_each))]

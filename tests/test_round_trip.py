@@ -88,6 +88,6 @@ def test_a_result_under_another_key_is_named():
     adata = ad.AnnData(
         np.zeros((3, 2), np.float32), obsm={"imputed": np.ones((3, 2))}, uns={"imputed": {"genes": ["a", "b"]}}
     )
-    with pytest.raises(KeyError, match="no result 'stflow'; there is 'imputed': give key='imputed'"):
+    with pytest.raises(KeyError, match="no result 'stflow': there is 'imputed'; give key='imputed'"):
         sf.get.expression(adata)
     assert list(sf.get.expression(adata, key="imputed").var_names) == ["a", "b"]

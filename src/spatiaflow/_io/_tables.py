@@ -139,12 +139,13 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
     names = table.uns[key].get("genes") if isinstance(table.uns.get(key), Mapping) else None
     if key not in table.obsm or names is None:
-        run = "run sf.tl.predict_expression(data, model=...) or sf.tl.impute_genes(data, reference=...) first."
         others = [k for k in table.obsm if isinstance(table.uns.get(k), Mapping) and "genes" in table.uns[k]]
+        found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}"
         if others:
-            raise KeyError(f"no result {key!r}; there is {_listing(others)}: give key={others[0]!r}, or {run}")
+            found = f"there is {_listing(others)}; give key={others[0]!r}"
         raise KeyError(
-            f"no result {key!r}: it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}. R{run[1:]}"
+            f"no result {key!r}: {found}. "
+            "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
     for name in ("skill", "trusted", "reliability", "denoised"):

@@ -75,15 +75,14 @@ class Gathered:
     library: np.ndarray  # sampled cells
     block: np.ndarray  # sampled cells
 
-    def without(self, block: int) -> Sums:
-        """Moments of all other blocks."""
-        rest = [one for b, one in enumerate(self.sums) if b != block]
-        return sum(rest[1:], rest[0])
-
-    @property
+    @cached_property
     def total(self) -> Sums:
         """Moments of all blocks."""
-        return self.without(-1)
+        return sum(self.sums[1:], self.sums[0])
+
+    def without(self, block: int) -> Sums:
+        """Moments of all other blocks."""
+        return self.total - self.sums[block]
 
 
 def gather(design: Design, cells: list[CellTable], blocks: list[np.ndarray], *, seed: int = 0) -> Gathered:

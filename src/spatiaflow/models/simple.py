@@ -90,6 +90,9 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
+    def __sub__(self, other: Moments) -> Moments:
+        return type(self)(*(a - b for a, b in zip(vars(self).values(), vars(other).values())))
+
     def ridges(self, alphas: tuple[float, ...]) -> list[Ridge]:
         """Ridge regressions with unpenalised intercept, one eigendecomposition for all penalties."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
