@@ -51,7 +51,7 @@ QUICK = {  # the same in minutes, and no pancreas
     "embedding-simulated": "python benchmarks/embedding.py simulated --seeds 1 --epochs 1",
     "imputation-starmap": "python benchmarks/imputation.py starmap --seeds 1 --folds 1 --only BZ5",
     "morphology-simulated": "python benchmarks/morphology.py simulated --seeds 1 --train 1500 --test 1500 --epochs 1",
-    "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 3000 --test 1500 --epochs 1",
+    "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 2000 --test 1500 --epochs 1",
 }
 
 

@@ -66,8 +66,8 @@ def problem(sections: dict, held_out: str, convention: str) -> tuple[list[SlideD
     """Training slides and the test slide as arrays; genes are chosen on training slides, or as HEST does ("raw")."""
     names = [s for s in sections if s != held_out]
     tables = {s: sections[s] for s in sections}
-    shared = _io.shared_genes([tables[s] for s in names])
-    shared = [g for g in shared if g in set(tables[held_out].var_names)]
+    known = set(tables[held_out].var_names)
+    shared = [g for g in _io.shared_genes([tables[s] for s in names]) if g in known]
     counts = {s: _io.dense(_io.counts(tables[s], shared)[0]) for s in sections}
     library = {s: _io.library_sizes(tables[s]) for s in sections}
     target = None if convention == "raw" else 1e4
