@@ -121,14 +121,14 @@ def simulated(a) -> None:
         genes = (train["table"].var["driver"] != "niche").to_numpy()
         with_embeddings(test, with_embeddings(train, genes=genes), genes)
         sf.pp.morphology_profile(train, **image)
-        real = sf.pp.image_profile(sf.pp.crops(test, crop_um=16.0, pixels=32, **image))
+        real = sf.pp.image_profile(sf.pp.crops(test, crop_um=16.0, pixels=a.pixels, **image))
         for context in (True, False):
             sf.tl.pair_transitions(
                 train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
             )  # fmt: skip
             start = time.perf_counter()
             model = sf.tl.train_morphology(
-                train, use_rep="E", crop_um=16.0, crop_pixels=32, spatial=context, max_epochs=a.epochs, random_state=seed,
+                train, use_rep="E", crop_um=16.0, crop_pixels=a.pixels, spatial=context, max_epochs=a.epochs, random_state=seed,
                 losses={"contrast": 0}, **image,
             )  # fmt: skip
             seconds = time.perf_counter() - start
@@ -153,7 +153,7 @@ def tiles(a) -> None:
             sf.pp.tiles(sdata, tile_um=25, groupby="state", pool=pool, key_added="tiles")
         sf.tl.pair_transitions(train, transitions=[("A", "B")], groupby="state", random_state=seed, **options)
         model = sf.tl.train_morphology(
-            train, use_rep="E", level="niche", crop_um=25.0, crop_pixels=32, max_epochs=a.epochs, random_state=seed,
+            train, use_rep="E", level="niche", crop_um=25.0, crop_pixels=a.pixels, max_epochs=a.epochs, random_state=seed,
             losses={"contrast": 0}, **options, **image,
         )  # fmt: skip
         made = sf.tl.generate_morphology(
@@ -162,14 +162,14 @@ def tiles(a) -> None:
         share = pd.DataFrame(
             test["tiles"].obsm["state"], test["tiles"].obs_names, list(test["tiles"].uns["tiles"]["state"])
         )
-        crops = sf.pp.crops(test, crop_um=25.0, pixels=32, **options, **image)
+        crops = sf.pp.crops(test, crop_um=25.0, pixels=a.pixels, **options, **image)
         inside = ((crops.xy > 0) & (crops.xy < np.array(test["fluorescence"].shape[:0:-1]))).all(1)
         states = {"A": (share["A"] >= 0.05) & (share["B"] < 0.05), "B": share["B"] >= 0.05}
         real = {}
         for state, chosen in states.items():
             which = np.flatnonzero(chosen.to_numpy() & inside)
             images = crops.read(which).numpy()
-            real[state] = sf.pp.image_profile(images, channels=list(crops.channels), mpp=25 / 32, whole=True)
+            real[state] = sf.pp.image_profile(images, channels=list(crops.channels), mpp=25 / a.pixels, whole=True)
         columns = [c for c in real["A"] if c in made.var_names]
         for feature in columns:
             before, after, now = real["A"][feature], real["B"][feature], pd.Series(made[:, feature].X.ravel())
@@ -448,6 +448,7 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
     parser.add_argument("--test", type=int, default=6000, help="cells of the simulated slide that is scored")
     parser.add_argument("--epochs", type=int, default=10, help="of training on simulated tissue")
+    parser.add_argument("--pixels", type=int, default=32, help="side of a crop of simulated tissue")
     parser.add_argument("--store")
     parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")
