@@ -81,6 +81,8 @@ def gene_scores(
     ax.set_ylabel(ylabel, fontsize=7)
     ax.set_xlim(-0.8, len(scores) - 0.2)
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], fontsize=6, frameon=False, loc="upper right")
+    columns = max(1, int(ax.figure.get_figwidth() / 1.5))  # above the axes, where no mark is
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": columns}
+    ax.legend(handles[::-1], labels[::-1], fontsize=6, frameon=False, **place)
     sns.despine(ax=ax)
     return finish(ax.figure, show, return_fig)
