@@ -285,7 +285,10 @@ def table() -> str:
 
 def run(commands: dict[str, str], results: Path) -> None:
     """Run commands one after the other; they write into ``results``, and ``refit.csv`` there says how long each took."""
-    rows = []
+    file, rows = results / "refit.csv", {}
+    if file.exists():  # what is not run now stays
+        known = pd.read_csv(file).drop(columns=["command", "version", "date"])
+        rows = {row["file"]: row for row in known.to_dict("records")}
     for name, command in commands.items():
         for old in results.glob(f"{name}-*-[0-9]-*.*"):  # runs of expression.py, which leaves alone what is there
             old.unlink()
@@ -296,13 +299,11 @@ def run(commands: dict[str, str], results: Path) -> None:
                 _, status, used = os.wait4(process.pid, 0)
                 failed, peak = status != 0, max(peak, used.ru_maxrss / 2**20)
         seconds = time.perf_counter() - start
-        rows.append({"file": name, "ran": command, "seconds": seconds, "failed": failed, "peak_gb": peak})
-    print(f"{sum(row['seconds'] for row in rows):.0f} s in all, {sum(row['failed'] for row in rows)} failed")
-    before = results / "refit.csv"
-    if before.exists():  # what was not run now stays
-        known = pd.read_csv(before)[list(rows[0])]
-        rows = known[~known["file"].isin(commands)].to_dict("records") + rows
-    writing.write("refit", rows)
+        today = time.strftime("%Y-%m-%d")
+        rows[name] = {"file": name, "ran": command, "on": today, "seconds": seconds, "failed": failed, "peak_gb": peak}
+        writing.write("refit", list(rows.values()))
+    now = [rows[name] for name in commands]
+    print(f"{sum(row['seconds'] for row in now):.0f} s in all, {sum(row['failed'] for row in now)} failed")
 
 
 if __name__ == "__main__":
