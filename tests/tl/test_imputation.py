@@ -80,6 +80,16 @@ def test_a_small_reference_is_warned_of(query, n, caplog, monkeypatch):
     assert ("300 reference cells are few" in caplog.text) == (n == 300)
 
 
+def test_cells_without_positions_are_told_of(query, reference, caplog, monkeypatch):
+    monkeypatch.setattr(sf._settings.logger, "propagate", True)
+    caplog.set_level("INFO", logger=sf._settings.logger.name)
+    del reference.obsm["spatial"]
+    data = hidden(query)
+    sf.tl.impute_genes(data, reference=reference)
+    assert "the reference: no obsm['spatial']" in caplog.text and "data: no obsm" not in caplog.text
+    assert "neighbors" not in data.uns["imputed"]["branches"]
+
+
 def test_genes_that_the_reference_lacks_leave_no_trace(query, reference):
     """Neither in the library nor in any column: what the query alone measures may be garbage."""
     data, spoiled = query.copy(), query.copy()
@@ -240,7 +250,7 @@ def test_foreign_names_say_so(query, reference):
 
 def test_normalised_values_are_refused(query, reference):
     reference.X = reference.X * 0.5
-    with pytest.raises(ValueError, match="not integer"):
+    with pytest.raises(ValueError, match="not integer.*reference_layer="):
         sf.tl.impute_genes(hidden(query), reference=reference)
 
 

@@ -163,8 +163,14 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     return out
 
 
-def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None):
-    """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names."""
+def counts(
+    table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None, *,
+    argument: str = "layer",
+):  # fmt: skip
+    """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names.
+
+    ``argument``: what the caller of the verb gives the layer by.
+    """
     if not table.var_names.is_unique:
         duplicated = table.var_names[table.var_names.duplicated()][0]
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
@@ -194,10 +200,12 @@ def counts(table: AnnData, genes: list[str] | None = None, layer: str | None = N
         raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
     if flat.size and flat.min() < 0:
         raise ValueError(
-            f"{where} has negative values (minimum {flat.min():g}); raw counts are needed, e.g. layer='counts'."
+            f"{where} has negative values (minimum {flat.min():g}); raw counts are needed, e.g. {argument}='counts'."
         )
     if flat.size and (flat != np.round(flat)).any():
-        raise ValueError(f"{where} is not integer; raw counts are needed. If they are in a layer, give layer='counts'.")
+        raise ValueError(
+            f"{where} is not integer; raw counts are needed. If they are in a layer, give {argument}='counts'."
+        )
     return values, list(chosen.var_names)
 
 

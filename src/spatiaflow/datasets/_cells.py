@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,10 +93,13 @@ def write_cells(
     points = {}
     if transcripts is not None:
         points["transcripts"] = PointsModel.parse(transcripts, feature_key="gene", transformations=on_slide)
-    sd.SpatialData(
+    sdata = sd.SpatialData(
         images={"morphology": image},
         shapes={"cell_boundaries": ShapesModel.parse(gpd.GeoDataFrame(geometry=cells), transformations=on_slide)},
         points=points,
         tables={"table": TableModel.parse(table, "cell_boundaries", "region", "cell_id")},
         attrs={"microns_per_unit": {"global": 1.0}, "dataset": dataset},
-    ).write(store)
+    )
+    with warnings.catch_warnings():  # said once an array, and nothing that a reader of the data can act on
+        warnings.filterwarnings("ignore", "zarr v3 autosharding")
+        sdata.write(store)

@@ -244,12 +244,18 @@ def impute_genes(
             genes,
             "data, and there is neither reference= nor model=" if known is table else "the reference",
         )
-        theirs = reference if reference is not None else data
-        source = _Cells.of(
-            [theirs], [known], shared, reference_layer if reference is not None else layer, use_rep, **where
-        )
+        if reference is None:
+            source = _Cells.of([data], [table], shared, layer, use_rep, **where)
+        else:
+            source = _Cells.of(
+                [reference], [known], shared, reference_layer, use_rep, argument="reference_layer", **where
+            )
         inputs = _most_variable(source.counts, source.library, shared)
         query = _Cells.of([data], [table], shared, layer, use_rep, inputs=inputs, **where)
+        named = {"data": query} if reference is None else {"data": query, "the reference": source}
+        for name, cells in named.items():
+            if not cells.spatial:
+                logger.info("%s: no obsm[%r], so nothing is learned of neighbors", name, spatial_key)
         query.spatial = source.spatial = query.spatial and source.spatial
         if use_rep is not None and query.image.shape[1] != source.image.shape[1]:
             raise ValueError(
@@ -307,9 +313,10 @@ class _Cells:
     spatial: bool
 
     @classmethod
-    def of(cls, objects, tables, shared, layer, use_rep, *, inputs=None, **where) -> _Cells:
+    def of(cls, objects, tables, shared, layer, use_rep, *, inputs=None, argument="layer", **where) -> _Cells:
         """Counts of the shared genes (of ``inputs`` where given: zero where they are not shared), places and features."""
-        parts = [sparse.csr_matrix(_io.counts(t, shared, layer)[0], dtype=np.float32) for t in tables]
+        found = [_io.counts(t, shared, layer, argument=argument)[0] for t in tables]
+        parts = [sparse.csr_matrix(x, dtype=np.float32) for x in found]
         counts, sections, start = sparse.vstack(parts, format="csr"), [], 0
         library = np.asarray(counts.sum(1), dtype=np.float64).ravel()
         for one, table in zip(objects, tables):
