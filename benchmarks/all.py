@@ -89,37 +89,40 @@ class Row:
 
 ROWS = [
     Row(
-        "expression from histology", "her2st", "each of C2-C5 from the other sections (one donor)", "Pearson, 50 genes",
+        "expression from histology", "her2st", "each of C2-C5 from the four others (three of its donor)", "Pearson, 50 genes",
         "her2st-10k", "pearson", "STFlow default",
         ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "deterministic twin",
-         "STFlow paper preset", "no context (k=0)"], "section != 'B4'", ceiling="ceiling",
+         "STFlow paper preset", "no context (k=0)", "depth only (true counts)", "position only (siblings registered)"],
+        "section != 'B4'", ceiling="ceiling",
     ),
     Row(
         "expression from histology", "her2st", "B4 from C2-C5 (another donor)", "Pearson, 50 genes", "her2st-10k", "pearson",
-        "STFlow default", ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "deterministic twin"],
-        "section == 'B4'", ceiling="ceiling",
+        "STFlow default", ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "deterministic twin",
+                           "depth only (true counts)"], "section == 'B4'", ceiling="ceiling",
     ),
     Row(
         "expression from histology", "mouse olfactory bulb", "each of three sections from the others", "Pearson, 50 genes",
-        "mouse_olfactory_bulb-10k", "pearson", "STFlow default", ["ridge", "ridge + smoothing", "MLP + smoothing"],
-        ceiling="ceiling",
+        "mouse_olfactory_bulb-10k", "pearson", "STFlow default",
+        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "deterministic twin",
+         "STFlow paper preset"], ceiling="ceiling",
     ),
     Row(
-        "biomarker genes", "her2st", "each of C2-C5 from the other sections (one donor)", "Pearson, GATA3, ERBB2, UBE2C, VWF",
-        "her2st-markers", "markers", "STFlow default",
-        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing"], "section != 'B4'",
-        ceiling="ceiling of markers",
+        "biomarker genes", "her2st", "each of C2-C5 from the four others (three of its donor)",
+        "Pearson, GATA3, ERBB2, UBE2C, VWF", "her2st-markers", "markers", "STFlow default",
+        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "depth only (true counts)",
+         "position only (siblings registered)"], "section != 'B4'", ceiling="ceiling of markers",
     ),
     Row(
         "biomarker genes", "her2st", "B4 from C2-C5 (another donor)", "Pearson, GATA3, ERBB2, UBE2C, VWF", "her2st-markers",
-        "markers", "STFlow default", ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing"],
+        "markers", "STFlow default",
+        ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "depth only (true counts)"],
         "section == 'B4'", ceiling="ceiling of markers",
     ),
     Row(
         "image -> gene", "Xenium pancreas", "x < 16500 to x > 19500", "Pearson, 50 genes", "embedding-pancreas", "test",
         "SPATIA image, cell + niche",
-        ["CNN, supervised + neighbours", "hand features + neighbours", "SPATIA image, self-supervised (no genes), cell",
-         "untrained SPATIA, image, cell"], "task == 'image to expression'",
+        ["CNN, supervised", "CNN, supervised + neighbours", "hand features + neighbours",
+         "SPATIA image, self-supervised (no genes), cell", "untrained SPATIA, image, cell"], "task == 'image to expression'",
     ),
     Row(
         "gene -> image retrieval", "Xenium pancreas", "x > 19500, among 1,000", "first ten", "embedding-pancreas", "top 10",
@@ -127,12 +130,13 @@ ROWS = [
     ),
     Row(
         "annotation", "Xenium pancreas", "x < 16500 to x > 19500, labels of whole-slide clusters", "macro F1",
-        "embedding-pancreas", "macro F1", "SPATIA fused, cell", ["all genes", "PCA of genes and of image features, side by side"],
+        "embedding-pancreas", "macro F1", "SPATIA fused, cell",
+        ["all genes", "PCA of genes and of image features, side by side", "SPATIA genes, cell"],
         "task == 'annotation and clusters'",
     ),
     Row(
         "annotation", "STARmap", "two mice to the third", "macro F1, 15 types", "embedding-starmap", "type F1", "SPATIA cell",
-        ["genes", "PCA", "genes + neighbours", "scVI", "BANKSY-style 0.2"],
+        ["genes", "genes, own", "PCA", "genes + neighbours", "scVI", "BANKSY-style 0.2"],
     ),
     Row(
         "clustering", "Xenium pancreas", "x > 19500, against whole-slide clusters", "ARI", "embedding-pancreas", "ARI",
@@ -141,7 +145,8 @@ ROWS = [
     ),
     Row(
         "domains", "STARmap", "two mice to the third", "macro F1, 4 layers", "embedding-starmap", "layer F1", "SPATIA tissue",
-        ["genes + neighbours", "PCA + neighbours", "neighbours", "scVI + neighbours (as CellCharter)", "BANKSY-style 0.8"],
+        ["genes + neighbours", "genes + neighbours, own", "PCA + neighbours", "PCA + neighbours, own", "neighbours",
+         "neighbours, own", "scVI + neighbours (as CellCharter)", "BANKSY-style 0.8"],
     ),
     Row(
         "domains", "STARmap", "two mice to the third, no labels", "ARI, 4 layers", "embedding-starmap", "layer ARI",
@@ -243,7 +248,7 @@ def line(row: Row) -> list[str]:
     if row.ceiling:
         ceiling = f"{table[row.ceiling].mean():.3f}" if row.ceiling in table else value(table, row, row.ceiling)
     memory = f"{table['peak_gb'].max():.1f}" if "peak_gb" in table else ""
-    ours = f"**{value(table, row, row.ours)}**"
+    ours = f"{row.ours}: {value(table, row, row.ours)}".removeprefix(": ")
     return [*head, ours, "; ".join(baselines), ceiling, seconds(table, row), memory, command]
 
 

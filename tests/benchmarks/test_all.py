@@ -29,6 +29,19 @@ def test_every_method_that_a_row_names_is_in_its_file(everything):
             assert not {row.ours, *row.baselines} - set(table[row.method]), row.task
 
 
+def test_no_method_that_is_better_than_the_baselines_is_left_out(everything):
+    """Other levels and forms of ours, and rows that are no method, aside."""
+    aside = ("SPATIA", "ours", "generated", "gain of", "real targets", "training targets")
+    for row in everything.ROWS:
+        table = everything.read(row)
+        if table is None or not row.baselines:
+            continue
+        mean = table.groupby(row.method)[row.value].mean() * (-1 if row.less else 1)
+        best = mean[[name for name in row.baselines if name in mean]].max()
+        better = [name for name in mean[mean > best].index if name != row.ours and not name.startswith(aside)]
+        assert not better, (row.task, row.data)
+
+
 def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, monkeypatch):
     monkeypatch.setattr(everything, "RESULTS", tmp_path)
     table = pd.DataFrame({"method": ["a", "a", "a", "b"], "seed": [0, 0, 1, 0], "r": [0.1, 0.3, 0.4, 0.5]})
@@ -39,7 +52,7 @@ def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, 
     assert everything.value(found, row, "b") == "0.500 (1)"
     assert everything.value(found, row, "c") == "not measured"
     monkeypatch.setitem(everything.COMMANDS, "some", "python x.py")
-    assert everything.line(row)[4:6] == ["**0.300 ± 0.141 (2)**", "b: 0.500 (1)"]
+    assert everything.line(row)[4:6] == ["a: 0.300 ± 0.141 (2)", "b: 0.500 (1)"]
     monkeypatch.setitem(everything.COMMANDS, "none", "python y.py")
     row.files = "none"
     assert everything.line(row)[4] == "not measured"
