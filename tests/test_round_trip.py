@@ -86,8 +86,11 @@ def test_drawn_by_scanpy_squidpy_and_spatialdata_plot(result, model, slide):
 
 def test_a_result_under_another_key_is_named():
     adata = ad.AnnData(
-        np.zeros((3, 2), np.float32), obsm={"imputed": np.ones((3, 2))}, uns={"imputed": {"genes": ["a", "b"]}}
+        np.zeros((3, 2), np.float32),
+        obsm={"imputed": np.ones((3, 2))},
+        uns={"imputed": {"genes": ["a", "b"], "normalization": {}}},
     )
+    adata.obsm["controls"], adata.uns["controls"] = np.ones((3, 1)), {"genes": ["Blank-1"]}  # no result
     with pytest.raises(KeyError, match="no result 'stflow': there is 'imputed'; give key='imputed'"):
         sf.get.expression(adata)
     assert list(sf.get.expression(adata, key="imputed").var_names) == ["a", "b"]

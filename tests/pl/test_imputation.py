@@ -39,9 +39,14 @@ def test_correlation_is_that_of_the_normalised_counts(slides):
     assert points.get_ydata()[0] == pytest.approx(r)
 
 
-def test_without_measured_values_reliability_is_sorted(slides):
-    figure = sf.pl.imputation(slides[0], ["8", "0"], mpp=1, return_fig=True)
-    assert any("8 is not measured" in t.get_text() for ax in figure.axes for t in ax.texts)
+def test_without_measured_values_the_std_is_drawn_and_reliability_is_sorted(slides):
+    data = slides[0]
+    data.obsm["imputed_std"] = np.random.default_rng(0).random(data.obsm["imputed"].shape)
+    figure = sf.pl.imputation(data, ["8", "0"], mpp=1, return_fig=True)
+    (std,) = [ax for ax in figure.axes if ax.get_title() == "8, std"]
+    np.testing.assert_allclose(std.collections[0].get_array(), data.obsm["imputed_std"][:, 0], rtol=1e-6)
+    titles = {ax.get_title() for ax in figure.axes}
+    assert {"8, imputed", "0, measured", "0, denoised"} <= titles and "8, measured" not in titles
     np.testing.assert_allclose(figure.axes[-1].lines[0].get_ydata(), [0.6, 0.4, 0.2])
 
 

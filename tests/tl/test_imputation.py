@@ -80,6 +80,23 @@ def test_a_small_reference_is_warned_of(query, n, caplog, monkeypatch):
     assert ("300 reference cells are few" in caplog.text) == (n == 300)
 
 
+def test_cells_that_are_in_the_reference_too_are_told_of(query, reference, caplog, monkeypatch):
+    monkeypatch.setattr(sf._settings.logger, "propagate", True)
+    named_alike = reference[:400].copy()
+    named_alike.obs_names = query.obs_names
+    sf.tl.impute_genes(hidden(query), reference=named_alike)
+    assert "in the reference too" not in caplog.text
+    both = ad.concat([query[:250], reference])
+    both.obsm["spatial"] = np.r_[query.obsm["spatial"][:250], reference.obsm["spatial"]]
+    sf.tl.impute_genes(hidden(query), reference=both)
+    assert "of 400 cells of data are in the reference too" in caplog.text
+
+
+def test_the_kernel_is_not_tried_for_genes_that_are_measured(query):
+    sf.tl.impute_genes(query)
+    assert list(query.uns["imputed"]["judged"]) == ["genes", "genes+neighbors"]
+
+
 def test_cells_without_positions_are_told_of(query, reference, caplog, monkeypatch):
     monkeypatch.setattr(sf._settings.logger, "propagate", True)
     caplog.set_level("INFO", logger=sf._settings.logger.name)
@@ -234,6 +251,8 @@ def test_a_trained_model_serves_panels_that_lack_some_of_its_genes(query, refere
         (lambda q, r: {"reference": r[:20].copy()}, ValueError, "20 cells"),
         (lambda q, r: {"reference": r, "use_rep": "X_none"}, KeyError, "X_none"),
         (lambda q, r: {"reference": r, "genes": ["G1", "G1"]}, ValueError, "twice"),
+        (lambda q, r: {"reference": r, "genes": ["g19"]}, KeyError, "Is it 'G19'?"),
+        (lambda q, r: {"reference": [r, r]}, TypeError, "reference must be one AnnData"),
     ],
 )
 def test_bad_input_says_what_is_wrong(query, reference, change, error, message):

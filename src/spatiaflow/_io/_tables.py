@@ -139,7 +139,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
     names = table.uns[key].get("genes") if isinstance(table.uns.get(key), Mapping) else None
     if key not in table.obsm or names is None:
-        others = [k for k in table.obsm if isinstance(table.uns.get(k), Mapping) and "genes" in table.uns[k]]
+        others = [k for k in table.obsm if isinstance(table.uns.get(k), Mapping) and "normalization" in table.uns[k]]
         found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}"
         if others:
             found = f"there is {_listing(others)}; give key={others[0]!r}"

@@ -16,14 +16,15 @@ def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: s
     data
         Object that a verb such as :func:`spatiaflow.tl.predict_expression` wrote into.
     key
-        The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``.
+        The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``, such as ``"stflow"`` or ``"imputed"``.
     table_key
         Table of a SpatialData.
 
     Returns
     -------
     AnnData (n_obs x genes): X the values, ``layers["std"]`` where there is one, ``obs``, ``obsm["spatial"]``,
-    ``uns["spatial"]`` and ``uns["spatialdata_attrs"]`` of the source; ``var["skill"]`` and ``var["trusted"]`` where known.
+    ``uns["spatial"]`` and ``uns["spatialdata_attrs"]`` of the source; of predictions ``var["skill"]`` and ``var["trusted"]``, of
+    imputation ``var["reliability"]`` and ``var["denoised"]``.
 
     Raises
     ------

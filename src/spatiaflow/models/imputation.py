@@ -154,11 +154,12 @@ class Imputer:
         self.seen = np.ones(len(inputs), bool)  # which inputs the query measures
         total = sum(np.asarray(c.counts.sum(0), dtype=np.float64).ravel() for c in cells)
         self.share = total / max(total.sum(), 1)
-        self.design = Design.fit(cells, inputs, target_sum, kernel="kernel" in branches, seed=seed)
-        self.evidence = gather(self.design, cells, blocks, seed=seed)
-        there = [b for i, b in enumerate(BRANCHES) if b in branches and (self.design.branch == i).any()]
         place = {gene: 1 + i for i, gene in enumerate(inputs)}
         self.own = np.array([place.get(gene, -1) for gene in genes])  # column of a gene that is an input too
+        kernel = "kernel" in branches and (self.own < 0).any()  # it is made of all inputs, so it serves none of them
+        self.design = Design.fit(cells, inputs, target_sum, kernel=kernel, seed=seed)
+        self.evidence = gather(self.design, cells, blocks, seed=seed)
+        there = [b for i, b in enumerate(BRANCHES) if b in branches and (self.design.branch == i).any()]
         self._choose(there)
         self._judge()
 

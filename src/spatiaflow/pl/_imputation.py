@@ -16,7 +16,7 @@ def imputation(
     data: AnnData | SpatialData,
     genes: str | list[str],
     *,
-    truth: AnnData | None = None,
+    truth: AnnData | SpatialData | None = None,
     key: str = "imputed",
     layer: str | None = None,
     table_key: str = "table",
@@ -32,7 +32,8 @@ def imputation(
     """Draw imputed genes on the tissue, beside measured values where there are any, and the reliability of all genes.
 
     A row a gene: measured and imputed on one colour scale, and imputed against measured: the mean of measured values in
-    tenths of the imputed ones, which lie on the diagonal where imputation is right on average. Below, the reliability of every
+    tenths of the imputed ones, which lie on the diagonal where imputation is right on average. A gene that was not measured is
+    drawn with the standard deviation of its values instead. Below, the reliability of every
     gene: against the correlation with measured values, or alone, sorted. Denoised genes, which have seen what was measured,
     are not compared with it.
 
@@ -92,39 +93,46 @@ def imputation(
         ),
         library_id,
     )  # fmt: skip
+    truth = None if truth is None else _io.unpack(truth, table_key)[1]
     there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
     measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
     values = imputed[slide.rows]
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.4, 1.5)
     height = 2.1 * aspect + 0.3
-    figure = plt.figure(figsize=(7.1, len(genes) * height + 1.9), layout="constrained")
-    grid = figure.add_gridspec(len(genes) + 1, 3, height_ratios=[height] * len(genes) + [1.8], width_ratios=[1, 1, 0.8])
-    unit = f"log1p per {_io.target_sum(table, key):g}"
+    compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
+    columns = 3 if compared else 2
+    figure = plt.figure(figsize=(7.1 if columns == 3 else 5.2, len(genes) * height + 1.9), layout="constrained")
+    grid = figure.add_gridspec(
+        len(genes) + 1, columns, height_ratios=[height] * len(genes) + [1.8], width_ratios=[1, 1, 0.8][:columns]
+    )
+    per = _io.target_sum(table, key)
+    unit = f"log1p of counts per {per:.0f}" if per >= 100 else f"log1p of counts per {per:.2g}"
     for i, gene in enumerate(genes):
         g = imputed.var_names.get_loc(gene)
         found, known = np.asarray(values.X[:, g]), measured.get(gene)
         known = None if known is None else known[slide.rows]
         top = max(float(np.quantile(found if known is None else np.r_[found, known], 0.99)), 1e-3)
-        trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
-        for column, one in ((0, known), (1, found)):
+        what = "denoised" if imputed.var["denoised"].iloc[g] else "imputed"
+        panels = [(what, found, top, "viridis")]
+        if known is not None:
+            panels.insert(0, ("measured", known, top, "viridis"))
+        elif "std" in imputed.layers:
+            std = np.asarray(values.layers["std"][:, g])
+            panels.append(("std", std, float(np.quantile(std, 0.99)), "magma"))
+        for column, (name, one, high, colors) in enumerate(panels):
             ax = figure.add_subplot(grid[i, column])
-            if one is None:
-                ax.set_axis_off()
-                ax.text(
-                    0.5, 0.5, f"{gene} is not measured", transform=ax.transAxes, ha="center", fontsize=7, color="0.4"
-                )
-                continue
-            title = f"{gene}, {'imputed' if column else 'measured'}"
-            points = tissue_panel(ax, slide, one, vmin=0, vmax=top, cmap="viridis", title=title)
-            if column:
-                ax.text(0.5, -0.03, trust, transform=ax.transAxes, ha="center", va="top", fontsize=6)
+            points = tissue_panel(ax, slide, one, vmin=0, vmax=high, cmap=colors, title=f"{gene}, {name}")
+            if name == what:
+                trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
+                ax.text(1, -0.03, trust, transform=ax.transAxes, ha="right", va="top", fontsize=6)
+            if name != "measured":
                 bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
                 bar.ax.tick_params(labelsize=6, length=2)
                 bar.outline.set_visible(False)
                 bar.set_label(unit, fontsize=6)
-            if i == len(genes) - 1 and column == (0 if known is not None else 1):
+            if i == len(genes) - 1 and column == 0:
                 scale_bar(ax)
-        if known is not None and not imputed.var["denoised"].iloc[g]:
+        if gene in compared:
             _against(figure.add_subplot(grid[i, 2]), found, known)
     _reliability(figure.add_subplot(grid[-1, :]), imputed, measured, genes, slide.rows)
     return finish(figure, show, return_fig)
@@ -142,8 +150,8 @@ def _against(ax, found: np.ndarray, known: np.ndarray) -> None:
     r = metrics.pearson(known[:, None], found[:, None])[0]
     ax.text(0.04, 0.96, f"r = {r:.2f}\nn = {len(known):,}", transform=ax.transAxes, va="top", fontsize=6)
     ax.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-    ax.set_xlabel("imputed, tenths", fontsize=6)
-    ax.set_ylabel("measured, mean", fontsize=6)
+    ax.set_xlabel("imputed, means of tenths", fontsize=6)
+    ax.set_ylabel("measured, their means", fontsize=6)
     ax.tick_params(labelsize=6)
     sns.despine(ax=ax)
 
@@ -168,6 +176,7 @@ def _reliability(ax, imputed: AnnData, measured: dict, named: list[str], rows: n
         x, y = np.arange(len(order)), order.to_numpy()
         ax.set_ylabel("reliability", fontsize=6)
         ax.set_xlabel("genes, sorted", fontsize=6)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         place = {g: (i, v) for i, (g, v) in enumerate(order.items())}
     ax.plot(x, y, "o", ms=3, color=colors[0], alpha=0.7, mew=0, rasterized=True)
     for gene in named:

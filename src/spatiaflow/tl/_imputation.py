@@ -235,6 +235,11 @@ def impute_genes(
         share, n_reference = float(model.share[model.seen].sum()), model.evidence.total.n
         query.library = query.library / share
     else:
+        if not isinstance(reference, AnnData | SpatialData | None):
+            raise TypeError(
+                "reference must be one AnnData or SpatialData (several slides go into one table, told apart by library_key=), "
+                f"not {type(reference).__name__}."
+            )
         known = table if reference is None else _io.unpack(reference, table_key)[1]
         if known.n_obs < MIN_CELLS:
             raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
@@ -257,6 +262,11 @@ def impute_genes(
             if not cells.spatial:
                 logger.info("%s: no obsm[%r], so nothing is learned of neighbors", name, spatial_key)
         query.spatial = source.spatial = query.spatial and source.spatial
+        if reference is not None and (n := _in_both(table, query, known, source)):
+            logger.warning(
+                "%d of %d cells of data are in the reference too, by name and counts: what is imputed for them was seen there, "
+                "and scores on them would be too high", n, query.n,
+            )  # fmt: skip
         if use_rep is not None and query.image.shape[1] != source.image.shape[1]:
             raise ValueError(
                 f"obsm[{use_rep!r}] has {query.image.shape[1]} columns in data and {source.image.shape[1]} in the reference."
@@ -264,7 +274,7 @@ def impute_genes(
         logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), source.n)
         if source.n < FEW:
             logger.warning(
-                "%d reference cells are few: reliability, a correlation in left-out blocks of them, is off by about %.2f",
+                "%d reference cells are few: reliability, a correlation in left-out blocks of them, is off by %.2f or more",
                 source.n, source.n**-0.5,
             )  # fmt: skip
         model = source.imputer(inputs, wanted, target_sum=target_sum, seed=seed)
@@ -386,10 +396,20 @@ def _genes(table: AnnData, there, genes, where: str) -> tuple[list[str], list[st
         return shared, wanted
     wanted = [genes] if isinstance(genes, str) else [str(g) for g in genes]
     if unknown := [g for g in wanted if g not in known]:
-        raise KeyError(f"genes= names {len(unknown)} that are not in {where}, such as {unknown[0]!r}.")
+        alike = {str(g).lower(): str(g) for g in there}.get(str(unknown[0]).lower())
+        hint = f" Is it {alike!r}?" if alike else ""
+        raise KeyError(f"genes= names {len(unknown)} that are not in {where}, such as {unknown[0]!r}.{hint}")
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError("genes= names no gene, or one of them twice.")
     return shared, wanted
+
+
+def _in_both(table: AnnData, query: _Cells, known: AnnData, source: _Cells) -> int:
+    """Cells of data that the reference has too, by name and number of counts; 0 where most that share a name differ."""
+    at = known.obs_names.get_indexer(table.obs_names)
+    named = (at >= 0) & (query.library > 0)
+    n = int((named & (query.library == source.library[at])).sum())
+    return n if 2 * n > named.sum() else 0
 
 
 def _most_variable(counts: sparse.csr_matrix, library: np.ndarray, shared: list[str]) -> list[str]:
