@@ -248,7 +248,7 @@ def line(row: Row) -> list[str]:
     if row.ceiling:
         ceiling = f"{table[row.ceiling].mean():.3f}" if row.ceiling in table else value(table, row, row.ceiling)
     memory = f"{table['peak_gb'].max():.1f}" if "peak_gb" in table else ""
-    ours = f"{row.ours}: {value(table, row, row.ours)}".removeprefix(": ")
+    ours = (f"{row.ours}: " if row.ours else "") + value(table, row, row.ours)
     return [*head, ours, "; ".join(baselines), ceiling, seconds(table, row), memory, command]
 
 

@@ -451,8 +451,11 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
     return bool((high > low).all() and (high - low).prod() > 0.5 * area)
 
 
-def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False):
-    """Return ``(data, table)``; with ``copy=True`` a copy whose table can be written without touching the original."""
+def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False, name: str = "data"):
+    """Return ``(data, table)``; with ``copy=True`` a copy whose table can be written without touching the original.
+
+    ``name``: the argument that holds the data, for errors.
+    """
     if isinstance(data, AnnData):
         if data.isbacked and copy:
             raise ValueError("copy=True needs the data in memory; this AnnData is backed: call data.to_memory() first.")
@@ -471,7 +474,7 @@ def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool 
             table = data.tables[table_key]
     else:
         raise TypeError(
-            f"data must be an AnnData or a SpatialData (to train also a list of them), not {type(data).__name__}."
+            f"{name} must be an AnnData or a SpatialData (only training takes a list of them), not {type(data).__name__}."
         )
     if table.n_obs == 0:
         raise ValueError("the table has no rows: no spot or cell is left.")

@@ -93,7 +93,7 @@ def imputation(
         ),
         library_id,
     )  # fmt: skip
-    truth = None if truth is None else _io.unpack(truth, table_key)[1]
+    truth = None if truth is None else _io.unpack(truth, table_key, name="truth")[1]
     there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
     measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
     values = imputed[slide.rows]

@@ -235,12 +235,7 @@ def impute_genes(
         share, n_reference = float(model.share[model.seen].sum()), model.evidence.total.n
         query.library = query.library / share
     else:
-        if not isinstance(reference, AnnData | SpatialData | None):
-            raise TypeError(
-                "reference must be one AnnData or SpatialData (several slides go into one table, told apart by library_key=), "
-                f"not {type(reference).__name__}."
-            )
-        known = table if reference is None else _io.unpack(reference, table_key)[1]
+        known = table if reference is None else _io.unpack(reference, table_key, name="reference")[1]
         if known.n_obs < MIN_CELLS:
             raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
         shared, wanted = _genes(
@@ -264,8 +259,8 @@ def impute_genes(
         query.spatial = source.spatial = query.spatial and source.spatial
         if reference is not None and (n := _in_both(table, query, known, source)):
             logger.warning(
-                "%d of %d cells of data are in the reference too, by name and counts: what is imputed for them was seen there, "
-                "and scores on them would be too high", n, query.n,
+                "%d of %d cells of data are in the reference too, by name and number of counts: what is imputed for them was "
+                "seen there, and scores on them would be too high", n, query.n,
             )  # fmt: skip
         if use_rep is not None and query.image.shape[1] != source.image.shape[1]:
             raise ValueError(
