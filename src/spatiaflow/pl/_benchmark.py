@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from spatiaflow.pl._tissue import finish
 
@@ -18,6 +19,8 @@ def benchmark(
     return_fig: bool = False,
 ) -> Figure | None:
     """Draw scores of several methods in several tasks, a row a task, with the spread over seeds and the ceiling.
+
+    Better is to the right in every row. The best of the other methods is dark and named.
 
     Parameters
     ----------
@@ -68,10 +71,11 @@ def benchmark(
         )
         mine, less = rows["method"].isin(ours).to_numpy(), bool(rows.get("less", pd.Series(False, rows.index)).any())
         ax.axhline(0, color="0.85", lw=0.8, zorder=0)
-        ax.errorbar(value[~mine], np.zeros((~mine).sum()), xerr=std[~mine], fmt="o", ms=4, lw=1, color="0.55")
-        ax.errorbar(value[mine], np.zeros(mine.sum()), xerr=std[mine], fmt="D", ms=5, lw=1.2, color=color, zorder=3)
+        ax.errorbar(value[~mine], np.zeros((~mine).sum()), xerr=std[~mine], fmt="o", ms=4, lw=1, color="0.6")
+        ax.errorbar(value[mine], np.zeros(mine.sum()), xerr=std[mine], fmt="D", ms=5, lw=1.2, color=color, zorder=4)
         if (~mine).any():
             best = np.flatnonzero(~mine)[(value[~mine].argmin if less else value[~mine].argmax)()]
+            ax.plot(value[best], 0, "o", ms=4, color="0.25", zorder=3)
             ax.annotate(
                 rows["method"].iloc[best], (value[best], 0), xytext=(0, -9), textcoords="offset points", ha="center", va="top",
                 fontsize=5, color="0.35",
@@ -90,4 +94,14 @@ def benchmark(
         )
         ax.tick_params(axis="x", labelsize=5, length=2, pad=1)
         sns.despine(ax=ax, left=True)
+    marks = {
+        ", ".join(ours): {"marker": "D", "ms": 5, "color": color}, "best other": {"marker": "o", "ms": 4, "color": "0.25"},
+        "others": {"marker": "o", "ms": 4, "color": "0.6"},
+    }  # fmt: skip
+    handles = [Line2D([], [], ls="", label=name, **mark) for name, mark in marks.items()]
+    if "std" in data:
+        handles.append(Line2D([], [], color="0.6", lw=1, label="± std of seeds"))
+    if "ceiling" in data and data["ceiling"].notna().any():
+        handles.append(Line2D([], [], color="0.4", lw=0.8, ls=":", label="ceiling"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=6, frameon=False)
     return finish(figure, show, return_fig)

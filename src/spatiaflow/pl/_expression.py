@@ -123,7 +123,7 @@ def expression(
                 bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
                 bar.ax.tick_params(labelsize=6, length=2)
                 bar.outline.set_visible(False)
-                bar.set_label(unit if column == "predicted" else "std", fontsize=6)
+                bar.set_label(unit if column == "predicted" else f"std, {unit}", fontsize=6)
     scale_bar(axes[-1, 0])
     if f"{key}_ood" in table.obs and (share := (table.obs[f"{key}_ood"].to_numpy()[slide.rows] > 0.99).mean()) > 0.05:
         note = f"{share:.0%} of the spots look unlike the training data (ood > 0.99)"
