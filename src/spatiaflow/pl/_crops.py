@@ -125,6 +125,8 @@ def crops(
     for line, name in zip(axes, rows):
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
     scale_bar(axes[-1, 0])
+    if groupby is not None:
+        figure.supylabel(groupby, fontsize=7)
     if legend := found[0].legend():
         figure.legend(
             handles=[Patch(facecolor=colour, edgecolor="0.3", linewidth=0.5, label=name) for name, colour in legend],

@@ -97,14 +97,15 @@ def imputation(
     there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
     measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
     values = imputed[slide.rows]
-    aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.4, 1.5)
-    height = 2.1 * aspect + 0.3
+    aspect = np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9)
+    height = 2.1 * np.clip(aspect, 0.6, 1.5)  # of a map, inches
+    width = np.clip(height / max(aspect, 1e-9), 0.9, 2.1)
     compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
     columns = 3 if compared else 2
-    figure = plt.figure(figsize=(7.1 if columns == 3 else 5.2, len(genes) * height + 1.9), layout="constrained")
-    grid = figure.add_gridspec(
-        len(genes) + 1, columns, height_ratios=[height] * len(genes) + [1.8], width_ratios=[1, 1, 0.8][:columns]
-    )
+    widths = [width + 0.5, width + 0.5, 1.9][:columns]  # with a bar of colours
+    heights = [height + 0.3] * len(genes) + [1.8]
+    figure = plt.figure(figsize=(sum(widths) + 0.3, sum(heights) + 0.1), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights, width_ratios=widths)
     per = _io.target_sum(table, key)
     unit = f"log1p of counts per {per:.0f}" if per >= 100 else f"log1p of counts per {per:.2g}"
     for i, gene in enumerate(genes):
@@ -119,17 +120,19 @@ def imputation(
         elif "std" in imputed.layers:
             std = np.asarray(values.layers["std"][:, g])
             panels.append(("std", std, float(np.quantile(std, 0.99)), "magma"))
+        shared = []  # axes on the scale of the values
         for column, (name, one, high, colors) in enumerate(panels):
             ax = figure.add_subplot(grid[i, column])
             points = tissue_panel(ax, slide, one, vmin=0, vmax=high, cmap=colors, title=f"{gene}, {name}")
+            shared = [ax] if name == "std" else [*shared, ax]
             if name == what:
                 trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
                 ax.text(1, -0.03, trust, transform=ax.transAxes, ha="right", va="top", fontsize=6)
             if name != "measured":
-                bar = figure.colorbar(points, ax=ax, shrink=0.7, pad=0.02, aspect=18)
+                bar = figure.colorbar(points, ax=shared, shrink=0.7, pad=0.02, aspect=18)
                 bar.ax.tick_params(labelsize=6, length=2)
                 bar.outline.set_visible(False)
-                bar.set_label(unit, fontsize=6)
+                bar.set_label(f"std, {unit}" if name == "std" else unit, fontsize=6)
             if i == len(genes) - 1 and column == 0:
                 scale_bar(ax)
         if gene in compared:

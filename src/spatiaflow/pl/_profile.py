@@ -92,6 +92,7 @@ def profile(
     for i, feature in enumerate(chosen):
         ax = figure.add_subplot(grid[1 + i // 3, i % 3])
         _violins(ax, values[feature], group, labels if i % 3 == 0 else None)
+    figure.supylabel(groupby, fontsize=7)
     return finish(figure, show, return_fig)
 
 
