@@ -337,7 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of the networks, fewer than the verb's own")
     parser.add_argument("--patch-um", type=float, default=155.0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)  # more than there are free cores is slower by far
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables from the result files")
     arguments = parser.parse_args()
