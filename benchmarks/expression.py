@@ -284,10 +284,13 @@ def table(out: Path) -> None:
             names = [
                 c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))
             ]
-            default = networks[networks["method"] == "STFlow default"].groupby("section")[names].mean()
+            default = networks[networks["method"] == "STFlow default"].groupby("section")[names].mean().dropna(axis=1, how="all")
             print("\nSTFlow default, uncertainty on the held-out section\n\n" + default.T.round(3).to_markdown())
             names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
-            print("\nnetworks\n\n" + networks.groupby(["method", "section"])[names].mean().round(3).to_markdown())
+            print(
+                "\nnetworks\n\n"
+                + networks.groupby(["method", "section"])[names].mean().round(3).reset_index().to_markdown(index=False)
+            )
         _paired(out, part, data, convention)
 
 
