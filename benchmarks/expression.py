@@ -284,7 +284,8 @@ def table(out: Path) -> None:
             names = [
                 c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))
             ]
-            default = networks[networks["method"] == "STFlow default"].groupby("section")[names].mean().dropna(axis=1, how="all")
+            default = networks[networks["method"] == "STFlow default"].dropna(axis=1, how="all")
+            default = default.groupby("section")[[name for name in names if name in default]].mean()
             print("\nSTFlow default, uncertainty on the held-out section\n\n" + default.T.round(3).to_markdown())
             names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
             print(
