@@ -102,7 +102,7 @@ def imputation(
     width = np.clip(height / max(aspect, 1e-9), 0.9, 2.1)
     compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
     columns = 3 if compared else 2
-    widths = [width + 0.5, width + 0.5, 1.9][:columns]  # with a bar of colours
+    widths = [width + 0.5, width + 0.5, 1.6][:columns]  # with a bar of colours
     heights = [height + 0.3] * len(genes) + [1.8]
     figure = plt.figure(figsize=(sum(widths) + 0.3, sum(heights) + 0.1), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights, width_ratios=widths)
