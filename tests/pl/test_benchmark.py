@@ -17,6 +17,9 @@ def test_better_is_to_the_right_and_the_best_baseline_is_named():
     assert [t.get_text() for t in second.texts] == ["ridge", "b\nKID"]
     assert first.get_xlim()[0] < 0.3 < 0.8 < first.get_xlim()[1]
     assert second.get_xlim()[0] > second.get_xlim()[1]
+    for ax, best in ((first, 0.4), (second, 0.3)):
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_color() == "0.25"] == [best]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ours", "best other", "others", "ceiling"]
 
 
 def test_missing_columns_and_methods_say_so():

@@ -39,6 +39,17 @@ def test_correlation_is_that_of_the_normalised_counts(slides):
     assert points.get_ydata()[0] == pytest.approx(r)
 
 
+@pytest.mark.parametrize("stretch", [0.3, 1, 3])
+def test_measured_and_imputed_are_drawn_alike_in_size(slides, stretch):
+    data, whole = slides
+    data.obsm["spatial"] = data.obsm["spatial"] * [stretch, 1]
+    figure = sf.pl.imputation(data, "8", truth=whole, mpp=1, return_fig=True)
+    figure.canvas.draw()
+    first, second = (ax.get_window_extent() for ax in figure.axes if ax.get_title().startswith("8, "))
+    assert (first.width, first.height) == pytest.approx((second.width, second.height))
+    assert figure.get_figwidth() <= 7.11
+
+
 def test_without_measured_values_the_std_is_drawn_and_reliability_is_sorted(slides):
     data = slides[0]
     data.obsm["imputed_std"] = np.random.default_rng(0).random(data.obsm["imputed"].shape)
