@@ -21,6 +21,11 @@ def test_better_is_to_the_right_and_the_best_baseline_is_named():
         assert [line.get_xdata()[0] for line in ax.lines if line.get_color() == "0.25"] == [best]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ours", "best other", "others", "ceiling"]
 
+    of_two = sf.pl.benchmark(data[data["method"] != "MLP"], ours="ours", return_fig=True)
+    assert [t.get_text() for t in of_two.legends[0].get_texts()] == ["ours", "best other", "ceiling"]
+    alone = sf.pl.benchmark(data[data["method"] == "ours"], ours="ours", return_fig=True)
+    assert [t.get_text() for t in alone.legends[0].get_texts()] == ["ours", "ceiling"]
+
 
 def test_missing_columns_and_methods_say_so():
     data = pd.DataFrame({"task": ["a"], "metric": ["r"], "method": ["ridge"], "value": [0.1]})

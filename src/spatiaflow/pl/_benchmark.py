@@ -94,11 +94,11 @@ def benchmark(
         )
         ax.tick_params(axis="x", labelsize=5, length=2, pad=1)
         sns.despine(ax=ax, left=True)
-    marks = {
-        ", ".join(ours): {"marker": "D", "ms": 5, "color": color}, "best other": {"marker": "o", "ms": 4, "color": "0.25"},
-        "others": {"marker": "o", "ms": 4, "color": "0.6"},
-    }  # fmt: skip
-    handles = [Line2D([], [], ls="", label=name, **mark) for name, mark in marks.items()]
+    handles = [Line2D([], [], ls="", marker="D", ms=5, color=color, label=", ".join(ours))]
+    others = data.loc[~data["method"].isin(ours) & data["value"].notna(), "task"].value_counts().max()  # NaN: none
+    for label, shade, least in (("best other", "0.25", 1), ("others", "0.6", 2)):
+        if others >= least:
+            handles.append(Line2D([], [], ls="", marker="o", ms=4, color=shade, label=label))
     if "std" in data:
         handles.append(Line2D([], [], color="0.6", lw=1, label="± std of seeds"))
     if "ceiling" in data and data["ceiling"].notna().any():
