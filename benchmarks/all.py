@@ -46,7 +46,7 @@ COMMANDS = {  # what makes the files; the table names the last of several
         "python benchmarks/embedding.py pancreas --store pancreas.zarr --cache features "
         "--self-supervised runs/spatia/image.safetensors"
     ),
-    "embedding-starmap": "python benchmarks/embedding.py starmap --seeds 3 --cache features",
+    "embedding-starmap": "python benchmarks/embedding.py starmap --seeds 3 --epochs 20 --cache features",
     "imputation-known": "python benchmarks/imputation.py known --store pancreas.zarr --cache features",
     "imputation-pancreas": "python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features",
     "imputation-starmap": "python benchmarks/imputation.py starmap",
@@ -56,7 +56,7 @@ COMMANDS = {  # what makes the files; the table names the last of several
         "noise unweighted unaligned nospace spoiled spoiled-unweighted && "
         "python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features --folder runs --cells 600"
     ),
-    "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000",
+    "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --seeds 3",
     "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
 }
 QUICK = {  # the same in minutes, and no pancreas

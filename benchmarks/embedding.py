@@ -267,7 +267,7 @@ def pancreas(a) -> None:
                 "note": f"{n_test} cells",
             }
         )
-    write("pancreas", rows)
+    write("pancreas" + "-variants" * a.variants + f"-seed{a.seed}" * (a.seed > 0), rows)
 
 
 # ---- STARmap -----------------------------------------------------------------------------------------------------
