@@ -296,7 +296,7 @@ def table(out: Path) -> None:
 
 
 def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
-    """Default against the best image-only baseline (chosen by its mean over the sections compared)."""
+    """Default against others, scores averaged over seeds; the best baseline by its mean over the sections compared."""
     groups = (
         {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
     )
@@ -314,16 +314,16 @@ def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
                 continue
             truth, first, second, xy, library = [], [], [], [], []
             for section in wanted:
-                average = {}
-                for method in ("STFlow default", other):
-                    pattern = f"{data}-{convention}-{section}-*-{method}.npz".replace(" ", "_")
-                    files = [np.load(p) for p in sorted(out.glob(pattern))]
-                    average[method] = np.mean([f["prediction"] for f in files], 0)
-                truth.append(files[0]["truth"])
-                xy.append(files[0]["xy"])
-                first.append(average["STFlow default"])
-                second.append(average[other])
-                library += [section] * len(files[0]["xy"])
+                stems = [f"{data}-{convention}-{section}-{seed}-" for seed in part["seed"].unique()]
+                both = ("STFlow default", other)
+                paths = [[out / f"{stem}{method}.npz".replace(" ", "_") for method in both] for stem in stems]
+                pairs = [[np.load(path) for path in found] for found in paths if all(path.exists() for path in found)]
+                # seeds that both have stand side by side as genes do: the mean of their scores, in the same resamples
+                truth.append(np.hstack([ours["truth"] for ours, _ in pairs]))
+                first.append(np.hstack([ours["prediction"] for ours, _ in pairs]))
+                second.append(np.hstack([theirs["prediction"] for _, theirs in pairs]))
+                xy.append(pairs[0][0]["xy"])
+                library += [section] * len(xy[-1])
             # genes differ between sections: they were chosen without the held-out one; compare slot by slot
             blocks = sf.metrics.spatial_blocks(np.concatenate(xy), 1000.0, library=np.array(library))
             difference, low, high = sf.metrics.paired_pearson_difference(

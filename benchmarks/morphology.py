@@ -332,7 +332,7 @@ def gain(label: str, without: list, having: list, transition: str, n: int) -> di
         low, high = np.nanquantile(each.mean(0)[1:], (0.025, 0.975))
         row |= {
             metric: each.mean(0)[0], f"{metric}, low": low, f"{metric}, high": high,
-            f"{metric}, sd of seeds": each[:, 0].std(), f"{metric}, seeds": "; ".join(f"{v:.4f}" for v in each[:, 0]),
+            f"{metric}, sd of seeds": pd.Series(each[:, 0]).std(), f"{metric}, seeds": "; ".join(f"{v:.4f}" for v in each[:, 0]),
         }  # fmt: skip
     return row
 
@@ -415,7 +415,7 @@ def pancreas(a) -> None:
                 for label, one in ((metric, v), (f"{metric} minus ours", v - ours[metric])):
                     low, high = np.nanquantile(one[1:], (0.025, 0.975))
                     row |= {label: one[0], f"{label}, low": low, f"{label}, high": high}
-                row[f"{metric}, sd of seeds"] = np.std([one[metric][0] for one in some])
+                row[f"{metric}, sd of seeds"] = pd.Series([one[metric][0] for one in some]).std()
                 row[f"{metric}, seeds"] = "; ".join(f"{one[metric][0]:.4f}" for one in some)
             if key in samples:
                 before = samples["copy of the source"][0]
