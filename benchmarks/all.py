@@ -5,10 +5,10 @@
                                             prints the table of that: minutes; scores mean nothing, all of it has to run
     python benchmarks/all.py --refit [FILE ...] runs everything anew (or what makes these files), seconds into refit.csv
 
-The pancreas slide is ``pancreas.zarr``, here. Its embeddings are kept in ``features`` and trained variants in ``runs``, and used
-again where they are there: remove both to begin at nothing. Nothing is counted here: each value is a mean over the seeds (and
-sections, mice or levels that the row names) of a column of a file, with the standard deviation between seeds where there are
-several. A task whose file is missing is listed as not measured.
+The pancreas slide is ``pancreas.zarr``, here (``benchmarks/pancreas.py`` assembles it). Its embeddings are kept in
+``features`` and trained variants in ``runs``, and used again where they are there: remove both to begin at nothing. Nothing
+is counted here: each value is a mean over the seeds (and sections, mice or levels that the row names) of a column of a file,
+with the standard deviation between seeds where there are several. A task whose file is missing is listed as not measured.
 """
 
 import argparse

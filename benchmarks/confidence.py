@@ -69,7 +69,7 @@ def pancreas(a) -> None:
     parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
     for name, table in parts.items():
         label = table.obs["cluster"].astype(str)
-        table = table[((label != "<NA>") & (np.asarray(table.X.sum(1)).ravel() >= 15)).to_numpy()]
+        table = table[np.asarray(table.X.sum(1)).ravel() >= 15]  # only cells without counts have no cluster
         parts[name] = ad.AnnData(obsm={"X_spatia_cell": table.obsm["X_spatia_cell"]}, obs=table.obs.assign(label=label))
     rows = []
     for seed in range(a.seeds):

@@ -103,7 +103,7 @@ def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> l
     label, use = {}, {}
     for name, table in tables.items():
         label[name], (_, scored) = table.obs["cluster"].astype(str).to_numpy(), expression(table)
-        use[name] = np.flatnonzero(scored & (label[name] != "<NA>"))
+        use[name] = np.flatnonzero(scored)  # only cells without counts have no cluster
     y = {name: expression(table)[0] for name, table in tables.items()}
     axes = PCA(50, random_state=0).fit(y["train"][use["train"]])
     sets = {"PCA of genes": {name: axes.transform(v) for name, v in y.items()}}

@@ -2,9 +2,8 @@
 
     python benchmarks/weights.py pancreas.zarr --checkpoints run
 
-``pancreas.zarr``: SpatialData with image ``"morphology"`` of 4 channels (dapi, bound, rna, prot) and a table of
-counts, in µm. How the weights in the package were made, in more than one step, their card says. Cells with fewer than
-5 counts are left out, and a band of the training part chooses the epoch.
+``pancreas.zarr`` is what ``benchmarks/pancreas.py`` writes. How the weights in the package were made, in more than one step,
+their card says. Cells with fewer than 5 counts are left out, and a band of the training part chooses the epoch.
 """
 
 import argparse

@@ -15,7 +15,8 @@ RESULTS = Path(os.environ.get("SPATIAFLOW_RESULTS", Path(__file__).parent / "res
 
 def write(name: str, rows: list[dict]) -> None:
     """Write rows to ``results/name.csv``, with the largest memory of the process so far where they tell none, and print them."""
-    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    script, *words = sys.argv
+    command = " ".join([Path(script).name] + [Path(w).name if Path(w).is_absolute() else w for w in words])
     table = pd.DataFrame(rows)
     if "peak_gb" not in table:
         table["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

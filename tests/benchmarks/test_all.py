@@ -82,3 +82,13 @@ def test_other_methods_come_from_a_file_of_their_own(everything, tmp_path, monke
     assert everything.value(everything.read(row), row, "b") == "not measured"
     pd.DataFrame({"method": ["b"], "seed": [0], "r": [0.1]}).to_csv(tmp_path / "more.csv", index=False)
     assert everything.value(everything.read(row), row, "b") == "0.100 (1)"
+
+
+def test_a_result_names_its_command_without_a_folder_of_this_machine(everything, tmp_path, monkeypatch):
+    monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["/home/me/benchmarks/some.py", "pancreas.zarr", "--out", "runs/a.csv", "/data/b.zarr"]
+    )
+    everything.writing.write("some", [{"method": "ridge", "test": 0.5}])
+    (command,) = pd.read_csv(tmp_path / "some.csv")["command"]
+    assert command == "some.py pancreas.zarr --out runs/a.csv b.zarr"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STAINS = ("dapi", "bound", "rna", "prot")
 MPP = 0.2125  # µm per pixel of the full resolution
 TILE = 512  # pixels of an image tile
-X0, Y0, X1, Y1 = 18432, 0, 22528, 4096  # the public region, in full-resolution pixels of the slide
+REGION = 18432, 0, 22528, 4096  # x0, y0, x1, y1 in full-resolution pixels of the slide
 CONTROLS = ("NegControlProbe", "NegControlCodeword", "UnassignedCodeword")
 DATASET = {
     "name": "xenium_pancreas",
@@ -83,8 +83,12 @@ def xenium_pancreas() -> SpatialData:
 
 
 def _write(store: Path) -> None:
-    files = dict(zip(registry()["xenium_pancreas"], fetch("xenium_pancreas")))
-    cells = _cells([path for file, path in files.items() if file.startswith("cell_segmentation/")])
+    write_region(store, dict(zip(registry()["xenium_pancreas"], fetch("xenium_pancreas"))), REGION)
+
+
+def write_region(store: Path, files: dict[str, Path], region: tuple[int, int, int, int]) -> None:
+    """Write a region (x0, y0, x1, y1 in full-resolution pixels, edges of tiles) from the publishers' files, by their names."""
+    cells = _cells([path for file, path in files.items() if file.startswith("cell_segmentation/")], region)
     genes = {path.stem: path for file, path in files.items() if file.startswith("cbg/")}
     clusters = pd.read_parquet(files["cell_clusters/cluster.parquet"])["cluster"].astype(object)
     write_cells(
@@ -99,22 +103,23 @@ def _write(store: Path) -> None:
                 clusters.reindex(cells.index).to_numpy(), sorted(clusters.dropna().unique(), key=int)
             )
         },
-        pixels=_pixels(files),
+        pixels=_pixels(files, region),
         stains=STAINS,
         mpp=MPP,
-        origin=(X0 * MPP, Y0 * MPP),
+        origin=(region[0] * MPP, region[1] * MPP),
     )
 
 
-def _cells(paths: list[Path]):
+def _cells(paths: list[Path], region: tuple[int, int, int, int]):
     """Polygons in µm of the cells centred in the region; a cell that several tiles list is taken once."""
     import geopandas as gpd
     import shapely
 
+    x0, y0, x1, y1 = region
     outlines = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True).drop_duplicates("name")
     polygons, n_repaired = repaired(np.stack(rings[0]) for rings in outlines["GEOMETRY"])
     centre = gpd.GeoSeries(polygons).centroid  # of an empty polygon: NaN, which is not inside
-    inside = ((centre.x >= X0) & (centre.x < X1) & (centre.y >= Y0) & (centre.y < Y1)).to_numpy()
+    inside = ((centre.x >= x0) & (centre.x < x1) & (centre.y >= y0) & (centre.y < y1)).to_numpy()
     logger.info(
         "xenium_pancreas: %d cells in the region; of all %d outlines, %d crossed themselves and were repaired, %d were empty",
         inside.sum(), len(polygons), n_repaired, shapely.is_empty(polygons).sum(),
@@ -136,12 +141,14 @@ def _counts(cell_ids: pd.Index, paths: list[Path]) -> sparse.csr_matrix:
     return sparse.csr_matrix(triplets, shape=(len(cell_ids), len(paths)))
 
 
-def _pixels(files: dict[str, Path]) -> np.ndarray:
-    """Join the tiles, which are named by their column and row on the whole slide."""
-    pixels = np.zeros((len(STAINS), Y1 - Y0, X1 - X0), np.uint8)
+def _pixels(files: dict[str, Path], region: tuple[int, int, int, int]) -> np.ndarray:
+    """Join the tiles, which are named by their column and row on the whole slide; those at its end are smaller."""
+    x0, y0, x1, y1 = region
+    pixels = np.zeros((len(STAINS), y1 - y0, x1 - x0), np.uint8)
     for c, stain in enumerate(STAINS):
-        for y in range(Y0, Y1, TILE):
-            for x in range(X0, X1, TILE):
+        for y in range(y0, y1, TILE):
+            for x in range(x0, x1, TILE):
                 with Image.open(files[f"pyramid_images/{stain}_files/16/{x // TILE}_{y // TILE}.webp"]) as tile:
-                    pixels[c, y - Y0 : y - Y0 + TILE, x - X0 : x - X0 + TILE] = np.asarray(tile.convert("L"))
+                    values = np.asarray(tile.convert("L"))
+                pixels[c, y - y0 : y - y0 + TILE, x - x0 : x - x0 + TILE] = values[: y1 - y, : x1 - x]
     return pixels
