@@ -107,7 +107,7 @@ def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> l
     y = {name: expression(table)[0] for name, table in tables.items()}
     axes = PCA(50, random_state=0).fit(y["train"][use["train"]])
     sets = {"PCA of genes": {name: axes.transform(v) for name, v in y.items()}}
-    image = features["hand features"] if "hand features" in features else features["SPATIA image, cell"]
+    image = features["hand features"]
     mean, std = image["train"].mean(0), image["train"].std(0) + 1e-6
     axes = PCA(15, random_state=0).fit((image["train"] - mean) / std)
     sets["PCA of image features"] = {name: axes.transform((image[name] - mean) / std) for name in parts}
@@ -195,11 +195,11 @@ def pancreas(a) -> None:
             out[name] = np.nan_to_num(part["table"].obsm["morphology"].to_numpy())
         return out
 
+    timed("hand features", hand)
+    z = {name: (v - v.mean(0)) / (v.std(0) + 1e-6) for name, v in features["hand features"].items()}
+    features["hand features, standardised in each part"] = z
+    timed("hand features + neighbours", lambda: with_neighbours("hand features"))
     if not a.quick:
-        timed("hand features", hand)
-        z = {name: (v - v.mean(0)) / (v.std(0) + 1e-6) for name, v in features["hand features"].items()}
-        features["hand features, standardised in each part"] = z
-        timed("hand features + neighbours", lambda: with_neighbours("hand features"))
         timed("CNN, supervised", lambda: supervised_cnn(parts, top, a.seed))
         timed("CNN, supervised + neighbours", lambda: with_neighbours("CNN, supervised"))
         own = {name: features["CNN, supervised"][f"{name}, own"] for name in parts}
@@ -208,8 +208,6 @@ def pancreas(a) -> None:
             timed("CNN, supervised, raw intensities", lambda: supervised_cnn(parts, top, a.seed, raw=True))
             timed("CNN, supervised, no augmentation", lambda: supervised_cnn(parts, top, a.seed, augment=False))
             timed("CNN, no augmentation + neighbours", lambda: with_neighbours("CNN, supervised, no augmentation"))
-    if a.baselines_only:
-        return
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
     for box in model.card["data"].values():
         if box["box_um"][2] >= PARTS["validation"][0] * MPP:
@@ -448,10 +446,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--cache", type=Path, help="folder that keeps the features of baselines")
-    parser.add_argument("--baselines-only", action="store_true")
     parser.add_argument(
         "--variants", action="store_true", help="the CNN on raw intensities and without augmentation too"
     )
-    parser.add_argument("--quick", action="store_true", help="SPATIA's rows alone")
+    parser.add_argument("--quick", action="store_true", help="without the supervised networks")
     a = parser.parse_args()
     {"pancreas": pancreas, "starmap": starmap, "simulated": simulated}[a.data](a)

@@ -22,6 +22,14 @@ def test_the_table_in_the_docs_is_that_of_the_files(everything):
     assert everything.TABLE.read_text(encoding="utf-8") == everything.table()
 
 
+def test_each_file_was_made_by_the_command_that_the_table_names(everything):
+    for name, commands in everything.COMMANDS.items():
+        path = everything.RESULTS / f"{name}.csv"
+        if path.exists():  # else one file a run of expression.py
+            made_by = "python benchmarks/" + pd.read_csv(path)["command"].unique().item()
+            assert made_by == commands.split(" && ")[-1], name
+
+
 def test_every_method_that_a_row_names_is_in_its_file(everything):
     for row in everything.ROWS:
         table = everything.read(row)
@@ -54,6 +62,9 @@ def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, 
     monkeypatch.setitem(everything.COMMANDS, "some", "python x.py")
     assert everything.line(row)[4:6] == ["a: 0.300 ± 0.141 (2)", "b: 0.500 (1)"]
     monkeypatch.setitem(everything.COMMANDS, "none", "python y.py")
+    assert everything.line(row)[7:10] == ["", "", ""]  # neither file tells seconds or memory
+    pd.DataFrame({"file": ["some"], "seconds": [61.2], "peak_gb": [1.23]}).to_csv(tmp_path / "refit.csv", index=False)
+    assert everything.line(row)[7:10] == ["", "61", "1.2"]
     row.files = "none"
     assert everything.line(row)[4] == "not measured"
 
