@@ -1,28 +1,15 @@
 """The table of every task is what the result files say."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
-import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def everything(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    sys.modules.pop("all", None)
-    import all as module
-
-    return module
+import all as everything
 
 
-def test_the_table_in_the_docs_is_that_of_the_files(everything):
+def test_the_table_in_the_docs_is_that_of_the_files():
     assert everything.TABLE.read_text(encoding="utf-8") == everything.table()
 
 
-def test_each_file_was_made_by_the_command_that_the_table_names(everything):
+def test_each_file_was_made_by_the_command_that_the_table_names():
     for name, commands in everything.COMMANDS.items():
         path = everything.RESULTS / f"{name}.csv"
         if path.exists():  # else one file a run of expression.py
@@ -30,14 +17,14 @@ def test_each_file_was_made_by_the_command_that_the_table_names(everything):
             assert made_by == commands.split(" && ")[-1], name
 
 
-def test_every_method_that_a_row_names_is_in_its_file(everything):
+def test_every_method_that_a_row_names_is_in_its_file():
     for row in everything.ROWS:
         table = everything.read(row)
         if table is not None and row.ours:
             assert not {row.ours, *row.baselines} - set(table[row.method]), row.task
 
 
-def test_no_method_that_is_better_than_the_baselines_is_left_out(everything):
+def test_no_method_that_is_better_than_the_baselines_is_left_out():
     """Other levels and forms of ours, and rows that are no method, aside."""
     aside = ("SPATIA", "ours", "generated", "gain of", "real targets", "training targets")
     for row in everything.ROWS:
@@ -50,7 +37,7 @@ def test_no_method_that_is_better_than_the_baselines_is_left_out(everything):
         assert not better, (row.task, row.data)
 
 
-def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, monkeypatch):
+def test_a_value_is_the_mean_over_seeds_with_their_spread(tmp_path, monkeypatch):
     monkeypatch.setattr(everything, "RESULTS", tmp_path)
     table = pd.DataFrame({"method": ["a", "a", "a", "b"], "seed": [0, 0, 1, 0], "r": [0.1, 0.3, 0.4, 0.5]})
     table.to_csv(tmp_path / "some.csv", index=False)
@@ -69,7 +56,7 @@ def test_a_value_is_the_mean_over_seeds_with_their_spread(everything, tmp_path, 
     assert everything.line(row)[4] == "not measured"
 
 
-def test_refit_times_each_command_starts_anew_and_keeps_what_was_known(everything, tmp_path, monkeypatch):
+def test_refit_times_each_command_starts_anew_and_keeps_what_was_known(tmp_path, monkeypatch):
     script = tmp_path / "some.py"
     script.write_text("import os, pathlib; pathlib.Path(os.environ['SPATIAFLOW_RESULTS'], 'made.csv').write_text('a')")
     monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
@@ -86,7 +73,7 @@ def test_refit_times_each_command_starts_anew_and_keeps_what_was_known(everythin
     assert left == {"made.csv", "one.csv", "other-C2-0-ridge.csv", "refit.csv"}
 
 
-def test_other_methods_come_from_a_file_of_their_own(everything, tmp_path, monkeypatch):
+def test_other_methods_come_from_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(everything, "RESULTS", tmp_path)
     pd.DataFrame({"method": ["a"], "seed": [0], "r": [0.2]}).to_csv(tmp_path / "some.csv", index=False)
     row = everything.Row("task", "data", "split", "r", "some", "r", "a", ["b"], others="more")
@@ -95,7 +82,7 @@ def test_other_methods_come_from_a_file_of_their_own(everything, tmp_path, monke
     assert everything.value(everything.read(row), row, "b") == "0.100 (1)"
 
 
-def test_a_result_names_its_command_without_a_folder_of_this_machine(everything, tmp_path, monkeypatch):
+def test_a_result_names_its_command_without_a_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
     monkeypatch.setattr(
         "sys.argv", ["/home/me/benchmarks/some.py", "pancreas.zarr", "--out", "runs/a.csv", "/data/b.zarr"]

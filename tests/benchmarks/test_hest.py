@@ -1,8 +1,6 @@
 """The runners read folders laid out as the two public benchmarks are; the test writes tiny ones."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -11,15 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hest.py"
-
-
-@pytest.fixture(scope="module")
-def hest():
-    spec = importlib.util.spec_from_file_location("hest", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import hest
 
 
 def tissue(rng, n=36):
@@ -71,7 +61,7 @@ def quick(monkeypatch):
         )
 
 
-def test_hest_folder_is_matched_by_barcode(hest, hest_root, tmp_path):
+def test_hest_folder_is_matched_by_barcode(hest_root, tmp_path):
     table = hest.main(["--root", str(hest_root), "--out", str(tmp_path)])
     assert set(table["fold"]) == {0, 1}
     assert set(table["method"]) == {"ridge", "ridge + smoothing", "STFlow default"}
@@ -80,14 +70,14 @@ def test_hest_folder_is_matched_by_barcode(hest, hest_root, tmp_path):
     assert (tmp_path / "hest-texture-default.csv").exists()
 
 
-def test_selection_on_test_is_labelled_loudly(hest, hest_root, tmp_path, capsys):
+def test_selection_on_test_is_labelled_loudly(hest_root, tmp_path, capsys):
     table = hest.main(["--root", str(hest_root), "--out", str(tmp_path), "--selection", "test", "--preset", "paper"])
     assert "TEST-SELECTED" in capsys.readouterr().err
     assert "STFlow paper TEST-SELECTED" in set(table["method"])
     assert (tmp_path / "hest-texture-paper-TEST-SELECTED.csv").exists()
 
 
-def test_pooled_and_per_slide_differ_as_they_should(hest):
+def test_pooled_and_per_slide_differ_as_they_should():
     from spatiaflow.models.simple import SlideData
 
     rng = np.random.default_rng(0)
@@ -99,7 +89,7 @@ def test_pooled_and_per_slide_differ_as_they_should(hest):
     assert abs(found["pearson_per_slide"]) < 0.3
 
 
-def test_stimage_folder(hest, tmp_path):
+def test_stimage_folder(tmp_path):
     rng, folder = np.random.default_rng(1), tmp_path / "root" / "Visium"
     for name in ("image", "coord", "gene_exp"):
         (folder / name).mkdir(parents=True)

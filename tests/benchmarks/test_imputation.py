@@ -1,24 +1,14 @@
 """The baselines of the imputation benchmark are what they are called."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.linear_model import Ridge
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import imputation
 
 
-@pytest.fixture
-def imputation(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import imputation as module
-
-    return module
-
-
-def test_ridge_is_that_of_the_penalty_that_predicts_left_out_groups_best(imputation):
+def test_ridge_is_that_of_the_penalty_that_predicts_left_out_groups_best():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 20))
     y = np.maximum(x[:, :3] @ rng.normal(size=(3, 4)) + 3 * rng.normal(size=(300, 4)) + 5, 0)
@@ -35,7 +25,7 @@ def test_ridge_is_that_of_the_penalty_that_predicts_left_out_groups_best(imputat
     np.testing.assert_allclose(imputation.ridge([x[:100], x[100:]], [y[:100], y[100:]], groups, query), slow, atol=1e-3)
 
 
-def test_uncertain_values_are_called_different_less_often(imputation):
+def test_uncertain_values_are_called_different_less_often():
     import imputation_trust
 
     rng = np.random.default_rng(0)
@@ -50,7 +40,7 @@ def test_uncertain_values_are_called_different_less_often(imputation):
 
 
 @pytest.mark.parametrize("flow", [True, False])
-def test_heads_find_a_planted_mean_and_the_flow_its_spread(imputation, flow):
+def test_heads_find_a_planted_mean_and_the_flow_its_spread(flow):
     from flow_head import fit_head
 
     rng = np.random.default_rng(0)
@@ -67,7 +57,7 @@ def test_heads_find_a_planted_mean_and_the_flow_its_spread(imputation, flow):
         assert np.corrcoef(draws.mean(0).ravel(), mean.ravel())[0, 1] > 0.97  # a mean of draws, without their noise
 
 
-def test_conformal_coverage_is_counted_in_the_query(imputation):
+def test_conformal_coverage_is_counted_in_the_query():
     import imputation_trust
 
     class Model:

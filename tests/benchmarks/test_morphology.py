@@ -1,15 +1,11 @@
 """The distances of the benchmark of generation against the package's own, and under weights against copies of rows."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+import morphology as benchmark
 import spatiaflow as sf
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-benchmark = pytest.importorskip("morphology")
 RNG = np.random.default_rng(0)
 
 

@@ -1,26 +1,15 @@
 """The pancreas slide from the publishers' files: tiles at the end of the slide are smaller, cells are listed by several."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
 from PIL import Image
 
+import pancreas
 from spatiaflow.datasets._xenium import MPP, STAINS, TILE
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pancreas.py"
 WIDTH, HEIGHT = 2 * TILE, TILE + 88  # the slide goes on to the right
-
-
-@pytest.fixture(scope="module")
-def pancreas():
-    spec = importlib.util.spec_from_file_location("pancreas", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -54,7 +43,7 @@ def published(tmp_path):
     return tmp_path, pixels
 
 
-def test_a_part_up_to_the_end_of_the_slide(pancreas, published, tmp_path_factory):
+def test_a_part_up_to_the_end_of_the_slide(published, tmp_path_factory):
     folder, pixels = published
     store = tmp_path_factory.mktemp("out") / "pancreas.zarr"
     pancreas.assemble(folder, store, (0, 0, WIDTH, HEIGHT))

@@ -1,25 +1,14 @@
 """Sibling sections are brought onto one another by their images, whatever way each lay on the glass."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "position.py"
-
-
-@pytest.fixture(scope="module")
-def position():
-    spec = importlib.util.spec_from_file_location("position", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import position
 
 
 @pytest.mark.parametrize(("angle", "shift"), [(0, (0, 0)), (37, (4, -6)), (180, (-3, 5)), (251, (7, 2))])
-def test_planted_rotation_and_shift_are_found(position, angle, shift):
+def test_planted_rotation_and_shift_are_found(angle, shift):
     rng = np.random.default_rng(angle)
     size, around = 81, np.arange(81) - 40
     y, x = np.meshgrid(around, around, indexing="ij")
