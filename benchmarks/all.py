@@ -342,7 +342,9 @@ if __name__ == "__main__":
         run({name: COMMANDS[name] for name in a.refit or COMMANDS}, RESULTS)
     TABLE.write_text(table(), encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
-    import spatiaflow as sf
+    found = scores()
+    if len(found):
+        import spatiaflow as sf
 
-    figure = sf.pl.benchmark(scores(), ours="ours", show=False, return_fig=True)
-    figure.savefig(TABLE.parent / "images" / "benchmark.png", dpi=160, bbox_inches="tight")
+        figure = sf.pl.benchmark(found, ours="ours", show=False, return_fig=True)
+        figure.savefig(TABLE.parent / "images" / "benchmark.png", dpi=160, bbox_inches="tight")
