@@ -1,9 +1,10 @@
 """Assemble ``pancreas.zarr``, on which the other benchmarks train and test: the part x < 22528 px of the Xenium slide.
 
     git clone https://github.com/broadinstitute/celldega_Xenium_human_Pancreas_FFPE tiles
+    git -C tiles checkout 4bf798b
     python benchmarks/pancreas.py tiles/Landscape_Xenium_V1_human_Pancreas_FFPE_outs_webp pancreas.zarr
 
-By the code that assembles ``datasets.xenium_pancreas()``, a corner of this part. The tiles' commit there is 4bf798b.
+By the code that assembles ``datasets.xenium_pancreas()``, which is a corner of this part at the same commit.
 """
 
 import argparse
