@@ -87,7 +87,7 @@ def _write(store: Path) -> None:
 
 
 def write_region(store: Path, files: dict[str, Path], region: tuple[int, int, int, int]) -> None:
-    """Write a region (x0, y0, x1, y1 in full-resolution pixels, edges of tiles) from the publishers' files, by their names."""
+    """Write a region (x0, y0, x1, y1 in full-resolution pixels; x0 and y0 at edges of tiles) from the publishers' files."""
     cells = _cells([path for file, path in files.items() if file.startswith("cell_segmentation/")], region)
     genes = {path.stem: path for file, path in files.items() if file.startswith("cbg/")}
     clusters = pd.read_parquet(files["cell_clusters/cluster.parquet"])["cluster"].astype(object)
