@@ -307,7 +307,7 @@ def test_a_missing_element_is_named_with_what_there_is():
 
 def test_cosmx_fields_of_view_are_slides_with_their_own_image(tmp_path):
     sdata = stored(cosmx(), tmp_path)
-    slides = {slide.library_id: slide for slide in _io.slides(sdata)}
+    slides = {slide.name: slide for slide in _io.slides(sdata)}
     assert set(slides) == {"1_labels", "2_labels"}
     for fov, cells in FOVS.items():
         slide = slides[f"{fov}_labels"]

@@ -15,7 +15,8 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableMo
 from spatialdata.transformations import Affine, Scale
 
 import spatiaflow as sf
-from spatiaflow.pp import _morphology, _patches
+from spatiaflow._slides import patches as _patches
+from spatiaflow.pp import _morphology
 
 RNG = np.random.default_rng(0)
 

@@ -9,8 +9,8 @@ import zarr
 from PIL import Image
 
 from spatiaflow._io import _reader, open_image
-from spatiaflow.pp import _patches
-from spatiaflow.pp._patches import cut
+from spatiaflow._slides import patches as _patches
+from spatiaflow._slides.patches import cut
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 255, (90, 130, 3), dtype=np.uint8)  # y, x, c: not square, so that x and y cannot be swapped

@@ -2,9 +2,11 @@
 
 from spatiaflow._io._arguments import at_least_one, held_out, known_names, one_of, positive, slot_name
 from spatiaflow._io._images import SlideImage, background, slide_image
+from spatiaflow._io._keys import Key, provenance
+from spatiaflow._io._lists import each_object, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, Decoded, open_image
-from spatiaflow._io._slides import Slide, collect, microns_per_unit, one_slide, pitch, sections, slides, unpack
+from spatiaflow._io._slides import collect, microns_per_unit, one_slide, places, sections, slides, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
@@ -23,19 +25,22 @@ from spatiaflow._io._tables import (
     target_sum,
     write,
 )
+from spatiaflow._io._where import Where
 
 __all__ = [
     "Chunks",
     "Decoded",
-    "Slide",
+    "Key",
     "SlideImage",
     "StoredCounts",
+    "Where",
     "at_least_one",
     "background",
     "check_encoder",
     "collect",
     "counts",
     "dense",
+    "each_object",
     "features",
     "groups",
     "held_out",
@@ -46,11 +51,13 @@ __all__ = [
     "masks",
     "microns_per_unit",
     "morphology",
+    "objects_of",
     "one_of",
     "one_slide",
     "open_image",
-    "pitch",
+    "places",
     "positive",
+    "provenance",
     "same_encoder",
     "sections",
     "shared_genes",

@@ -12,8 +12,9 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow._io._slides import Slide, _listing, image_scales
+from spatiaflow._io._slides import _listing, image_scales
 from spatiaflow._settings import logger
+from spatiaflow.models.slide import Slide
 
 MAX_PICTURE = 2_000_000_000  # values of an image that is worth reading for the background of a figure
 
@@ -49,8 +50,8 @@ def slide_image(
 
 def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
     """The file of the full resolution, or an array in ``uns``: the one asked for, or a hires that is fine enough."""
-    library = adata.uns.get("spatial", {}).get(slide.library_id, {})
-    slot = f"uns['spatial'][{slide.library_id!r}]"
+    library = adata.uns.get("spatial", {}).get(slide.name, {})
+    slot = f"uns['spatial'][{slide.name!r}]"
     images, path = library.get("images", {}), library.get("metadata", {}).get("source_image_path")
     # positions are indices of full-resolution pixels: an integer is the middle of a pixel
     xy = slide.xy / slide.mpp + 0.5
@@ -67,9 +68,9 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
         )
     coarse = ""
     if key in images and scale is not None:
-        found = SlideImage(np.asarray(images[key]), xy * scale, slide.mpp / scale, False, f"{slide.library_id}/{key}")
+        found = SlideImage(np.asarray(images[key]), xy * scale, slide.mpp / scale, False, f"{slide.name}/{key}")
         if image_key is not None or mpp is None or found.mpp <= mpp * 1.05:
-            logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.library_id, key, found.mpp)
+            logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.name, key, found.mpp)
             return found
         coarse = (
             f" images['hires'] has {found.mpp:.3g} µm per pixel, too coarse for {mpp:.3g}; image_key='hires' takes it."
@@ -80,7 +81,7 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
             f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now.{coarse}"
         )
     raise KeyError(
-        f"slide {slide.library_id!r} has no full-resolution image: {where} is not set. Set it to the image file, or give "
+        f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or give "
         f"features made elsewhere (any obsm key works as features_key).{coarse}"
     )
 
@@ -161,7 +162,7 @@ def background(data: AnnData | SpatialData, table: AnnData, slide: Slide, pixels
     An AnnData's is its "hires" image; of a SpatialData's H&E every n-th pixel is taken.
     """
     if isinstance(data, AnnData):
-        library = table.uns.get("spatial", {}).get(slide.library_id, {})
+        library = table.uns.get("spatial", {}).get(slide.name, {})
         image = library.get("images", {}).get("hires")
         if image is None:
             return None

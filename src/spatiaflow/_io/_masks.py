@@ -14,7 +14,8 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._images import SlideImage
 from spatiaflow._io._reader import open_image, parts
-from spatiaflow._io._slides import Slide, _affine, image_scales, known_instances
+from spatiaflow._io._slides import _affine, image_scales, known_instances
+from spatiaflow.models.slide import Slide
 
 
 def masks(sdata: SpatialData, table: AnnData, slide: Slide, image: SlideImage) -> PolygonMasks | LabelMasks:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,9 @@ from anndata import AnnData
 from geopandas import GeoDataFrame
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
+
+from spatiaflow._io._where import Where
+from spatiaflow.models.slide import Slide
 
 # pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
 KNOWN_PITCHES = (200.0, 141.0, 100.0, 16.0, 8.0, 2.0)
@@ -33,79 +35,57 @@ XENIUM_MPP = 0.2125
 COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
 
 
-@dataclass(frozen=True)
-class Slide:
-    """The spots or cells of one slide: where they stand in the table, and where on the tissue."""
-
-    library_id: str
-    rows: np.ndarray  # n, int: positions in table.obs
-    xy: np.ndarray  # n x 2, float64, µm
-    mpp: float  # µm per unit of the stored positions
-    element: str | None = None  # the SpatialData element that the rows annotate
-    coordinate_system: str | None = None
-
-    @cached_property
-    def pitch(self) -> float:
-        """Median distance to the nearest other position, µm (1 where there is none)."""
-        return pitch(self.xy)
-
-
-def pitch(xy: np.ndarray) -> float:
-    """Median distance to the nearest distinct neighbour; 1 for a single position."""
-    distinct = np.unique(xy, axis=0)
-    if len(distinct) < 2:
-        return 1.0
-    return float(np.median(cKDTree(distinct).query(distinct, k=2)[0][:, 1]))
-
-
-def slides(
-    data: AnnData | SpatialData,
-    *,
-    table_key: str = "table",
-    shapes_key: str | None = None,
-    labels_key: str | None = None,
-    library_key: str | None = None,
-    spatial_key: str = "spatial",
-    mpp: float | None = None,
-    missing: bool = False,
-) -> list[Slide]:
-    """Return every slide of ``data`` with its positions in µm.
+def places(data: AnnData | SpatialData, where: Where, *, missing: bool = False, scaled: bool = True) -> list[Slide]:
+    """Return every slide of ``data`` with its positions in µm, and nothing else yet.
 
     AnnData: ``obsm[spatial_key]`` times the µm per pixel. SpatialData: the centroids of the elements that the table
-    annotates, in their common coordinate system. Slides come in order of first appearance. Positions may only be NaN
-    (empty polygons) with ``missing=True``.
+    annotates, in their common coordinate system. Slides come in order of first appearance.
+
+    Parameters
+    ----------
+    missing
+        Positions may be NaN (empty polygons).
+    scaled
+        False: only the order of positions matters, so their scale may be unknown, and an AnnData may have none.
     """
-    if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp is in micrometres per pixel and must be a positive number, not {mpp!r}.")
-    _, table = unpack(data, table_key)
+    _, table = unpack(data, where.table_key)
+    if not scaled:
+        return _unscaled(data, table, where)
     if isinstance(data, SpatialData):
-        found = _slides_of_spatialdata(data, table, shapes_key or labels_key, library_key, mpp)
+        found = _slides_of_spatialdata(data, table, where.shapes_key or where.labels_key, where.library_key, where.mpp)
     else:
-        found = _slides_of_anndata(table, library_key, spatial_key, mpp)
+        found = _slides_of_anndata(table, where.library_key, where.spatial_key, where.mpp)
     for slide in found:
-        _check_positions(slide, table, library_key, missing)
+        _check_positions(slide, table, where.library_key, missing)
     return found
 
 
-def sections(
-    data: AnnData | SpatialData, *, library_key: str | None = None, spatial_key: str = "spatial", **where
-) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
+def slides(data: AnnData | SpatialData, *, missing: bool = False, **where) -> list[Slide]:
+    """As :func:`places`, with flat arguments."""
+    return places(data, Where(**where), missing=missing)
+
+
+def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list[Slide]:
+    """Slides whose positions have any unit, or none at all."""
     if isinstance(data, SpatialData):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Check mpp")  # the scale is of no interest here
-            found = slides(data, library_key=library_key, mpp=1.0, **where)
-        return [(slide.library_id, slide.rows, slide.xy) for slide in found]
-    there = spatial_key in data.obsm
+            return places(data, replace(where, mpp=1.0))
+    there = where.spatial_key in table.obsm
+    xy = np.asarray(table.obsm[where.spatial_key], dtype=np.float64)[:, :2] if there else None
     out = []
-    for name, rows in _groups(data, library_key, list(data.uns.get("spatial", {})) if there else []):
-        xy = np.asarray(data.obsm[spatial_key], dtype=np.float64)[rows, :2] if there else None
-        if there and not np.isfinite(xy).all():
+    for name, rows in _groups(table, where.library_key, list(table.uns.get("spatial", {})) if there else []):
+        if there and not np.isfinite(xy[rows]).all():
             raise ValueError(
-                f"positions of slide {name!r} in obsm[{spatial_key!r}] are NaN or infinite; drop those rows."
+                f"positions of slide {name!r} in obsm[{where.spatial_key!r}] are NaN or infinite; drop those rows."
             )
-        out.append((name, rows, xy))
+        out.append(Slide(name, table.obs_names.to_numpy()[rows], xy[rows] if there else None, rows=rows))
     return out
+
+
+def sections(data, **where) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
+    return [(slide.name, slide.rows, slide.xy) for slide in places(data, Where(**where), scaled=False)]
 
 
 def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
@@ -120,7 +100,7 @@ def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[st
     for one in objects:
         found = {}
         for slide in slides(one, **where):
-            name = slide.library_id
+            name = slide.name
             while name in names:  # two objects may call their slide alike
                 name += "'"
             names[name] = slide
@@ -147,7 +127,7 @@ def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[st
 
 def one_slide(found: list[Slide], library_id: str | None) -> Slide:
     """Return the slide of a name, the first without one."""
-    by_name = {slide.library_id: slide for slide in found}
+    by_name = {slide.name: slide for slide in found}
     if library_id is not None and library_id not in by_name:
         raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
     return found[0] if library_id is None else by_name[library_id]
@@ -180,7 +160,8 @@ def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
                 UserWarning,
                 stacklevel=4,
             )
-        out.append(Slide(library, rows, xy[rows] * float(scale), float(scale)))
+        names = table.obs_names.to_numpy()[rows]
+        out.append(Slide(library, names, xy[rows] * float(scale), rows=rows, mpp=float(scale)))
     return out
 
 
@@ -225,11 +206,16 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
             )
         xy = centroids.loc[instances, ["x", "y"]].to_numpy(np.float64) * scale
         if library_key is None:
-            out.append(Slide(name, rows, xy, scale, name, system))
+            out.append(_place(table, name, rows, xy, scale, name, system))
         else:
             for library, members in _groups(table[rows], library_key, []):
-                out.append(Slide(library, rows[members], xy[members], scale, name, system))
+                out.append(_place(table, library, rows[members], xy[members], scale, name, system))
     return out
+
+
+def _place(table, name, rows, xy, mpp, element, system) -> Slide:
+    names = table.obs_names.to_numpy()[rows]
+    return Slide(name, names, xy, rows=rows, mpp=mpp, element=element, coordinate_system=system)
 
 
 def _of_other_element(sdata, name, centroids, instances) -> tuple[pd.DataFrame, pd.Series]:
@@ -384,7 +370,7 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
     bad = ~np.isfinite(slide.xy).all(1)
     if bad.any() and not missing:
         raise ValueError(
-            f"{int(bad.sum())} positions of slide {slide.library_id!r} are NaN or infinite "
+            f"{int(bad.sum())} positions of slide {slide.name!r} are NaN or infinite "
             f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
         )
     points = np.unique(slide.xy[~bad], axis=0)
@@ -392,7 +378,7 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
     if distinct < known:
         hint = "" if library_key else "; if several slides share this table, give library_key="
         warnings.warn(
-            f"{known - distinct} positions of slide {slide.library_id!r} are duplicates of others{hint}.",
+            f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.",
             UserWarning,
             stacklevel=3,
         )
@@ -408,7 +394,7 @@ def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
         closest = min(KNOWN_PITCHES, key=lambda known: abs(np.log(known / step)))
         if is_lattice and abs(step / closest - 1) > 0.15:
             warnings.warn(
-                f"slide {slide.library_id!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
+                f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
                 f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need "
                 f"mpp={slide.mpp * closest / step:.4g}). Check mpp.",
                 UserWarning,

@@ -315,7 +315,7 @@ def keep(data, key: str, table: AnnData, slides: list, which: np.ndarray, xy: np
 
     if not isinstance(data, SpatialData):
         raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
-    names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.library_id}" for slide in slides]
+    names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.name}" for slide in slides]
     ours = key in data.tables and set(data[key].obs.get("region", [""])) <= set(names)
     taken = [name for name in [*names, key] if name in data and not (ours and (name == key or name in data.points))]
     if taken:

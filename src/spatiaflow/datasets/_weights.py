@@ -63,4 +63,38 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
     return path
 
 
+def resolve(model, kind: str, *, default: str | None = None, argument: str = "model"):
+    """Return the model that a verb's ``model=`` names: a model, the path of a saved one, or the name of weights.
+
+    Parameters
+    ----------
+    model
+        What the user gave; None takes ``default``.
+    kind
+        The kind that the verb needs, such as ``"Spatia"``.
+    default
+        Name of weights.
+    argument
+        Name of the verb's argument, for errors.
+
+    Raises
+    ------
+    TypeError
+        The model is of another kind; the message names both, and the verb that takes it.
+    """
+    from spatiaflow import models
+    from spatiaflow.models import _base
+
+    model = default if model is None else model
+    if isinstance(model, str | Path):
+        is_file = Path(model).suffix == ".safetensors" or Path(model).exists()
+        model = models.load(model if is_file else weights(str(model)))
+    if not isinstance(model, _base.Model):
+        raise TypeError(
+            f"{argument} must be a {kind}, the path of a saved one, or the name of weights, not {type(model).__name__}."
+        )
+    _base.check_kind(type(model), kind, argument)
+    return model
+
+
 _COLUMNS = ("model", "bundled", "bytes", "sha256", "license", "description")

@@ -1,64 +1,24 @@
-"""The models, in torch only; each is one file that reads like its paper."""
+"""The models, in torch only; each is one file that reads like its paper. Imported when first used (PEP 562)."""
 
-from __future__ import annotations
+from importlib import import_module as _import_module
 
-from pathlib import Path
-
-from spatiaflow.models import _base
-from spatiaflow.models.features import ImageFeatures
-from spatiaflow.models.imputation import Imputer
-from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow, States
-from spatiaflow.models.spatia import Spatia, SpatiaConfig
-from spatiaflow.models.stflow import PRESETS, Preset, STFlow
-
-__all__ = [
-    "PRESETS",
-    "ImageFeatures",
-    "Imputer",
-    "MorphologyConfig",
-    "MorphologyFlow",
-    "Preset",
-    "STFlow",
-    "Spatia",
-    "SpatiaConfig",
-    "States",
-    "load",
-]
-
-_KINDS = {
-    "ImageFeatures": ImageFeatures, "Imputer": Imputer, "MorphologyFlow": MorphologyFlow, "STFlow": STFlow, "Spatia": Spatia,
+_WHERE = {
+    "PRESETS": "stflow", "Preset": "stflow", "STFlow": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
+    "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology", "Imputer": "imputation",
+    "ImageFeatures": "features", "Slide": "slide",
 }  # fmt: skip
+__all__ = [*sorted(_WHERE), "load"]
 
 
-def load(path: str | Path) -> STFlow | Spatia | MorphologyFlow | Imputer | ImageFeatures:
-    """Load a model written by ``model.save(path)``.
-
-    Parameters
-    ----------
-    path
-        A safetensors file.
-
-    Returns
-    -------
-    The model.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file.
-    TypeError
-        ``path`` is not a path.
-    ValueError
-        The file is truncated, corrupted, a pickle, or not a spatiaflow model.
-
-    Examples
-    --------
-    >>> sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
-    Spatia: 377 genes, channels dapi, bound, rna, prot, width 128, 20.4 µm crops
-    """
-    if not isinstance(path, str | Path):
-        raise TypeError(f"a model or the path of a saved one is needed, not {path!r}.")
-    description, tensors = _base.read(path)
-    if description["kind"] not in _KINDS:
-        raise ValueError(f"{str(path)!r} holds a {description['kind']!r}; this version knows {', '.join(_KINDS)}.")
-    return _KINDS[description["kind"]].from_state(description, tensors)
+def __getattr__(name: str):
+    # slide.py needs no torch, and the figures load it
+    if name == "load":  # all kinds must be known before a file can be read
+        for module in sorted(set(_WHERE.values())):
+            _import_module(f"spatiaflow.models.{module}")
+        return _import_module("spatiaflow.models._base").load
+    if name in _WHERE:
+        return getattr(_import_module(f"spatiaflow.models.{_WHERE[name]}"), name)
+    try:
+        return _import_module(f"spatiaflow.models.{name}")
+    except ModuleNotFoundError:
+        raise AttributeError(f"module 'spatiaflow.models' has no attribute {name!r}") from None

@@ -1,4 +1,4 @@
-"""Model files: safetensors with a JSON description in the header. Nothing is ever unpickled."""
+"""What every model is, and its file: safetensors with a JSON description in the header. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import hashlib
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,7 +18,143 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spatiaflow.models.slide import Slide
+
 FORMAT = 1
+KINDS: dict[str, type[Model]] = {}  # by name of the class, filled as the classes are defined
+
+
+class Model(ABC):
+    """A fitted model: what it knows of itself, and its file. A subclass states its description and its tensors.
+
+    Attributes
+    ----------
+    kind
+        Name of the class, as it stands in the file.
+    verb
+        The function that applies the model, for error messages.
+    card
+        Dict with data (slides and their boxes), config, seed, epochs done, validation scores, versions and licence; see
+        :func:`model_card`.
+    """
+
+    kind: ClassVar[str]
+    verb: ClassVar[str]
+    card: dict
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = cls.__name__
+        KINDS[cls.kind] = cls
+
+    @abstractmethod
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """Return the JSON-able description and the tensors that make the model."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> Self:
+        """Rebuild a model from the description and tensors of its file."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to one safetensors file, atomically, and return its path."""
+        return save(path, self.kind, *self.state())
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what was learned: SHA-256 over all tensors."""
+        return tensors_sha256(self.state()[1])
+
+
+def load(path: str | Path, kind: str | None = None) -> Model:
+    """Load a model written by ``model.save(path)``.
+
+    Parameters
+    ----------
+    path
+        A safetensors file.
+    kind
+        The kind that is needed, such as ``"STFlow"``; None takes any.
+
+    Returns
+    -------
+    The model.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    TypeError
+        ``path`` is not a path, or the file holds a model of another kind.
+    ValueError
+        The file is truncated, corrupted, a pickle, not a spatiaflow model, or of another format.
+
+    Examples
+    --------
+    >>> sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
+    Spatia: 377 genes, channels dapi, bound, rna, prot, width 128, 20.4 µm crops
+    """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"a model or the path of a saved one is needed, not {path!r}.")
+    description, tensors = read(path)
+    if description["kind"] not in KINDS:
+        raise ValueError(
+            f"{str(path)!r} holds a {description['kind']!r}; this version knows {', '.join(sorted(KINDS))}."
+        )
+    found = KINDS[description["kind"]]
+    check_kind(found, kind)
+    try:
+        return found.from_state(description, tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        wrote = description.get("card", {}).get("spatiaflow", "an unknown version")
+        raise ValueError(
+            f"the header and tensors of {str(path)!r} do not make a {found.kind}: {error}. It was written by spatiaflow {wrote}."
+        ) from error
+
+
+def check_kind(found: type[Model], kind: str | None, argument: str = "model") -> None:
+    """Refuse a model of another kind than the one that is needed."""
+    if kind is not None and found.kind != kind:
+        raise TypeError(f"{argument} must be a {kind}; this is a {found.kind}, which {found.verb} takes.")
+
+
+def model_card(
+    slides: Sequence[Slide],
+    *,
+    config: dict,
+    seed: int,
+    epochs: int,
+    scores: dict,
+    licence: str = "not stated",
+    **more,
+) -> dict:
+    """Return the card of a model: what it was trained on, how, and by which versions.
+
+    Parameters
+    ----------
+    slides
+        Training slides; their names, sizes and boxes (µm) are kept.
+    config
+        Training settings.
+    epochs
+        Epochs done.
+    scores
+        Validation scores.
+    licence
+        Of the weights.
+    **more
+        What only this kind of model has.
+    """
+    versions = {}
+    for name in ("spatiaflow", "torch", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            versions[name] = "unknown"
+    return {
+        "data": {slide.name: slide.box for slide in slides}, "config": config, "seed": seed, "epochs": epochs,
+        "validation_scores": scores, "spatiaflow": versions["spatiaflow"], "versions": versions, "licence": licence,
+    } | more  # fmt: skip
 
 
 def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tensor]) -> Path:

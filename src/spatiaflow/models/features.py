@@ -31,7 +31,7 @@ class FeaturesConfig:
     n_features: int = 64
 
 
-class ImageFeatures(nn.Module):
+class ImageFeatures(_base.Model, nn.Module):
     """Features of images of cells; it can stand for the Inception network in torchmetrics' distances.
 
     Attributes
@@ -47,6 +47,8 @@ class ImageFeatures(nn.Module):
     >>> network(sf.pp.crops(sdata, image_key="fluorescence").read([0, 5])).shape
     torch.Size([2, 64])
     """
+
+    verb = "sf.metrics.image_features"
 
     def __init__(self, config: FeaturesConfig, card: dict | None = None):
         super().__init__()
@@ -66,18 +68,13 @@ class ImageFeatures(nn.Module):
         """Features (n x f) of images (n x C x p x p) in the scale of the training slides."""
         return self.layers((images.to(self.low.dtype) - self.low) / self.span)
 
-    def save(self, path) -> object:
-        """Write the network to one safetensors file, atomically, and return its path."""
-        return _base.save(
-            path, "ImageFeatures", {"config": asdict(self.config), "card": self.card}, dict(self.state_dict())
-        )
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """Return description and tensors."""
+        return {"config": asdict(self.config), "card": self.card}, dict(self.state_dict())
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> ImageFeatures:
         """Rebuild a network from the description and tensors of its file."""
-        try:
-            out = cls(FeaturesConfig(**d["config"]), d["card"])
-            out.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the file's header and tensors do not make ImageFeatures: {error}") from error
+        out = cls(FeaturesConfig(**d["config"]), d["card"])
+        out.load_state_dict(tensors)
         return out.eval()

@@ -117,7 +117,7 @@ def mean_pearson(y: np.ndarray, prediction: np.ndarray, block: np.ndarray) -> np
     return np.array([np.nanmean(gene_pearson(y[block == b], prediction[block == b])) for b in np.unique(block)])
 
 
-class Imputer:
+class Imputer(_base.Model):
     """Genes of reference cells as functions of what the query measures too.
 
     Attributes
@@ -144,6 +144,8 @@ class Imputer:
     >>> model
     Imputer: 377 genes from 377, genes + neighbors
     """
+
+    verb = "sf.tl.impute_genes"
 
     def __init__(
         self, cells: list[CellTable], blocks: list[np.ndarray], inputs: list[str], genes: list[str], *,
@@ -273,8 +275,8 @@ class Imputer:
         out.own, out.reliability, out.theta = self.own[at], self.reliability[at], self.theta[:, at]
         return out
 
-    def save(self, path) -> object:
-        """Write sums and settings to one safetensors file, atomically, and return its path. No cell is kept.
+    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Return description and tensors: sums and settings, no cell.
 
         Only a model whose genes are its inputs and that has no kernel can be saved: see
         :func:`spatiaflow.tl.train_imputation`.
@@ -288,7 +290,7 @@ class Imputer:
             "judged": [[list(k), v] for k, v in self.judged.items()], "spatial": d.spatial, "n_image": d.n_image,
             "card": self.card,
         }  # fmt: skip
-        return _base.save(path, "Imputer", description, self._tensors())
+        return description, self._tensors()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         total = self.evidence.total

@@ -295,7 +295,7 @@ class States:
         return [self.names[b] if n >= self.min_counts else None for b, n in zip(best, total)]
 
 
-class MorphologyFlow:
+class MorphologyFlow(_base.Model):
     """A fitted generator of cell images; made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
 
     Attributes
@@ -319,6 +319,8 @@ class MorphologyFlow:
     >>> model.config.transitions
     ['A -> B']
     """
+
+    verb = "sf.tl.generate_morphology"
 
     def __init__(
         self, *, network: MorphologyNetwork, autoencoder: Autoencoder, surrogate: Surrogate | None, shifts: dict,
@@ -374,8 +376,8 @@ class MorphologyFlow:
 
         return torch.stack([image(one) for one in z]) if trajectory else image(z)
 
-    def save(self, path) -> object:
-        """Write the model to one safetensors file, atomically, and return its path."""
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """Return description and tensors."""
         description = {
             "config": asdict(self.config), "shifts": self.shifts, "intensity": self.intensity, "history": self.history,
             "card": self.card, "states": None if self.states is None else asdict(self.states),
@@ -387,29 +389,26 @@ class MorphologyFlow:
             if part is not None
             for k, v in part.state_dict().items()
         }
-        return _base.save(path, "MorphologyFlow", description, tensors)
+        return description, tensors
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
-        try:
-            config = MorphologyConfig(**d["config"])
-            parts = {
-                "network": MorphologyNetwork(config),
-                "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
-                "surrogate": None,
-            }  # fmt: skip
-            if any(name.startswith("surrogate.") for name in tensors):
-                parts["surrogate"] = Surrogate(config.n_latent, len(config.profile))
-            for name, module in parts.items():
-                if module is not None:
-                    found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-                    module.load_state_dict(found)
-            states = d["states"] and States(**d["states"])
-            same = {name: d[name] for name in ("shifts", "intensity", "history", "card")}
-            return cls(**parts, **same, states=states)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the file's header and tensors do not make a MorphologyFlow: {error}") from error
+        config = MorphologyConfig(**d["config"])
+        parts = {
+            "network": MorphologyNetwork(config),
+            "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
+            "surrogate": None,
+        }  # fmt: skip
+        if any(name.startswith("surrogate.") for name in tensors):
+            parts["surrogate"] = Surrogate(config.n_latent, len(config.profile))
+        for name, module in parts.items():
+            if module is not None:
+                found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+                module.load_state_dict(found)
+        states = d["states"] and States(**d["states"])
+        same = {name: d[name] for name in ("shifts", "intensity", "history", "card")}
+        return cls(**parts, **same, states=states)
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:

@@ -17,7 +17,7 @@ SMOOTHING = (0.0, 0.25, 0.5, 0.75, 1.0)
 class SlideData:
     """One slide (or contiguous block of one) as arrays."""
 
-    library_id: str
+    name: str
     xy: np.ndarray  # n x 2, float64, µm
     features: np.ndarray  # n x F
     y: np.ndarray  # n x genes, log-normalised expression
@@ -28,11 +28,11 @@ class SlideData:
     def __len__(self) -> int:
         return len(self.xy)
 
-    def take(self, rows: np.ndarray, library_id: str | None = None) -> SlideData:
+    def take(self, rows: np.ndarray, name: str | None = None) -> SlideData:
         """Return the given rows as a slide of their own."""
         base = None if self.base is None else self.base[rows]
         return SlideData(
-            library_id or self.library_id, self.xy[rows], self.features[rows], self.y[rows], self.counts[rows],
+            name or self.name, self.xy[rows], self.features[rows], self.y[rows], self.counts[rows],
             self.library[rows], base,
         )  # fmt: skip
 
@@ -41,7 +41,7 @@ def blocks(slide: SlideData, n: int) -> list[SlideData]:
     """Cut a slide into ``n`` contiguous bands of equal size along its longer axis."""
     axis = int(np.argmax(np.ptp(slide.xy, axis=0)))
     order = np.argsort(slide.xy[:, axis], kind="stable")
-    return [slide.take(np.sort(part), f"{slide.library_id}:{i}") for i, part in enumerate(np.array_split(order, n))]
+    return [slide.take(np.sort(part), f"{slide.name}:{i}") for i, part in enumerate(np.array_split(order, n))]
 
 
 def smooth(values: np.ndarray, graph: Graph, weight: float) -> np.ndarray:

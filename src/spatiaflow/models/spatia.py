@@ -353,7 +353,7 @@ def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tupl
         yield np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
 
 
-class Spatia:
+class Spatia(_base.Model):
     """A fitted SPATIA: network, scaling of images and counts, and what it was trained on.
 
     Made by :func:`spatiaflow.tl.train_spatia` or :func:`spatiaflow.models.load`.
@@ -373,6 +373,8 @@ class Spatia:
     >>> model.config.channels
     ['dapi', 'bound', 'rna', 'prot']
     """
+
+    verb = "sf.tl.embed_spatia"
 
     def __init__(self, *, network: SpatiaNetwork, target_sum: float, history: dict, card: dict):
         self.network, self.config, self.target_sum = network.eval(), network.config, target_sum
@@ -442,24 +444,16 @@ class Spatia:
         for s in range(0, len(rest), batch_size):
             yield rest[s : s + batch_size], None
 
-    def save(self, path) -> object:
-        """Write the model to one safetensors file, atomically, and return its path."""
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """Return description and tensors."""
         description = {
             "config": asdict(self.config), "target_sum": self.target_sum, "history": self.history, "card": self.card
         }  # fmt: skip
-        return _base.save(path, "Spatia", description, self.network.state_dict())
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the weights."""
-        return _base.tensors_sha256(self.network.state_dict())
+        return description, self.network.state_dict()
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
-        try:
-            network = SpatiaNetwork(SpatiaConfig(**d["config"]))
-            network.load_state_dict(tensors)
-            return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the file's header and tensors do not make a Spatia: {error}") from error
+        network = SpatiaNetwork(SpatiaConfig(**d["config"]))
+        network.load_state_dict(tensors)
+        return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -219,7 +218,7 @@ def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: s
     return ((features - mean) / std).astype(np.float32)
 
 
-class STFlow:
+class STFlow(_base.Model):
     """A fitted predictor of expression from histology: networks, simple models, their stack, and the predictive law.
 
     Made by :func:`spatiaflow.tl.train_stflow` or :func:`spatiaflow.models.load`.
@@ -244,6 +243,8 @@ class STFlow:
     >>> sf.models.load(path).genes == model.genes
     True
     """
+
+    verb = "sf.tl.predict_expression"
 
     def __init__(
         self, *, preset: Preset, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
@@ -357,17 +358,7 @@ class STFlow:
         base = self.ridge.predict(standardize(features, a["feature_mean"], a["feature_std"], self.standardize))
         return base if xy is None else smooth(base, spatial_graph(xy, 8), self.ridge.smoothing)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one safetensors file, atomically, and return its path."""
-        description, tensors = self._state()
-        return _base.save(path, "STFlow", description, tensors)
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the weights."""
-        return _base.tensors_sha256(self._state()[1])
-
-    def _state(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         tensors = {f"array.{name}": torch.from_numpy(np.array(value)) for name, value in self.arrays.items()}
         tensors |= {"ridge.coefficients": torch.from_numpy(self.ridge.coefficients)}
         tensors |= {"ridge.intercept": torch.from_numpy(self.ridge.intercept)}
@@ -384,24 +375,21 @@ class STFlow:
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> STFlow:
         """Rebuild a model from the description and tensors of its file."""
-        try:
-            preset = Preset(**d["preset"])
-            arrays = {k.removeprefix("array."): v.numpy() for k, v in tensors.items() if k.startswith("array.")}
-            networks = []
-            for i in range(d["n_networks"]):
-                network = Denoiser(preset.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
-                start = f"network.{i}."
-                network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
-                networks.append(network)
-            prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
-            ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])
-            names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
-            return cls(
-                preset=preset, networks=networks, prior=PRIORS[preset.prior](**prior), ridge=ridge, arrays=arrays,
-                **{name: d[name] for name in names},
-            )  # fmt: skip
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the file's header and tensors do not make an STFlow model: {error}") from error
+        preset = Preset(**d["preset"])
+        arrays = {k.removeprefix("array."): v.numpy() for k, v in tensors.items() if k.startswith("array.")}
+        networks = []
+        for i in range(d["n_networks"]):
+            network = Denoiser(preset.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
+            start = f"network.{i}."
+            network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+            networks.append(network)
+        prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
+        ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])
+        names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
+        return cls(
+            preset=preset, networks=networks, prior=PRIORS[preset.prior](**prior), ridge=ridge, arrays=arrays,
+            **{name: d[name] for name in names},
+        )  # fmt: skip
 
 
 class SlideTokens:

@@ -176,7 +176,7 @@ def attention(
     slide = next(s for s in found if row in set(s.rows))
     here = slide.xy[np.flatnonzero(slide.rows == row)[0]]
     near = np.flatnonzero(np.linalg.norm(slide.xy - here, axis=1) <= radius_um)
-    part = _io.Slide(slide.library_id, slide.rows[near], slide.xy[near], slide.mpp)
+    part = slide.take(near)
     weight = np.asarray(table.obsp[slot][row, part.rows].todense()).ravel()
 
     figure, axes = plt.subplots(

@@ -94,7 +94,7 @@ def pairs(
     ends = np.stack([place[table.obs_names.get_indexer(found[side])] for side in ("source", "target")], 1)
     here = (ends >= 0).all(1)
     if not here.any():
-        raise ValueError(f"no pair of {transition!r} lies on slide {slide.library_id!r}.")
+        raise ValueError(f"no pair of {transition!r} lies on slide {slide.name!r}.")
     found, ends = found[here], ends[here]
     order = np.lexsort(slide.xy[ends[:, 0]].T)  # from side to side
     drawn = order[np.unique(np.linspace(0, len(order) - 1, min(n, len(order))).astype(int))]

@@ -1,6 +1,7 @@
 """From images to crops and features."""
 
-from spatiaflow.pp._crops import Crops, crops
+from spatiaflow._slides.crops import Crops
+from spatiaflow.pp._crops import crops
 from spatiaflow.pp._encode import encode_patches
 from spatiaflow.pp._morphology import image_profile, morphology_profile
 from spatiaflow.pp._tiles import tiles

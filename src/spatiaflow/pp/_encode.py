@@ -104,8 +104,8 @@ def encode_patches(
     >>> sdata["table"].obsm["X_texture"].shape
     (300, 118)
     """
+    from spatiaflow._slides.patches import cut
     from spatiaflow.models.encoders import load_encoder
-    from spatiaflow.pp._patches import cut
 
     _io.positive(patch_um=patch_um)
     _io.at_least_one(batch_size=batch_size)
@@ -144,7 +144,7 @@ def encode_patches(
             bar.update(len(rows))
         if bad := int((~np.isfinite(out[slide.rows])).any(1).sum()):
             raise ValueError(
-                f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.library_id!r}."
+                f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}."
             )
         if standardize:
             own = out[slide.rows]
@@ -188,7 +188,7 @@ def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) ->
     if outside.any():
         swapped = ((found.xy[:, ::-1] >= 0) & (found.xy[:, ::-1] <= size)).all()
         raise ValueError(
-            f"{int(outside.sum())} of {len(outside)} spots of slide {slide.library_id!r} lie outside of image "
+            f"{int(outside.sum())} of {len(outside)} spots of slide {slide.name!r} lie outside of image "
             f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {table.obs_names[slide.rows[np.argmax(outside)]]!r}). "
             + ("With x and y swapped all would lie inside." if swapped else "Are x and y swapped, or is mpp wrong?")
         )

@@ -16,7 +16,7 @@ from spatialdata import SpatialData
 import spatiaflow
 from spatiaflow import _io
 from spatiaflow._settings import logger, progress
-from spatiaflow.pp._crops import Crops
+from spatiaflow._slides.crops import Crops
 
 SHAPE = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity")
 FIELD = ("nuclei_per_mm2", "nuclear_share", "mean_area_um2")
@@ -264,7 +264,7 @@ def _column_names(channels: tuple[str, ...]) -> list[str]:
 
 def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
     """Measure the cells tile by tile, one read a tile; n x features, NaN where there is nothing to measure."""
-    from spatiaflow.pp._patches import by_tile
+    from spatiaflow._slides.patches import by_tile
 
     step = max(1, round(texture_um / mpp))
     n_channels, height, width = image.shape
@@ -327,7 +327,7 @@ def _report(values: np.ndarray, bounds: np.ndarray, shape: tuple[int, ...], slid
     has_area = (bounds[:, 2:] > bounds[:, :2]).all(1)
     outside = int((has_area & ((bounds[:, 2:] <= 0) | (bounds[:, :2] >= size)).any(1)).sum())
     message = (
-        f"{missing} of {len(values)} cells of slide {slide.library_id!r} have no pixel in image {found.name!r} "
+        f"{missing} of {len(values)} cells of slide {slide.name!r} have no pixel in image {found.name!r} "
         f"({size[0]} x {size[1]} px): {outside} lie outside of it, {missing - outside} have no area or are smaller than a "
         f"pixel"
     )

@@ -99,8 +99,8 @@ def tiles(
         place, which = np.unique(cell, axis=0, return_inverse=True)
         members[slide.rows] = len(names) + which.ravel()
         centres.append((place + 0.5) * tile_um / slide.mpp)
-        names += [f"{slide.library_id}_{x}_{y}" for x, y in place]
-        libraries += [slide.library_id] * len(place)
+        names += [f"{slide.name}_{x}_{y}" for x, y in place]
+        libraries += [slide.name] * len(place)
     known = np.flatnonzero(members >= 0)
     sums = sparse.csr_matrix((np.ones(len(known), counts.dtype), (members[known], known)), (len(names), table.n_obs))
     obs = pd.DataFrame(
@@ -113,9 +113,9 @@ def tiles(
     images = table.uns.get("spatial", {}) if isinstance(data, AnnData) else {}
     out.uns["spatial"] = {}
     for slide in slides:
-        known = dict(images.get(slide.library_id, {}))
+        known = dict(images.get(slide.name, {}))
         known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
-        out.uns["spatial"][slide.library_id] = known
+        out.uns["spatial"][slide.name] = known
     out.uns["tiles"] = {"tile_um": float(tile_um), "members": members, "spatiaflow": spatiaflow.__version__}
     if groupby is not None:
         state = _io.groups(table, groupby)

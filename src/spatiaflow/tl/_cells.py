@@ -12,7 +12,8 @@ from scipy import sparse
 
 from spatiaflow import _io
 from spatiaflow._settings import logger
-from spatiaflow.pp._crops import Crops, slide_crops
+from spatiaflow._slides.crops import Crops, slide_crops
+from spatiaflow.models.slide import Slide
 from spatiaflow.train.spatia import CellSlide
 
 MODALITIES = ("image", "genes")
@@ -35,7 +36,7 @@ def check_modalities(modalities) -> tuple[str, ...]:
 class Part:
     """Cells of one slide in the slide's own genes and channels."""
 
-    slide: _io.Slide
+    slide: Slide
     counts: sparse.csr_matrix | _io.StoredCounts | None
     genes: list[str]
     crops: Crops | None
@@ -58,7 +59,7 @@ def parts(
         crops, inside = None, np.zeros(len(slide.rows), bool)
         if "image" in modalities:
             crops = slide_crops(data, slide, table, crop_um=crop_um, pixels=crop_pixels, image_key=image_key)
-            inside = within(crops, slide.library_id)
+            inside = within(crops, slide.name)
         counts = None if matrix is None else matrix.take(slide.rows) if stored is not None else matrix[slide.rows]
         out.append(Part(slide, counts, list(table.var_names), crops, inside, tissue))
     return out
@@ -155,9 +156,7 @@ def read_corpus(manifest: str | Path, **options) -> list[Part]:
         group = f"tables/{table_key}/" + (f"layers/{options['layer']}" if options.get("layer") else "X")
         stored = _io.StoredCounts(store, group) if "genes" in options["modalities"] else None
         for part in parts(data, data[table_key], slides, stored=stored, tissue=tissue, image_key=image_key, **options):
-            part.slide = replace(
-                part.slide, library_id=f"{store.stem}:{part.slide.library_id}", xy=np.float32(part.slide.xy)
-            )
+            part.slide = replace(part.slide, library_id=f"{store.stem}:{part.slide.name}", xy=np.float32(part.slide.xy))
             if part.crops is not None:
                 part.crops.xy = np.float32(part.crops.xy)
             out.append(part)

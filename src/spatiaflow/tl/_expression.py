@@ -288,13 +288,13 @@ def predict_expression(
     for slide in slides:
         if len(slide.rows) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
             warnings.warn(
-                f"spots of slide {slide.library_id!r} are {slide.pitch:.3g} µm apart; the model was trained at "
+                f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
                 f"{model.pitch:.3g} µm. Check mpp.",
                 UserWarning,
                 stacklevel=2,
             )
         order = np.argsort(names[slide.rows])  # noise goes by name, not by row
-        jobs.append((slide.library_id, slide.rows[order], slide.xy[order]))
+        jobs.append((slide.name, slide.rows[order], slide.xy[order]))
     result = model.predict(
         features, jobs, n_samples=n_samples, n_steps=n_steps, seed=resolve_seed(random_state), rows=batch_size or 512,
         device=settings.torch_device(device), progress=lambda jobs: progress(jobs, "predicting", unit="slide"),

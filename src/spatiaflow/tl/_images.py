@@ -48,13 +48,13 @@ class CellImages:
         )  # fmt: skip
         _cells.share_memory(parts)
         channels = tuple(dict.fromkeys(str(c).lower() for part in parts for c in part.crops.channels))
-        ready = [_cells.cell_slide(part, [], list(channels), None, part.slide.library_id) for part in parts]
+        ready = [_cells.cell_slide(part, [], list(channels), None, part.slide.name) for part in parts]
         return cls(table, parts, embedding, channels, _cells.intensity_of(ready, list(channels)), crop_um)
 
     @property
     def boxes(self) -> dict:
         return {
-            p.slide.library_id: {"n_obs": len(p.slide.rows), "box_um": [*p.slide.xy.min(0), *p.slide.xy.max(0)]}
+            p.slide.name: {"n_obs": len(p.slide.rows), "box_um": [*p.slide.xy.min(0), *p.slide.xy.max(0)]}
             for p in self.parts
         }
 
@@ -116,7 +116,7 @@ class CellImages:
 
     def scaled(self, crops, part, intensity: dict) -> np.ndarray:
         """Crops in the order of the channels: background -1, bright end 1."""
-        order = _cells.match_channels(part.crops.channels, list(self.channels), None, part.slide.library_id)
+        order = _cells.match_channels(part.crops.channels, list(self.channels), None, part.slide.name)
         table = np.array([intensity[name.lower()] for name in map(str, part.crops.channels)])
         return (2 * scaled(crops, table, order) - 1).numpy()
 

@@ -162,7 +162,7 @@ def train_spatia(
     named = {}
     if isinstance(data, str | Path):
         for part in cells.read_corpus(data, **options):
-            named[part.slide.library_id] = part
+            named[part.slide.name] = part
     else:
         found = _io.collect(
             data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
@@ -197,8 +197,8 @@ def train_spatia(
         raise ValueError(f"genes= names {len(unknown)} that no slide measures, such as {unknown[0]!r}.")
     depth = [np.asarray(s.counts[s.spread(4000)].sum(1)).ravel() for s in training if s.counts is not None]
     target_sum = init.target_sum if init else max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
-    standard = {s.library_id: s.standardised(target_sum).standard for s in ready}  # of whole slides
-    training, held_out = ([replace(s, standard=standard[s.library_id]) for s in part] for part in (training, held_out))
+    standard = {s.name: s.standardised(target_sum).standard for s in ready}  # of whole slides
+    training, held_out = ([replace(s, standard=standard[s.name]) for s in part] for part in (training, held_out))
     target = settings.torch_device(device)
     card = {
         "data": boxes, "modalities": list(modalities), "intensity": cells.intensity_of(training, config.channels),
@@ -337,7 +337,7 @@ def embed_spatia(
         crop_pixels=c.crop_pixels, layer=layer, image_key=image_key,
     )  # fmt: skip
     coverage = _cells.check_coverage(list(table.var_names), c.genes) if "genes" in modalities else 0.0
-    cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.library_id) for part in found]
+    cells = [_cells.cell_slide(part, c.genes, c.channels, channels, part.slide.name) for part in found]
     if scaling == "training":
         cells = [_cells.with_intensity(one, model.card["intensity"], c.channels) for one in cells]
     elif "genes" in modalities:

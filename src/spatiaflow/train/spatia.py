@@ -37,7 +37,7 @@ LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.05, "contrast
 class CellSlide:
     """Cells of one slide as training sees them."""
 
-    library_id: str
+    name: str
     xy: np.ndarray  # n x 2, µm
     counts: sparse.csr_matrix | object | None  # [rows] -> CSR, rows x genes of the vocabulary
     measured: np.ndarray  # genes, bool: on this slide's panel
@@ -73,7 +73,7 @@ class CellSlide:
 def hold_out(slides: list[CellSlide], validation, gap: float) -> tuple[list[CellSlide], list[CellSlide]]:
     """Split into training and validation: by name, or a band of each slide with a gap (µm) beside it."""
     if not isinstance(validation, float):
-        return [s for s in slides if s.library_id not in validation], [s for s in slides if s.library_id in validation]
+        return [s for s in slides if s.name not in validation], [s for s in slides if s.name in validation]
     training, held_out = [], []
     for s in slides:
         along, edge = far_band(s.xy, validation)
@@ -384,7 +384,7 @@ def fit_spatia(
         claim(
             checkpoint_dir, resume, config=config, target_sum=target_sum, losses=losses, max_epochs=max_epochs, seed=seed,
             batches_per_epoch=batches_per_epoch, learning_rate=learning_rate, init=init and init.sha256,
-            slides=tuple(s.library_id for s in everything),
+            slides=tuple(s.name for s in everything),
             data=[v for s in everything for v in (s.xy, s.intensity)],
             counts=[s.counts[s.spread(4000)] for s in everything if s.counts is not None],
         )  # fmt: skip

@@ -101,7 +101,7 @@ def fit_stflow(
     if checkpoint_dir is not None:
         claim(
             checkpoint_dir, resume, preset=preset, genes=tuple(genes), target_sum=target_sum, validation=repr(validation),
-            max_epochs=max_epochs or preset.max_epochs, seed=seed, slides=tuple(s.library_id for s in slides),
+            max_epochs=max_epochs or preset.max_epochs, seed=seed, slides=tuple(s.name for s in slides),
             data=[value for s in slides for value in (s.xy, s.features, s.counts, s.library)],
         )  # fmt: skip
     features = np.concatenate([s.features for s in slides]).astype(np.float64)
@@ -198,8 +198,8 @@ def _folds(slides, validation, preset, seed) -> tuple[list[list[SlideData]], lis
         last = [p.pop(int(np.random.default_rng([seed, i]).integers(len(p)))) for i, p in enumerate(pieces)]
         rest = [block for p in pieces for block in p]
     else:
-        last = [s for s in slides if s.library_id in validation]
-        rest = [s for s in slides if s.library_id not in validation]
+        last = [s for s in slides if s.name in validation]
+        rest = [s for s in slides if s.name not in validation]
     groups = _groups(rest, seed) if len(rest) > 1 else [rest]
     return [*groups, last], [len(groups)]
 
@@ -251,7 +251,7 @@ class _Fold:
             rows.append({
                 "parts": parts, "between": between, "y": s.y, "counts": s.counts, "library": s.library,
                 "features": s.features, "mean": np.broadcast_to(self.mean, s.y.shape),
-                "group": np.full(len(s), s.library_id),
+                "group": np.full(len(s), s.name),
             })  # fmt: skip
         return {k: np.concatenate([r[k] for r in rows], axis=-2 if k == "parts" else 0) for k in rows[0]}
 

@@ -1,0 +1,38 @@
+"""Verbs that take one object take lists and dicts of objects too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def objects_of(data) -> dict:
+    """Objects by name: of a dict as they are, of a list by their place, of one object under ""."""
+    if isinstance(data, Mapping):
+        out = {str(name): one for name, one in data.items()}
+    elif isinstance(data, list | tuple):
+        out = {str(i): one for i, one in enumerate(data)}
+    else:
+        return {"": data}
+    if not out:
+        raise ValueError("data is empty; give at least one AnnData or SpatialData.")
+    return out
+
+
+def each_object(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form."""
+
+    @wraps(verb)
+    def run(*args, **arguments):
+        data, *rest = args or (arguments.pop("data"),)
+        if not isinstance(data, list | tuple | Mapping):
+            return verb(data, *rest, **arguments)
+        found = {name: verb(one, *rest, **arguments) for name, one in objects_of(data).items()}
+        if all(one is None for one in found.values()):
+            return None
+        return found if isinstance(data, Mapping) else list(found.values())
+
+    return run

@@ -1,0 +1,5 @@
+"""From objects to slides: the only place where positions, counts, features and images come together."""
+
+from spatiaflow._slides.gather import gather
+
+__all__ = ["gather"]

@@ -1,0 +1,119 @@
+"""One call from objects to slides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+from scipy import sparse
+
+from spatiaflow import _io
+from spatiaflow._io import Where
+from spatiaflow.models.slide import Slide
+
+NEEDS = ("counts", "features", "crops")
+
+
+def gather(
+    data,
+    where: Where | None = None,
+    *,
+    need: Collection[str] = (),
+    layer: str | None = None,
+    use_rep: str | None = None,
+    crop_um: float | None = None,
+    crop_pixels: int = 48,
+    missing: bool = False,
+    scaled: bool = True,
+) -> list[Slide]:
+    """Return the slides of one or many objects, with what a caller needs of them.
+
+    Parameters
+    ----------
+    data
+        An AnnData or SpatialData with one or many slides, or a list or dict of them.
+    where
+        Elements and columns to read.
+    need
+        Some of ``"counts"`` (raw counts of all genes of the table, and the library size), ``"features"`` (the slot
+        ``use_rep``) and ``"crops"`` (images of the cells, read when they are used).
+    layer
+        Layer with raw counts; None reads ``X``.
+    use_rep
+        Slot of ``.obsm``.
+    crop_um, crop_pixels
+        Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
+    missing
+        Positions may be NaN.
+    scaled
+        False: positions may have any unit, or be missing altogether.
+
+    Raises
+    ------
+    KeyError
+        A table, slot, layer, element or image is missing.
+    ValueError
+        Counts are not raw, the scale is unknown, or positions or features are not finite.
+    """
+    if unknown := set(need) - set(NEEDS):
+        raise ValueError(f"need must be among {', '.join(NEEDS)}, not {', '.join(sorted(unknown))}.")
+    where = where or Where()
+    out: list[Slide] = []
+    for label, one in _io.objects_of(data).items():
+        table = _io.unpack(one, where.table_key)[1]
+        found = _io.places(one, where, missing=missing, scaled=scaled)
+        counts = None
+        if "counts" in need:
+            counts = sparse.csr_matrix(_io.counts(table, None, layer)[0], dtype=np.float32)
+        features = _io.features(table, use_rep) if "features" in need else None
+        for slide in found:
+            rows, parts = slide.rows, {}
+            if counts is not None:
+                own = counts[rows]
+                library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
+                parts |= {"counts": own, "library": library, "genes": tuple(map(str, table.var_names))}
+            if features is not None:
+                parts["features"] = features[rows]
+            if "crops" in need:
+                from spatiaflow._slides.crops import slide_crops
+
+                options = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
+                parts["crops"] = slide_crops(one, slide, table, **options)
+            name = _name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, dict))
+            out.append(replace(slide, name=name, **parts))
+    if scaled and len(out) > 1:
+        _check_together(out)
+    return out
+
+
+def _name(name: str, label: str, n_slides: int, taken: set[str], named: bool) -> str:
+    """Name of a slide that no other has: of a dict the key of its object."""
+    if named:
+        name = label if n_slides == 1 else f"{label}:{name}"
+    while name in taken:  # two objects may call their slide alike
+        name += "'"
+    return name
+
+
+def _check_together(slides: list[Slide]) -> None:
+    """Warn of a slide that comes twice, and of slides whose spots are not as far apart as the others'."""
+    seen: dict[bytes, str] = {}
+    for slide in slides:
+        if (twin := seen.setdefault(slide.xy.tobytes(), slide.name)) != slide.name:
+            warnings.warn(
+                f"slides {twin!r} and {slide.name!r} have the same positions: is one slide given twice? What is held out "
+                "would then have been trained on.",
+                UserWarning,
+                stacklevel=4,
+            )
+    pitches = {slide.name: slide.pitch for slide in slides if len(slide) > 15}
+    usual = float(np.median(list(pitches.values()))) if pitches else 1.0
+    for name, step in pitches.items():
+        if abs(step / usual - 1) > 0.5:
+            warnings.warn(
+                f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.",
+                UserWarning,
+                stacklevel=4,
+            )
