@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import spatiaflow
 
@@ -72,7 +73,9 @@ class Key:
             return f"{key}_plan"
 
 
-def provenance(started: float, *, model=None, random_state: int | None = None, **arguments) -> dict:
+def provenance(
+    started: float, *, model: Any = None, random_state: int | None = None, **arguments: Any
+) -> dict[str, Any]:
     """What ``.uns[key]["params"]`` holds after every verb.
 
     Parameters
@@ -86,7 +89,7 @@ def provenance(started: float, *, model=None, random_state: int | None = None, *
     **arguments
         Arguments of the call that are needed to repeat it, and what was found in the data.
     """
-    out = {"spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started}
+    out: dict[str, Any] = {"spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started}
     if model is not None:
         out |= {"model": model.kind, "model_sha256": model.sha256}
     if random_state is not None:

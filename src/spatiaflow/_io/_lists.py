@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def objects_of(data) -> dict:
+def objects_of(data: Any) -> dict[str, Any]:
     """Objects by name: of a dict as they are, of a list by their place, of one object under ""."""
     if isinstance(data, Mapping):
         out = {str(name): one for name, one in data.items()}
@@ -26,7 +27,7 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
     """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form."""
 
     @wraps(verb)
-    def run(*args, **arguments):
+    def run(*args: Any, **arguments: Any) -> Any:
         data, *rest = args or (arguments.pop("data"),)
         if not isinstance(data, list | tuple | Mapping):
             return verb(data, *rest, **arguments)

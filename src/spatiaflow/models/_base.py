@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Model(ABC):
     verb: ClassVar[str]
     card: dict
 
-    def __init_subclass__(cls, **options) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.kind = cls.__name__
         KINDS[cls.kind] = cls
@@ -126,7 +126,7 @@ def model_card(
     epochs: int,
     scores: dict,
     licence: str = "not stated",
-    **more,
+    **more: Any,
 ) -> dict:
     """Return the card of a model: what it was trained on, how, and by which versions.
 
@@ -250,7 +250,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

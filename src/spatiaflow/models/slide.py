@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -13,6 +13,9 @@ from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
     from spatiaflow.models.spatial import Graph
+
+
+ABSENT: Any = None  # a slide without this array; whoever calls gather() says which arrays it needs
 
 
 class StoredRows(Protocol):
@@ -25,14 +28,6 @@ class StoredRows(Protocol):
     def take(self, rows: np.ndarray) -> StoredRows: ...
 
     def named(self, columns: np.ndarray, n_genes: int) -> StoredRows: ...
-
-
-class CropReader(Protocol):
-    """Crops that are cut when they are read, as :class:`spatiaflow.pp.Crops`."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, rows: np.ndarray) -> CropReader: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +65,16 @@ class Slide:
 
     name: str
     obs_names: np.ndarray
-    xy: np.ndarray | None = None
-    counts: sparse.csr_matrix | StoredRows | None = None
-    library: np.ndarray | None = None
+    xy: np.ndarray = ABSENT
+    counts: sparse.csr_matrix = ABSENT  # or StoredRows
+    library: np.ndarray = ABSENT
     genes: tuple[str, ...] = ()
-    measured: np.ndarray | None = None
-    features: np.ndarray | None = None
-    crops: CropReader | None = None
-    labels: np.ndarray | None = None
+    measured: np.ndarray = ABSENT
+    features: np.ndarray = ABSENT
+    crops: Any = ABSENT  # spatiaflow.pp.Crops, or anything with take(rows) and read(rows)
+    labels: np.ndarray = ABSENT
     tissue: str = ""
-    rows: np.ndarray | None = None
+    rows: np.ndarray = ABSENT
     mpp: float = 1.0
     element: str | None = None
     coordinate_system: str | None = None
@@ -134,7 +129,7 @@ class Slide:
         """Some of the rows (indices or bool), as a slide of its own."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        parts = {}
+        parts: dict[str, Any] = {}
         for field in ("obs_names", "xy", "library", "features", "labels", "rows"):
             values = getattr(self, field)
             parts[field] = None if values is None else values[rows]
