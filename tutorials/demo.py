@@ -74,7 +74,7 @@ def main() -> None:
         made = sf.tl.generate_morphology(
             test, source="A", target="B", model="morphology-simulated-small", trajectory=True, **fluorescence
         )
-        crops = sf.pp.crops(test, crop_um=16, pixels=32, **fluorescence)
+        crops = sf.pp.crops(test, crop_um=16, crop_pixels=32, **fluorescence)
         real = {s: crops.read(np.flatnonzero(test["table"].obs["state"] == s)).numpy() for s in "AB"}
         images = {"of A": real["A"], "of B": real["B"], "generated from A": made.obsm["image"]}
         areas = {k: sf.pp.image_profile(x, channels=crops.channels, mpp=0.5)["area_um2"] for k, x in images.items()}
