@@ -24,6 +24,42 @@ FORMAT = 1
 KINDS: dict[str, type[Model]] = {}  # by name of the class, filled as the classes are defined
 
 
+class Config:
+    """Settings of a model and its training, as a dataclass; some have a name.
+
+    Attributes
+    ----------
+    named
+        Settings by name; ``"default"`` when a class has no other.
+    """
+
+    named: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, config: Self | str | None, argument: str = "config") -> Self:
+        """Return the settings that a verb's ``config=`` means: an instance, a name, or None for the default.
+
+        Raises
+        ------
+        TypeError
+            ``config`` is neither.
+        ValueError
+            No settings have this name.
+        """
+        if isinstance(config, cls):
+            return config
+        if config is None:
+            return cls.named.get("default") or cls()
+        if not isinstance(config, str):
+            raise TypeError(
+                f"{argument} must be a name or a models.{cls.__name__}, not {type(config).__name__}; for other settings "
+                f"give {argument}=sf.models.{cls.__name__}(...)."
+            )
+        if config not in cls.named:
+            raise ValueError(f"{argument} must be one of {', '.join(cls.named) or 'no names'}, not {config!r}.")
+        return cls.named[config]
+
+
 class Model(ABC):
     """A fitted model: what it knows of itself, and its file. A subclass states its description and its tensors.
 
