@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
 
-def at_least_one(**values) -> None:
+def at_least_one(**values: Any) -> None:
     """Refuse what is not a whole number of at least 1; None passes."""
     for name, value in values.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -15,7 +17,7 @@ def at_least_one(**values) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
-def positive(**values) -> None:
+def positive(**values: Any) -> None:
     """Refuse what is not a positive, finite number; None passes."""
     for name, value in values.items():
         number = isinstance(value, Real) and not isinstance(value, bool)
@@ -23,31 +25,31 @@ def positive(**values) -> None:
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
 
 
-def one_of(known, **values) -> None:
+def one_of(known: Iterable, **values: Any) -> None:
     """Refuse what is not among the known."""
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
 
 
-def known_names(known, **values) -> None:
+def known_names(known: Iterable, **values: Any) -> None:
     """Refuse a dict with a key that is not among the known; None passes."""
     for name, given in values.items():
         if unknown := [key for key in given or {} if key not in known]:
             raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(map(repr, known))}.")
 
 
-def slot_name(key_added) -> None:
+def slot_name(key_added: Any) -> None:
     """Refuse a name that no slot can have; None passes."""
     if key_added is not None and not (isinstance(key_added, str) and key_added and "/" not in key_added):
         raise ValueError(f"key_added must be the name of a slot (text without '/'), not {key_added!r}.")
 
 
-def held_out(validation, names, largest: float = 0.99):
+def held_out(validation: Any, names: Iterable[str], largest: float = 0.99) -> list[str] | float | None:
     """Return slides to hold out as a list of names, or a fraction as float; None stays. Refuse what cannot be meant."""
     if validation is None:
         return None
-    if isinstance(validation, Real) and not isinstance(validation, bool):
+    if isinstance(validation, int | float | np.number) and not isinstance(validation, bool):
         if not 0 < validation <= largest:
             raise ValueError(
                 f"validation as a fraction must lie above 0 and not above {largest:g}; it is {validation}."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 from spatiaflow._io._where import Where
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 
 # pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
 KNOWN_PITCHES = (200.0, 141.0, 100.0, 16.0, 8.0, 2.0)
@@ -60,7 +62,7 @@ def places(data: AnnData | SpatialData, where: Where, *, missing: bool = False, 
     return found
 
 
-def slides(data: AnnData | SpatialData, *, missing: bool = False, **where) -> list[Slide]:
+def slides(data: AnnData | SpatialData, *, missing: bool = False, **where: Any) -> list[Slide]:
     """As :func:`places`, with flat arguments."""
     return places(data, Where(**where), missing=missing)
 
@@ -72,23 +74,23 @@ def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list
             warnings.filterwarnings("ignore", message=".*Check mpp")  # the scale is of no interest here
             return places(data, replace(where, mpp=1.0))
     there = where.spatial_key in table.obsm
-    xy = np.asarray(table.obsm[where.spatial_key], dtype=np.float64)[:, :2] if there else None
+    xy: Any = np.asarray(table.obsm[where.spatial_key], dtype=np.float64)[:, :2] if there else None
     out = []
     for name, rows in _groups(table, where.library_key, list(table.uns.get("spatial", {})) if there else []):
         if there and not np.isfinite(xy[rows]).all():
             raise ValueError(
                 f"positions of slide {name!r} in obsm[{where.spatial_key!r}] are NaN or infinite; drop those rows."
             )
-        out.append(Slide(name, table.obs_names.to_numpy()[rows], xy[rows] if there else None, rows=rows))
+        out.append(Slide(name, table.obs_names.to_numpy()[rows], xy[rows] if there else ABSENT, rows=rows))
     return out
 
 
-def sections(data, **where) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
+def sections(data: Any, **where: Any) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
     """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
     return [(slide.name, slide.rows, slide.xy) for slide in places(data, Where(**where), scaled=False)]
 
 
-def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
+def collect(data: Any, **where: Any) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
     """Return (object, table, slides by name) for one object or a list of them; no two slides have one name.
 
     Warns of a slide that comes twice, and of slides whose spots are not as far apart as the others'.
@@ -96,7 +98,9 @@ def collect(data, **where) -> list[tuple[AnnData | SpatialData, AnnData, dict[st
     objects = list(data) if isinstance(data, list | tuple) else [data]
     if not objects:
         raise ValueError("data is an empty list; give at least one AnnData or SpatialData.")
-    out, names, seen = [], {}, {}
+    out: list = []
+    names: dict[str, Slide] = {}
+    seen: dict[bytes, str] = {}
     for one in objects:
         found = {}
         for slide in slides(one, **where):
@@ -133,7 +137,7 @@ def one_slide(found: list[Slide], library_id: str | None) -> Slide:
     return found[0] if library_id is None else by_name[library_id]
 
 
-def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
+def _slides_of_anndata(table: AnnData, library_key: str | None, spatial_key: str, mpp: float | None) -> list[Slide]:
     if spatial_key not in table.obsm:
         raise KeyError(
             f"obsm has no {spatial_key!r}; it has {_listing(table.obsm)}. Positions belong there as an (n_obs, 2) array: "
@@ -165,7 +169,9 @@ def _slides_of_anndata(table, library_key, spatial_key, mpp) -> list[Slide]:
     return out
 
 
-def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[Slide]:
+def _slides_of_spatialdata(
+    sdata: SpatialData, table: AnnData, element_key: str | None, library_key: str | None, mpp: float | None
+) -> list[Slide]:
     from spatialdata.transformations import get_transformation
 
     attrs = table.uns.get("spatialdata_attrs")
@@ -213,12 +219,14 @@ def _slides_of_spatialdata(sdata, table, element_key, library_key, mpp) -> list[
     return out
 
 
-def _place(table, name, rows, xy, mpp, element, system) -> Slide:
+def _place(table: AnnData, name: str, rows: np.ndarray, xy: np.ndarray, mpp: float, element: str, system: str) -> Slide:
     names = table.obs_names.to_numpy()[rows]
     return Slide(name, names, xy, rows=rows, mpp=mpp, element=element, coordinate_system=system)
 
 
-def _of_other_element(sdata, name, centroids, instances) -> tuple[pd.DataFrame, pd.Series]:
+def _of_other_element(
+    sdata: SpatialData, name: str, centroids: pd.DataFrame, instances: pd.Series
+) -> tuple[pd.DataFrame, pd.Series]:
     """Match the table with an element that it does not annotate. A Xenium's numbers nuclei apart from cells."""
     if name == "nucleus_labels" and sdata.attrs.get("spatialdata_io_reader") == "xenium":
         raise ValueError(
@@ -236,7 +244,7 @@ def known_instances(instances: pd.Series, known: pd.Index) -> pd.Series:
     return by_name if not instances.isin(known).all() and by_name.isin(known).all() else instances
 
 
-def _centroids(element, system: str) -> pd.DataFrame:
+def _centroids(element: Any, system: str) -> pd.DataFrame:
     """Return x and y of every instance of an element, in a coordinate system; labels are read chunk by chunk."""
     if isinstance(element, GeoDataFrame):  # an empty polygon has none
         centroids = element.geometry.centroid.get_coordinates().reindex(element.index)
@@ -249,7 +257,7 @@ def _centroids(element, system: str) -> pd.DataFrame:
     return pd.DataFrame(centroids @ affine[:2, :2].T + affine[:2, 2], centroids.index).set_axis(["x", "y"], axis=1)
 
 
-def _label_centroids(labels) -> pd.DataFrame:
+def _label_centroids(labels: Any) -> pd.DataFrame:
     from dask.array.core import slices_from_chunks
 
     sums = []
@@ -271,14 +279,14 @@ def _label_centroids(labels) -> pd.DataFrame:
     return total[["x", "y"]].div(total["n"], axis=0)
 
 
-def _affine(element, system: str) -> np.ndarray:
+def _affine(element: Any, system: str) -> np.ndarray:
     """3 x 3, from an element's own x and y to the coordinate system."""
     from spatialdata.transformations import get_transformation
 
     return get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
 
 
-def image_scales(element) -> list:
+def image_scales(element: Any) -> list:
     """Levels of an image or of labels, the finest first."""
     if not hasattr(element, "children"):
         return [element]
@@ -344,7 +352,7 @@ def _vendor_scale(sdata: SpatialData, system: str) -> float | None:
     return None
 
 
-def _groups(table, library_key, libraries):
+def _groups(table: AnnData, library_key: str | None, libraries: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (library id, rows) in order of first appearance."""
     if library_key is None:
         if len(libraries) > 1:
@@ -366,7 +374,7 @@ def _groups(table, library_key, libraries):
         yield name, np.flatnonzero(names == name)
 
 
-def _check_positions(slide: Slide, table, library_key, missing: bool) -> None:
+def _check_positions(slide: Slide, table: AnnData, library_key: str | None, missing: bool) -> None:
     bad = ~np.isfinite(slide.xy).all(1)
     if bad.any() and not missing:
         raise ValueError(
@@ -410,7 +418,7 @@ def _lattice(points: np.ndarray) -> tuple[bool, float]:
     return upper - lower < 0.17 * step and high - low < 0.25 * step, step
 
 
-def _column_of_slides(slide: Slide, table) -> str | None:
+def _column_of_slides(slide: Slide, table: AnnData) -> str | None:
     """A column of obs that seems to tell slides apart: by its name, or because its groups alone are regular arrays."""
     if len(slide.rows) < 32:
         return None
@@ -437,7 +445,9 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
     return bool((high > low).all() and (high - low).prod() > 0.5 * area)
 
 
-def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False, name: str = "data"):
+def unpack(
+    data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False, name: str = "data"
+) -> tuple[AnnData | SpatialData, AnnData]:
     """Return ``(data, table)``; with ``copy=True`` a copy whose table can be written without touching the original.
 
     ``name``: the argument that holds the data, for errors.
@@ -469,6 +479,6 @@ def unpack(data: AnnData | SpatialData, table_key: str = "table", *, copy: bool 
     return data, table
 
 
-def _listing(names) -> str:
+def _listing(names: Iterable) -> str:
     names = [repr(str(name)) for name in names]
     return (", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")) or "nothing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def corners(xy: np.ndarray, size: int) -> np.ndarray:
 
 
 def cut(
-    image, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, batch_size: int
+    image: Any, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, batch_size: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield (rows, patches n x C x pixels x pixels) around points; uint8 where the image is, else float32.
 
