@@ -32,9 +32,9 @@ def cells(name, n=400, seed=0, spatial=True):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    from spatiaflow.models import design
+    from spatiaflow.train import imputer
 
-    monkeypatch.setattr(design, "N_KERNEL", 100)
+    monkeypatch.setattr(imputer, "N_KERNEL", 100)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_cells_that_are_in_the_reference_too_are_told_of(query, reference, caplo
 
 def test_the_kernel_is_not_tried_for_genes_that_are_measured(query):
     sf.tl.impute_genes(query)
-    assert list(query.uns["imputed"]["judged"]) == ["genes", "genes+neighbors"]
+    assert list(query.uns["imputed"]["validation_scores"]) == ["genes", "genes+neighbors"]
 
 
 def test_cells_without_positions_are_told_of(query, reference, caplog, monkeypatch):
@@ -180,7 +180,9 @@ def test_spatialdata_gets_the_slots_in_its_table(recwarn):
     sf.tl.impute_genes(data, reference=known)
     assert list(data["table"].uns["imputed"]["genes"]) == genes
     assert data["table"].obsm["imputed"].shape == (data["table"].n_obs, 3)
-    assert any("neighbors" in name for name in data["table"].uns["imputed"]["judged"])  # centroids of the polygons
+    assert any(
+        "neighbors" in name for name in data["table"].uns["imputed"]["validation_scores"]
+    )  # centroids of the polygons
     assert not [w for w in recwarn if "mpp" in str(w.message)]
 
 
@@ -284,3 +286,27 @@ def test_bundled_weights_fill_in_genes_of_a_pancreas(mirror):
     r = gene_pearson(y, hidden.obsm["imputed"])
     assert r.mean() > 0.3
     assert np.corrcoef(r, hidden.uns["imputed"]["reliability"])[0, 1] > 0.5
+
+
+def test_each_of_several_objects_gets_its_own_values(query, reference):
+    one, other = hidden(query), hidden(cells("p", 200, seed=6))
+    alone = sf.tl.impute_genes(other, reference=reference, copy=True)
+    both = sf.tl.impute_genes({"one": one, "other": other}, reference=reference, copy=True)
+    assert list(both) == ["one", "other"]
+    np.testing.assert_array_equal(both["other"].obsm["imputed"], alone.obsm["imputed"])
+    assert sf.tl.impute_genes([one, other], reference=reference) is None
+    np.testing.assert_array_equal(other.obsm["imputed"], alone.obsm["imputed"])
+
+
+def test_parameters_name_the_model_where_there_is_one(query, reference):
+    model, data = sf.tl.train_imputation(reference), hidden(query)
+    sf.tl.impute_genes(data, model=model, random_state=4)
+    params = data.uns["imputed"]["params"]
+    assert (params["model"], params["model_sha256"], params["random_state"]) == ("Imputer", model.sha256, 4)
+    sf.tl.impute_genes(data, reference=reference)
+    assert "model_sha256" not in data.uns["imputed"]["params"]
+
+
+def test_a_model_of_another_kind_is_refused_with_its_own_verb(query):
+    with pytest.raises(TypeError, match=r"Imputer.*Spatia.*sf\.tl\.embed_spatia"):
+        sf.tl.impute_genes(hidden(query), model="spatia-pancreas-small")

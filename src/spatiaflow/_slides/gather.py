@@ -27,6 +27,7 @@ def gather(
     crop_pixels: int = 48,
     missing: bool = False,
     scaled: bool = True,
+    argument: str = "layer",
 ) -> list[Slide]:
     """Return the slides of one or many objects, with what a caller needs of them.
 
@@ -49,6 +50,8 @@ def gather(
         Positions may be NaN.
     scaled
         False: positions may have any unit, or be missing altogether.
+    argument
+        Name of the caller's argument that gives ``layer``, for errors.
 
     Raises
     ------
@@ -66,7 +69,7 @@ def gather(
         found = _io.places(one, where, missing=missing, scaled=scaled)
         counts = None
         if "counts" in need:
-            counts = sparse.csr_matrix(_io.counts(table, None, layer)[0], dtype=np.float32)
+            counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
         features = _io.features(table, use_rep) if "features" in need else None
         for slide in found:
             rows, parts = slide.rows, {}

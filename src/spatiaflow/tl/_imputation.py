@@ -1,9 +1,10 @@
-"""Genes that a panel does not measure, and better values of those that it does."""
+"""Impute genes that a panel does not measure, and denoise those that it does."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-import spatiaflow
-from spatiaflow import _io
+from spatiaflow import _io, datasets
+from spatiaflow._io import Key
 from spatiaflow._settings import logger, progress, resolve_seed
-from spatiaflow.tl._cells import file_of
+from spatiaflow._slides import gather
+from spatiaflow.models.slide import Slide
 
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
@@ -28,7 +30,7 @@ MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
 
 def train_imputation(
-    data: AnnData | SpatialData | list[AnnData | SpatialData],
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
     genes: list[str] | None = None,
     use_rep: str | None = None,
@@ -41,24 +43,24 @@ def train_imputation(
     spatial_key: str = "spatial",
     random_state: int | None = None,
 ) -> Imputer:
-    """Learn how the genes of a panel, those of neighbours and images go together, to impute whichever of them are missing.
+    """Train a model that imputes any missing genes of a panel.
 
-    What :func:`impute_genes` learns from a reference, without its kernel, and for any choice of genes: sums over cells, which say
-    how each gene follows from any of the others. No cell is kept.
+    The model learns how each gene of the panel follows from the other genes of the cell, of its neighbours, and from its image.
+    It keeps sums over cells, and no cell. It does what :func:`impute_genes` does with a reference, without the kernel.
 
     Parameters
     ----------
     data
-        Raw counts; positions if there are any. One object or a list.
+        Raw counts, with positions if there are any. One object, or a list or dict of objects.
     genes
-        Panel of the model; when None all genes that the slides share (at most 600: those of the largest variance).
+        Panel of the model. None takes all genes that the slides share (at most 600, those of the largest variance).
     use_rep, target_sum, layer, table_key, shapes_key, labels_key, library_key, spatial_key, random_state
         As in :func:`impute_genes`.
 
     Returns
     -------
-    :class:`spatiaflow.models.Imputer`, with ``.reliability`` (of each gene from all others, in left-out blocks), ``.judged``,
-    ``.card`` and ``.save(path)``.
+    :class:`spatiaflow.models.Imputer`, with ``.reliability`` (correlation of each gene in held-out blocks, predicted from all
+    other genes), ``.validation_scores``, ``.card`` and ``.save(path)``.
 
     Raises
     ------
@@ -75,36 +77,33 @@ def train_imputation(
     >>> panel.obsm["imputed"].shape
     (79, 10)
     """
-    objects = list(data) if isinstance(data, list | tuple) else [data]
-    tables = [_io.unpack(one, table_key)[1] for one in objects]
-    shared = _io.shared_genes(tables)
+    from spatiaflow.train.imputer import train_imputer
+
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key)
+    _io.positive(target_sum=target_sum)
+    shared = _io.shared_genes([_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()])
     if genes is not None:
-        if unknown := [g for g in genes if g not in shared]:
+        if unknown := [g for g in genes if g not in set(shared)]:
             raise KeyError(f"genes= names {len(unknown)} that not all slides measure, such as {unknown[0]!r}.")
         shared = [str(g) for g in genes]
-    where = {"shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key, "spatial_key": spatial_key}
-    reference = _Cells.of(objects, tables, shared, layer, use_rep, table_key=table_key, **where)
-    if reference.n < MIN_CELLS or len(shared) < MIN_SHARED:
+    slides = _slides(data, where, shared, layer, use_rep)
+    n_cells = sum(map(len, slides))
+    if n_cells < MIN_CELLS or len(shared) < MIN_SHARED:
         raise ValueError(
-            f"{reference.n} cells and {len(shared)} shared genes; at least {MIN_CELLS} and {MIN_SHARED} are needed."
+            f"{n_cells} cells and {len(shared)} shared genes; at least {MIN_CELLS} and {MIN_SHARED} are needed."
         )
-    if len(shared) > MAX_INPUTS:
-        shared = _most_variable(reference.counts, reference.library, shared)
-        reference = _Cells.of(objects, tables, shared, layer, use_rep, table_key=table_key, **where)
-    boxes = {
-        name: {"n_obs": len(rows)} | ({} if xy is None else {"box": [*xy.min(0), *xy.max(0)]})
-        for name, rows, xy in reference.sections
-    }
-    return reference.imputer(
-        shared, shared, target_sum=target_sum, branches=("genes", "neighbors", "image"), seed=resolve_seed(random_state),
-        card={"data": boxes, "use_rep": use_rep or "", "spatiaflow": spatiaflow.__version__},
-    )  # fmt: skip
+    if len(shared) > MAX_INPUTS:  # the library is the sum over the genes of the model
+        shared = _most_variable(slides, shared)
+        slides = _slides(data, where, shared, layer, use_rep)
+    branches, seed = ("genes", "neighbors", "image"), resolve_seed(random_state)
+    return train_imputer(slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep)
 
 
+@_io.each_object
 def impute_genes(
-    data: AnnData | SpatialData,
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
-    genes: list[str] | None = None,
+    genes: str | list[str] | None = None,
     reference: AnnData | SpatialData | None = None,
     model: Imputer | str | Path | None = None,
     use_rep: str | None = None,
@@ -121,45 +120,45 @@ def impute_genes(
     key_added: str = "imputed",
     copy: bool = False,
 ) -> AnnData | SpatialData | None:
-    """Impute genes that a panel does not measure, from a reference or a trained model, and say which of them to trust.
+    """Impute genes that a panel does not measure, from a reference or a trained model, with a reliability for each gene.
 
-    A ridge regression on what query and reference share: a cell's other genes, those of its 5, 15 and 50 nearest neighbours
-    (where both have positions), features of its image (``use_rep``), and random Fourier features of the principal components
-    of both (Rahimi and Recht, 2007), which make it a kernel machine. Each of these branches is used only if it predicts
-    blocks of the reference that were left out better. Genes that the data do measure are *denoised*: their prediction
-    from all other genes is the mean of a gamma prior, which the counts update.
+    Each gene is predicted by ridge regression on four groups of columns (branches): the other genes of the cell, those of its
+    5, 15 and 50 nearest neighbours (where data and reference have positions), features of its image (``use_rep``), and
+    random Fourier features of the principal components of both (Rahimi and Recht, 2007), which approximate a kernel. A
+    branch is used only if it improves the prediction of held-out blocks of the reference. Genes that the data measure are
+    *denoised*: the prediction from all other genes is the mean of a gamma prior, which the counts update.
 
     Parameters
     ----------
     data
-        Raw counts; positions if there are any.
+        Raw counts, with positions if there are any. One object, or a list or dict of objects; each is imputed by itself.
     genes
-        What to impute; when None all genes of the reference or model that ``data`` lack, or, without either, all of ``data``.
+        Genes to impute. None: all genes of the reference or model that ``data`` lack, or, without either, all genes of ``data``.
     reference
-        Cells with raw counts of the genes: another slide or part of one, or dissociated cells.
+        Cells with raw counts of the genes: another slide, a part of one, or dissociated cells.
     model
-        Instead of a reference a model of :func:`train_imputation`, its path, or the name of weights that
-        :func:`spatiaflow.datasets.weights` lists ("imputation-pancreas-small"). It has no kernel, and normalises by an
-        estimate of the library: a reference serves better. Without both the data are their own reference, and only genes
-        that they measure can be given.
+        A model of :func:`train_imputation`, its path, or the name of weights that :func:`spatiaflow.datasets.weights` lists
+        ("imputation-pancreas-small"). It takes the place of the reference. It has no kernel and estimates the library size, so
+        a reference is more accurate. With neither, ``data`` are their own reference, and only their own genes can be denoised.
     use_rep
-        Slot of ``.obsm`` with features of each cell's image, in data and reference alike, such as those of
-        ``embed_spatia(..., modalities="image")``. Features that have seen counts would give hidden genes away.
+        Slot of ``.obsm`` with features of each cell's image, in data and reference, such as those of
+        ``embed_spatia(..., modalities="image")``. Do not use features that were computed from counts: they contain the
+        hidden genes.
     check
-        Judge neighbours and image once more in ``data``, on genes that it measures, hidden by turns: what lowers their
-        correlation there is left out. It looks at all cells of the query at once (transductive; it is recorded).
+        Check neighbours and image in ``data`` too. Genes that the data measure are hidden in turn. A branch that lowers their
+        correlation is dropped. The check uses all cells of ``data`` at once (``uns[key_added]["params"]["transductive"]``).
     target_sum
-        Values are log1p of counts per ``target_sum`` of the counts of all shared genes (with a model: of all its genes, whose
-        share in them is known from its reference); their median over the reference when None.
+        Values are log1p of counts per ``target_sum`` counts of the shared genes. None takes the median of these counts over the
+        reference. A model has its own, and refers to all of its genes.
     layer, reference_layer
         Layers with raw counts; None reads ``X``.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
-        Column of ``.obs`` that tells slides apart. Neighbours never cross slides; with three slides or more in the reference
-        whole slides are left out to judge, else contiguous blocks.
+        Column of ``.obs`` that tells slides apart. Neighbours never cross slides. With three or more slides in the reference,
+        whole slides are held out for validation; with fewer, contiguous blocks.
     spatial_key
-        Where positions are in an AnnData; any unit. Without it cells have no neighbours.
+        Positions in ``.obsm`` of an AnnData, in any unit. Without them cells have no neighbours.
     random_state
         Seed of the Fourier features; ``settings.seed`` when None.
     key_added
@@ -172,32 +171,32 @@ def impute_genes(
     None, or with ``copy=True`` an object of the type given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p of counts per ``target_sum``
-    ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law of the cell's own
-        library, with the dispersion of left-out blocks of the reference
-    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library) and ``library_share`` (of
-        them in the library: 1 but with a model), ``reliability`` (correlation with measured values in left-out blocks),
-        ``denoised`` (whose own counts were used; of more than 600 shared genes those of the largest variance),
-        ``branches``, ``judged`` (mean correlation by set of branches), ``checked`` (what a branch added in ``data``),
+    ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law at the cell's own
+        library size, with the dispersion found in held-out blocks of the reference
+    ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library), ``library_share`` (their share in
+        the library; below 1 only with a model), ``reliability`` (correlation with measured values in held-out blocks),
+        ``denoised`` (genes whose own counts were used; at most 600, those of the largest variance), ``branches``,
+        ``validation_scores`` (mean correlation for each set of branches), ``checked`` (what a branch added in ``data``),
         ``normalization`` and ``params``
 
-    With more than 2,000 genes the result is an AnnData of its own, with these as ``.X``, ``.layers["std"]`` and ``.var``: it is
-    returned for an AnnData, and is the table ``key_added`` on the same region in a SpatialData.
+    With more than 2,000 genes the result is an AnnData of its own, with these values in ``.X``, ``.layers["std"]`` and ``.var``.
+    For an AnnData it is returned. In a SpatialData it becomes the table ``key_added`` on the same region.
 
     Raises
     ------
     KeyError
-        Genes that neither data nor reference have, a missing layer or slot.
+        A gene is neither in data nor in the reference, or a layer or slot is missing.
     ValueError
         Data and reference share too few genes, counts are not raw, or the reference has too few cells.
 
     See Also
     --------
     spatiaflow.get.expression : the slot as an AnnData.
-    spatiaflow.pl.imputation : imputed beside measured values.
+    spatiaflow.pl.imputation : imputed values beside measured ones.
 
     Examples
     --------
-    Four genes that one half of a slide does not measure, from the other half:
+    One half of a slide lacks four genes. They are imputed from the other half:
 
     >>> table = sdata["table"]
     >>> panel = table[150:, table.var["driver"] != "morphology"].copy()
@@ -205,193 +204,97 @@ def impute_genes(
     >>> panel.uns["imputed"]["genes"].tolist()
     ['MORPH1', 'MORPH2', 'MORPH3', 'MORPH4']
     """
-    from spatiaflow import models
-
     started, seed = time.perf_counter(), resolve_seed(random_state)
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key)
     _io.slot_name(key_added)
     _io.positive(target_sum=target_sum)
-    if reference is not None and model is not None:
-        raise ValueError("give a reference or a model, not both.")
     data, table = _io.unpack(data, table_key, copy=copy)
-    where = {
-        "table_key": table_key, "shapes_key": shapes_key, "labels_key": labels_key, "library_key": library_key,
-        "spatial_key": spatial_key,
-    }  # fmt: skip
-    if model is not None:
-        model = model if isinstance(model, models.Imputer) else models.load(file_of(model))
-        if not isinstance(model, models.Imputer):
-            raise TypeError(f"model must be an Imputer, not a {type(model).__name__}.")
-        if target_sum is not None:
-            raise ValueError("target_sum= is the model's; leave it out.")
-        shared, wanted = _genes(table, model.inputs, genes, "the model")
-        sha256 = model.sha256
-        model = model.restricted(shared, wanted)
-        query = _Cells.of([data], [table], shared, layer, use_rep, inputs=model.inputs, **where)
-        if model.design.n_image != (0 if use_rep is None else query.image.shape[1]):
-            named = model.card.get("use_rep") or None
-            raise ValueError(f"the model was trained with use_rep={named!r}; give features of the same kind.")
-        if model.design.spatial and not query.spatial:
-            raise KeyError(f"the model looks at neighbors, and obsm has no {spatial_key!r}; give spatial_key=...")
-        share, n_reference = float(model.share[model.seen].sum()), model.evidence.total.n
-        query.library = query.library / share
+    if model is None:
+        source, shared, wanted = _source(data, table, reference, genes, where)
+        argument = "layer" if reference is None else "reference_layer"
+        known = _slides(source, where, shared, layer if reference is None else reference_layer, use_rep, argument)
+        query = known if reference is None else _slides(data, where, shared, layer, use_rep)
+        query, known = _comparable(query, known, spatial_key, use_rep)
+        trained, imputer = None, _fitted(known, shared, wanted, target_sum, seed)
+        share = 1.0
     else:
-        known = table if reference is None else _io.unpack(reference, table_key, name="reference")[1]
-        if known.n_obs < MIN_CELLS:
-            raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
-        shared, wanted = _genes(
-            table,
-            known.var_names,
-            genes,
-            "data, and there is neither reference= nor model=" if known is table else "the reference",
-        )
-        if reference is None:
-            source = _Cells.of([data], [table], shared, layer, use_rep, **where)
-        else:
-            source = _Cells.of(
-                [reference], [known], shared, reference_layer, use_rep, argument="reference_layer", **where
-            )
-        inputs = _most_variable(source.counts, source.library, shared)
-        query = _Cells.of([data], [table], shared, layer, use_rep, inputs=inputs, **where)
-        named = {"data": query} if reference is None else {"data": query, "the reference": source}
-        for name, cells in named.items():
-            if not cells.spatial:
-                logger.info("%s: no obsm[%r], so nothing is learned of neighbors", name, spatial_key)
-        query.spatial = source.spatial = query.spatial and source.spatial
-        if reference is not None and (n := _in_both(table, query, known, source)):
-            logger.warning(
-                "%d of %d cells of data are in the reference too, by name and number of counts: what is imputed for them was "
-                "seen there, and scores on them would be too high", n, query.n,
-            )  # fmt: skip
-        if use_rep is not None and query.image.shape[1] != source.image.shape[1]:
+        if reference is not None or target_sum is not None:
             raise ValueError(
-                f"obsm[{use_rep!r}] has {query.image.shape[1]} columns in data and {source.image.shape[1]} in the reference."
-            )
-        logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), source.n)
-        if source.n < FEW:
-            logger.warning(
-                "%d reference cells are few: reliability, a correlation in left-out blocks of them, is off by %.2f or more",
-                source.n, source.n**-0.5,
+                "give a reference or a model, not both." if reference is not None else
+                "target_sum= is that of the model. Leave it out."
             )  # fmt: skip
-        model = source.imputer(inputs, wanted, target_sum=target_sum, seed=seed)
-        share, n_reference, sha256 = 1.0, source.n, ""
-    cells = query.cells(model.inputs)
+        trained = datasets.resolve(model, "Imputer")
+        shared, wanted = _genes(table, trained.inputs, genes, "the model")
+        imputer = trained.restricted(shared, wanted)
+        query = _slides(data, where, shared, layer, use_rep)
+        _check_query(query, imputer, use_rep, spatial_key)
+        share = float(imputer.share[imputer.seen].sum())
+        query = [replace(slide, library=slide.library / share) for slide in query]
     if check:
-        model.adapt(cells, seed=seed)
+        imputer.adapt(query, seed=seed)
+    mean, std = _predict(imputer, query, table.n_obs)
+    scores = {"+".join(names): r for names, r in imputer.validation_scores.items()}
     uns = {
-        "genes": wanted, "shared": shared, "library_share": share, "reliability": model.reliability, "denoised": model.measured,
-        "branches": list(model.branches), "judged": {"+".join(names): r for names, r in model.judged.items()},
-        "checked": model.checked, "normalization": {"target_sum": model.target_sum},
-        "params": {
-            "model_sha256": sha256,
-            "n_shared": len(shared), "n_reference": n_reference, "use_rep": use_rep or "", "transductive": check,
-            "penalty": model.alpha, "random_state": seed, "spatial_key": spatial_key, "n_vars": table.n_vars,
-            "spatiaflow": spatiaflow.__version__,
-        },
+        "genes": wanted, "shared": shared, "library_share": share, "reliability": imputer.reliability,
+        "denoised": imputer.measured, "branches": list(imputer.branches), "validation_scores": scores,
+        "checked": imputer.checked, "normalization": {"target_sum": imputer.target_sum},
+        "params": _io.provenance(
+            started, model=trained, random_state=seed, n_shared=len(shared), n_reference=imputer.sums.n, use_rep=use_rep or "",
+            transductive=check, penalty=imputer.alpha, spatial_key=spatial_key, n_vars=table.n_vars,
+        ),
     }  # fmt: skip
-    mean, std = (np.zeros((table.n_obs, len(wanted)), np.float32) for _ in range(2))
-    bar = progress(None, "imputing", total=table.n_obs, unit="cell")
-    for (_, rows, _), one in zip(query.sections, cells):
-        start = 0
-        for m, s in model.predict(one):
-            at = rows[start : start + len(m)]
-            mean[at], std[at], start = m, s, start + len(m)
-            bar.update(len(m))
-    bar.close()
-    uns["params"]["seconds"] = time.perf_counter() - started
-    if len(wanted) <= MAX_SLOT:
-        _io.write(table, key_added, arrays={"": mean, "_std": std}, uns=uns)
-        return data if copy else None
-    return _own_table(data, table, key_added, mean, std, uns, copy)
+    if len(wanted) > MAX_SLOT:
+        return _own_table(data, table, key_added, mean, std, uns, copy)
+    _io.write(table, key_added, arrays={"": mean, Key.obsm.std(""): std}, uns=uns)
+    return data if copy else None
 
 
-@dataclass
-class _Cells:
-    """Cells of some objects as one list of sections, in the shared genes."""
-
-    tables: list[AnnData]
-    layer: str | None
-    genes: list[str]
-    counts: sparse.csr_matrix  # n x genes
-    library: np.ndarray  # n
-    sections: list[tuple[str, np.ndarray, np.ndarray | None]]
-    image: np.ndarray | None
-    spatial: bool
-
-    @classmethod
-    def of(cls, objects, tables, shared, layer, use_rep, *, inputs=None, argument="layer", **where) -> _Cells:
-        """Counts of the shared genes (of ``inputs`` where given: zero where they are not shared), places and features."""
-        found = [_io.counts(t, shared, layer, argument=argument)[0] for t in tables]
-        parts = [sparse.csr_matrix(x, dtype=np.float32) for x in found]
-        counts, sections, start = sparse.vstack(parts, format="csr"), [], 0
-        library = np.asarray(counts.sum(1), dtype=np.float64).ravel()
-        for one, table in zip(objects, tables):
-            sections += [(name, start + rows, xy) for name, rows, xy in _io.sections(one, **where)]
-            start += table.n_obs
-        genes = shared
-        if inputs is not None:
-            place = {gene: i for i, gene in enumerate(shared)}
-            at = np.array([place.get(gene, -1) for gene in inputs])
-            chosen = sparse.csr_matrix(
-                (np.ones((at >= 0).sum(), np.float32), (at[at >= 0], np.flatnonzero(at >= 0))),
-                (len(shared), len(inputs)),
-            )
-            counts, genes = sparse.csr_matrix(counts @ chosen), inputs
-        image = None
-        if use_rep is not None:
-            image = np.concatenate(
-                [_io.features(t, use_rep, "Give use_rep= of a slot that both have.") for t in tables]
-            )
-        return cls(tables, layer, genes, counts, library, sections, image, all(xy is not None for _, _, xy in sections))
-
-    @property
-    def n(self) -> int:
-        return len(self.library)
-
-    def cells(self, inputs: list[str], wanted: list[str] | None = None) -> list:
-        """A :class:`spatiaflow.models.design.CellTable` for each section."""
-        from spatiaflow.models.design import CellTable
-
-        place = {gene: i for i, gene in enumerate(self.genes)}
-        counts, targets = self.counts[:, [place[g] for g in inputs]], None
-        if wanted is not None:
-            parts = [sparse.csr_matrix(_io.counts(t, wanted, self.layer)[0], dtype=np.float32) for t in self.tables]
-            targets = sparse.vstack(parts, format="csr")
-        return [
-            CellTable(
-                counts[rows], self.library[rows], xy if self.spatial else None, None if self.image is None else self.image[rows],
-                None if targets is None else targets[rows],
-            )
-            for _, rows, xy in self.sections
-        ]  # fmt: skip
-
-    def imputer(self, inputs: list[str], wanted: list[str], *, target_sum: float | None, **options) -> Imputer:
-        """Fit to these cells."""
-        from spatiaflow.models.design import left_out
-        from spatiaflow.models.imputation import Imputer
-
-        per = target_sum or max(float(np.median(self.library)), 1.0)
-        cells = self.cells(inputs, wanted)
-        return Imputer(cells, left_out(cells), inputs, wanted, target_sum=per, **options)
+def _slides(
+    data: AnnData | SpatialData | Sequence | dict, where: _io.Where, shared: list[str], layer: str | None,
+    use_rep: str | None, argument: str = "layer",
+) -> list[Slide]:  # fmt: skip
+    """Slides of the data; the library of a cell is the count of the shared genes. All have positions, or none has."""
+    need = ("counts",) if use_rep is None else ("counts", "features")
+    found = gather(data, where, need=need, layer=layer, use_rep=use_rep, scaled=False, argument=argument)
+    spatial = all(slide.xy is not None for slide in found)
+    out = []
+    for slide in found:
+        library = np.asarray(slide.align(shared).counts.sum(1), dtype=np.float64).ravel()
+        out.append(replace(slide, library=library, xy=slide.xy if spatial else None))
+    return out
 
 
-def _genes(table: AnnData, there, genes, where: str) -> tuple[list[str], list[str]]:
-    """Genes that both measure, and those that are wanted."""
-    known = set(there)
-    shared = [str(g) for g in table.var_names if g in known]
+def _source(
+    data: AnnData | SpatialData, table: AnnData, reference: AnnData | SpatialData | None, genes: str | list[str] | None,
+    where: _io.Where,
+) -> tuple[AnnData | SpatialData, list[str], list[str]]:  # fmt: skip
+    """Object to learn from, genes that it shares with the table, and genes that are wanted."""
+    known = table if reference is None else _io.unpack(reference, where.table_key, name="reference")[1]
+    if known.n_obs < MIN_CELLS:
+        raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
+    name = "data, and there is neither reference= nor model=" if reference is None else "the reference"
+    return data if reference is None else reference, *_genes(table, known.var_names, genes, name)
+
+
+def _genes(
+    table: AnnData, known: Collection[str], genes: str | list[str] | None, where: str
+) -> tuple[list[str], list[str]]:
+    """Genes that table and source both measure, and genes that are wanted."""
+    shared = [str(g) for g in table.var_names if g in set(known)]
     if len(shared) < MIN_SHARED:
         raise ValueError(
             f"data and {where} share {len(shared)} of {table.n_vars} genes; at least {MIN_SHARED} are needed. Data have e.g. "
-            f"{', '.join(table.var_names[:3])}, {where} {', '.join(list(there)[:3])}: are the identifiers of one kind "
+            f"{', '.join(table.var_names[:3])}, {where} {', '.join(list(known)[:3])}: are the identifiers of one kind "
             "(symbols or Ensembl, human or mouse)?"
         )
     if genes is None:
-        wanted = [str(g) for g in there if g not in set(shared)] if there is not table.var_names else shared
+        wanted = shared if known is table.var_names else [str(g) for g in known if g not in set(shared)]
         if not wanted:
-            raise ValueError(f"{where} has no gene that data lack; name those to denoise in genes=.")
+            raise ValueError(f"{where} has no gene that data lack. Name the genes to denoise in genes=.")
         return shared, wanted
     wanted = [genes] if isinstance(genes, str) else [str(g) for g in genes]
-    if unknown := [g for g in wanted if g not in known]:
-        alike = {str(g).lower(): str(g) for g in there}.get(str(unknown[0]).lower())
+    if unknown := [g for g in wanted if g not in set(known)]:
+        alike = {str(g).lower(): str(g) for g in known}.get(str(unknown[0]).lower())
         hint = f" Is it {alike!r}?" if alike else ""
         raise KeyError(f"genes= names {len(unknown)} that are not in {where}, such as {unknown[0]!r}.{hint}")
     if not wanted or len(set(wanted)) < len(wanted):
@@ -399,25 +302,92 @@ def _genes(table: AnnData, there, genes, where: str) -> tuple[list[str], list[st
     return shared, wanted
 
 
-def _in_both(table: AnnData, query: _Cells, known: AnnData, source: _Cells) -> int:
-    """Cells of data that the reference has too, by name and number of counts; 0 where most that share a name differ."""
-    at = known.obs_names.get_indexer(table.obs_names)
-    named = (at >= 0) & (query.library > 0)
-    n = int((named & (query.library == source.library[at])).sum())
-    return n if 2 * n > named.sum() else 0
+def _comparable(
+    query: list[Slide], known: list[Slide], spatial_key: str, use_rep: str | None
+) -> tuple[list[Slide], list[Slide]]:
+    """Query and reference without the positions that only one of them has; warn of cells that are in both."""
+    named = {"data": query} if query is known else {"data": query, "the reference": known}
+    for name, slides in named.items():
+        if slides[0].xy is None:
+            logger.info("%s: no obsm[%r], so neighbors are not used", name, spatial_key)
+    if query is known:
+        return query, known
+    if n := _in_both(query, known):
+        logger.warning(
+            "%d of %d cells of data are in the reference too, by name and number of counts. Values imputed for them were "
+            "seen there, and scores on them would be too high.", n, sum(map(len, query)),
+        )  # fmt: skip
+    widths = [0 if use_rep is None else slides[0].features.shape[1] for slides in (query, known)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"obsm[{use_rep!r}] has {widths[0]} columns in data and {widths[1]} in the reference.")
+    if query[0].xy is None or known[0].xy is None:
+        query, known = ([replace(slide, xy=None) for slide in slides] for slides in (query, known))
+    return query, known
 
 
-def _most_variable(counts: sparse.csr_matrix, library: np.ndarray, shared: list[str]) -> list[str]:
+def _fitted(known: list[Slide], shared: list[str], wanted: list[str], target_sum: float | None, seed: int) -> Imputer:
+    """An imputer for one query, kernel included."""
+    from spatiaflow.train.imputer import train_imputer
+
+    n = sum(map(len, known))
+    logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), n)
+    if n < FEW:
+        logger.warning(
+            "%d reference cells are few: reliability is a correlation in held-out blocks of them, with a standard error of "
+            "%.2f or more.", n, n**-0.5,
+        )  # fmt: skip
+    return train_imputer(known, _most_variable(known, shared), wanted, target_sum=target_sum, seed=seed)
+
+
+def _check_query(query: list[Slide], imputer: Imputer, use_rep: str | None, spatial_key: str) -> None:
+    """Refuse a query without the features or positions that the model reads."""
+    if imputer.design.n_image != (0 if use_rep is None else query[0].features.shape[1]):
+        named = imputer.card.get("use_rep") or None
+        raise ValueError(f"the model was trained with use_rep={named!r}. Give features of the same kind.")
+    if imputer.design.spatial and query[0].xy is None:
+        raise KeyError(f"the model reads neighbors, and obsm has no {spatial_key!r}. Give spatial_key=...")
+
+
+def _predict(imputer: Imputer, query: list[Slide], n_obs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation in the order of the table, n_obs x genes."""
+    mean, std = (np.zeros((n_obs, len(imputer.genes)), np.float32) for _ in range(2))
+    with progress(None, "imputing", total=n_obs, unit="cell") as bar:
+        for slide in query:
+            start = 0
+            for m, s in imputer.predict(slide):
+                at = slide.rows[start : start + len(m)]
+                mean[at], std[at], start = m, s, start + len(m)
+                bar.update(len(m))
+    return mean, std
+
+
+def _in_both(query: list[Slide], known: list[Slide]) -> int:
+    """Cells that both have, by name and number of counts; 0 where most cells that share a name differ."""
+    there, here = (
+        pd.Series(np.concatenate([s.library for s in slides]), np.concatenate([s.obs_names for s in slides]))
+        for slides in (known, query)
+    )
+    here = here[here > 0]
+    here = here[here.index.isin(there.index)]
+    n = int((here.to_numpy() == there.loc[here.index].to_numpy()).sum())
+    return n if 2 * n > len(here) else 0
+
+
+def _most_variable(slides: list[Slide], shared: list[str]) -> list[str]:
+    """At most 600 genes, those of the largest variance of log1p counts per median library."""
     if len(shared) <= MAX_INPUTS:
         return shared
-    values = sparse.diags(np.median(library) / np.maximum(library, 1)) @ counts
-    values = sparse.csr_matrix(values).log1p()
+    counts = sparse.vstack([slide.align(shared).counts for slide in slides], format="csr")
+    library = np.concatenate([slide.library for slide in slides])
+    values = sparse.csr_matrix(sparse.diags(np.median(library) / np.maximum(library, 1)) @ counts).log1p()
     mean, square = (np.asarray(v.mean(0)).ravel() for v in (values, values.multiply(values)))
     order = np.argsort(-(square - mean**2), kind="stable")
     return [shared[i] for i in order[:MAX_INPUTS]]
 
 
-def _own_table(data, table: AnnData, key: str, mean, std, uns: dict, copy: bool):
+def _own_table(
+    data: AnnData | SpatialData, table: AnnData, key: str, mean: np.ndarray, std: np.ndarray, uns: dict, copy: bool
+) -> AnnData | SpatialData | None:
     """The result as a table of its own."""
     var = {name: uns.pop(name) for name in ("reliability", "denoised")}
     out = AnnData(mean, obs=table.obs.copy(), var=pd.DataFrame(var, index=uns.pop("genes")), layers={"std": std})

@@ -1,24 +1,27 @@
 """The regression behind imputation against slow references, and planted truths."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
 
 import spatiaflow as sf
-from spatiaflow.models import design as D
-from spatiaflow.models import imputation as I
+from spatiaflow.models import imputer
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.slide import Slide
+from spatiaflow.train import imputer as train
 
 N, G = 300, 12
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(D, "N_KERNEL", 100)
+    monkeypatch.setattr(train, "N_KERNEL", 100)
 
 
-def tissue(seed=0, n=N, image=True, targets=3):
+def planted(seed=0, n=N, image=True, targets=3):
     """Cells whose genes follow two latent directions; targets follow both, one of them the neighbours' as well."""
     rng, rule = np.random.default_rng(seed), np.random.default_rng(5)
     xy = rng.uniform(0, 100, (n, 2))
@@ -28,9 +31,22 @@ def tissue(seed=0, n=N, image=True, targets=3):
     counts = sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
     features = (latent @ rule.normal(size=(2, 4)) + 0.1 * rng.normal(size=(n, 4))).astype(np.float32) if image else None
     library = np.asarray(counts[:, :G].sum(1), float).ravel()
-    out = D.CellTable(counts[:, :G], library, xy, features, counts[:, G:])
-    out.best = np.log1p(50 * rate[:, G:] / rate[:, :G].sum(1, keepdims=True))  # what the truth would predict
-    return out
+    genes = names(G, "g") + names(targets, "t")
+    return Slide("s", np.arange(n).astype(str), xy, counts, library, genes, features=features), rate
+
+
+def tissue(*args, **options):
+    """Cells of :func:`planted`."""
+    return planted(*args, **options)[0]
+
+
+def targets(slide):
+    """What is to be found: log1p counts per 50 of the genes that are no inputs."""
+    return log_normalize(slide.align(names(3, "t")).counts, slide.library, 50).toarray()
+
+
+def own_genes(slide):
+    return slide.align(names(G, "g")).counts
 
 
 def bands(cells, n=5):
@@ -43,13 +59,13 @@ def names(n, letter):
 
 def fitted(*cells, **options):
     blocks = [bands(c) for c in cells]
-    return I.Imputer(list(cells), blocks, names(G, "g"), names(3, "t"), target_sum=50, **options)
+    return train.train_imputer(list(cells), names(G, "g"), names(3, "t"), target_sum=50, blocks=blocks, **options)
 
 
 def test_neighbors_are_the_nearest_others_even_among_duplicates():
     xy = np.random.default_rng(0).uniform(size=(40, 2))
     xy[7] = xy[3]
-    for k, found in zip((2, 5), D.neighbor_means(xy, (2, 5))):
+    for k, found in zip((2, 5), imputer.neighbor_means(xy, (2, 5))):
         distance = np.linalg.norm(xy[:, None] - xy, axis=-1)
         np.fill_diagonal(distance, np.inf)
         for i in range(40):
@@ -64,7 +80,7 @@ def test_neighbors_of_a_lattice_are_whole_shells():
     """The same however the array lies."""
     i, j = np.meshgrid(np.arange(7.0), np.arange(7.0))
     xy, turn = np.stack([i.ravel(), j.ravel()], 1), np.array([[0.6, 0.8], [-0.8, 0.6]])
-    for one, other in zip(D.neighbor_means(xy), D.neighbor_means(xy @ turn)):
+    for one, other in zip(imputer.neighbor_means(xy), imputer.neighbor_means(xy @ turn)):
         np.testing.assert_allclose(one.toarray(), other.toarray(), atol=1e-6)
 
 
@@ -79,13 +95,13 @@ def test_draws_have_the_mean_and_spread_that_are_stated():
 
 def test_columns_are_what_they_say():
     cells = tissue()
-    design = D.Design.fit([cells], names(G, "g"), 50, kernel=False)
+    design = train.fit_design([cells], names(G, "g"), 50, kernel=False)
     x = np.concatenate(list(design.columns(cells)))
-    own = np.log1p(cells.counts.toarray() * 50 / np.maximum(cells.library, 1)[:, None])
+    own = np.log1p(own_genes(cells).toarray() * 50 / np.maximum(cells.library, 1)[:, None])
     raw = [np.log(np.maximum(cells.library, 1))[:, None], own]
-    for mean in D.neighbor_means(cells.xy):
+    for mean in imputer.neighbor_means(cells.xy):
         raw.append(np.stack([own[mean[i].indices].mean(0) for i in range(N)]))
-    raw = np.hstack([*raw, cells.image])
+    raw = np.hstack([*raw, cells.features])
     np.testing.assert_allclose(x * design.scale + design.centre, raw, atol=1e-4)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(design.scale[1 : 1 + G] ** 2, own.std(0), rtol=1e-4)  # between as is and standardised
@@ -93,13 +109,13 @@ def test_columns_are_what_they_say():
 
 def test_ridge_from_moments_is_ridge():
     cells = tissue()
-    design = D.Design.fit([cells], names(G, "g"), 50)
-    found = I.gather(design, [cells], [bands(cells)])
+    design = train.fit_design([cells], names(G, "g"), 50)
+    found = train.collect(design, [cells], names(3, "t"), [bands(cells)])
     columns, alpha = design.taken(("genes", "image")), 0.7
     weights, intercept = found.without(2).ridge(columns, alpha)
     rows = bands(cells) != 2
     x = np.concatenate(list(design.columns(cells)))[rows][:, columns].astype(float)
-    y = log_normalize(cells.targets, cells.library, 50).toarray()[rows]
+    y = targets(cells)[rows]
     a = x - x.mean(0)
     penalty = alpha * (a**2).sum() / columns.sum()
     slow = np.linalg.solve(a.T @ a + penalty * np.eye(columns.sum()), a.T @ (y - y.mean(0)))
@@ -110,8 +126,8 @@ def test_ridge_from_moments_is_ridge():
 
 def test_a_gene_from_all_others_is_the_regression_without_its_column():
     cells = tissue()
-    design = D.Design.fit([cells], names(G, "g"), 50, kernel=False)
-    total = I.gather(design, [cells], [bands(cells)]).total
+    design = train.fit_design([cells], names(G, "g"), 50, kernel=False)
+    total = train.collect(design, [cells], names(3, "t"), [bands(cells)]).total
     columns, own = design.taken(("genes", "neighbors")), np.array([1, 4])
     at = np.flatnonzero(columns)
     mean = total.x[at] / total.n
@@ -128,47 +144,45 @@ def test_a_gene_from_all_others_is_the_regression_without_its_column():
         assert weights[g, j] == 0
 
 
-def test_left_out_blocks_are_predicted_by_the_others():
+def test_held_out_blocks_are_predicted_by_the_others():
     cells = tissue()
-    model = fitted(cells)
-    genes, e = np.arange(3), model.evidence
-    whole = model.held_out(model.branches, 1.0, genes)
+    blocks = [bands(cells)]
+    model, e = train.fit_imputer([cells], names(G, "g"), names(3, "t"), target_sum=50, blocks=blocks)
+    genes = np.arange(3)
+    whole = e.predict(model, model.branches, 1.0, genes)
     for b in range(5):  # garbage in a block's targets must not reach its own prediction
         spoiled = tissue()
-        counts = spoiled.targets.toarray()
-        counts[bands(spoiled) == b] = np.random.default_rng(b).poisson(30, (int((bands(spoiled) == b).sum()), 3))
-        spoiled.targets = sparse.csr_matrix(counts)
-        again = I.Imputer.__new__(I.Imputer)
-        again.__dict__ |= model.__dict__
-        again.evidence = I.gather(model.design, [spoiled], [bands(spoiled)])
-        moved = again.held_out(model.branches, 1.0, genes) - whole
+        counts, rows = spoiled.counts.toarray(), bands(spoiled) == b
+        counts[rows, G:] = np.random.default_rng(b).poisson(30, (int(rows.sum()), 3))
+        spoiled = replace(spoiled, counts=sparse.csr_matrix(counts))
+        again = train.collect(model.design, [spoiled], names(3, "t"), blocks)
+        moved = again.predict(model, model.branches, 1.0, genes) - whole
         assert np.abs(moved[e.block == b]).max() < 1e-4
         assert np.abs(moved[e.block != b]).max() > 1e-2
 
 
 def test_a_planted_relation_is_found_on_another_slide():
-    model, query = fitted(tissue(0, 2000)), tissue(1, 1000)
+    model, (query, rate) = fitted(tissue(0, 2000)), planted(1, 1000)
     mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
-    y = log_normalize(query.targets, query.library, 50).toarray()
+    y, best = targets(query), np.log1p(50 * rate[:, G:] / rate[:, :G].sum(1, keepdims=True))
     r = gene_pearson(y, mean)
-    assert (r > gene_pearson(y, query.best) - 0.06).all()
+    assert (r > gene_pearson(y, best) - 0.06).all()
     assert np.abs(model.reliability - r).max() < 0.15
     z = ((y - mean) / std) ** 2
     assert 0.7 < z.mean() < 1.4
 
 
-def test_image_of_noise_is_left_out_and_one_that_tells_is_kept():
+def test_an_image_of_noise_is_dropped_and_an_informative_one_is_kept():
     cells = tissue(0, 2000)
     assert "image" in fitted(cells).branches
-    cells.image = np.random.default_rng(0).normal(size=(2000, 40)).astype(np.float32)
-    assert "image" not in fitted(cells).branches
+    noise = np.random.default_rng(0).normal(size=(2000, 40)).astype(np.float32)
+    assert "image" not in fitted(replace(cells, features=noise)).branches
 
 
-def test_a_branch_that_misleads_in_the_query_is_left_out():
+def test_a_branch_that_misleads_in_the_query_is_dropped():
     model, query = fitted(tissue(0, 2000)), tissue(1, 1000)
     assert "image" in model.branches
-    query.image = -query.image  # of another microscope
-    model.adapt([query])
+    model.adapt([replace(query, features=-query.features)])  # of another microscope
     assert model.checked["image"] < 0
     assert "image" not in model.branches
 
@@ -177,8 +191,7 @@ def test_check_does_not_look_at_hidden_genes():
     query = tissue(1, 500)
     model, again = fitted(tissue(0, 1000)), fitted(tissue(0, 1000))
     model.adapt([query])
-    query.targets = None
-    again.adapt([query])
+    again.adapt([query.align(names(G, "g"))])
     assert model.checked == again.checked
 
 
@@ -206,50 +219,68 @@ def test_what_is_expected_after_seeing_counts_lies_between():
 def test_prediction_does_not_depend_on_chunks_or_order(monkeypatch):
     model, query = fitted(tissue(0, 600)), tissue(1, 200)
     whole = np.concatenate([m for m, _ in model.predict(query)])
-    monkeypatch.setattr(D, "CHUNK", 17)
+    monkeypatch.setattr(imputer, "CHUNK", 17)
     np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(query)]), whole, atol=1e-5)
     order = np.random.default_rng(0).permutation(200)
-    turned = D.CellTable(
-        query.counts[order], query.library[order], query.xy[order] @ [[0.6, 0.8], [0.8, -0.6]], query.image[order]
-    )
+    turned = replace(query.take(order), xy=query.xy[order] @ [[0.6, 0.8], [0.8, -0.6]])
     np.testing.assert_allclose(np.concatenate([m for m, _ in model.predict(turned)]), whole[order], atol=1e-4)
 
 
 def panel(seed, **options):
-    """All genes as inputs and targets alike."""
+    """Cells of a panel whose genes are inputs and targets alike."""
     cells = tissue(seed, image=False, **options)
-    counts = sparse.hstack([cells.counts, cells.targets], format="csr")
-    return D.CellTable(counts, np.asarray(counts.sum(1), float).ravel(), cells.xy, None, counts)
+    return replace(cells, genes=names(G + 3, "p"), library=np.asarray(cells.counts.sum(1), float).ravel())
 
 
-def test_a_saved_model_imputes_whatever_is_missing(tmp_path):
-    cells, genes = panel(0, n=1500), names(G + 3, "p")
-    model = I.Imputer([cells], [bands(cells)], genes, genes, target_sum=50, branches=("genes", "neighbors"))
+@pytest.mark.parametrize("missing", [[0, 5], [12, 13, 14]])
+def test_a_saved_model_imputes_whatever_is_missing(missing, tmp_path):
+    cells, genes, options = panel(0, n=1500), names(G + 3, "p"), {"target_sum": 50, "branches": ("genes", "neighbors")}
+    model = train.train_imputer([cells], genes, genes, blocks=[bands(cells)], **options)
     again = sf.models.load(model.save(tmp_path / "panel"))
     assert again.sha256 == model.sha256
-    for missing in ([0, 5], [12, 13, 14]):
-        kept = np.setdiff1d(np.arange(G + 3), missing)
-        query = panel(1, n=600)
-        y = log_normalize(query.counts[:, missing], query.library, 50).toarray()
-        shown = query.counts.toarray()
-        shown[:, missing] = 0
-        part = D.CellTable(sparse.csr_matrix(shown), shown.sum(1) / model.share[kept].sum(), query.xy)
-        wanted = [genes[i] for i in missing]
-        one, other = (
-            np.concatenate([m for m, _ in v.restricted([genes[i] for i in kept], wanted).predict(part)])
-            for v in (model, again)
-        )
-        np.testing.assert_allclose(one, other, atol=1e-3)
-        slow = I.Imputer(  # a model that never had them as inputs
-            [D.CellTable(cells.counts[:, kept], cells.library, cells.xy, None, cells.counts[:, missing])], [bands(cells)],
-            [genes[i] for i in kept], wanted, target_sum=50, branches=("genes", "neighbors"),
-        )  # fmt: skip
-        slow.branches, slow.alpha = model.branches, model.alpha
-        part.counts = part.counts[:, kept]
-        np.testing.assert_allclose(one, np.concatenate([m for m, _ in slow.predict(part)]), atol=0.03)
-        assert (gene_pearson(y, one) > gene_pearson(y, np.random.default_rng(0).permutation(one))).all()
+    assert again.validation_scores == model.validation_scores
+    query, wanted = panel(1, n=600), [genes[i] for i in missing]
+    shown = [gene for gene in genes if gene not in wanted]
+    y = log_normalize(query.align(wanted).counts, query.library, 50).toarray()
+    library = np.asarray(query.align(shown).counts.sum(1), float).ravel()
+    part = replace(query.align(shown), library=library / model.share[np.isin(genes, shown)].sum())
+    one, other = (np.concatenate([m for m, _ in v.restricted(shown, wanted).predict(part)]) for v in (model, again))
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    slow = train.train_imputer([cells], shown, wanted, blocks=[bands(cells)], **options)  # these were never its inputs
+    slow.branches, slow.alpha = model.branches, model.alpha
+    np.testing.assert_allclose(one, np.concatenate([m for m, _ in slow.predict(part)]), atol=0.03)
+    assert (gene_pearson(y, one) > gene_pearson(y, np.random.default_rng(0).permutation(one))).all()
+
+
+def test_files_of_the_first_version_load():
+    """Their header calls the validation scores "judged"."""
+    model = sf.models.load(sf.datasets.weights("imputation-pancreas-small"))
+    description, tensors = model.state()
+    old = {("judged" if name == "validation_scores" else name): value for name, value in description.items()}
+    assert imputer.Imputer.from_state(old, tensors).validation_scores == model.validation_scores
+    assert model.validation_scores[model.branches] == max(model.validation_scores.values())
 
 
 def test_a_model_with_a_kernel_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="train_imputation"):
         fitted(tissue()).save(tmp_path / "a")
+
+
+def test_the_card_says_what_the_model_was_fitted_to():
+    card = fitted(tissue(), seed=3).card
+    assert card["data"]["s"]["n_obs"] == N
+    assert card["seed"] == 3 and set(card["validation_scores"]) >= {"genes"}
+
+
+@pytest.mark.parametrize(("n_slides", "spatial"), [(1, True), (2, False), (3, True)])
+def test_blocks_are_whole_slides_or_bands_of_equal_size(n_slides, spatial):
+    slides = [tissue(seed) for seed in range(n_slides)]
+    slides = slides if spatial else [replace(slide, xy=None) for slide in slides]
+    for i, (slide, block) in enumerate(zip(slides, train.held_out_blocks(slides))):
+        if n_slides > 2:
+            assert (block == i).all()
+        else:
+            np.testing.assert_array_equal(np.bincount(block), [N // 5] * 5)
+        if n_slides == 1:
+            along = slide.xy[:, np.argmax(np.ptp(slide.xy, axis=0))]
+            assert all(along[block == b].max() <= along[block == b + 1].min() for b in range(4))
