@@ -1,40 +1,44 @@
-"""Every task of the two papers in one table, from what the other benchmarks wrote.
+"""Every task of the two papers in one table and one figure, from what the other benchmarks measured.
 
-    python benchmarks/all.py                reads benchmarks/results, writes docs/benchmark_table.md and a figure: seconds
-    python benchmarks/all.py --quick        runs what needs no pancreas slide at small settings, into a folder of its own, and
-                                            prints the table of that: minutes; scores mean nothing, all of it has to run
-    python benchmarks/all.py --refit [FILE ...] runs everything anew (or what makes these files), seconds into refit.csv
+    python benchmarks/all.py                    writes the table and the figure of docs/benchmarks.md: seconds
+    python benchmarks/all.py --quick            runs what needs no pancreas slide at small settings, into a folder of its own,
+                                                and prints the table of that: minutes; scores mean nothing, all of it has to run
+    python benchmarks/all.py --refit [NAME ...] measures everything anew, or what is named, and how long it took: hours
 
 The pancreas slide is ``pancreas.zarr``, here (``benchmarks/pancreas.py`` assembles it). Its embeddings are kept in
-``features`` and trained variants in ``runs``, and used again where they are there: remove both to begin at nothing. Nothing
-is counted here: each value is a mean over the seeds (and sections, mice or levels that the row names) of a column of a file,
-with the standard deviation between seeds where there are several. A task whose file is missing is listed as not measured.
+``features`` and trained variants in ``runs``, and used again where they are there: remove both to begin at nothing.
 """
 
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
-import writing
-from writing import RESULTS
+import results
 
-TABLE = Path(__file__).parents[1] / "docs" / "benchmark_table.md"
-COMMANDS = {  # what makes the files; the table names the last of several
-    "her2st-10k": "python benchmarks/expression.py --data her2st --seeds 3",
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+FIGURE = PAGE.parent / "images" / "benchmark.png"
+BEGIN, END = "<!-- table: python benchmarks/all.py -->\n", "<!-- end of the table -->\n"
+COMMANDS = {
+    "her2st-10k": "python benchmarks/expression.py --data her2st --seeds 3 && python benchmarks/expression.py --table",
     "her2st-markers": (
-        'python benchmarks/expression.py --data her2st --convention markers --seeds 3 --methods "STFlow default"'
+        'python benchmarks/expression.py --data her2st --convention markers --seeds 3 --methods "STFlow default" && '
+        "python benchmarks/expression.py --table"
     ),
     "mouse_olfactory_bulb-10k": (
         "python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 1 && "
-        'python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3 --methods "STFlow default"'
+        'python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3 --methods "STFlow default" && '
+        "python benchmarks/expression.py --table"
     ),
     "embedding-pancreas": (
         "python benchmarks/weights.py pancreas.zarr --modalities image --epochs 2 --out runs/spatia/image.safetensors && "
@@ -47,6 +51,10 @@ COMMANDS = {  # what makes the files; the table names the last of several
         "--self-supervised runs/spatia/image.safetensors"
     ),
     "embedding-starmap": "python benchmarks/embedding.py starmap --seeds 3 --epochs 20 --cache features",
+    "confidence": (
+        "python benchmarks/confidence.py pancreas --store pancreas.zarr --cache features && "
+        "python benchmarks/confidence.py starmap"
+    ),
     "imputation-known": "python benchmarks/imputation.py known --store pancreas.zarr --cache features",
     "imputation-pancreas": "python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features",
     "imputation-starmap": "python benchmarks/imputation.py starmap",
@@ -66,285 +74,343 @@ QUICK = {  # the same in minutes, and no pancreas
     "morphology-simulated": "python benchmarks/morphology.py simulated --seeds 1 --train 1500 --test 1500 --epochs 1 --pixels 16",
     "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 2000 --test 1500 --epochs 1 --pixels 16",
 }
+DONOR, OTHER_DONOR = ["C2", "C3", "C4", "C5"], ["B4"]
+IMAGE_ONLY = [
+    "kNN retrieval", "ridge", "ridge + smoothing", "ridge, z-scores per section", "ridge, z-scores per section + smoothing",
+    "MLP", "MLP + smoothing",
+]  # fmt: skip
+AROUND = ["genes + neighbours", "PCA + neighbours", "neighbours", "scVI + neighbours (as CellCharter)", "neighbours' scVI",
+          "BANKSY-style 0.2", "BANKSY-style 0.8"]  # fmt: skip
+BY_MOUSE = [f"{name}, own" for name in ("genes", "PCA", *AROUND) if "scVI" not in name]
+NICHES = ["genes", "PCA", "scVI", *AROUND, *BY_MOUSE]
+IMPUTATION = [
+    "training mean", "depth only", "kNN in 50 components", "ridge, 50 components", "ridge, 50 components + neighbors",
+    "ridge, genes", "ridge, genes + neighbors' genes", "flow matching head", "perceptron, deterministic twin",
+]  # fmt: skip
+WITH_IMAGE = [f"ridge, genes + neighbors' genes + image, {w} of a column" for w in (0.05, 0.15)]
+LAWS = ["constant marginal", "ridge with residuals of left-out blocks", "flow matching head"]
+IMAGES = ["copy of the source", "source, histogram of the target", "nearest training target"]
+TUMOUR, FIBROBLASTS, ITSELF = (
+    "MKI67/UBE2C -> COL17A1/SERPINB3", "SFRP4/LTBP2 -> COL5A2/THBS2", "COL5A2/THBS2 -> COL5A2/THBS2"
+)  # fmt: skip
 
 
 @dataclass
 class Row:
-    """A task: where its values are, and which of the methods are ours."""
+    """A task on a data set: where its measurements are, and which methods are ours and which are simple."""
 
     task: str
     data: str
-    split: str
+    score: str  # in words
+    script: str
+    where: dict  # of the rows of the script
     metric: str
-    files: str  # as in COMMANDS
-    value: str  # column
-    ours: str  # method
-    baselines: list[str]
-    keep: str = ""  # query of rows
-    method: str = "method"  # column of methods
-    ceiling: str = ""  # method, or column
+    ours: str
+    simple: list[str]
+    ceiling: str = "ceiling"  # method
     less: bool = False  # less is better
-    others: str = ""  # a file with rows of other methods, where it exists
+    paired: str = ""  # split where the difference was measured, if over several at once
+    over: str = "seeds"  # else the interval is over these: seeds, or what a split is
+    columns: dict[str, tuple[str, str]] = field(default_factory=dict)  # a name -> method and metric, where they differ
+    known: dict[str, float] = field(default_factory=dict)  # a method -> what it has by definition
+
+
+STFLOW, IMPUTED, GENERATED = "STFlow default", "ours, checked in the query", "generated, heun 10"
+TEST = {"data": "pancreas", "split": "test"}
+MICE, BULBS = ["BZ5", "BZ9", "BZ14"], ["MOB1", "MOB2", "MOB3"]
+CONFIDENCE = ["one confidence for all", "without temperature"]
+GENES = ["all genes", "PCA of genes", "PCA of genes and of image features, side by side"]
+SPREAD = {"training distribution": (STFLOW, "crps_marginal"), "ridge with residuals": (STFLOW, "crps_ridge")}
+SAME, OTHER = "her2st, sections of one donor", "her2st, another donor"
+
+
+def imputed(data: str, where: dict, more: list[str], **options) -> Row:
+    return Row(
+        "imputation from a reference",
+        data,
+        "Pearson",
+        "imputation",
+        where,
+        "pearson",
+        IMPUTED,
+        [*IMPUTATION, *more],
+        **options,
+    )
+
+
+def generated(task: str, transition: str) -> Row:
+    where = {"data": f"pancreas:{transition}", "split": "test"}
+    return Row(task, "pancreas", "KID", "morphology", where, "KID", GENERATED, IMAGES, "training targets", less=True)
 
 
 ROWS = [
-    Row(
-        "expression from histology", "her2st", "each of C2-C5 from the four others (three of its donor)", "Pearson, 50 genes",
-        "her2st-10k", "pearson", "STFlow default",
-        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "deterministic twin",
-         "STFlow paper preset", "no context (k=0)", "depth only (true counts)", "position only (siblings registered)"],
-        "section != 'B4'", ceiling="ceiling",
-    ),
-    Row(
-        "expression from histology", "her2st", "B4 from C2-C5 (another donor)", "Pearson, 50 genes", "her2st-10k", "pearson",
-        "STFlow default", ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "deterministic twin",
-                           "depth only (true counts)"], "section == 'B4'", ceiling="ceiling",
-    ),
-    Row(
-        "expression from histology", "mouse olfactory bulb", "each of three sections from the others", "Pearson, 50 genes",
-        "mouse_olfactory_bulb-10k", "pearson", "STFlow default",
-        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "deterministic twin",
-         "STFlow paper preset"], ceiling="ceiling",
-    ),
-    Row(
-        "biomarker genes", "her2st", "each of C2-C5 from the four others (three of its donor)",
-        "Pearson, GATA3, ERBB2, UBE2C, VWF", "her2st-markers", "markers", "STFlow default",
-        ["ridge", "ridge + smoothing", "ridge, z-scores per section + smoothing", "MLP + smoothing", "depth only (true counts)",
-         "position only (siblings registered)"], "section != 'B4'", ceiling="ceiling of markers",
-    ),
-    Row(
-        "biomarker genes", "her2st", "B4 from C2-C5 (another donor)", "Pearson, GATA3, ERBB2, UBE2C, VWF", "her2st-markers",
-        "markers", "STFlow default",
-        ["ridge", "ridge + smoothing", "ridge, z-scores per section", "MLP + smoothing", "depth only (true counts)"],
-        "section == 'B4'", ceiling="ceiling of markers",
-    ),
-    Row(
-        "image -> gene", "Xenium pancreas", "x < 16500 to x > 19500", "Pearson, 50 genes", "embedding-pancreas", "test",
-        "SPATIA image, cell + niche",
-        ["CNN, supervised", "CNN, supervised + neighbours", "hand features + neighbours",
-         "SPATIA image, self-supervised (no genes), cell", "untrained SPATIA, image, cell"], "task == 'image to expression'",
-    ),
-    Row(
-        "gene -> image retrieval", "Xenium pancreas", "x > 19500, among 1,000", "first ten", "embedding-pancreas", "top 10",
-        "SPATIA", ["untrained"], "task == 'retrieval among 1,000'",
-    ),
-    Row(
-        "annotation", "Xenium pancreas", "x < 16500 to x > 19500, labels of whole-slide clusters", "macro F1",
-        "embedding-pancreas", "macro F1", "SPATIA fused, cell",
-        ["all genes", "PCA of genes and of image features, side by side", "SPATIA genes, cell"],
-        "task == 'annotation and clusters'",
-    ),
-    Row(
-        "annotation", "STARmap", "two mice to the third", "macro F1, 15 types", "embedding-starmap", "type F1", "SPATIA cell",
-        ["genes", "genes, own", "PCA", "genes + neighbours", "scVI", "BANKSY-style 0.2"],
-    ),
-    Row(
-        "clustering", "Xenium pancreas", "x > 19500, against whole-slide clusters", "ARI", "embedding-pancreas", "ARI",
-        "SPATIA fused, cell", ["PCA of genes", "PCA of genes and of image features, side by side"],
-        "task == 'annotation and clusters'",
-    ),
-    Row(
-        "domains", "STARmap", "two mice to the third", "macro F1, 4 layers", "embedding-starmap", "layer F1", "SPATIA tissue",
-        ["genes + neighbours", "genes + neighbours, own", "PCA + neighbours", "PCA + neighbours, own", "neighbours",
-         "neighbours, own", "scVI + neighbours (as CellCharter)", "BANKSY-style 0.8"],
-    ),
-    Row(
-        "domains", "STARmap", "two mice to the third, no labels", "ARI, 4 layers", "embedding-starmap", "layer ARI",
-        "SPATIA niche", ["neighbours", "neighbours' scVI", "BANKSY-style 0.8", "neighbours, own"],
-    ),
-    Row(
-        "imputation without reference", "Xenium pancreas", "model of x < 16500, genes hidden at x > 19500", "Pearson, 219 genes",
-        "imputation-known", "r", "trained model", ["SPATIA's decoder, niche", "SPATIA's decoder, cell"],
-    ),
-    Row(
-        "imputation with reference", "Xenium pancreas", "reference x < 16500, query x > 19500", "Pearson, 219 genes",
-        "imputation-pancreas", "r", "ours, checked in the query",
-        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes",
-         "ridge, genes + neighbors' genes + image, 0.15 of a column", "flow matching head", "perceptron, deterministic twin",
-         "kNN in 50 components", "depth only"], ceiling="ceiling",
-    ),
-    Row(
-        "imputation with reference", "STARmap", "two mice to the third", "Pearson, all genes", "imputation-starmap", "r",
-        "ours, checked in the query",
-        ["ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "flow matching head",
-         "perceptron, deterministic twin", "kNN in 50 components", "depth only", "gimVI", "Tangram"], ceiling="ceiling",
-        others="imputation-others",
-    ),
-    Row(
-        "imputation with reference", "mouse olfactory bulb", "two sections to the third", "Pearson, genes in > 2 % of spots",
-        "imputation-bulb", "r", "ours, checked in the query",
-        ["ridge, 50 components", "ridge, 50 components + neighbors", "ridge, genes + neighbors' genes", "flow matching head",
-         "perceptron, deterministic twin", "kNN in 50 components", "depth only"], ceiling="ceiling",
-    ),
-    Row(
-        "phenotype generation (cell)", "Xenium pancreas, tumour cells", "x < 16500 to x > 19500", "KID (less is better)",
-        "morphology-pancreas", "KID", "generated, heun 10",
-        ["copy of the source", "source, histogram of the target", "generated, noise", "nearest training target",
-         "generated, unweighted", "generated, nospace"], "transition == 'MKI67/UBE2C -> COL17A1/SERPINB3'",
-        ceiling="training targets", less=True,
-    ),
-    Row(
-        "phenotype generation (niche)", "simulated tissue, tiles", "another slide", "share of the change of mean nuclear area",
-        "morphology-tiles", "share shown", "", [], "feature == 'mean_area_um2'",
-    ),
-    Row(
-        "spatial effect recovery", "simulated tissue", "another slide",
-        "error of the planted change, area and elongation, niches (less is better)", "morphology-simulated", "off by",
-        "with context", ["without context"], method="context", less=True,
-    ),
+    Row("expression from histology", SAME, "Pearson", "expression", {"data": "her2st", "split": DONOR}, "pearson50", STFLOW,
+        IMAGE_ONLY, paired="C2-C5"),
+    Row("expression from histology", OTHER, "Pearson", "expression", {"data": "her2st", "split": ["B4"]}, "pearson50", STFLOW,
+        IMAGE_ONLY, paired="B4"),
+    Row("expression from histology", "olfactory bulb", "Pearson", "expression",
+        {"data": "mouse_olfactory_bulb", "split": BULBS}, "pearson50", STFLOW, IMAGE_ONLY, paired="all"),
+    Row("four biomarkers", SAME, "Pearson", "expression", {"data": "her2st:markers", "split": DONOR}, "pearson:markers", STFLOW,
+        IMAGE_ONLY, over="sections"),
+    Row("four biomarkers", OTHER, "Pearson", "expression", {"data": "her2st:markers", "split": ["B4"]}, "pearson:markers",
+        STFLOW, IMAGE_ONLY),
+    Row("uncertainty of expression", SAME, "CRPS", "expression", {"data": "her2st", "split": DONOR}, "crps", STFLOW, [*SPREAD],
+        less=True, over="sections", columns=SPREAD),
+    Row("image to genes", "pancreas", "Pearson", "embedding", TEST, "pearson50", "SPATIA image, cell + niche",
+        ["hand features", "hand features + neighbours", "CNN, supervised", "CNN, supervised + neighbours"]),
+    Row("image found by genes", "pancreas", "share in first 10", "embedding", TEST, "top 10", "SPATIA", ["untrained"]),
+    Row("cell types", "pancreas", "macro F1", "embedding", TEST, "macro F1", "SPATIA fused, cell", GENES),
+    Row("cell types", "STARmap", "macro F1", "embedding", {"data": "starmap", "split": MICE}, "type F1", "SPATIA cell", NICHES,
+        over="mice"),
+    Row("confidence of labels", "pancreas", "Brier", "confidence", {"data": "pancreas"}, "Brier", "annotate", CONFIDENCE,
+        less=True),
+    Row("confidence of labels", "STARmap", "Brier", "confidence", {"data": "starmap"}, "Brier", "annotate", CONFIDENCE,
+        less=True, over="mice"),
+    Row("clusters of cells", "pancreas", "ARI", "embedding", TEST, "ARI", "SPATIA fused, cell", GENES),
+    Row("layers", "STARmap", "macro F1", "embedding", {"data": "starmap", "split": MICE}, "layer F1", "SPATIA tissue", NICHES,
+        over="mice"),
+    Row("layers, without labels", "STARmap", "ARI", "embedding", {"data": "starmap", "split": MICE}, "layer ARI",
+        "SPATIA niche", NICHES, over="mice"),
+    Row("imputation by a saved model", "pancreas", "Pearson", "imputation", {"data": "pancreas:known", "split": "test"},
+        "pearson", "trained model", ["SPATIA's decoder, cell", "SPATIA's decoder, niche", "SPATIA's decoder, tissue"]),
+    imputed("pancreas", TEST, WITH_IMAGE),
+    imputed("STARmap", {"data": "starmap", "split": MICE}, ["gimVI", "Tangram"]),
+    imputed("olfactory bulb", {"data": "mouse_olfactory_bulb", "split": BULBS}, []),
+    Row("uncertainty of imputed genes", "pancreas", "CRPS", "imputation", {"data": "pancreas"}, "CRPS", "ours", LAWS, less=True,
+        over="folds"),
+    Row("uncertainty of imputed genes", "STARmap", "CRPS", "imputation", {"data": "starmap"}, "CRPS", "ours", LAWS, less=True,
+        over="folds"),
+    generated("generated tumour cells", TUMOUR),
+    generated("generated fibroblasts", FIBROBLASTS),
+    generated("a state left as it is", ITSELF),
+    Row("generated tiles", "simulated tissue", "share of the change", "morphology",
+        {"data": "simulated:tiles", "split": "mean_area_um2"}, "share shown", "generated", ["copy of the source"],
+        known={"copy of the source": 0.0}),
+    Row("change by niche", "simulated tissue", "error of the change", "morphology", {"data": "simulated:state by niche"},
+        "off by", "with context", ["without context"], less=True),
 ]  # fmt: skip
 
 
-def read(row: Row) -> pd.DataFrame | None:
-    """Rows of a task's files, with a column of seeds: one file a seed where they have none."""
-    exact = RESULTS / f"{row.files}.csv"
-    one_each = f"{row.files}-seed*.csv" if exact.exists() else f"{row.files}-*.csv"
-    paths = [*([exact] if exact.exists() else []), *sorted(RESULTS.glob(one_each))]
-    if not paths:
+ENDS = ["middle", "low", "high"]
+VERDICTS = ["better", "level", "worse", "not tested", "not measured"]
+
+
+@dataclass
+class Line:
+    """What the table says of a task."""
+
+    row: Row
+    ours: float
+    spread: float  # standard deviation between seeds
+    best: str  # simple method
+    theirs: float
+    difference: float  # above 0: ours is better
+    low: float
+    high: float
+    over: str  # what the interval is over
+    ceiling: float
+
+    @property
+    def verdict(self) -> str:
+        if not np.isfinite(self.low):
+            return "not tested"
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "level"
+
+
+def values(row: Row, method: str) -> pd.DataFrame:
+    """What a method has, by split and seed."""
+    name, metric = row.columns.get(method, (method, row.metric))
+    rows = results.select(results.read(row.script), **row.where, method=name, metric=metric)
+    return rows[["split", "seed", "value"]]
+
+
+def mean(row: Row, method: str) -> float:
+    """Mean over splits of the means over seeds; where the mean over seeds is what was measured, that."""
+    if method in row.known:
+        return row.known[method]
+    found = values(row, method)
+    if (found["seed"] == "mean").any():
+        found = found[found["seed"] == "mean"]
+    return found.groupby("split")["value"].mean().mean()
+
+
+def paired(row: Row, best: str) -> pd.DataFrame:
+    """Differences that a benchmark measured in pairs, and the ends of their intervals, by split and seed.
+
+    They are ours minus the best simple method, or the other way round; or both minus a third (taken as independent, which makes
+    the interval wider than it is); or ours minus the best simple method of each run. Taken is what was measured most often.
+    """
+    where = row.where | ({"split": row.paired} if row.paired else {})
+    rows = results.select(results.read(row.script), **where)
+    named = rows["metric"].str.extract(r"^(?P<metric>.+) minus (?P<other>.+?)(, (?P<end>low|high))?$")
+    rows = rows.assign(**named[["metric", "other", "end"]].fillna("middle"))
+    rows = results.select(rows, metric=row.metric)
+
+    def minus(method, others, by=("split", "seed")):
+        found = results.select(rows, method=method, other=others)
+        return found.pivot_table("value", by, "end", sort=False).reindex(columns=ENDS)
+
+    a, b = (minus(method, row.simple, ["split", "seed", "other"]) for method in (row.ours, best))
+    a, b = a.align(b, join="inner", axis=0)
+    apart = (
+        np.hypot(a["middle"] - a["low"], b["high"] - b["middle"]),
+        np.hypot(a["high"] - a["middle"], b["middle"] - b["low"]),
+    )
+    middle = a["middle"] - b["middle"]
+    third = (
+        pd.DataFrame(dict(zip(ENDS, (middle, middle - apart[0], middle + apart[1])))).groupby(["split", "seed"]).mean()
+    )
+    reverse = -minus(best, [row.ours, "ours"]).set_axis([ENDS[0], ENDS[2], ENDS[1]], axis=1)[ENDS]
+    return max(minus(row.ours, best), reverse, third, minus(row.ours, row.simple), key=len)
+
+
+def measured(row: Row, best: str) -> tuple[float, float, float] | None:
+    """Difference and its interval over blocks of tissue, where a benchmark measured it.
+
+    Of several seeds the mean; of several splits, which are independent, the distances to the ends are added in squares.
+    """
+    found = paired(row, best).groupby("split").mean()
+    if found.empty:
         return None
-    if row.others and (others := RESULTS / f"{row.others}.csv").exists():
-        paths.append(others)
-    table = pd.concat([pd.read_csv(path).assign(file=i) for i, path in enumerate(paths)])
-    if "seed" not in table:
-        table["seed"] = table["file"]
-    table = table.query(row.keep).copy() if row.keep else table
-    if row.method not in table:
-        table[row.method] = ""
-    switch = {"True": f"with {row.method}", "False": f"without {row.method}"}
-    return table.assign(**{row.method: table[row.method].astype(str).replace(switch)})
+    if row.less:
+        found = -found.set_axis([ENDS[0], ENDS[2], ENDS[1]], axis=1)
+    middle = found["middle"].mean()
+    below, above = (np.sqrt(((found["middle"] - found[end]) ** 2).sum()) / len(found) for end in ENDS[1:])
+    return middle, middle - below, middle + above
 
 
-def value(table: pd.DataFrame, row: Row, method: str) -> str:
-    """Mean over seeds, with the standard deviation between them."""
-    some = table[table[row.method] == method]
-    by_seed = some.groupby("seed")[row.value].mean().dropna()
-    if f"{row.value}, sd of seeds" in some and len(by_seed):  # a row that is a mean of seeds already
-        n = int(some["seeds"].iloc[0]) if "seeds" in some else 1
-        spread = f" ± {some[f'{row.value}, sd of seeds'].iloc[0]:.3f}" if n > 1 else ""
-        return f"{by_seed.mean():.3f}{spread} ({n})"
-    if by_seed.empty:
-        return "not measured"
-    spread = f" ± {by_seed.std():.3f}" if len(by_seed) > 1 and by_seed.std() > 5e-4 else ""
-    return f"{by_seed.mean():.3f}{spread} ({len(by_seed)})"
+def between(row: Row, best: str) -> tuple[float, float, float, str]:
+    """Difference and its interval by the t distribution, over splits or over seeds."""
+    one, other = (values(row, method) for method in (row.ours, best))
+    unit = "seed" if row.over == "seeds" else "split"
+    one, other = (found.groupby(unit)["value"].mean() for found in (one, other))
+    if best in row.known:
+        other = one * 0 + row.known[best]
+    pairs = (other - one if row.less else one - other).dropna()
+    n, middle = len(pairs), mean(row, row.ours) - mean(row, best)
+    half = stats.t.ppf(0.975, n - 1) * pairs.std() / n**0.5 if n > 1 else np.nan
+    middle = -middle if row.less else middle
+    return middle, middle - half, middle + half, f"{n} {row.over}" if n > 1 else ""
 
 
-def seconds(table: pd.DataFrame, row: Row) -> str:
-    """Seconds of a run of ours, where its file tells."""
-    ours = table[table[row.method] == row.ours]
-    for name in ("seconds", "seconds, all folds", "seconds to train"):
-        if name in ours and ours[name].notna().any():
-            return f"{ours[name].mean():.0f}"
-    return ""
+def line(row: Row) -> Line | None:
+    """A row of the table; None where nothing is measured."""
+    ours = values(row, row.ours)
+    candidates = {name: mean(row, name) for name in row.simple}
+    candidates = {name: value for name, value in candidates.items() if np.isfinite(value)}
+    if ours.empty or not candidates:
+        return None
+    best = (min if row.less else max)(candidates, key=candidates.get)
+    found = measured(row, best)
+    *interval, over = (*found, "blocks") if found else between(row, best)
+    spread = ours[ours["seed"] != "mean"].groupby("seed")["value"].mean().std()
+    ceiling = mean(row, row.ceiling)
+    return Line(row, mean(row, row.ours), spread, best, candidates[best], *interval, over, ceiling)
 
 
-def spent(files: str) -> tuple[float, float]:
-    """Seconds and GB of ``--refit``: everything that makes the files, baselines and all seeds."""
-    refit = RESULTS / "refit.csv"
-    known = pd.read_csv(refit).set_index("file")[["seconds", "peak_gb"]] if refit.exists() else pd.DataFrame()
-    return tuple(known.loc[files]) if files in known.index else (float("nan"), float("nan"))
-
-
-def number(x: float, digits: int) -> str:
-    return "" if pd.isna(x) else f"{x:.{digits}f}"
-
-
-def line(row: Row) -> list[str]:
-    """A row of the table."""
-    table, command = read(row), f"`{COMMANDS[row.files].split(' && ')[-1]}`"
-    head = [row.task, row.data, row.split, row.metric]
-    if table is None or not (table[row.method] == row.ours).any():
-        return [*head, "not measured", "", "", "", "", "", command]
-    baselines = [f"{name}: {value(table, row, name)}" for name in row.baselines if (table[row.method] == name).any()]
-    ceiling = ""
-    if row.ceiling:
-        ceiling = f"{table[row.ceiling].mean():.3f}" if row.ceiling in table else value(table, row, row.ceiling)
-    ours = (f"{row.ours}: " if row.ours else "") + value(table, row, row.ours)
-    whole, memory = spent(row.files)
-    memory = table["peak_gb"].max() if "peak_gb" in table else memory
-    cost = [seconds(table, row), number(whole, 0), number(memory, 1)]
-    return [*head, ours, "; ".join(baselines), ceiling, *cost, command]
-
-
-def scores() -> pd.DataFrame:
-    """The numbers of the table, a row a task and method, for :func:`spatiaflow.pl.benchmark`."""
-    out = []
-    for row in ROWS:
-        found = read(row)
-        if found is None or not row.baselines or not (found[row.method] == row.ours).any():
-            continue
-        ceiling = found[row.ceiling].mean() if row.ceiling in found else float("nan")
-        task = f"{row.task}, {row.data}" + (", another donor" if "another donor" in row.split else "")
-        task += ", no labels" if "no labels" in row.split else ""
-        for name in (row.ours, *row.baselines):
-            some = found[found[row.method] == name]
-            by_seed, mean_of_seeds = some.groupby("seed")[row.value].mean(), f"{row.value}, sd of seeds"
-            out.append({
-                "task": task, "metric": row.metric, "method": "ours" if name == row.ours else name, "value": by_seed.mean(),
-                "std": some[mean_of_seeds].iloc[0] if mean_of_seeds in some else by_seed.std(), "ceiling": ceiling,
-                "less": row.less,
-            })  # fmt: skip
-    return pd.DataFrame(out)
+def short(x: float, sign: bool = False) -> str:
+    """Three digits, no zero before the point."""
+    return "" if not np.isfinite(x) else f"{x:{'+' if sign else ''}.3f}".replace("0.", ".")
 
 
 def table() -> str:
-    """The table in Markdown."""
-    names = [
-        "task",
-        "data",
-        "split",
-        "metric",
-        "ours (seeds)",
-        "baselines (seeds)",
-        "ceiling",
-        "seconds of ours, once",
-        "seconds of --refit",
-        "GB",
-        "command",
-    ]
-    rows = [line(row) for row in ROWS]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (names, ["---"] * len(names), *rows))
+    """The count of verdicts and the table, in Markdown."""
+    found = [(row, line(row)) for row in ROWS]
+    verdicts = [one.verdict if one else "not measured" for _, one in found]
+    counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS if name in verdicts)
+    names = ["task", "data", "score", "ours", "best simple method", "difference [95 %]", "over", "ceiling", "verdict"]
+    cells = [names, ["---"] * len(names)]
+    for row, one in found:
+        head = [row.task, row.data, row.score + (" ↓" if row.less else "")]
+        if one is None:
+            cells.append([*head, "not measured", "", "", "", "", ""])
+            continue
+        spread = f" ± {short(one.spread)}" if one.spread > 5e-4 else ""
+        interval = f" [{short(one.low, True)}, {short(one.high, True)}]" if one.over else ""
+        cells.append([
+            *head, short(one.ours) + spread, f"{one.best} {short(one.theirs)}", short(one.difference, True) + interval,
+            one.over, short(one.ceiling), one.verdict,
+        ])  # fmt: skip
+    return (
+        f"\nOf {len(ROWS)} comparisons: {counts}.\n\n"
+        + "".join("| " + " | ".join(row) + " |\n" for row in cells)
+        + "\n"
+    )
 
 
-def run(commands: dict[str, str], results: Path) -> None:
-    """Run commands one after the other; they write into ``results``, and ``refit.csv`` there says how long each took."""
-    file, rows = results / "refit.csv", {}
-    if file.exists():  # what is not run now stays
-        known = pd.read_csv(file).drop(columns=["command", "version", "date"])
-        rows = {row["file"]: row for row in known.to_dict("records")}
-    for name, command in commands.items():
-        for old in results.glob(f"{name}-*-[0-9]-*.*"):  # runs of expression.py, which leaves alone what is there
-            old.unlink()
-        start, where, failed, peak = time.perf_counter(), os.environ | {"SPATIAFLOW_RESULTS": str(results)}, False, 0.0
-        for one in command.split(" && "):
+def figure():
+    """Differences in per cent of the simple method, with their intervals; what leaves the picture ends in an arrow."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    reach, colours = 50, {"better": "#0072b2", "level": "0.45", "worse": "#d55e00"}
+    lines = [found for found in map(line, ROWS) if found and found.theirs and found.verdict in colours]
+    drawing, ax = plt.subplots(figsize=(3.54, 0.19 * len(lines) + 0.6), layout="constrained")
+    ax.axvline(0, color="0.6", lw=0.8, zorder=0)
+    for y, found in enumerate(lines):
+        middle, *ends = (100 * v / abs(found.theirs) for v in (found.difference, found.low, found.high))
+        colour = colours[found.verdict]
+        ax.axhline(y, color="0.92", lw=0.6, zorder=-1)
+        ax.plot(np.clip(ends, -reach, reach), [y, y], color=colour, lw=1.3, solid_capstyle="butt")
+        for end in ends:
+            if abs(end) > reach:
+                ax.plot(np.sign(end) * reach, y, "<" if end < 0 else ">", ms=3.5, color=colour, clip_on=False)
+        if abs(middle) <= reach:
+            ax.plot(middle, y, "o", ms=3.4, color=colour)
+    labels = [f"{found.row.task}, {found.row.data.replace('sections of one donor', 'same donor')}" for found in lines]
+    ax.set_yticks(range(len(lines)), labels, fontsize=6)
+    ax.set(xlim=(-reach, reach), ylim=(len(lines) - 0.4, -0.6), xticks=(-50, -25, 0, 25, 50))
+    ax.tick_params(axis="x", labelsize=6, length=2)
+    ax.tick_params(axis="y", length=0, pad=6)
+    ax.spines[["left", "top", "right"]].set_visible(False)
+    drawing.supxlabel("difference to the best simple method, % of its score", fontsize=6)
+    marks = [Line2D([], [], color=colour, marker="o", ms=3.4, lw=1.3, label=name) for name, colour in colours.items()]
+    drawing.legend(handles=marks, loc="outside upper right", ncols=3, fontsize=6, frameon=False)
+    return drawing
+
+
+def run(commands: dict[str, str]) -> None:
+    """Run commands, each name in an empty folder; its rows replace the known ones when all went well."""
+    target, book = results.folder(), results.Table("all", again=True)
+    for name, chain in commands.items():
+        work = Path(tempfile.mkdtemp(prefix=f"spatiaflow-{name}-"))
+        start, where, failed, peak = time.perf_counter(), os.environ | {"SPATIAFLOW_RESULTS": str(work)}, False, 0.0
+        for one in chain.split(" && "):
             if not failed:
                 process = subprocess.Popen([sys.executable, *shlex.split(one)[1:]], env=where)
                 _, status, used = os.wait4(process.pid, 0)
                 failed, peak = status != 0, max(peak, used.ru_maxrss / 2**20)
-        seconds = time.perf_counter() - start
-        today = time.strftime("%Y-%m-%d")
-        rows[name] = {"file": name, "ran": command, "on": today, "seconds": seconds, "failed": failed, "peak_gb": peak}
-        writing.write("refit", list(rows.values()))
-    now = [rows[name] for name in commands]
-    print(f"{sum(row['seconds'] for row in now):.0f} s in all, {sum(row['failed'] for row in now)} failed")
+        cost = {"seconds": time.perf_counter() - start, "peak_gb": peak, "failed": failed}
+        book.add(name, "refit", "", "run", cost)
+        if failed:
+            print(f"{name} failed; what it measured is in {work}")
+            continue
+        for path in work.iterdir():
+            if path.suffix == ".csv":
+                rows = pd.read_csv(path, dtype=str, keep_default_na=False).astype({"value": float})
+                results.append(path.stem, rows)
+            else:
+                shutil.move(path, target / path.name)
+        shutil.rmtree(work)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--quick", action="store_true")
+    out.add_argument("--refit", nargs="*", metavar="NAME", choices=list(COMMANDS))
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--refit", nargs="*", metavar="FILE", choices=list(COMMANDS))
-    a = parser.parse_args()
+    a = parser().parse_args()
     if a.quick:
-        RESULTS = writing.RESULTS = Path(tempfile.mkdtemp(prefix="spatiaflow-benchmarks-"))
-        run(QUICK, RESULTS)
+        os.environ["SPATIAFLOW_RESULTS"] = tempfile.mkdtemp(prefix="spatiaflow-benchmarks-")
+        run(QUICK)
         print(table())
         raise SystemExit
     if a.refit is not None:
-        run({name: COMMANDS[name] for name in a.refit or COMMANDS}, RESULTS)
-    TABLE.write_text(table(), encoding="utf-8")
-    print(TABLE.read_text(encoding="utf-8"))
-    found = scores()
-    if len(found):
-        import spatiaflow as sf
-
-        figure = sf.pl.benchmark(found, ours="ours", show=False, return_fig=True)
-        figure.savefig(TABLE.parent / "images" / "benchmark.png", dpi=160, bbox_inches="tight")
+        run({name: COMMANDS[name] for name in a.refit or COMMANDS})
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    figure().savefig(FIGURE, dpi=160)
+    print(table())

@@ -16,13 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import results
 import spatiaflow as sf
 
 PIXELS, MPP = 48, 0.2125
-
-
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def resident_gb() -> float:
@@ -30,8 +27,11 @@ def resident_gb() -> float:
     return pages * resource.getpagesize() / 2**30
 
 
-def crops(a) -> None:
+def crops(a, table: results.Table) -> None:
     """48 px, 4 channels, table order, Zarr on disk."""
+    data = Path(a.store).stem
+    if not table.lacks(data, "", "", ["pp.crops", "squidpy"]):
+        return
     import spatialdata as sd
     import squidpy as sq
 
@@ -49,21 +49,24 @@ def crops(a) -> None:
     again = found.read(np.arange(n))
     gather = time.perf_counter() - start
     assert torch.equal(first, again)
-    print(
-        f"{n} crops: end to end {cold:.2f} s ({n / cold:,.0f}/s), reading {reading:.2f} s, gather {n / gather:,.0f}/s"
-    )
-    table = sdata["table"][: a.n].copy()
-    table.obsm["spatial"] = found.xy[: a.n]
-    table.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": PIXELS}}}
+    cells = sdata["table"][: a.n].copy()
+    cells.obsm["spatial"] = found.xy[: a.n]
+    cells.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": PIXELS}}}
     container = sq.im.ImageContainer(np.moveaxis(whole, 0, -1), dims=("y", "x", "channels"))
     start = time.perf_counter()
-    for _ in container.generate_spot_crops(table, library_id="s", spot_scale=1.0, as_array=True):
+    for _ in container.generate_spot_crops(cells, library_id="s", spot_scale=1.0, as_array=True):
         pass
     squidpy = (time.perf_counter() - start) / a.n
-    print(f"squidpy, image in memory: {1 / squidpy:,.0f}/s; end to end is {squidpy * n / cold:.1f} times faster")
+    table.add(data, "", "", "pp.crops", {
+        "cells": n, "seconds": cold, "seconds of reading": reading, "crops a second": n / cold,
+        "crops a second, image decoded": n / gather, "times as fast as squidpy": squidpy * n / cold,
+    })  # fmt: skip
+    table.add(data, "", "", "squidpy", {"crops a second, image decoded": 1 / squidpy})
 
 
-def embed(a) -> None:
+def embed(a, table: results.Table) -> None:
+    if not table.lacks(Path(a.store).stem, "", "", "tl.embed_spatia"):
+        return
     import spatialdata as sd
 
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
@@ -84,18 +87,23 @@ def embed(a) -> None:
     bare = encode(20)  # before and after: the machine's pace changes from minute to minute
     start = time.perf_counter()
     sf.tl.embed_spatia(sdata, model=model, mpp=1)
-    whole, peak = time.perf_counter() - start, peak_gb()
+    whole, peak = time.perf_counter() - start, results.peak_gb()
     bare += encode(20)
     n = sdata["table"].n_obs
     bare *= n / (40 * 512)
-    print(f"{n} cells: {whole:.1f} s, encoders alone {bare:.1f} s, ratio {whole / bare:.2f}; peak {peak:.2f} GB")
+    table.add(Path(a.store).stem, "", "", "tl.embed_spatia", {
+        "cells": n, "seconds": whole, "seconds of the encoders alone": bare, "ratio": whole / bare, "peak_gb": peak,
+    })  # fmt: skip
 
 
-def corpus(a) -> None:
+def corpus(a, table: results.Table) -> None:
     from spatiaflow.models.spatia import SpatiaConfig
     from spatiaflow.tl import _cells
     from spatiaflow.train.spatia import ScatteredCells
 
+    data = ", ".join(Path(given.split(",")[0]).stem for given in a.stores)
+    if not table.lacks(data, "", "", ["corpus", "0 workers", "2 workers"]):
+        return
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "corpus.csv"
         rows = []
@@ -117,24 +125,31 @@ def corpus(a) -> None:
         + tree.indices.nbytes + tree.size * 80
         for s, tree in zip(slides, batches.trees)
     )  # fmt: skip
-    print(f"{len(slides)} slides, {n} cells, {len(genes)} genes, {len(channels)} channels: {held / n:.1f} bytes a cell")
+    size = {"slides": len(slides), "cells": n, "genes": len(genes), "channels": len(channels), "bytes a cell": held / n}
+    table.add(data, "", "", "corpus", size)
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)
         start, cells = time.perf_counter(), 0
         for batch in loader:
             cells += len(batch["xy"])
         seconds = time.perf_counter() - start
-        print(
-            f"{workers} workers: {cells / seconds:,.0f} cells/s over {len(batches)} batches, process {resident_gb():.2f} GB"
-        )
+        speed = {"cells a second": cells / seconds, "batches": len(batches), "resident_gb": resident_gb()}
+        table.add(data, "", "", f"{workers} workers", speed)
+
+
+COMMANDS = {"crops": crops, "embed": embed, "corpus": corpus}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("what", choices=list(COMMANDS))
+    out.add_argument("--store")
+    out.add_argument("--stores", nargs="*", help="STORE[,IMAGE_KEY[,MPP]] ...")
+    out.add_argument("--weights", default="spatia-pancreas-small")
+    out.add_argument("--n", type=int, default=2000, help="cells that squidpy cuts")
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["crops", "embed", "corpus"])
-    parser.add_argument("--store")
-    parser.add_argument("--stores", nargs="*", help="STORE[,IMAGE_KEY[,MPP]] ...")
-    parser.add_argument("--weights", default="spatia-pancreas-small")
-    parser.add_argument("--n", type=int, default=2000, help="cells that squidpy cuts")
-    a = parser.parse_args()
-    {"crops": crops, "embed": embed, "corpus": corpus}[a.what](a)
+    a = parser().parse_args()
+    COMMANDS[a.what](a, results.Table("cells", again=a.again))

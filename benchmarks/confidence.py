@@ -18,10 +18,10 @@ from unittest import mock
 import anndata as ad
 import numpy as np
 
+import results
 import spatiaflow as sf
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.tl import _labels
-from writing import write
 
 
 def scores(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
@@ -40,7 +40,10 @@ def untempered(probability: np.ndarray, truth: np.ndarray) -> tuple[float, float
     return 1.0, float(np.log(probability[np.arange(len(truth)), truth] + 1e-9).mean())
 
 
-def judge(data: str, reference: ad.AnnData, query: ad.AnnData, use_rep: str, seed: int, library_key=None) -> list[dict]:
+METHODS = ("annotate", "one confidence for all", "without temperature")
+
+
+def judge(reference: ad.AnnData, query: ad.AnnData, use_rep: str, seed: int, library_key=None) -> dict[str, dict]:
     """Confidence of labels carried from reference to query, and of both simple alternatives."""
     options = {"labels": "label", "reference": reference, "use_rep": use_rep, "library_key": library_key}
 
@@ -52,54 +55,55 @@ def judge(data: str, reference: ad.AnnData, query: ad.AnnData, use_rep: str, see
     ours, right, accuracy = annotated()
     with mock.patch.object(_labels, "_temperature", untempered):
         plain, plain_right, _ = annotated()
-    rows = {
-        "annotate": (ours, right), "one confidence for all": (np.full(len(ours), accuracy), right),
-        "without temperature": (plain, plain_right),
-    }  # fmt: skip
-    return [
-        {"data": data, "embedding": use_rep, "seed": seed, "confidence": name, "cells": len(query), "right": ok.mean(),
-         "mean confidence": p.mean(), **scores(p, ok)}
-        for name, (p, ok) in rows.items()
-    ]  # fmt: skip
+    judged = (ours, right), (np.full(len(ours), accuracy), right), (plain, plain_right)
+    return {
+        name: {"cells": len(query), "right": ok.mean(), "mean confidence": p.mean(), **scores(p, ok)}
+        for name, (p, ok) in zip(METHODS, judged)
+    }
 
 
-def pancreas(a) -> None:
+def pancreas(a, table: results.Table) -> None:
     from transitions import embedded
 
     parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
-    for name, table in parts.items():
-        label = table.obs["cluster"].astype(str)
-        table = table[np.asarray(table.X.sum(1)).ravel() >= 15]  # only cells without counts have no cluster
-        parts[name] = ad.AnnData(obsm={"X_spatia_cell": table.obsm["X_spatia_cell"]}, obs=table.obs.assign(label=label))
-    rows = []
+    for name, cells in parts.items():
+        label = cells.obs["cluster"].astype(str)
+        cells = cells[np.asarray(cells.X.sum(1)).ravel() >= 15]  # only cells without counts have no cluster
+        parts[name] = ad.AnnData(obsm={"X_spatia_cell": cells.obsm["X_spatia_cell"]}, obs=cells.obs.assign(label=label))
     for seed in range(a.seeds):
-        some = np.random.default_rng(seed).permutation(parts["train"].n_obs)[:10_000]
-        rows += judge("pancreas", parts["train"][np.sort(some)], parts["test"], "X_spatia_cell", seed)
-    write("confidence-pancreas", rows)
+        if table.lacks("pancreas", "test", seed, METHODS):
+            some = np.random.default_rng(seed).permutation(parts["train"].n_obs)[:10_000]
+            found = judge(parts["train"][np.sort(some)], parts["test"], "X_spatia_cell", seed)
+            table.add_all("pancreas", "test", seed, found)
 
 
-def starmap(a) -> None:
+def starmap(a, table: results.Table) -> None:
     from sklearn.decomposition import PCA
 
     cells = sf.datasets.starmap_mpfc()
     library = np.asarray(cells.X.sum(1), float).ravel()
     y, mouse = log_normalize(cells.X, library, float(np.median(library))).toarray(), cells.obs["mouse"].astype(str)
-    rows = []
     for held in mouse.unique():
         train = (mouse != held).to_numpy()
         x = PCA(30, random_state=0).fit(y[train]).transform(y)
-        table = ad.AnnData(obsm={"X_pca": x}, obs=cells.obs.assign(label=cells.obs["cell_type"].astype(str)))
+        labelled = ad.AnnData(obsm={"X_pca": x}, obs=cells.obs.assign(label=cells.obs["cell_type"].astype(str)))
         for seed in range(a.seeds):
-            rows += judge(held, table[train], table[~train], "X_pca", seed, "mouse")
-    write("confidence-starmap", rows)
+            if table.lacks("starmap", held, seed, METHODS):
+                table.add_all("starmap", held, seed, judge(labelled[train], labelled[~train], "X_pca", seed, "mouse"))
+
+
+COMMANDS = {"pancreas": pancreas, "starmap": starmap}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("data", choices=list(COMMANDS))
+    out.add_argument("--store")
+    out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    out.add_argument("--seeds", type=int, default=3)
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"pancreas": pancreas, "starmap": starmap}
-    parser.add_argument("data", choices=list(commands))
-    parser.add_argument("--store")
-    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
-    parser.add_argument("--seeds", type=int, default=3)
-    a = parser.parse_args()
-    commands[a.data](a)
+    a = parser().parse_args()
+    COMMANDS[a.data](a, results.Table("confidence", again=a.again))

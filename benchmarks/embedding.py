@@ -8,7 +8,7 @@ Pancreas: everything is fitted on x < 16500 px, tested on x > 19500; between the
 slide. All parts are of one slide, so intensities are scaled by the training part's; scaled part by part is a row of its
 own. Labels of the pancreas are clusters that its publishers made from the same counts, not gold. STARmap: fitted on two
 mice, tested on the third; penalties are chosen by leaving one of the two out. Neighbours are looked up inside a part or
-a mouse. Each row is written to ``benchmarks/results/embedding-*.csv`` with its command.
+a mouse. What a run of the same seed has measured is not measured again.
 """
 
 import argparse
@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import sparse
 
+import results
 import spatiaflow as sf
-import writing
 from probes import MIN_COUNTS, Classifier, Probe, around, banksy, expression, folds, scvi_latent, supervised_cnn
 from spatiaflow import _io
 from spatiaflow.models.simple import gene_pearson
@@ -32,10 +31,7 @@ MPP = 0.2125
 PARTS = {"train": (0, 16500), "validation": (17000, 19000), "test": (19500, 99999)}  # px
 N_GENES, BLOCK_UM = 50, 500.0
 BASELINE = "CNN, supervised + neighbours"  # what embeddings are compared with, pair by pair
-
-
-def write(data: str, rows: list[dict]) -> None:
-    writing.write(f"embedding-{data}", rows)
+SELF_SUPERVISED, VARIANT = "SPATIA image, self-supervised (no genes), cell", "CNN, no augmentation + neighbours"
 
 
 # ---- pancreas ----------------------------------------------------------------------------------------------------
@@ -93,18 +89,18 @@ def retrieval(parts: dict, model: Spatia, seed: int, n: int = 1000) -> dict:
     return {"top 1": np.mean(rank <= 1), "top 10": np.mean(rank <= 10), "median rank": float(np.median(rank))}
 
 
-def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> list[dict]:
-    """Clusters of the publishers by a linear probe, and against clusters of our own, from images, genes and both."""
+def annotation(a, table: results.Table, parts: dict, tables: dict, features: dict, model: Spatia) -> None:
+    """Measure agreement with clusters of the publishers, by a linear probe and by clusters of our own."""
     import scanpy as sc
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_info_score, silhouette_score
 
     label, use = {}, {}
-    for name, table in tables.items():
-        label[name], (_, scored) = table.obs["cluster"].astype(str).to_numpy(), expression(table)
+    for name, cells in tables.items():
+        label[name], (_, scored) = cells.obs["cluster"].astype(str).to_numpy(), expression(cells)
         use[name] = np.flatnonzero(scored)  # only cells without counts have no cluster
-    y = {name: expression(table)[0] for name, table in tables.items()}
+    y = {name: expression(cells)[0] for name, cells in tables.items()}
     axes = PCA(50, random_state=0).fit(y["train"][use["train"]])
     sets = {"PCA of genes": {name: axes.transform(v) for name, v in y.items()}}
     image = features["hand features"]
@@ -123,11 +119,13 @@ def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> l
         "SPATIA fused, cell": both["cell"], "SPATIA fused, niche": both["niche"], "SPATIA fused, tissue": both["tissue"],
         "SPATIA fused, cell + niche": join(both["cell"], both["niche"]), "SPATIA fused, all levels": join(*both.values()),
     }  # fmt: skip
-    rng, rows = np.random.default_rng(a.seed), []
+    rng = np.random.default_rng(a.seed)
     some = np.sort(rng.choice(use["train"], min(10_000, len(use["train"])), replace=False))
     seen = np.sort(rng.choice(use["test"], min(6_000, len(use["test"])), replace=False))
     band = folds(_io.slides(parts["train"], mpp=1)[0].xy)[some]
     for name, x in sets.items():
+        if not table.lacks("pancreas", "test", a.seed, name, "macro F1"):
+            continue
         mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
         z, target, inner = (x["train"][some] - mean) / std, label["train"][some], {}
         for c in (0.003, 0.03, 0.3):
@@ -149,41 +147,43 @@ def annotation(a, parts: dict, tables: dict, features: dict, model: Spatia) -> l
                     adjusted_rand_score(truth, found), normalized_mutual_info_score(truth, found),
                 )  # fmt: skip
         chosen = max(known.values())  # by silhouette: without labels
-        rows.append({
-            "task": "annotation and clusters", "method": name, "inner": max(inner.values()), "macro F1": f1, "ARI": chosen[1],
-            "NMI": chosen[2], "ARI, oracle resolution": max(v[1] for v in known.values()), "features": x["train"].shape[1],
+        table.add("pancreas", "inner", a.seed, name, {"macro F1": max(inner.values())})
+        table.add("pancreas", "test", a.seed, name, {
+            "macro F1": f1, "ARI": chosen[1], "NMI": chosen[2], "ARI, oracle resolution": max(v[1] for v in known.values()),
+            "dimensions": x["train"].shape[1],
         })  # fmt: skip
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
 
 
-def pancreas(a) -> None:
+def pancreas(a, table: results.Table) -> None:
+    asked_for = {SELF_SUPERVISED: a.self_supervised, VARIANT: a.variants, BASELINE: not a.quick, "untrained": True}
+    if not table.lacks("pancreas", "test", a.seed, [name for name, asked in asked_for.items() if asked]):
+        return  # "untrained" is measured last
     parts = pancreas_parts(a.store)
     tables = {name: part["table"] for name, part in parts.items()}
     y_all, scored = expression(tables["train"])
     top = np.argsort(-y_all[scored].var(0), kind="stable")[:N_GENES]  # on training cells alone
     y, use = {}, {}
-    for name, table in tables.items():
-        y[name], use[name] = expression(table, top)
+    for name, cells in tables.items():
+        y[name], use[name] = expression(cells, top)
     xy = {name: _io.slides(part, mpp=1)[0].xy for name, part in parts.items()}
     blocks = sf.metrics.spatial_blocks(xy["test"][use["test"]], BLOCK_UM)
     fold = folds(xy["train"][use["train"]])
-    features, seconds, notes = {}, {}, {}
+    features, seconds, epochs = {}, {}, {}
 
     def timed(name, make):
         """Make features, or take those that an earlier run left in ``--cache``."""
         file = a.cache and a.cache / f"{name.replace(' ', '_')}-{a.seed}.npz"
         if file and file.exists():
             with np.load(file) as known:
-                features[name] = {part: known[part] for part in known if part not in ("seconds", "note")}
-                seconds[name], notes[name] = float(known["seconds"]), str(known["note"])
+                features[name] = {part: known[part] for part in known if part not in ("seconds", "epochs")}
+                seconds[name], epochs[name] = float(known["seconds"]), float(known["epochs"])
             return
         start, found = time.perf_counter(), make()
-        features[name], notes[name] = found if isinstance(found, tuple) else (found, "")
+        features[name], epochs[name] = found if isinstance(found, tuple) else (found, np.nan)
         seconds[name] = time.perf_counter() - start
         if file:
             a.cache.mkdir(parents=True, exist_ok=True)
-            np.savez(file, **features[name], seconds=seconds[name], note=notes[name])
+            np.savez(file, **features[name], seconds=seconds[name], epochs=epochs[name])
 
     def with_neighbours(name):
         return join(features[name], {k: around(xy[k], features[name][k]) for k in parts})
@@ -207,7 +207,7 @@ def pancreas(a) -> None:
         if a.variants:
             timed("CNN, supervised, raw intensities", lambda: supervised_cnn(parts, top, a.seed, raw=True))
             timed("CNN, supervised, no augmentation", lambda: supervised_cnn(parts, top, a.seed, augment=False))
-            timed("CNN, no augmentation + neighbours", lambda: with_neighbours("CNN, supervised, no augmentation"))
+            timed(VARIANT, lambda: with_neighbours("CNN, supervised, no augmentation"))
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
     for box in model.card["data"].values():
         if box["box_um"][2] >= PARTS["validation"][0] * MPP:
@@ -229,13 +229,17 @@ def pancreas(a) -> None:
     features["SPATIA image, all levels, intensities of each part"] = join(*own.values())
     if a.self_supervised:
         own = spatia_levels(parts, sf.models.load(a.self_supervised), "image")
-        features["SPATIA image, self-supervised (no genes), cell"] = own["cell"]
+        features[SELF_SUPERVISED] = own["cell"]
     rng = np.random.default_rng(a.seed)
     features["SPATIA image, all levels, shuffled"] = {
         k: v[rng.permutation(len(v))] for k, v in features["SPATIA image, all levels"].items()
     }
-    rows, predictions, truth = [], {}, y["test"][use["test"]]
+    truth, predictions = y["test"][use["test"]], {}
+    if BASELINE in features:  # first, as the others are compared with it
+        features = {BASELINE: features[BASELINE], **features}
     for name, x in features.items():
+        if name != BASELINE and not table.lacks("pancreas", "test", a.seed, name, "pearson50"):
+            continue
         probe = Probe(x["train"][use["train"]], y["train"][use["train"]], fold)
         predictions[name] = probe(x["test"][use["test"]])
         shift = np.nanmean(gene_pearson(y["validation"][use["validation"]], probe(x["validation"][use["validation"]])))
@@ -243,35 +247,29 @@ def pancreas(a) -> None:
             np.nanmean(gene_pearson(truth[blocks == b], predictions[name][blocks == b]))
             for b in np.unique(blocks) if (blocks == b).sum() >= 100
         ]  # fmt: skip
-        rows.append({
-            "task": "image to expression", "method": name, "inner": probe.inner, "17000-19000": shift,
-            "test": np.nanmean(gene_pearson(truth, predictions[name])), "test, 500 um blocks": np.mean(by_block),
-            "features": x["train"].shape[1], "seconds": seconds.get(name, np.nan), "note": notes.get(name, ""),
-        })  # fmt: skip
-    if BASELINE in predictions:
-        for row in rows:
-            difference = sf.metrics.paired_pearson_difference(
-                truth, predictions[row["method"]], predictions[BASELINE], blocks
-            )
-            row |= dict(zip(("minus baseline", "low", "high"), difference)) | {"baseline": BASELINE}
-    rows += annotation(a, parts, tables, features, model)
-    n_test = int(use["test"].sum())
+        scores = {
+            "pearson50": np.nanmean(gene_pearson(truth, predictions[name])),
+            "pearson50, mean of 500 um blocks": np.mean(by_block), "dimensions": x["train"].shape[1],
+            "seconds": seconds.get(name, np.nan), "epochs": epochs.get(name, np.nan),
+        }  # fmt: skip
+        if BASELINE in predictions:
+            versus = f"pearson50 minus {BASELINE}"
+            found = sf.metrics.paired_pearson_difference(truth, predictions[name], predictions[BASELINE], blocks)
+            scores |= dict(zip((versus, f"{versus}, low", f"{versus}, high"), found))
+        table.add("pancreas", "inner", a.seed, name, {"pearson50": probe.inner})
+        table.add("pancreas", "17000-19000", a.seed, name, {"pearson50": shift})
+        table.add("pancreas", "test", a.seed, name, scores)
+    annotation(a, table, parts, tables, features, model)
     for name, found in (("SPATIA", model), ("untrained", untrained)):
-        rows.append(
-            {
-                "task": "retrieval among 1,000",
-                "method": name,
-                **retrieval(parts, found, a.seed),
-                "note": f"{n_test} cells",
-            }
-        )
-    write("pancreas" + "-variants" * a.variants + f"-seed{a.seed}" * (a.seed > 0), rows)
+        if table.lacks("pancreas", "test", a.seed, name):
+            table.add("pancreas", "test", a.seed, name, retrieval(parts, found, a.seed) | {"cells": use["test"].sum()})
+    table.add_run("pancreas", "test", a.seed)
 
 
 # ---- STARmap -----------------------------------------------------------------------------------------------------
 
 
-def starmap(a) -> None:
+def starmap(a, table: results.Table) -> None:
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -281,7 +279,8 @@ def starmap(a) -> None:
     total = counts.sum(1, keepdims=True)
     y = np.log1p(counts / total * np.median(total))
     mouse, kind, layer = (data.obs[name].astype(str).to_numpy() for name in ("mouse", "cell_type", "layer"))
-    mice, rows = list(dict.fromkeys(mouse)), []
+    mice, has_scvi = list(dict.fromkeys(mouse)), importlib.util.find_spec("scvi") is not None
+    last = ["SPATIA all levels, 30 components", *(["neighbours' scVI"] if has_scvi else [])]
 
     def by_mouse(values, change):
         out = np.empty(values.shape)
@@ -340,8 +339,10 @@ def starmap(a) -> None:
     for seed in range(a.seeds):
         for held in mice:
             train, test = mouse != held, mouse == held
+            if not table.lacks("starmap", held, seed, last):
+                continue
             features = simple(train) if seed == 0 else {}
-            if importlib.util.find_spec("scvi"):
+            if has_scvi:
                 latent = scvi_latent(data, train, seed)
                 features["scVI"] = latent
                 features["scVI + neighbours (as CellCharter)"] = np.hstack([latent, mean_around(latent)])
@@ -357,10 +358,12 @@ def starmap(a) -> None:
                 x = features[name]
                 features[f"{name}, 30 components"] = PCA(30, random_state=0).fit(x[train]).transform(x)
             for name, x in features.items():
-                row = {"mouse": held, "seed": seed, "method": name, "features": x.shape[1]}
+                if not table.lacks("starmap", held, seed, name):
+                    continue
+                row = {"dimensions": x.shape[1], "seconds": seconds if "SPATIA" in name else np.nan}
                 for task, label in (("type", kind), ("layer", layer)):
                     probe = Classifier(x[train], label[train], mouse[train])
-                    row |= {f"{task} F1": probe.macro_f1(x[test], label[test]), f"{task} inner": probe.inner}
+                    row |= {f"{task} F1": probe.macro_f1(x[test], label[test]), f"{task} F1, inner": probe.inner}
                 for note, fitted in (
                     ("", train),
                     (", own", test),
@@ -370,16 +373,16 @@ def starmap(a) -> None:
                         f"layer ARI{note}": adjusted_rand_score(layer[test], groups),
                         f"layer NMI{note}": normalized_mutual_info_score(layer[test], groups),
                     }
-                rows.append(row | {"seconds": seconds if "SPATIA" in name else np.nan})
-                print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    write("starmap", rows)
-    summary(pd.DataFrame(rows))
+                table.add("starmap", held, seed, name, row)
+    table.add_run("starmap", "")
+    summary()
 
 
-def summary(table: pd.DataFrame) -> None:
+def summary() -> None:
     """Mean over mice (of the means over seeds), and SPATIA's difference to the best baseline, paired by mouse, with its error."""
     scores = ["type F1", "layer F1", "layer ARI", "layer ARI, own"]
-    by_mouse = table.groupby(["method", "mouse"], sort=False)[scores].mean()
+    rows = results.select(results.read("embedding"), data="starmap", metric=scores)
+    by_mouse = results.pivot(rows, ["method", "split"])[scores]
     mean = by_mouse.groupby("method", sort=False).mean()
     print(mean.round(3).to_string())
     learned = mean.index.str.startswith("SPATIA")
@@ -388,7 +391,7 @@ def summary(table: pd.DataFrame) -> None:
         for method in mean.index[learned]:
             difference = by_mouse.loc[method, score] - by_mouse.loc[best, score]
             error = difference.std(ddof=1) / len(difference) ** 0.5
-            seeds = table[table["method"] == method].groupby("mouse")[score].std().mean()
+            seeds = results.select(rows, method=method, metric=score).groupby("split")["value"].std().mean()
             print(
                 f"{score}: {method} - {best}: {difference.mean():+.3f} +- {error:.3f} (deviation over seeds {seeds:.3f})"
             )
@@ -397,13 +400,15 @@ def summary(table: pd.DataFrame) -> None:
 # ---- simulated tissue --------------------------------------------------------------------------------------------
 
 
-def simulated(a) -> None:
+def simulated(a, table: results.Table) -> None:
     """Planted niches from each level by k-means; planted rates of genes from images alone by a linear probe."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score
 
-    rows, options = [], {"image_key": "fluorescence"}
+    options, levels = {"image_key": "fluorescence"}, ("cell", "niche", "tissue")
     for seed in range(a.seeds):
+        if not table.lacks("simulated", "test", seed, [f"SPATIA {level}" for level in levels]):
+            continue
         slides = [sf.datasets.simulated_tissue(1500, seed=10 * seed + i) for i in range(4)]
         preset = {"crop_pixels": 24, "patch_pixels": 8}
         model = sf.tl.train_spatia(
@@ -421,34 +426,32 @@ def simulated(a) -> None:
             probe = Probe(np.concatenate(x[:3]), np.concatenate(y[:3]), slide)
             return gene_pearson(y[3], probe(x[3]))
 
-        for level in ("cell", "niche", "tissue"):
+        for level in levels:
             groups = KMeans(3, n_init=10, random_state=0).fit_predict(test.obsm[f"X_spatia_{level}"])
-            score = probed(f"image_{level}")
-            rows.append(
-                {"seed": seed, "level": level, "niche ARI": adjusted_rand_score(test.obs["niche"], groups)}
-                | {
-                    f"image to {name} genes": np.mean(score[driver == name])
-                    for name in np.unique(driver)
-                    if name != "none"
-                }
-            )
-            print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    write("simulated", rows)
+            score, planted = probed(f"image_{level}"), sorted(set(driver) - {"none"})
+            found = {"niche ARI": adjusted_rand_score(test.obs["niche"], groups)}
+            found |= {f"image to {name} genes": np.mean(score[driver == name]) for name in planted}
+            table.add("simulated", "test", seed, f"SPATIA {level}", found)
+
+
+COMMANDS = {"pancreas": pancreas, "starmap": starmap, "simulated": simulated}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("data", choices=list(COMMANDS))
+    out.add_argument("--store")
+    out.add_argument("--weights", default="spatia-pancreas-small")
+    out.add_argument("--self-supervised", help="weights trained without genes")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--epochs", type=int, default=30)
+    out.add_argument("--cache", type=Path, help="folder that keeps the features of baselines")
+    out.add_argument("--variants", action="store_true", help="the CNN on raw intensities and without augmentation too")
+    out.add_argument("--quick", action="store_true", help="without the supervised networks")
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", choices=["pancreas", "starmap", "simulated"])
-    parser.add_argument("--store")
-    parser.add_argument("--weights", default="spatia-pancreas-small")
-    parser.add_argument("--self-supervised", help="weights trained without genes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--cache", type=Path, help="folder that keeps the features of baselines")
-    parser.add_argument(
-        "--variants", action="store_true", help="the CNN on raw intensities and without augmentation too"
-    )
-    parser.add_argument("--quick", action="store_true", help="without the supervised networks")
-    a = parser.parse_args()
-    {"pancreas": pancreas, "starmap": starmap, "simulated": simulated}[a.data](a)
+    a = parser().parse_args()
+    COMMANDS[a.data](a, results.Table("embedding", again=a.again))

@@ -1,27 +1,26 @@
 """Expression from histology: every baseline and ablation on her2st and the olfactory bulb, section by section.
 
-    python benchmarks/expression.py --data her2st --seeds 3 --out benchmarks/results
+    python benchmarks/expression.py --data her2st --seeds 3
     python benchmarks/expression.py --data her2st --convention markers --methods "STFlow default" "deterministic twin"
-    python benchmarks/expression.py --table            # the table of docs/benchmarks.md from the result files
+    python benchmarks/expression.py --table            # prints tables, measures paired differences
 
-Each (data, convention, held-out section, seed, method) is one row of a CSV and one .npz of predictions; runs that are
-already there are not repeated. The held-out section touches nothing: genes, scaling, penalties, smoothing, epochs and
-stack are chosen inside the training sections. All image-only methods get the same features; each tunes its penalties
-by leaving one training section out. Convention "markers" is "10k" with four genes more, whose correlations stand in columns
-of their own and whose mean is ``markers``.
+The split is the held-out section. It touches nothing: genes, scaling, penalties, smoothing, epochs and stack are chosen
+inside the training sections. All image-only methods get the same features; each tunes its penalties by leaving one training
+section out. Convention "raw" is log1p of raw counts with HEST's genes. Convention "markers" is "10k" with four genes more,
+scored one by one and by their mean, ``pearson:markers``. Predictions are kept beside the CSV, as .npz that git ignores: paired
+differences need them.
 """
 
 import argparse
 import dataclasses
-import resource
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+import results
 import spatiaflow as sf
 from position import position_only
 from spatiaflow import _io
@@ -38,9 +37,13 @@ from spatiaflow.models.simple import (
 )  # fmt: skip
 from spatiaflow.models.stflow import standardize
 from spatiaflow.train.stflow import fit_stflow
-from writing import RESULTS
 
 SECTIONS = {"her2st": ("B4", "C2", "C3", "C4", "C5"), "mouse_olfactory_bulb": ("MOB1", "MOB2", "MOB3")}
+LAST_SIMPLE = "kNN retrieval"  # of simple_rows: where it is there, all are
+IMAGE_ONLY = [
+    "ridge", "ridge + smoothing", "ridge, z-scores per section", "ridge, z-scores per section + smoothing", "MLP",
+    "MLP + smoothing", LAST_SIMPLE,
+]  # fmt: skip
 MARKERS = ("GATA3", "ERBB2", "UBE2C", "VWF")  # of the papers
 DEFAULT = PRESETS["default"]
 NETWORKS = {
@@ -214,136 +217,162 @@ def uncertainty(test, out, model, train) -> dict:
     }  # fmt: skip
 
 
-def _inner(model) -> dict:
+def inner_scores(model) -> dict:
     """Scores on held-out training slides, the only ones that choices are made by."""
-    return {f"inner {name}": value for name, value in model.card["scores"].items()} | {"standardize": model.standardize}
+    scores = {f"inner {name}": value for name, value in model.card["scores"].items()}
+    return scores | {"scaled by section": model.standardize == "slide"}
 
 
-def write_row(args, held_out, seed, stem, test, genes, ceiling, method, prediction, seconds, extra=None) -> None:
-    """Write one run: a CSV row, and its predictions for paired comparisons."""
-    scores, top = gene_pearson(test.y, prediction), np.nanmean(ceiling[:50])
-    if args.convention == "markers":
-        here = [i for i, gene in enumerate(genes) if gene in MARKERS]
-        by_gene = {genes[i]: scores[i] for i in here} | {f"ceiling of {genes[i]}": ceiling[i] for i in here}
-        by_gene |= {"markers": np.nanmean(scores[here]), "ceiling of markers": np.nanmean(ceiling[here])}
-        extra = by_gene | (extra or {})
-    row = {
-        "data": args.data, "convention": args.convention, "section": held_out, "seed": seed, "method": method,
-        "pearson": np.nanmean(scores[:50]), "ceiling": top, "seconds": seconds,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "spatiaflow": sf.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"benchmarks/expression.py --data {args.data} --convention {args.convention}",
-    } | (extra or {})  # fmt: skip
-    name = f"{stem}-{method}".replace(" ", "_")
-    pd.DataFrame([row]).to_csv(args.out / f"{name}.csv", index=False)
-    np.savez_compressed(args.out / f"{name}.npz", prediction=prediction.astype(np.float32), truth=test.y, xy=test.xy)
-    print(f"{stem} {method:32s} {row['pearson']:.3f}  {seconds:.0f} s", flush=True)
+def variant(data: str, convention: str) -> str:
+    """What the column ``data`` says."""
+    return data if convention == "10k" else f"{data}:{convention}"
+
+
+def predictions(data: str, section: str, seed: int | str, method: str) -> Path:
+    return results.folder() / f"{data}-{section}-{seed}-{method}.npz".replace(" ", "_").replace(":", "-")
+
+
+def pearson(r: np.ndarray, genes: list[str], markers: bool) -> dict[str, float]:
+    """Mean of the 50 genes, and each of the markers."""
+    found = {"pearson50": np.nanmean(r[:50])}
+    if markers:
+        here = {gene: r[i] for i, gene in enumerate(genes) if gene in MARKERS}
+        found |= {f"pearson:{gene}": value for gene, value in here.items()}
+        found["pearson:markers"] = np.nanmean([*here.values()])
+    return found
 
 
 def run(args) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    sections = load(args.data, args.patch_um)
+    table, data = results.Table("expression", again=args.again), variant(args.data, args.convention)
+    markers, target = args.convention == "markers", None if args.convention == "raw" else 1e4
+    networks, sections = args.methods or list(NETWORKS), load(args.data, args.patch_um)
     for held_out in args.sections or SECTIONS[args.data]:
+        if not any(table.lacks(data, held_out, seed, [LAST_SIMPLE, *networks]) for seed in range(args.seeds)):
+            continue
         train, test, genes = problem(sections, held_out, args.convention)
-        full = _io.dense(_io.counts(sections[held_out])[0])
         columns = [list(sections[held_out].var_names).index(g) for g in genes]
-        target = None if args.convention == "raw" else 1e4
+        full = _io.dense(_io.counts(sections[held_out])[0])
         ceiling = sf.metrics.noise_ceiling(full, genes=columns, target_sum=target)
-        for seed in range(args.seeds):
-            stem = f"{args.data}-{args.convention}-{held_out}-{seed}"
+        table.add(data, held_out, "", "ceiling", pearson(ceiling, genes, markers))
 
-            record = partial(write_row, args, held_out, seed, stem, test, genes, ceiling)
-            if not (args.out / f"{stem}-kNN_retrieval.csv").exists():
+        def record(seed, method, prediction, started, more=None, *, held_out=held_out, test=test, genes=genes):
+            cost = {"seconds": time.perf_counter() - started, "peak_gb": results.peak_gb()}
+            kept = {
+                "prediction": prediction.astype(np.float32),
+                "truth": test.y,
+                "xy": test.xy,
+                "genes": np.array(genes),
+            }
+            np.savez_compressed(predictions(data, held_out, seed, method), **kept)
+            scores = pearson(gene_pearson(test.y, prediction), genes, markers)
+            table.add(data, held_out, seed, method, scores | cost | (more or {}))
+
+        for seed in range(args.seeds):
+            if table.lacks(data, held_out, seed, LAST_SIMPLE):
                 started = time.perf_counter()
                 for method, prediction in simple_rows(train, test, seed, sections):
-                    record(method, prediction, time.perf_counter() - started)
+                    record(seed, method, prediction, started)
                     started = time.perf_counter()
-            for method in args.methods or NETWORKS:
-                if (args.out / f"{stem}-{method}.csv".replace(" ", "_")).exists():
+            for method in networks:
+                if not table.lacks(data, held_out, seed, method):
                     continue
                 started = time.perf_counter()
                 out, model = network_row(method, train, test, genes, seed, args.epochs)
-                seconds = time.perf_counter() - started
-                record(method, out.mean, seconds, uncertainty(test, out, model, train) | _inner(model))
+                record(seed, method, out.mean, started, uncertainty(test, out, model, train) | inner_scores(model))
 
 
-def table(out: Path) -> None:
-    """Print the tables from the result files: mean and spread over seeds, paired differences with block bootstrap."""
-    rows = pd.concat([pd.read_csv(p) for p in sorted(out.glob("*.csv"))], ignore_index=True)
-    for (data, convention), part in rows.groupby(["data", "convention"]):
-        print(f"\n### {data}, {convention}\n")
-        scores = part.groupby(["method", "section"])["pearson"]
-        mean, spread = scores.mean().unstack(), scores.std().unstack()
-        print(mean.sort_values(mean.columns[-1]).round(3).to_markdown())
-        if part["seed"].nunique() > 1:
-            print("\nspread over seeds (standard deviation)\n")
-            print(spread.round(3).to_markdown())
-        print("\nceiling:", part.groupby("section")["ceiling"].first().round(2).to_dict())
-        networks = part.dropna(subset=["crps"]) if "crps" in part else part[:0]
-        if len(networks):
-            names = [
-                c for c in networks if c.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))
-            ]
-            default = networks[networks["method"] == "STFlow default"].dropna(axis=1, how="all")
-            default = default.groupby("section")[[name for name in names if name in default]].mean()
-            print("\nSTFlow default, uncertainty on the held-out section\n\n" + default.T.round(3).to_markdown())
-            names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
-            print(
-                "\nnetworks\n\n"
-                + networks.groupby(["method", "section"])[names].mean().round(3).reset_index().to_markdown(index=False)
-            )
-        _paired(out, part, data, convention)
+def show() -> None:
+    """Print the tables: mean and spread over seeds, uncertainty, and the paired differences."""
+    rows = results.read("expression")
+    for data in rows["data"].unique():
+        part = results.select(rows, data=data)
+        single = part[~part["split"].isin(["C2-C5", "all"]) & (part["seed"] != "mean")]
+        metric = "pearson:markers" if data.endswith(":markers") else "pearson50"
+        scores = results.select(single, metric=metric)
+        mean = results.pivot(scores, columns="split")
+        print(f"\n### {data}, {metric}\n\n{mean.sort_values(mean.columns[-1]).round(3).to_markdown()}")
+        if scores["seed"].nunique() > 2:
+            print(f"\nspread over seeds\n\n{results.pivot(scores, columns='split', how='std').round(3).to_markdown()}")
+        default = results.pivot(results.select(single, method="STFlow default"), "metric", "split")
+        wanted = default.index.str.startswith(("crps", "interval", "coverage", "genes", "pit", "ood", "between"))
+        print("\nSTFlow default, uncertainty on the held-out section\n\n" + default[wanted].round(3).to_markdown())
+        names = ["inner model", "crps", "energy", "gene_gene", "gene_gene of draws", "seconds", "peak_gb"]
+        networks = results.select(single, method=list(NETWORKS), metric=names)
+        print(
+            "\nnetworks\n\n"
+            + results.pivot(networks, ["method", "split"]).round(3).reset_index().to_markdown(index=False)
+        )
+        differences = part[part["metric"].str.contains(" minus ")]
+        print("\npaired differences\n\n" + results.pivot(differences, ["split", "metric"], "method").to_markdown())
 
 
-def _paired(out: Path, part: pd.DataFrame, data: str, convention: str) -> None:
-    """Default against others, scores averaged over seeds; the best baseline by its mean over the sections compared."""
-    groups = (
-        {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if data == "her2st" else {"all": list(part.section.unique())}
-    )
-    others = [m for m in part.method.unique() if not m.startswith(("STFlow default", "depth", "training", "position"))]
-    for label, wanted in groups.items():
-        wanted = [s for s in wanted if s in set(part.section)]
-        if not wanted or "STFlow default" not in set(part.method):
-            continue
-        mean = part[part.section.isin(wanted)].groupby("method").pearson.mean()
-        baselines = [m for m in others if m in mean and m not in NETWORKS]
-        best = mean[baselines].idxmax()
-        ridge = mean[[m for m in ("ridge", "ridge, z-scores per section") if m in mean]].idxmax()
-        for other in dict.fromkeys([best, ridge, "deterministic twin", "no context (k=0)", "STFlow paper preset"]):
-            if other not in mean:
+def paired() -> None:
+    """Measure the default minus others from the predictions that are kept, scores averaged over the seeds that both have."""
+    table, rows = results.Table("expression", again=True), results.read("expression")
+    for data in rows["data"].unique():
+        metric = "pearson:markers" if data.endswith(":markers") else "pearson50"
+        part = results.select(rows, data=data, metric=metric)
+        groups = {"C2-C5": ["C2", "C3", "C4", "C5"], "B4": ["B4"]} if "her2st" in data else {"all": SECTIONS[data]}
+        for label, sections in groups.items():
+            mean = results.pivot(results.select(part, split=list(sections))).get(metric, pd.Series(dtype=float))
+            simple = mean[[name for name in mean.index if name in IMAGE_ONLY]]
+            ridges = mean[[name for name in ("ridge", "ridge, z-scores per section") if name in mean]]
+            if not len(simple):
                 continue
-            truth, first, second, xy, library = [], [], [], [], []
-            for section in wanted:
-                stems = [f"{data}-{convention}-{section}-{seed}-" for seed in part["seed"].unique()]
-                both = ("STFlow default", other)
-                paths = [[out / f"{stem}{method}.npz".replace(" ", "_") for method in both] for stem in stems]
-                pairs = [[np.load(path) for path in found] for found in paths if all(path.exists() for path in found)]
-                # seeds that both have stand side by side as genes do: the mean of their scores, in the same resamples
-                truth.append(np.hstack([ours["truth"] for ours, _ in pairs]))
-                first.append(np.hstack([ours["prediction"] for ours, _ in pairs]))
-                second.append(np.hstack([theirs["prediction"] for _, theirs in pairs]))
-                xy.append(pairs[0][0]["xy"])
-                library += [section] * len(xy[-1])
-            # genes differ between sections: they were chosen without the held-out one; compare slot by slot
-            blocks = sf.metrics.spatial_blocks(np.concatenate(xy), 1000.0, library=np.array(library))
-            difference, low, high = sf.metrics.paired_pearson_difference(
-                np.concatenate(truth), np.concatenate(first), np.concatenate(second), blocks, library=np.array(library)
-            )
-            print(f"\n{label}: STFlow default - {other}: {difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+            others = [simple.idxmax(), ridges.idxmax(), "deterministic twin", "no context (k=0)", "STFlow paper preset"]
+            for other in dict.fromkeys(name for name in others if name in mean):
+                found = difference(data, sections, sorted(set(part["seed"]) - {"", "mean"}), other, metric)
+                if found:
+                    name = f"{metric} minus {other}"
+                    table.add(
+                        data, label, "mean", "STFlow default", dict(zip((name, f"{name}, low", f"{name}, high"), found))
+                    )
+
+
+def difference(data: str, sections, seeds: list[str], other: str, metric: str) -> tuple[float, float, float] | None:
+    """Paired difference with its interval; None where a section lacks predictions."""
+    truth, ours, theirs, xy, library = [], [], [], [], []
+    for section in sections:
+        paths = [[predictions(data, section, seed, m) for m in ("STFlow default", other)] for seed in seeds]
+        pairs = [[np.load(path) for path in both] for both in paths if all(path.exists() for path in both)]
+        if not pairs:
+            return None
+        genes = pairs[0][0]["genes"]
+        slots = np.flatnonzero(np.isin(genes, MARKERS)) if metric == "pearson:markers" else np.arange(50)
+        # seeds that both have stand side by side as genes do: the mean of their scores, in the same resamples
+        truth.append(np.hstack([a["truth"][:, slots] for a, _ in pairs]))
+        ours.append(np.hstack([a["prediction"][:, slots] for a, _ in pairs]))
+        theirs.append(np.hstack([b["prediction"][:, slots] for _, b in pairs]))
+        xy.append(pairs[0][0]["xy"])
+        library += [section] * len(xy[-1])
+    # genes differ between sections: they were chosen without the held-out one; compare slot by slot
+    library = np.array(library)
+    blocks = sf.metrics.spatial_blocks(np.concatenate(xy), 1000.0, library=library)
+    arrays = [np.concatenate(values) for values in (truth, ours, theirs)]
+    return sf.metrics.paired_pearson_difference(*arrays, blocks, library=library)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("--data", choices=SECTIONS, default="her2st")
+    out.add_argument("--convention", choices=("10k", "markers", "raw"), default="10k")
+    out.add_argument("--sections", nargs="*")
+    out.add_argument("--methods", nargs="*", choices=NETWORKS)
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--epochs", type=int, help="of the networks, fewer than the verb's own")
+    out.add_argument("--patch-um", type=float, default=155.0)
+    out.add_argument("--threads", type=int, default=1)  # more than there are free cores is slower by far
+    out.add_argument(
+        "--table", action="store_true", help="print tables; measure paired differences of kept predictions"
+    )
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=SECTIONS, default="her2st")
-    parser.add_argument("--convention", choices=("10k", "markers", "raw"), default="10k")
-    parser.add_argument("--sections", nargs="*")
-    parser.add_argument("--methods", nargs="*", choices=NETWORKS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="of the networks, fewer than the verb's own")
-    parser.add_argument("--patch-um", type=float, default=155.0)
-    parser.add_argument("--threads", type=int, default=1)  # more than there are free cores is slower by far
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the tables from the result files")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     torch.set_num_threads(arguments.threads)
-    table(arguments.out) if arguments.table else run(arguments)
+    if arguments.table:
+        paired()
+        show()
+    else:
+        run(arguments)

@@ -8,7 +8,7 @@ test included). Pearson is per gene over the pooled spots of a fold's test slide
 per-slide values stands beside. A gene that is constant in the truth is left out; a constant prediction scores 0.
 
 ``--selection inner`` (default) chooses epochs inside the training slides. ``--selection test`` repeats the published
-protocol, whose "validation" slides ARE the test slides: those numbers are marked TEST-SELECTED in every line and file.
+protocol, whose "validation" slides ARE the test slides: such a method is called TEST-SELECTED in every row.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+import results
 import spatiaflow as sf
 from spatiaflow import _io
 from spatiaflow._settings import progress
@@ -130,6 +131,10 @@ def scores(test: list[SlideData], predictions: list[np.ndarray]) -> dict[str, fl
     }
 
 
+def stflow_name(preset: str, selection: str) -> str:
+    return f"STFlow {preset}" + (" TEST-SELECTED" if selection == "test" else "")
+
+
 def run_fold(train, test, genes, preset: str, selection: str, seed: int) -> dict[str, dict]:
     """Score ridge, smoothed ridge and STFlow on one fold."""
     features = np.concatenate([s.features for s in train]).astype(np.float64)
@@ -162,50 +167,46 @@ def run_fold(train, test, genes, preset: str, selection: str, seed: int) -> dict
     else:
         model = fit_stflow(train, preset=PRESETS[preset], **options)
     predictions = [model.predict(s.features, [(s.library_id, np.arange(len(s)), s.xy)], seed=seed).mean for s in test]
-    name = f"STFlow {preset}" + (" TEST-SELECTED" if selection == "test" else "")
-    out[name] = scores(test, predictions) | {"seconds": time.perf_counter() - started}
+    out[stflow_name(preset, selection)] = scores(test, predictions) | {"seconds": time.perf_counter() - started}
     return out
 
 
-def main(argv: list[str] | None = None) -> pd.DataFrame:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--layout", choices=("hest", "stimage"), default="hest")
-    parser.add_argument("--tasks", nargs="*", help="HEST tasks; all folders with splits/ when omitted")
-    parser.add_argument("--platform", choices=("ST", "Visium", "VisiumHD"), default="Visium")
-    parser.add_argument("--genes", type=int, default=50)
-    parser.add_argument("--encoder", default="texture")
-    parser.add_argument("--preset", choices=PRESETS, default="default")
-    parser.add_argument("--selection", choices=("inner", "test"), default="inner")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("--root", type=Path, required=True)
+    out.add_argument("--layout", choices=("hest", "stimage"), default="hest")
+    out.add_argument("--tasks", nargs="*", help="HEST tasks; all folders with splits/ when omitted")
+    out.add_argument("--platform", choices=("ST", "Visium", "VisiumHD"), default="Visium")
+    out.add_argument("--genes", type=int, default=50)
+    out.add_argument("--encoder", default="texture")
+    out.add_argument("--preset", choices=PRESETS, default="default")
+    out.add_argument("--selection", choices=("inner", "test"), default="inner")
+    out.add_argument("--seeds", type=int, default=1)
+    out.add_argument("--cache", type=Path, default=Path("features"), help="folder that keeps features of patches")
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     if args.selection == "test":
         print(BANNER, file=sys.stderr)
     encoder = load_encoder(args.encoder, device=sf.settings.torch_device())
-    rows = []
+    table = results.Table("hest", again=args.again)
     tasks = args.tasks or sorted(p.parent.name for p in args.root.glob("*/splits"))
     for task in tasks if args.layout == "hest" else [args.platform]:
+        data = f"{args.layout}:{task}, {args.encoder}"
         for seed in range(args.seeds):
-            folds = (
-                hest_folds(args.root, task, encoder, args.out / "features")
-                if args.layout == "hest"
-                else stimage_folds(args.root, task, args.genes, args.encoder, seed)
-            )
+            if args.layout == "hest":
+                folds = hest_folds(args.root, task, encoder, args.cache)
+            else:
+                folds = stimage_folds(args.root, task, args.genes, args.encoder, seed)
             for fold, train, test, genes in folds:
-                for method, found in run_fold(train, test, genes, args.preset, args.selection, seed).items():
-                    rows.append(
-                        {"task": task, "fold": fold, "seed": seed, "method": method, "selection": args.selection}
-                        | found
-                    )
-                    print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    table = pd.DataFrame(rows)
-    args.out.mkdir(parents=True, exist_ok=True)
-    suffix = "-TEST-SELECTED" if args.selection == "test" else ""
-    table.to_csv(args.out / f"{args.layout}-{args.encoder.replace('/', '_')}-{args.preset}{suffix}.csv", index=False)
-    by_fold = table.groupby(["method", "task", "fold"])[["pearson_pooled", "pearson_per_slide"]].mean()
-    print(by_fold.groupby(["method", "task"]).mean().round(3))
-    return table
+                if table.lacks(data, f"fold {fold}", seed, stflow_name(args.preset, args.selection)):
+                    found = run_fold(train, test, genes, args.preset, args.selection, seed)
+                    table.add_all(data, f"fold {fold}", seed, found)
+    rows = results.select(results.read("hest"), metric=["pearson_pooled", "pearson_per_slide"])
+    by_fold = rows.groupby(["method", "data", "metric", "split"])["value"].mean()
+    print(by_fold.groupby(["method", "data", "metric"]).mean().unstack().round(3).to_markdown())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ by bootstrap over blocks of the query: 500 um, of the others a sixth of the long
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsRegressor
 
+import results
 import spatiaflow as sf
 from flow_head import fit_head
 from imputation_trust import DRAWS, conformal, differential, uncertainty
@@ -35,7 +35,6 @@ from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.design import CellTable, left_out
 from spatiaflow.models.imputation import Imputer
 from spatiaflow.models.simple import gene_pearson
-from writing import write
 
 N_FOLDS, DETECTED, SCORED = 5, 0.02, 3000
 PENALTIES = np.geomspace(10, 1e5, 9)
@@ -140,17 +139,18 @@ def baselines(task: Task, own: dict[str, list[np.ndarray]], y: list[np.ndarray])
     return out
 
 
-def evaluate(name: str, tasks: dict[str, Task], a) -> None:
-    """Tables of scores, uncertainty and reliability of some tasks."""
-    scores, laws, trust = [], [], []
+def evaluate(table: results.Table, name: str, tasks: dict[str, Task], a) -> None:
+    """Measure scores, uncertainty and reliability in some tasks; the split of a fold is ``SPLIT, fold N``."""
     for where, task in tasks.items():
         ceiling = sf.metrics.noise_ceiling(task.query.X, target_sum=task.target_sum)
         for seed in range(a.seeds):
+            if not table.lacks(name, where, seed, [CHECKED, "run"]):
+                continue
             rng = np.random.default_rng(seed)
             found, truth, about = {}, [], []
             pieces = {"de": [], "conformal": []}
             began = time.perf_counter()
-            for hidden in task.folds(seed)[: a.folds]:
+            for fold, hidden in enumerate(task.folds(seed)[: a.folds]):
                 shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
                 train = [task.cells(one, shown, hidden, True) for one in task.reference]
                 query = task.cells(task.query, shown, hidden, False)
@@ -193,14 +193,12 @@ def evaluate(name: str, tasks: dict[str, Task], a) -> None:
                 e = model.evidence
                 held_out = np.maximum(model.held_out(model.branches, model.alpha, np.arange(len(hidden))), 0)
                 pieces["conformal"].append(conformal(y, mean, std, model, held_out))
-                laws += [
-                    {"data": where, "seed": seed, **row}
-                    for row in uncertainty(
-                        y[scored], mean[scored], e.y, e.y - held_out,
-                        lambda g, m=model, v=mean[scored], q=query.library[scored], r=rng: m.draws(v[:, g], q, g, DRAWS, r),
-                        drawn,
-                    )
-                ]  # fmt: skip
+                laws = uncertainty(
+                    y[scored], mean[scored], e.y, e.y - held_out,
+                    lambda g, m=model, v=mean[scored], q=query.library[scored], r=rng: m.draws(v[:, g], q, g, DRAWS, r),
+                    drawn,
+                )  # fmt: skip
+                table.add_all(name, f"{where}, fold {fold}", seed, laws)
                 r = gene_pearson(y, mean)
                 about.append(pd.DataFrame({
                     "gene": names[1], "r": r, "reliability": model.reliability, "training variance": e.y.var(0),
@@ -216,51 +214,44 @@ def evaluate(name: str, tasks: dict[str, Task], a) -> None:
             r = {key: gene_pearson(y, v) for key, v in found.items()}
             best = max((k for k in found if not k.startswith("ours")), key=lambda k: np.nanmean(r[k]))
             for key, value in found.items():
-                row = {
-                    "data": where,
-                    "seed": seed,
-                    "method": key,
-                    "genes": y.shape[1],
-                    "cells": len(y),
-                    "r": np.nanmean(r[key]),
-                    "ceiling": np.nanmean(ceiling[np.concatenate(task.folds(seed)[: a.folds])]),
-                }
+                row = {"pearson": np.nanmean(r[key])}
                 if key != best:
-                    row["difference"], row["low"], row["high"] = sf.metrics.paired_pearson_difference(
-                        y, value, found[best], task.block
-                    )
+                    versus = f"pearson minus {best}"
+                    difference = sf.metrics.paired_pearson_difference(y, value, found[best], task.block)
+                    row |= dict(zip((versus, f"{versus}, low", f"{versus}, high"), difference))
                 agreement = sf.metrics.morans_agreement(y, value, task.query.obsm["spatial"])
                 row |= {f"Moran's I, {k}": v for k, v in agreement.items() if np.ndim(v) == 0}
                 measured, imputed = (np.corrcoef(v[:, np.nanstd(value, 0) > 1e-6].T) for v in (y, value))
                 above = np.triu_indices_from(measured, 1)
-                row["gene-gene correlation, error"] = (
-                    np.sqrt(np.mean((measured - imputed)[above] ** 2)) if len(above[0]) else np.nan
-                )
-                row |= {"best baseline": best, "seconds, all folds": time.perf_counter() - began}
-                scores.append(row)
+                if len(above[0]):
+                    row["gene-gene correlation, error"] = np.sqrt(np.mean((measured - imputed)[above] ** 2))
+                table.add(name, where, seed, key, row | {"seconds": time.perf_counter() - began})
+            scored_genes = np.concatenate(task.folds(seed)[: a.folds])
+            table.add(name, where, seed, "ceiling", {"pearson": np.nanmean(ceiling[scored_genes])})
             about = pd.concat(about)
-            trust.append({
-                "data": where, "seed": seed, "genes": len(about),
-                **{k: stats.spearmanr(about[k], about["r"], nan_policy="omit")[0] for k in about.columns[2:]},
-                **{name: v for piece in pieces.values() for name, v in pd.DataFrame(piece).mean().items()},
-            })  # fmt: skip
-            write(f"imputation-{name}", scores)
-            write(f"imputation-{name}-uncertainty", laws)
-            write(f"imputation-{name}-trust", trust)
+            for key in about.columns[2:]:
+                rank = stats.spearmanr(about[key], about["r"], nan_policy="omit")[0]
+                table.add(name, where, seed, key, {"rank correlation with scores": rank})
+            means = {key: value for piece in pieces.values() for key, value in pd.DataFrame(piece).mean().items()}
+            table.add(name, where, seed, "ours", means)
+            table.add_run(name, where, seed, genes=y.shape[1], cells=len(y))
 
 
-def pancreas(a) -> None:
+def pancreas(a, table: results.Table) -> None:
     from transitions import embedded
 
     parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
-    for name, table in parts.items():
-        parts[name] = table[np.asarray(table.X.sum(1)).ravel() >= 15].copy()
+    for name, cells in parts.items():
+        parts[name] = cells[np.asarray(cells.X.sum(1)).ravel() >= 15].copy()
     task = Task([parts["train"]], parts["test"], 100, 500.0, ("image_cell", "image_niche"))
-    evaluate("pancreas", {"pancreas": task}, a)
+    evaluate(table, "pancreas", {"test": task}, a)
 
 
-def known(a) -> None:
+def known(a, table: results.Table) -> None:
     """Genes that a model knows and the query lacks, without a reference: one model for all folds."""
+    ours, data = "trained model", "pancreas:known"
+    if not (a.save or table.lacks(data, "test", 0, [ours, "run"])):
+        return
     import torch
 
     from transitions import embedded
@@ -270,7 +261,7 @@ def known(a) -> None:
         name: part["table"][np.asarray(part["table"].X.sum(1)).ravel() >= 15].copy() for name, part in parts.items()
     }
     model = sf.models.load(a.weights) if a.weights else sf.tl.train_imputation(tables["train"], target_sum=100)
-    spatia, rows = sf.models.load(sf.datasets.weights("spatia-pancreas-small")), []
+    spatia = sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
     if a.save:
         print(model.save(a.save), model.judged, flush=True)
     query, whole = tables["test"], parts["test"]["table"].copy()
@@ -283,14 +274,14 @@ def known(a) -> None:
             sparse.csr_matrix(query.X[:, hidden]), np.asarray(left.X.sum(1), float).ravel(), 100
         ).toarray()
         sf.tl.impute_genes(left, model=model, genes=names)
-        here = {"trained model": left.obsm["imputed"]}
+        here = {ours: left.obsm["imputed"]}
         parts["test"].tables["table"] = whole[:, shown].copy()
         sf.tl.embed_spatia(parts["test"], model=spatia, mpp=1)
-        table = parts["test"]["table"][query.obs_names]
+        cells = parts["test"]["table"][query.obs_names]
         columns = [[spatia.config.genes.index(g) for g in some] for some in (names, left.var_names)]
         for level in ("cell", "niche", "tissue"):
             with torch.inference_mode():
-                embedding = torch.from_numpy(np.asarray(table.obsm[f"X_spatia_{level}"]))
+                embedding = torch.from_numpy(np.asarray(cells.obsm[f"X_spatia_{level}"]))
                 share = spatia.network.log_rates(embedding, level).exp().numpy()
             here[f"SPATIA's decoder, {level}"] = np.log1p(
                 100 * share[:, columns[0]] / share[:, columns[1]].sum(1, keepdims=True)
@@ -299,23 +290,15 @@ def known(a) -> None:
             found.setdefault(key, []).append(value)
         truth.append(y)
         print({k: round(float(np.nanmean(gene_pearson(y, v))), 4) for k, v in here.items()}, flush=True)
-    y = np.hstack(truth)
+    y, found = np.hstack(truth), {key: np.hstack(value) for key, value in found.items()}
     for key, value in found.items():
-        value = np.hstack(value)
-        row = {
-            "data": "pancreas",
-            "method": key,
-            "genes": y.shape[1],
-            "cells": len(y),
-            "r": np.nanmean(gene_pearson(y, value)),
-        }
-        if key != "trained model":
-            ours = np.hstack(found["trained model"])
-            row["difference"], row["low"], row["high"] = sf.metrics.paired_pearson_difference(
-                y, value, ours, task.block
-            )
-        rows.append(row)
-    write("imputation-known", rows)
+        row = {"pearson": np.nanmean(gene_pearson(y, value))}
+        if key != ours:
+            versus = f"pearson minus {ours}"
+            difference = sf.metrics.paired_pearson_difference(y, value, found[ours], task.block)
+            row |= dict(zip((versus, f"{versus}, low", f"{versus}, high"), difference))
+        table.add(data, "test", 0, key, row)
+    table.add_run(data, "test", 0, genes=y.shape[1], cells=len(y))
 
 
 def starmap_tasks(a) -> dict[str, Task]:
@@ -328,8 +311,8 @@ def starmap_tasks(a) -> dict[str, Task]:
     }  # fmt: skip
 
 
-def starmap(a) -> None:
-    evaluate("starmap", starmap_tasks(a), a)
+def starmap(a, table: results.Table) -> None:
+    evaluate(table, "starmap", starmap_tasks(a), a)
 
 
 def gimvi(seq: ad.AnnData, spatial: ad.AnnData, hidden: np.ndarray, target_sum: float, seed: int) -> np.ndarray:
@@ -361,18 +344,19 @@ def per_shown(values: np.ndarray, hidden: np.ndarray, target_sum: float) -> np.n
     return np.log1p(target_sum * values[:, hidden] / np.maximum(total, 1e-12))
 
 
-def others(a) -> None:
+def others(a, table: results.Table) -> None:
     """Published methods on the folds of ``starmap``."""
     import importlib.util
 
-    tasks, rows = starmap_tasks(a), []
     methods = {"gimVI": ("scvi", gimvi), "Tangram": ("tangram", tangram)}
     for name, (package, method) in methods.items():
         if not importlib.util.find_spec(package):
             print(f"{name} is not installed")
             continue
-        for where, task in tasks.items():
+        for where, task in starmap_tasks(a).items():
             for seed in range(a.seeds):
+                if not table.lacks("starmap", where, seed, name):
+                    continue
                 found, truth, start = [], [], time.perf_counter()
                 for hidden in task.folds(seed):
                     shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
@@ -380,26 +364,23 @@ def others(a) -> None:
                     truth.append(log_normalize(query.targets, query.library, task.target_sum).toarray())
                     left = task.query[:, shown].copy()
                     found.append(method(ad.concat(task.reference), left, hidden, task.target_sum, seed))
-                r = gene_pearson(np.hstack(truth), np.hstack(found))
-                rows.append({
-                    "data": where, "seed": seed, "method": name, "genes": len(r), "r": np.nanmean(r),
-                    "seconds, all folds": time.perf_counter() - start,
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-    write("imputation-others", rows)
+                r = np.nanmean(gene_pearson(np.hstack(truth), np.hstack(found)))
+                table.add("starmap", where, seed, name, {"pearson": r, "seconds": time.perf_counter() - start})
 
 
-def bulb(a) -> None:
+def bulb(a, table: results.Table) -> None:
     parts = {name: sf.datasets.mouse_olfactory_bulb(name) for name in ("MOB1", "MOB2", "MOB3")}
     tasks = {
         name: Task([other for key, other in parts.items() if key != name], query, 1e3, np.ptp(query.obsm["spatial"], 0).max() / 6)
         for name, query in parts.items()
     }  # fmt: skip
-    evaluate("bulb", tasks, a)
+    evaluate(table, "mouse_olfactory_bulb", tasks, a)
 
 
-def memory(a) -> None:
+def memory(a, table: results.Table) -> None:
     """100,000 cells x 1,000 imputed genes from 50,000 reference cells: seconds and peak memory."""
+    if not table.lacks("simulated:memory", "", "", "run"):
+        return
     rng, n_genes = np.random.default_rng(0), 1400
     weight = rng.normal(size=(8, n_genes)).astype(np.float32)
 
@@ -414,27 +395,30 @@ def memory(a) -> None:
         return out[:, genes].copy()
 
     reference, query = made(50_000, slice(None)), made(100_000, slice(0, 400))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter()
+    before, start = results.peak_gb(), time.perf_counter()
     sf.tl.impute_genes(query, reference=reference)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    write("imputation-memory", [{
-        "cells": query.n_obs, "genes": query.obsm["imputed"].shape[1], "reference": reference.n_obs,
-        "seconds": time.perf_counter() - start, "peak GB": peak, "of it before the call": before,
-    }])  # fmt: skip
+    table.add("simulated:memory", "", "", "run", {
+        "cells": query.n_obs, "genes": query.obsm["imputed"].shape[1], "reference cells": reference.n_obs,
+        "seconds": time.perf_counter() - start, "peak_gb": results.peak_gb(), "peak_gb before the call": before,
+    })  # fmt: skip
+
+
+COMMANDS = {"pancreas": pancreas, "known": known, "starmap": starmap, "others": others, "bulb": bulb, "memory": memory}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("what", choices=list(COMMANDS))
+    out.add_argument("--store")
+    out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    out.add_argument("--weights", help="of a model by tl.train_imputation; else it is trained")
+    out.add_argument("--save", type=Path, help="where to keep the trained model")
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--folds", type=int, default=N_FOLDS, help="how many of the five are scored")
+    out.add_argument("--only", help="one mouse")
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {
-        "pancreas": pancreas, "known": known, "starmap": starmap, "others": others, "bulb": bulb, "memory": memory,
-    }  # fmt: skip
-    parser.add_argument("what", choices=list(commands))
-    parser.add_argument("--store")
-    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
-    parser.add_argument("--weights", help="of a model by tl.train_imputation; else it is trained")
-    parser.add_argument("--save", type=Path, help="where to keep the trained model")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folds", type=int, default=N_FOLDS, help="how many of the five are scored")
-    parser.add_argument("--only", help="one mouse")
-    a = parser.parse_args()
-    commands[a.what](a)
+    a = parser().parse_args()
+    COMMANDS[a.what](a, results.Table("imputation", again=a.again))

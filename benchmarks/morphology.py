@@ -9,7 +9,8 @@ python benchmarks/morphology.py pancreas --store pancreas.zarr --cache features 
 
 Pancreas: states and transitions by ``benchmarks/transitions.py``; trained on x < 16500 px, tested on x > 19500. Distances are
 unbiased and at equal n in each niche, the mean over niches that hold ``MIN_CELLS`` of both states; intervals by bootstrap over
-blocks of 500 um of the test part, in which a cell is never compared with itself.
+blocks of 500 um of the test part, in which a cell is never compared with itself. ``KID minus ours`` is above 0 where ours is
+nearer to real targets.
 """
 
 import argparse
@@ -23,17 +24,13 @@ import torch
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
+import results
 import spatiaflow as sf
-import writing
 from spatiaflow import _io
 from spatiaflow.train import morphology as fitting
 from transitions import embedded, fit_states
 
 FIT_AUTOENCODER = fitting.fit_autoencoder
-
-
-def write(name: str, rows: list[dict]) -> None:
-    writing.write(f"morphology-{name}", rows)
 
 
 def once(function):
@@ -64,54 +61,60 @@ def with_embeddings(sdata, pca=None, genes=slice(None)):
     return pca
 
 
-def shares(table, real: pd.DataFrame, made) -> list[dict]:
+def shares(cells, real: pd.DataFrame, made) -> dict[str, dict[str, float]]:
     """Share of the planted change from A to B that generated cells show, by niche and feature; ``real``: morphology of all."""
 
     def measured(found):
         return found.assign(elongation=found["major_axis_um"] / found["minor_axis_um"])[["area_um2", "elongation"]]
 
-    real, shown, rows = measured(real), measured(made.to_df()), []
-    state, niche = (table.obs[name].astype(str).to_numpy() for name in ("state", "niche"))
-    at = niche[table.obs_names.get_indexer(made.obs["source_cell"])]  # a model without context knows no niches
+    real, shown, out = measured(real), measured(made.to_df()), {}
+    state, niche = (cells.obs[name].astype(str).to_numpy() for name in ("state", "niche"))
+    at = niche[cells.obs_names.get_indexer(made.obs["source_cell"])]  # a model without context knows no niches
     for group in np.unique(niche):
         before, after = (real[(niche == group) & (state == s)] for s in "AB")
         now = shown[at == group]
         planted = after.mean() - before.mean()
         share = (now.mean() - before.mean()) / planted
         error = np.sqrt(sum(v.var() / len(v) for v in (now, before, after))) / planted.abs()
-        rows += [
-            {"niche": group, "feature": feature, "planted shift": planted[feature], "share shown": share[feature],
-             "off by": abs(1 - share[feature]), "standard error": error[feature], "n": len(now)}
-            for feature in planted.index
-        ]  # fmt: skip
-    return rows
+        for feature in planted.index:
+            out[f"{group}, {feature}"] = {
+                "share shown": share[feature], "off by": abs(1 - share[feature]), "standard error": error[feature],
+                "cells": len(now), "planted shift": planted[feature],
+            }  # fmt: skip
+    return out
 
 
-def bundled(a) -> None:
+def bundled(a, table: results.Table) -> None:
     """What the weights that come with the package show on a simulated slide that they were not trained on."""
-    sdata, image, rows = sf.datasets.simulated_tissue(6000, seed=3), {"image_key": "fluorescence"}, []
+    data, runs = "simulated:bundled", (("heun", 10), ("euler", 10), ("heun", 40))
+    if not table.lacks(data, "", 0, [f"{method} {steps}" for method, steps in runs]):
+        return
+    sdata, image = sf.datasets.simulated_tissue(6000, seed=3), {"image_key": "fluorescence"}
     sf.tl.embed_spatia(sdata, modalities="image", **image)
-    table, real = sdata["table"], sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16.0, pixels=32, **image))
-    copies, b = (real[(table.obs["state"] == s).to_numpy()] for s in "AB")
-    for method, steps in (("heun", 10), ("euler", 10), ("heun", 40)):
+    cells, real = sdata["table"], sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16.0, pixels=32, **image))
+    copies, b = (real[(cells.obs["state"] == s).to_numpy()] for s in "AB")
+    for method, steps in runs:
         made = sf.tl.generate_morphology(
             sdata, source="A", target="B", model="morphology-simulated-small", method=method, n_steps=steps, **image
         )
         z = [((x - b.mean()) / b.std()).fillna(0).to_numpy() for x in (made.to_df(), copies, b)]
-        energy = {"energy": sf.metrics.energy_distance(z[0], z[2]), "of copies": sf.metrics.energy_distance(z[1], z[2])}
-        rows += [{"method": method, "evaluations": steps, **row, **energy} for row in shares(table, real, made)]
-    write("bundled", rows)
+        for split, found in shares(cells, real, made).items():
+            table.add(data, split, 0, f"{method} {steps}", found)
+        table.add(data, "", 0, "copy of the source", {"energy": sf.metrics.energy_distance(z[1], z[2])})
+        table.add(data, "", 0, f"{method} {steps}", {"energy": sf.metrics.energy_distance(z[0], z[2])})
 
 
-def simulated(a) -> None:
+def simulated(a, table: results.Table) -> None:
     """How much of the planted shift of nuclei generated cells show in each niche, with and without spatial context.
 
     State B acts by niche. Niches show in genes and stains of the cell itself, which would make context needless: only nuclei
     are generated, and embeddings are of the genes that follow no niche.
     """
-    image, rows = {"image_key": "dapi"}, []
+    image, data = {"image_key": "dapi"}, "simulated:state by niche"
     fitting.fit_autoencoder = once(FIT_AUTOENCODER)  # one for all, of images of the first slide
     for seed in range(a.seeds):
+        if not table.lacks(data, "", seed, ["with context", "without context"]):
+            continue
         train, test = (
             sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i, state_by_niche=True)
             for i, n in enumerate((a.train, a.test))
@@ -133,17 +136,20 @@ def simulated(a) -> None:
             )  # fmt: skip
             seconds = time.perf_counter() - start
             made = sf.tl.generate_morphology(test, source="A", target="B", model=model, random_state=seed, **image)
-            for row in shares(test["table"], real, made):
-                rows.append({"seed": seed, "context": context, **row, "seconds to train": seconds})
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    write("simulated", rows)
+            method = "with context" if context else "without context"
+            for split, found in shares(test["table"], real, made).items():
+                table.add(data, split, seed, method, found)
+            table.add(data, "", seed, method, {"seconds": seconds})
+    table.add_run(data, "")
 
 
-def tiles(a) -> None:
+def tiles(a, table: results.Table) -> None:
     """Whole tiles of 25 um: how much of the difference between those with state A alone and those with B is shown."""
-    image, rows, options = {"image_key": "fluorescence"}, [], {"table_key": "tiles"}
+    image, data, options = {"image_key": "fluorescence"}, "simulated:tiles", {"table_key": "tiles"}
     pool = ["E_cell", "E_niche", "E_tissue", "morphology"]
     for seed in range(a.seeds):
+        if not table.lacks(data, "", seed, "run"):
+            continue
         train, test = (
             sf.datasets.simulated_tissue(n, seed=100 + 10 * seed + i) for i, n in enumerate((a.train, a.test))
         )
@@ -175,33 +181,38 @@ def tiles(a) -> None:
             before, after, now = real["A"][feature], real["B"][feature], pd.Series(made[:, feature].X.ravel())
             planted = after.mean() - before.mean()
             spread = np.sqrt(sum(v.var() / len(v) for v in (before, after)))
-            rows.append({
-                "seed": seed, "feature": feature, "sources": before.mean(), "targets": after.mean(), "generated": now.mean(),
-                "difference in standard errors": planted / spread, "share shown": (now.mean() - before.mean()) / planted,
-                "standard error": np.sqrt(sum(v.var() / len(v) for v in (before, after, now))) / abs(planted),
-                "n_source": len(before), "n_target": len(after),
+            table.add(data, feature, seed, "sources", {"mean": before.mean()})
+            table.add(data, feature, seed, "targets", {
+                "mean": after.mean(), "difference in standard errors": planted / spread,
             })  # fmt: skip
-    write("tiles", rows)
+            table.add(data, feature, seed, "generated", {
+                "mean": now.mean(), "share shown": (now.mean() - before.mean()) / planted,
+                "standard error": np.sqrt(sum(v.var() / len(v) for v in (before, after, now))) / abs(planted),
+            })  # fmt: skip
+        table.add_run(data, "", seed, sources=len(real["A"]), targets=len(real["B"]))
 
 
-def speed(a) -> None:
+def speed(a, table: results.Table) -> None:
     """Cells generated a second at 48 px, profiles measured; what the network has learned does not matter."""
+    data, runs = "simulated:speed", (("heun", 10), ("euler", 10), ("heun", 4))
+    if not table.lacks(data, "", 0, [f"{method} {steps}" for method, steps in runs]):
+        return
     sdata, image = sf.datasets.simulated_tissue(2000, seed=0), {"image_key": "fluorescence"}
     with_embeddings(sdata)
     sf.pp.morphology_profile(sdata, **image)
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    model, rows = sf.tl.train_morphology(sdata, use_rep="E", max_epochs=1, **image), []
-    for method, steps in (("heun", 10), ("euler", 10), ("heun", 4)):
+    model = sf.tl.train_morphology(sdata, use_rep="E", max_epochs=1, **image)
+    for method, steps in runs:
         start = time.perf_counter()
         made = sf.tl.generate_morphology(
             sdata, source="A", target="B", model=model, method=method, n_steps=steps, **image
         )
         seconds = time.perf_counter() - start
-        rows.append({
-            "method": method, "evaluations": steps, "pixels": model.config.crop_pixels, "channels": len(model.config.channels),
-            "cells": made.n_obs, "cells a second": made.n_obs / seconds, "threads": torch.get_num_threads(),
-        })  # fmt: skip
-    write("speed", rows)
+        table.add(data, "", 0, f"{method} {steps}", {"cells a second": made.n_obs / seconds})
+    table.add_run(
+        data, "", 0, pixels=model.config.crop_pixels, channels=len(model.config.channels), cells=made.n_obs,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
 
 
 # ---- pancreas ----------------------------------------------------------------------------------------------------
@@ -324,15 +335,15 @@ def effect(before: Images, shown: Images, wanted: Images) -> dict[str, float]:
     return found | {f"effect in niches, {k}": v for k, v in pd.DataFrame(niches).mean().items()}
 
 
-def gain(label: str, without: list, having: list, transition: str, n: int) -> dict:
+def gain(without: list, having: list) -> dict[str, float]:
     """How much farther from real targets models are without a part of training, seed by seed, with an interval over blocks."""
-    row = {"transition": transition, "method": label, "n": n, "seeds": len(having)}
+    row = {"seeds": len(having)}
     for metric in having[0]:
         each = np.stack([a[metric] - b[metric] for a, b in zip(without, having)])  # seeds x draws
         low, high = np.nanquantile(each.mean(0)[1:], (0.025, 0.975))
         row |= {
             metric: each.mean(0)[0], f"{metric}, low": low, f"{metric}, high": high,
-            f"{metric}, sd of seeds": pd.Series(each[:, 0]).std(), f"{metric}, seeds": "; ".join(f"{v:.4f}" for v in each[:, 0]),
+            f"{metric}, sd of seeds": pd.Series(each[:, 0]).std(),
         }  # fmt: skip
     return row
 
@@ -349,13 +360,17 @@ def generators(a) -> dict[str, list]:
     return {"ours": found.pop("ours"), **found}
 
 
-def pancreas(a) -> None:
+def pancreas(a, table: results.Table) -> None:
     """Distances to real targets; of several seeds the mean, with the standard deviation over seeds."""
     models = generators(a)
     model = models["ours"][0]
+    methods = [OURS, *(f"generated, {key}" for key in models if key != "ours")]
+    if not any(table.lacks(f"pancreas:{name}", a.part, "mean", methods) for name in model.config.transitions):
+        return
     data = Pancreas(a.store, a.cache, model.config.crop_um, model.config.crop_pixels)
-    rng, rows, where = np.random.default_rng(0), [], a.part
+    rng, where = np.random.default_rng(0), a.part
     for name in model.config.transitions:
+        label = f"pancreas:{name}"
         source, target = name.split(" -> ")
         parts = {(p, s): data.rows(p, s) for p in ("train", where) for s in (source, target)}
         if source == target:  # the negative control: halves of one state, by turns
@@ -409,14 +424,13 @@ def pancreas(a) -> None:
         found["training targets"] = [over_niches(known, wanted, draws)]
         ours = {metric: np.mean([one[metric] for one in found[OURS]], 0) for metric in found[OURS][0]}
         for key, some in found.items():
-            row = {"transition": name, "method": key, "n": len(here), "n_target": len(wanted.niche), "seeds": len(some)}
+            row = {"seeds": len(some), "seconds a cell": seconds.get(key, np.nan)}
             for metric in ours:
                 v = np.mean([one[metric] for one in some], 0)
-                for label, one in ((metric, v), (f"{metric} minus ours", v - ours[metric])):
+                for score, one in ((metric, v), (f"{metric} minus ours", v - ours[metric])):
                     low, high = np.nanquantile(one[1:], (0.025, 0.975))
-                    row |= {label: one[0], f"{label}, low": low, f"{label}, high": high}
+                    row |= {score: one[0], f"{score}, low": low, f"{score}, high": high}
                 row[f"{metric}, sd of seeds"] = pd.Series([one[metric][0] for one in some]).std()
-                row[f"{metric}, seeds"] = "; ".join(f"{one[metric][0]:.4f}" for one in some)
             if key in samples:
                 before = samples["copy of the source"][0]
                 each = [
@@ -430,38 +444,41 @@ def pancreas(a) -> None:
                     for one in samples[key]
                 ]
                 row |= pd.DataFrame(each).mean().to_dict()
-            rows.append(row | {"seconds a cell": seconds.get(key, np.nan)})
-        rows += [
-            gain(label, found[a], found[b], name, len(here))
-            for label, (a, b) in GAINS.items()
-            if {a, b} <= set(found) and len(found[a]) == len(found[b])
-        ]
-        shown = [c for c in rows[0] if "low" not in c and "high" not in c]
-        print(pd.DataFrame(rows)[shown].round(4).to_string(index=False), flush=True)
-    write("pancreas" if where == "test" else f"pancreas-{where}", rows)
+            for seed, one in enumerate(some):
+                table.add(label, where, seed, key, {metric: values[0] for metric, values in one.items()})
+            table.add(label, where, "mean", key, row)
+        for key, (one, other) in GAINS.items():
+            if {one, other} <= set(found) and len(found[one]) == len(found[other]):
+                for seed, (x, y) in enumerate(zip(found[one], found[other])):
+                    table.add(label, where, seed, key, {metric: x[metric][0] - y[metric][0] for metric in x})
+                table.add(label, where, "mean", key, gain(found[one], found[other]))
+        table.add(label, where, "", "run", {"cells": len(here), "target cells": len(wanted.niche)})
+    table.add_run("pancreas", where)
+
+
+COMMANDS = {"simulated": simulated, "bundled": bundled, "tiles": tiles, "speed": speed, "pancreas": pancreas}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("what", choices=list(COMMANDS))
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
+    out.add_argument("--test", type=int, default=6000, help="cells of the simulated slide that is scored")
+    out.add_argument("--epochs", type=int, default=10, help="of training on simulated tissue")
+    out.add_argument("--pixels", type=int, default=32, help="side of a crop of simulated tissue")
+    out.add_argument("--store")
+    out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    out.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")
+    out.add_argument("--folder", type=Path, help="of variants and seeds, by benchmarks/morphology_weights.py --folder")
+    out.add_argument(
+        "--part", default="test", choices=["validation", "test"], help="validation: 17000-19000, for choices"
+    )
+    out.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
+    out.add_argument("--quick", action="store_true", help="without the 200 evaluations")
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["simulated", "bundled", "tiles", "speed", "pancreas"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=30_000, help="simulated cells to train on")
-    parser.add_argument("--test", type=int, default=6000, help="cells of the simulated slide that is scored")
-    parser.add_argument("--epochs", type=int, default=10, help="of training on simulated tissue")
-    parser.add_argument("--pixels", type=int, default=32, help="side of a crop of simulated tissue")
-    parser.add_argument("--store")
-    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
-    parser.add_argument("--weights", help="file of a generator, by benchmarks/morphology_weights.py")
-    parser.add_argument(
-        "--folder", type=Path, help="of variants and seeds, by benchmarks/morphology_weights.py --folder"
-    )
-    parser.add_argument(
-        "--part", default="test", choices=["validation", "test"], help="validation: 17000-19000, for choices"
-    )
-    parser.add_argument("--cells", type=int, default=1000, help="most cells of a state that are scored")
-    parser.add_argument("--quick", action="store_true", help="without the 200 evaluations")
-    a = parser.parse_args()
-    commands = {
-        "simulated": simulated, "bundled": bundled, "tiles": tiles, "speed": speed, "pancreas": pancreas,
-    }  # fmt: skip
-    commands[a.what](a)
+    a = parser().parse_args()
+    COMMANDS[a.what](a, results.Table("morphology", again=a.again))

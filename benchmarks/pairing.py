@@ -5,7 +5,6 @@ python benchmarks/pairing.py spoiled pancreas.zarr --cache features cells of oth
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pandas as pd
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+import results
 import spatiaflow as sf
-import writing
 
 N_GENES, N_LATENT, DEPTH = 200, 6, 300
 SIZES = [(20, 20), (20, 500), (20, 5000), (5000, 20), (50, 50), (200, 200), (500, 500), (1000, 1000), (5000, 5000)]
@@ -52,109 +51,95 @@ def pair(adata, **options):
     return adata.uns["transitions"]
 
 
-def on_planted(a) -> None:
-    rows = []
+def auc(adata, found) -> float:
+    """Whether sources without a counterpart have less confidence than the others."""
+    return roc_auc_score(~adata.obs["alone"].loc[found["source"]].to_numpy(), found["confidence"])
+
+
+def by_size(seed: int) -> dict[tuple[int, int], float]:
+    """Mean confidence by the size of the group."""
+    repeats = [10 if min(size) < 50 else 1 for size in SIZES]  # a few cells alone say little
+    parts = [planted(*size, seed=100 * seed + i)[0] for size, k in zip(SIZES, repeats) for i in range(k)]
+    adata = ad.concat(parts, index_unique="-")
+    adata.obs["group"] = np.repeat([f"{i:03d}" for i in range(len(parts))], [part.n_obs for part in parts])
+    mean = pair(adata, niche_key="group").groupby("niche")["confidence"].mean().to_numpy()
+    return dict(zip(SIZES, (part.mean() for part in np.split(mean, np.cumsum(repeats)[:-1]))))
+
+
+def on_planted(a, table: results.Table) -> None:
     for seed in range(a.seeds):
-        repeats = [10 if min(size) < 50 else 1 for size in SIZES]  # a few cells alone say little
-        parts = [planted(*size, seed=100 * seed + i)[0] for size, k in zip(SIZES, repeats) for i in range(k)]
-        adata = ad.concat(parts, index_unique="-")
-        adata.obs["group"] = np.repeat([f"{i:03d}" for i in range(len(parts))], [part.n_obs for part in parts])
-        found = pair(adata, niche_key="group")
-        mean = found.groupby("niche")["confidence"].mean().to_numpy()
-        for size, part in zip(SIZES, np.split(mean, np.cumsum(repeats)[:-1])):
-            rows.append(
-                {
-                    "question": "size of the group",
-                    "sources": size[0],
-                    "targets": size[1],
-                    "seed": seed,
-                    "value": part.mean(),
-                }
+        if not table.lacks("simulated", "1000 x 1000", seed, ["sample", "argmax"]):
+            continue
+        for size, mean in by_size(seed).items():
+            table.add(
+                "simulated", "{} x {}".format(*size), seed, "pair_transitions", {"mean confidence, by size": mean}
             )
         adata, _ = planted(500, 500, seed=seed, unmatched=0.15)
         for confidence in ("mass", "entropy", "peak"):
-            found = pair(adata, confidence=confidence)
-            alone = adata.obs["alone"].loc[found["source"]].to_numpy()
-            auc = roc_auc_score(~alone, found["confidence"])
-            rows.append(
-                {
-                    "question": f"AUC of unmatched, {confidence}",
-                    "sources": 500,
-                    "targets": 500,
-                    "seed": seed,
-                    "value": auc,
-                }
-            )
+            value = auc(adata, pair(adata, confidence=confidence))
+            table.add("simulated", "500 x 500", seed, confidence, {"AUC of unmatched": value})
         for depth in (300, 100, 30, 10):
             value = pair(planted(500, 500, seed=seed, depth=depth)[0])["confidence"].mean()
-            rows.append(
-                {"question": f"counts a cell {depth}", "sources": 500, "targets": 500, "seed": seed, "value": value}
+            table.add(
+                "simulated", "500 x 500", seed, "pair_transitions", {f"mean confidence, {depth} counts a cell": value}
             )
         adata, latent = planted(1000, 1000, seed=seed, twins=True, depth=20_000)
         for pairs in ("sample", "argmax"):
             found = pair(adata, unbalanced=None, epsilon=0.005, pairs=pairs)
             ends = [latent[adata.obs_names.get_indexer(found[side])] for side in ("source", "target")]
             near = np.linalg.norm(ends[0] - ends[1], axis=1) < 0.2 * np.sqrt(2 * N_LATENT)
-            rows.append(
-                {
-                    "question": f"planted matching, {pairs}",
-                    "sources": 1000,
-                    "targets": 1000,
-                    "seed": seed,
-                    "value": near.mean(),
-                }
-            )
+            table.add("simulated", "1000 x 1000", seed, pairs, {"planted twins found": near.mean()})
         error = adata.uns["transition_plan"]["problems"]["marginal_error"].max()
-        rows.append(
-            {"question": "marginal error, balanced", "sources": 1000, "targets": 1000, "seed": seed, "value": error}
-        )
-    n = a.large
-    if n:
-        adata, _ = planted(n, n, seed=0, unmatched=0.15)
+        table.add("simulated", "1000 x 1000", seed, "pair_transitions", {"marginal error, balanced": error})
+    size = f"{a.large} x {a.large}"
+    if a.large and table.lacks("simulated", size, 0, "run"):
+        adata, _ = planted(a.large, a.large, seed=0, unmatched=0.15)
         start = time.perf_counter()
         found = pair(adata)
-        seconds = time.perf_counter() - start
-        alone = adata.obs["alone"].loc[found["source"]].to_numpy()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        for question, value in (
-            ("seconds", seconds), ("peak GB", peak), ("AUC of unmatched, mass", roc_auc_score(~alone, found["confidence"])),
-            ("mass beyond the 32 largest", adata.uns["transition_plan"]["problems"]["dropped"].mean()),
-        ):  # fmt: skip
-            rows.append({"question": question, "sources": n, "targets": n, "seed": 0, "value": value})
-    writing.write("pairing-planted", rows)
-    spread = pd.DataFrame(rows).query("question == 'size of the group'").groupby(["sources", "targets"])["value"].mean()
+        seconds, dropped = time.perf_counter() - start, adata.uns["transition_plan"]["problems"]["dropped"].mean()
+        table.add("simulated", size, 0, "mass", {"AUC of unmatched": auc(adata, found)})
+        table.add("simulated", size, 0, "pair_transitions", {"mass beyond the 32 largest": dropped})
+        table.add_run("simulated", size, 0, seconds=seconds)
+    spread = results.select(results.read("pairing"), metric="mean confidence, by size").groupby("split")["value"].mean()
     print(f"confidence over group sizes: {spread.min():.3f} to {spread.max():.3f}, range {np.ptp(spread):.3f}")
 
 
-def spoiled(a) -> None:
+def spoiled(a, table: results.Table) -> None:
     """Whether the confidence of pairs tells sources of other lineages, which have no counterpart, from those of the state."""
     from morphology_weights import VARIANTS, paired
 
-    rows = []
     for seed in range(a.seeds):
-        table = paired(a.store, a.cache, spoiled=VARIANTS["spoiled"]["spoiled"], seed=seed)[0]["table"]
-        pairs = table.uns["transitions"]
-        alien = table.obs["spoiled"].loc[pairs["source"]].to_numpy()
+        if len(results.select(results.read("pairing"), split="train", seed=seed)) and not a.again:
+            continue
+        cells = paired(a.store, a.cache, spoiled=VARIANTS["spoiled"]["spoiled"], seed=seed)[0]["table"]
+        pairs = cells.uns["transitions"]
+        alien = cells.obs["spoiled"].loc[pairs["source"]].to_numpy()
         for name in pairs["transition"].unique():
             here = (pairs["transition"] == name).to_numpy()
             if not alien[here].any():  # a control between halves of a state
                 continue
             mean = pairs["confidence"][here].groupby(alien[here]).mean()
-            rows.append({
-                "transition": name, "seed": seed, "pairs": here.sum(), "share of aliens": alien[here].mean(),
+            table.add(f"pancreas:{name}", "train", seed, "pair_transitions", {
+                "pairs": here.sum(), "share of aliens": alien[here].mean(),
                 "AUC of confidence": roc_auc_score(~alien[here], pairs["confidence"][here]),
                 "confidence of own": mean[False], "confidence of aliens": mean[True],
-                "median counts a source": np.median(np.asarray(table[pairs["source"][here]].X.sum(1))),
+                "median counts a source": np.median(np.asarray(cells[pairs["source"][here]].X.sum(1))),
             })  # fmt: skip
-    writing.write("pairing-spoiled", rows)
+
+
+COMMANDS = {"planted": on_planted, "spoiled": spoiled}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("what", choices=list(COMMANDS))
+    out.add_argument("store", nargs="?", help="SpatialData of the slide, for spoiled")
+    out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["planted", "spoiled"])
-    parser.add_argument("store", nargs="?", help="SpatialData of the slide, for spoiled")
-    parser.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--large", type=int, default=50_000, help="cells a side of the large problem; 0: none")
-    a = parser.parse_args()
-    {"planted": on_planted, "spoiled": spoiled}[a.what](a)
+    a = parser().parse_args()
+    COMMANDS[a.what](a, results.Table("pairing", again=a.again))

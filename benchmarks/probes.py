@@ -63,11 +63,11 @@ class Probe:
 
 def supervised_cnn(
     parts: dict, top: np.ndarray, seed: int, *, raw=False, augment=True, max_epochs: int = 30, patience: int = 4
-) -> tuple[dict, str]:
+) -> tuple[dict, int]:
     """Embeddings of a small CNN trained to predict all counts, with SPATIA's augmentation and crops, to convergence.
 
     The epoch is chosen on the last band of the training part. Intensities are scaled by the training part's; those of
-    "PART, own" by the part's own. ``raw`` takes them as they are stored, of 8 bits.
+    "PART, own" by the part's own. ``raw`` takes them as they are stored, of 8 bits. Returns embeddings and epochs.
     """
     crops = {name: sf.pp.crops(part, mpp=1) for name, part in parts.items()}
     tables = {name: part["table"] for name, part in parts.items()}
@@ -128,7 +128,7 @@ def supervised_cnn(
     for name, c in crops.items():
         out[name] = embed(name, np.arange(len(c)), own["train"]).numpy()
         out[f"{name}, own"] = embed(name, np.arange(len(c)), own[name]).numpy()
-    return out, f"{epoch + 1} epochs"
+    return out, epoch + 1
 
 
 class Classifier:

@@ -9,15 +9,17 @@ distribution and, for CRPS, beside the law that made the counts.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+import results
 import spatiaflow as sf
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.simple import gene_pearson
+
+DRIVERS = ("type", "niche", "state", "morphology", "none")  # of genes, as the simulation plants them
 
 
 def log_expression(table, genes):
@@ -25,7 +27,8 @@ def log_expression(table, genes):
     return log_normalize(counts, counts.sum(1), 1e4)[:, table.var_names.get_indexer(genes)]
 
 
-def one(seed: int, n_cells: int) -> pd.DataFrame:
+def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """Scores of every gene, by method and metric; and what drives each gene."""
     slides = [sf.datasets.simulated_tissue(n_cells, seed=10 * seed + i) for i in range(4)]
     for slide in slides:
         sf.pp.encode_patches(slide, image_key="he", patch_um=64)
@@ -47,31 +50,48 @@ def one(seed: int, n_cells: int) -> pd.DataFrame:
     grid = np.quantile(training, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(y), 1))
     flat = [np.tile(np.quantile(training, q, axis=0), (len(y), 1)) for q in (0.05, 0.95)]
     features, xy = table.obsm["X_texture"], table.obsm["spatial"]
-    columns = {
-        "STFlow": gene_pearson(y, mean), "ridge": gene_pearson(y, model.simple_prediction(features)),
-        "smoothed ridge": gene_pearson(y, model.simple_prediction(features, xy)),
-        "planted rates": gene_pearson(y, np.log(rate)), "STFlow with planted rates": gene_pearson(np.log(rate), mean),
-        "coverage": ((y >= low) & (y <= high)).mean(0), "CRPS": sf.metrics.crps_ensemble(y, draws).mean(0),
-        "CRPS training": sf.metrics.crps_ensemble(y, grid, fair=False).mean(0),
-        "CRPS true law": sf.metrics.crps_ensemble(y, oracle).mean(0),
-        "interval": sf.metrics.interval_score(y, low, high).mean(0),
-        "interval training": sf.metrics.interval_score(y, *flat).mean(0), "skill": model.skill,
+    counts, interval_score = "pearson with counts", sf.metrics.interval_score
+    scores = {
+        "STFlow": {
+            counts: gene_pearson(y, mean), "pearson with planted rates": gene_pearson(np.log(rate), mean),
+            "coverage90": ((y >= low) & (y <= high)).mean(0), "crps": sf.metrics.crps_ensemble(y, draws).mean(0),
+            "interval": interval_score(y, low, high).mean(0), "skill": model.skill,
+        },
+        "ridge": {counts: gene_pearson(y, model.simple_prediction(features))},
+        "ridge + smoothing": {counts: gene_pearson(y, model.simple_prediction(features, xy))},
+        "planted rates": {counts: gene_pearson(y, np.log(rate))},
+        "training distribution": {
+            "crps": sf.metrics.crps_ensemble(y, grid, fair=False).mean(0), "interval": interval_score(y, *flat).mean(0),
+        },
+        "true law": {"crps": sf.metrics.crps_ensemble(y, oracle).mean(0)},
     }  # fmt: skip
-    driver = table.var.loc[genes, "driver"].astype(str).to_numpy()
-    return pd.DataFrame(columns | {"driver": driver, "seed": seed}, index=genes)
+    return scores, table.var.loc[genes, "driver"].astype(str).to_numpy()
+
+
+def run(args) -> None:
+    table = results.Table("simulated", again=args.again)
+    for seed in range(args.seeds):
+        if not any(table.lacks("simulated", f"genes of {name}", seed, "run") for name in DRIVERS):
+            continue
+        scores, driver = one(seed, args.n_cells)
+        for name in DRIVERS:
+            genes = driver == name
+            means = {method: pd.DataFrame(found)[genes].mean().to_dict() for method, found in scores.items()}
+            table.add_all("simulated", f"genes of {name}", seed, means)
+            table.add("simulated", f"genes of {name}", seed, "run", {"genes": genes.sum()})
+
+
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--n-cells", type=int, default=1500)
+    out.add_argument("--threads", type=int, default=2)
+    return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--n-cells", type=int, default=1500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simulated/expression.csv"))
-    args = parser.parse_args()
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
-    rows = pd.concat([one(seed, args.n_cells) for seed in range(args.seeds)])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(args.out)
-    print(rows.groupby("driver").mean(numeric_only=True).drop(columns="seed").T.round(3).to_markdown())
-    print("\nmean over seeds, standard deviation between seeds, of all genes:")
-    print(rows.groupby("seed").mean(numeric_only=True).agg(["mean", "std"]).T.round(3).to_markdown())
+    run(args)
+    rows = results.read("simulated")
+    print(results.pivot(rows, ["method", "metric"], "split").round(3).to_markdown())

@@ -5,7 +5,6 @@ python benchmarks/speed.py --spots 1000000       # one size
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+import results
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import ScalarZINB
 from spatiaflow.models.flow import schedule
@@ -68,7 +68,7 @@ def predict(n: int, n_steps: int = 5) -> tuple[float, float]:
     started = time.perf_counter()
     tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), model, "cpu", 512)
     tokens.run(rng, schedule(n_steps))
-    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return time.perf_counter() - started, results.peak_gb()
 
 
 def attention_ratio(n: int = 4000, repeats: int = 5) -> tuple[float, float]:
@@ -106,21 +106,35 @@ def attention_ratio(n: int = 4000, repeats: int = 5) -> tuple[float, float]:
     return difference, float(np.median(seconds[naive]) / np.median(seconds[ours]))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spots", type=int)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("--spots", type=int)
+    out.add_argument("--threads", type=int, default=2)
+    return out
+
+
+def run(args) -> None:
+    table, data = results.Table("speed", again=args.again), "random features"
     if args.spots:
-        seconds, memory = predict(args.spots)
-        print(f"prediction of {args.spots} spots, 5 steps: {seconds:.1f} s, peak {memory:.2f} GB", flush=True)
-    else:
-        print("training epoch:", ", ".join(f"{s:.2f} s" for s in epoch()), flush=True)
-        difference, ratio = attention_ratio()
-        print(
-            f"projected attention: {ratio:.1f} times as fast as a gather, largest difference {difference:.1e}",
-            flush=True,
-        )
-        for n in (25_000, 50_000, 100_000):  # a process each, for its own peak
-            subprocess.run([sys.executable, __file__, "--spots", str(n), "--threads", str(args.threads)], check=True)
+        if table.lacks(data, f"{args.spots} spots", 0, "prediction, 5 steps"):
+            seconds, memory = predict(args.spots)
+            scores = {"seconds": seconds, "peak_gb": memory, "threads": args.threads}
+            table.add(data, f"{args.spots} spots", 0, "prediction, 5 steps", scores)
+        return
+    if table.lacks(data, "900 spots", 0, "training epoch"):
+        first, *seconds = epoch()
+        scores = {"seconds": np.median(seconds), "seconds of the first": first, "threads": args.threads}
+        table.add(data, "900 spots", 0, "training epoch", scores)
+    if table.lacks(data, "4000 spots", 0, "local attention"):
+        error, ratio = attention_ratio()
+        scores = {"times as fast as a gather": ratio, "largest difference": error, "threads": args.threads}
+        table.add(data, "4000 spots", 0, "local attention", scores)
+    for n in (25_000, 50_000, 100_000):  # a process each, for its own peak
+        words = ["--spots", str(n), "--threads", str(args.threads), *(["--again"] if args.again else [])]
+        subprocess.run([sys.executable, __file__, *words], check=True)
+
+
+if __name__ == "__main__":
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    run(args)

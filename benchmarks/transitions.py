@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+import results
 import spatiaflow as sf
 from embedding import pancreas_parts
 from probes import folds
@@ -119,12 +120,20 @@ def candidates(parts: dict, states: dict) -> pd.DataFrame:
     return out.assign(taken=out["AUC of images"].between(*RANGE))
 
 
+def parser() -> argparse.ArgumentParser:
+    out = results.parser(__doc__)
+    out.add_argument("store")
+    out.add_argument("--cache", type=Path)
+    return out
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("--cache", type=Path)
-    a = parser.parse_args()
+    a = parser().parse_args()
     parts = embedded(a.store, a.cache, ("train",))
-    table = candidates(parts, fit_states(parts))
+    found = candidates(parts, fit_states(parts))
     print(parts["train"]["table"].obs["state"].value_counts().to_string())
-    print(table.round(3).to_string(index=False))
+    table = results.Table("transitions", again=a.again)
+    for row in found.to_dict("records"):
+        name = f"pancreas:{row.pop('source')} -> {row.pop('target')}"
+        if table.lacks(name, "train", 0, "linear probe"):
+            table.add(name, "train", 0, "linear probe", row)

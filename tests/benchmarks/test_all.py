@@ -1,94 +1,200 @@
-"""The table of every task is what the result files say."""
+"""The page's table is what the result files say, and what they say is read as it should be."""
 
+import importlib
+import shlex
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
+import pytest
+from scipy import stats
 
 import all as everything
+import results
+
+BENCHMARKS = Path(everything.__file__).parent
+COMMANDS = sorted({
+    command for path in results.folder().glob("*.csv") for command in results.read(path.stem)["command"].unique()
+})  # fmt: skip
+CHAINS = [one for chain in [*everything.COMMANDS.values(), *everything.QUICK.values()] for one in chain.split(" && ")]
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """An empty table of a script called "some"."""
+    monkeypatch.setenv("SPATIAFLOW_RESULTS", str(tmp_path))
+    return results.Table("some")
+
+
+def task(**options) -> everything.Row:
+    options = {
+        "task": "task",
+        "data": "data",
+        "score": "r",
+        "where": {"data": "d"},
+        "metric": "r",
+        "ours": "a",
+    } | options
+    return everything.Row(script="some", simple=["b", "c"], **options)
 
 
 def test_the_table_in_the_docs_is_that_of_the_files():
-    assert everything.TABLE.read_text(encoding="utf-8") == everything.table()
+    page = everything.PAGE.read_text(encoding="utf-8")
+    assert page.split(everything.BEGIN)[1].split(everything.END)[0] == everything.table()
 
 
-def test_each_file_was_made_by_the_command_that_the_table_names():
-    for name, commands in everything.COMMANDS.items():
-        chain = [command.removeprefix("python benchmarks/") for command in commands.split(" && ")]
-        whole = [everything.RESULTS / f"{name}.csv"]
-        for path in [*whole, *everything.RESULTS.glob(f"{name}-seed*.csv")]:
-            if path.exists():  # else one file a run of expression.py
-                made_by = pd.read_csv(path)["command"].unique().item()
-                assert made_by in (chain[-1:] if path in whole else chain), path.name
+def test_the_page_is_one_page():
+    page = everything.PAGE.read_text(encoding="utf-8")
+    assert len(page) <= 12_000
+    assert page.count("![") == 1
+    assert sum(line.startswith("| --- |") for line in page.splitlines()) == 1
 
 
-def test_every_method_that_a_row_names_is_in_its_file():
+def test_the_page_tells_what_a_refit_costs():
+    page = everything.PAGE.read_text(encoding="utf-8")
+    cost = results.pivot(results.read("all"), "data")["seconds"]
+    for name, seconds in cost.items():
+        assert f"{name} {seconds:,.0f}" in page
+    assert f"{cost.sum() / 3600:.1f} hours" in page
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *CHAINS])
+def test_every_command_is_one_that_its_script_accepts(command):
+    _, script, *words = shlex.split(command, comments=True)
+    if "# commit" in command:  # measured by a script of that commit, which is gone
+        assert not (BENCHMARKS / Path(script).name).exists()
+        return
+    if Path(script).name in ("weights.py", "morphology_weights.py"):  # they measure nothing
+        assert (BENCHMARKS / Path(script).name).exists()
+        return
+    importlib.import_module(Path(script).stem).parser().parse_args(words)
+
+
+def test_rows_were_measured_by_the_commands_that_refit_them():
+    chains = {one for chain in everything.COMMANDS.values() for one in chain.split(" && ")}
     for row in everything.ROWS:
-        table = everything.read(row)
-        if table is not None and row.ours:
-            assert not {row.ours, *row.baselines} - set(table[row.method]), row.task
+        if row.script in ("embedding", "imputation", "morphology"):
+            rows = results.select(results.read(row.script), **row.where, method=row.ours, metric=row.metric)
+            assert set(rows["command"]) <= chains, row.task
 
 
-def test_no_method_that_is_better_than_the_baselines_is_left_out():
-    """Other levels and forms of ours, and rows that are no method, aside."""
-    aside = ("SPATIA", "ours", "generated", "gain of", "real targets", "training targets")
+def test_every_simple_method_that_a_row_names_is_measured():
     for row in everything.ROWS:
-        table = everything.read(row)
-        if table is None or not row.baselines:
-            continue
-        mean = table.groupby(row.method)[row.value].mean() * (-1 if row.less else 1)
-        best = mean[[name for name in row.baselines if name in mean]].max()
-        better = [name for name in mean[mean > best].index if name != row.ours and not name.startswith(aside)]
+        for name in {*row.simple} - {*row.known}:
+            assert len(everything.values(row, name)), (row.task, row.data, name)
+
+
+def test_no_simple_method_is_left_out_that_is_better():
+    """Ours in other forms, and rows that are no method or know what no method may, aside."""
+    aside = (
+        "SPATIA", "ours", "generated", "gain of", "real targets", "training targets", "STFlow", "deterministic twin",
+        "no context", "depth only", "position only", "ceiling",
+    )  # fmt: skip
+    for row in everything.ROWS:
+        rows = results.select(results.read(row.script), **row.where, metric=row.metric)
+        mean = {name: everything.mean(row, name) * (-1 if row.less else 1) for name in rows["method"].unique()}
+        best = max(mean[name] for name in row.simple if name in mean) if {*row.simple} & {*mean} else np.inf
+        better = [
+            name for name, value in mean.items() if value > best and name != row.ours and not name.startswith(aside)
+        ]
         assert not better, (row.task, row.data)
 
 
-def test_a_value_is_the_mean_over_seeds_with_their_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(everything, "RESULTS", tmp_path)
-    table = pd.DataFrame({"method": ["a", "a", "a", "b"], "seed": [0, 0, 1, 0], "r": [0.1, 0.3, 0.4, 0.5]})
-    table.to_csv(tmp_path / "some.csv", index=False)
-    row = everything.Row("task", "data", "split", "r", "some", "r", "a", ["b", "c"])
-    found = everything.read(row)
-    assert everything.value(found, row, "a") == "0.300 ± 0.141 (2)"
-    assert everything.value(found, row, "b") == "0.500 (1)"
-    assert everything.value(found, row, "c") == "not measured"
-    monkeypatch.setitem(everything.COMMANDS, "some", "python x.py")
-    assert everything.line(row)[4:6] == ["a: 0.300 ± 0.141 (2)", "b: 0.500 (1)"]
-    monkeypatch.setitem(everything.COMMANDS, "none", "python y.py")
-    assert everything.line(row)[7:10] == ["", "", ""]  # neither file tells seconds or memory
-    pd.DataFrame({"file": ["some"], "seconds": [61.2], "peak_gb": [1.23]}).to_csv(tmp_path / "refit.csv", index=False)
-    assert everything.line(row)[7:10] == ["", "61", "1.2"]
-    row.files = "none"
-    assert everything.line(row)[4] == "not measured"
+def test_the_best_simple_method_is_compared_by_splits_or_seeds(book):
+    for seed in (0, 1):
+        for split, value in (("x", 0.1), ("y", 0.3), ("z", 0.5)):
+            book.add("d", split, seed, "a", {"r": value + 0.1 + 0.02 * seed})
+    for split, b, c in (("x", 0.1, 0.0), ("y", 0.25, 0.0), ("z", 0.4, 0.9)):
+        book.add("d", split, 0, "b", {"r": b})
+        book.add("d", split, 0, "c", {"r": c})
+    found = everything.line(task(over="mice"))
+    assert (found.best, found.over) == ("c", "3 mice")
+    assert found.theirs == pytest.approx(0.3)
+    assert found.spread == pytest.approx(0.02 / 2**0.5)
+    pairs = np.array([0.21, 0.41, -0.29])
+    assert found.difference == pytest.approx(pairs.mean())
+    low, high = stats.t.interval(0.95, 2, pairs.mean(), pairs.std(ddof=1) / 3**0.5)
+    np.testing.assert_allclose([found.low, found.high], [low, high])
+    assert found.verdict == "level"
+    less = everything.line(task(less=True, over="mice"))
+    assert (less.best, less.verdict) == ("b", "worse" if less.high < 0 else "level")
+    assert less.difference == pytest.approx(0.25 - 0.41)
 
 
-def test_refit_times_each_command_starts_anew_and_keeps_what_was_known(tmp_path, monkeypatch):
-    script = tmp_path / "some.py"
-    script.write_text("import os, pathlib; pathlib.Path(os.environ['SPATIAFLOW_RESULTS'], 'made.csv').write_text('a')")
-    monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
-    for old in ("one-C2-0-ridge.csv", "one-C2-0-ridge.npz", "one.csv", "other-C2-0-ridge.csv"):
-        (tmp_path / old).write_text("old")
-    everything.run({"one": f"python {script}", "bad": f"python {tmp_path}/none.py && python {script}"}, tmp_path)
-    everything.run({"bad": f"python {script}"}, tmp_path)
-    found = pd.read_csv(tmp_path / "refit.csv").set_index("file")
-    assert list(found.index) == ["one", "bad"]
-    assert not found["failed"].any()
-    assert (found["seconds"] > 0).all()
-    assert (found["peak_gb"] > 0).all()
-    left = {path.name for path in tmp_path.glob("*.csv")} | {path.name for path in tmp_path.glob("*.npz")}
-    assert left == {"made.csv", "one.csv", "other-C2-0-ridge.csv", "refit.csv"}
-
-
-def test_other_methods_come_from_a_file_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(everything, "RESULTS", tmp_path)
-    pd.DataFrame({"method": ["a"], "seed": [0], "r": [0.2]}).to_csv(tmp_path / "some.csv", index=False)
-    row = everything.Row("task", "data", "split", "r", "some", "r", "a", ["b"], others="more")
-    assert everything.value(everything.read(row), row, "b") == "not measured"
-    pd.DataFrame({"method": ["b"], "seed": [0], "r": [0.1]}).to_csv(tmp_path / "more.csv", index=False)
-    assert everything.value(everything.read(row), row, "b") == "0.100 (1)"
-
-
-def test_a_result_names_its_command_without_a_folder_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(everything.writing, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        "sys.argv", ["/home/me/benchmarks/some.py", "pancreas.zarr", "--out", "runs/a.csv", "/data/b.zarr"]
+@pytest.mark.parametrize("less", [False, True])
+def test_a_measured_difference_is_above_zero_where_ours_is_better(book, less):
+    book.add("d", "x", 0, "a", {"r": 0.5})
+    book.add(
+        "d",
+        "x",
+        0,
+        "b",
+        {"r": 0.4 if not less else 0.6, "r minus a": -0.1, "r minus a, low": -0.3, "r minus a, high": -0.05},
     )
-    everything.writing.write("some", [{"method": "ridge", "test": 0.5}])
-    (command,) = pd.read_csv(tmp_path / "some.csv")["command"]
-    assert command == "some.py pancreas.zarr --out runs/a.csv b.zarr"
+    if less:  # the other way round, as benchmarks of distances say it
+        book.add("d", "x", 0, "b", {"r minus a": 0.1, "r minus a, low": 0.05, "r minus a, high": 0.3})
+    found = everything.line(task(less=less))
+    np.testing.assert_allclose([found.difference, found.low, found.high], [0.1, 0.05, 0.3])
+    assert (found.verdict, found.over) == ("better", "blocks")
+
+
+def test_intervals_of_independent_splits_add_in_squares(book):
+    for split, half in (("x", 0.03), ("y", 0.04)):
+        for seed in (0, 1):
+            row = {"r": 0.5, "r minus b": -0.1, "r minus b, low": -0.1 - half, "r minus b, high": -0.1 + half}
+            book.add("d", split, seed, "a", row)
+        book.add("d", split, 0, "b", {"r": 0.6})
+    found = everything.line(task())
+    np.testing.assert_allclose([found.low, found.high], [-0.125, -0.075])
+    assert found.verdict == "worse"
+
+
+def test_both_compared_with_a_third_give_their_difference(book):
+    book.add("d", "x", 0, "a", {"r": 0.5, "r minus c": 0.2, "r minus c, low": 0.17, "r minus c, high": 0.24})
+    book.add("d", "x", 0, "b", {"r": 0.4, "r minus c": 0.1, "r minus c, low": 0.07, "r minus c, high": 0.14})
+    book.add("d", "x", 0, "c", {"r": 0.3})
+    found = everything.line(task())
+    np.testing.assert_allclose([found.difference, found.low, found.high], [0.1, 0.05, 0.15])
+
+
+def test_the_best_of_each_run_is_compared_with_where_it_differs(book):
+    for seed, best in enumerate(("b", "c", "c")):
+        minus = f"r minus {best}"
+        book.add(
+            "d", "x", seed, "a", {"r": 0.5, minus: 0.1 * seed, f"{minus}, low": 0.1 * seed - 0.1, f"{minus}, high": 0.3}
+        )
+        book.add("d", "x", seed, "b", {"r": 0.4})
+        book.add("d", "x", seed, "c", {"r": 0.3})
+    found = everything.line(task())
+    np.testing.assert_allclose([found.difference, found.low, found.high], [0.1, 0, 0.3])
+
+
+def test_a_longer_name_is_another_method(book):
+    book.add("d", "x", 0, "b", {"r": 0.4})
+    book.add("d", "x", 0, "a", {"r": 0.5, "r minus b + smoothing": 0.3, "r minus b + smoothing, low": 0.2})
+    assert everything.line(task()).verdict == "not tested"
+
+
+def test_what_is_not_measured_is_said(book):
+    assert everything.line(task()) is None
+
+
+def test_refit_replaces_rows_when_all_went_well(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIAFLOW_RESULTS", str(tmp_path / "kept"))
+    results.Table("some").add("d", "s", 0, "old", {"r": 1})
+    results.Table("some").add("d", "s", 0, "new", {"r": 1})
+    script = tmp_path / "some.py"
+    script.write_text("import results; results.Table('some').add('d', 's', 0, 'new', {'r': 2})")
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS), prepend=":")
+    everything.run({"one": f"python {script}", "bad": f"python {script} && python {tmp_path}/none.py"})
+    assert results.pivot(results.read("some"))["r"].to_dict() == {"old": 1, "new": 2}
+    cost = results.pivot(results.read("all"), "data")
+    assert cost["failed"].to_dict() == {"one": 0, "bad": 1}
+    assert (cost[["seconds", "peak_gb"]] > 0).all(axis=None)
+    assert set(results.read("some")["date"]) == {pd.Timestamp.now().strftime("%Y-%m-%d")}
+
+
+def test_the_figure_shows_every_tested_difference():
+    found = [one for one in map(everything.line, everything.ROWS) if one and one.theirs]
+    (ax,) = everything.figure().axes
+    assert len(ax.get_yticklabels()) == len(found)

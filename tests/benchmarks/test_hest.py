@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import hest
+import results
 
 
 def tissue(rng, n=36):
@@ -61,20 +62,41 @@ def quick(monkeypatch):
         )
 
 
-def test_hest_folder_is_matched_by_barcode(hest_root, tmp_path):
-    table = hest.main(["--root", str(hest_root), "--out", str(tmp_path)])
-    assert set(table["fold"]) == {0, 1}
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the script into a folder of its own; returns the scores, wide."""
+    monkeypatch.setenv("SPATIAFLOW_RESULTS", str(tmp_path / "results"))
+
+    def runs(*words):
+        hest.main([*map(str, words), "--cache", str(tmp_path)])
+        return results.pivot(results.read("hest"), ["data", "split", "method"]).reset_index()
+
+    return runs
+
+
+def test_hest_folder_is_matched_by_barcode(hest_root, run):
+    table = run("--root", hest_root)
+    assert set(table["data"]) == {"hest:IDC, texture"}
+    assert set(table["split"]) == {"fold 0", "fold 1"}
     assert set(table["method"]) == {"ridge", "ridge + smoothing", "STFlow default"}
     ridge = table[table["method"] == "ridge"]["pearson_pooled"]
     assert (ridge > 0.2).all()  # half of the genes follow the patch; 0 if rows were mismatched
-    assert (tmp_path / "hest-texture-default.csv").exists()
 
 
-def test_selection_on_test_is_labelled_loudly(hest_root, tmp_path, capsys):
-    table = hest.main(["--root", str(hest_root), "--out", str(tmp_path), "--selection", "test", "--preset", "paper"])
+def test_a_fold_that_is_held_is_not_fitted_again(hest_root, run, monkeypatch):
+    run("--root", hest_root)
+    fitted = []
+    monkeypatch.setattr(hest, "run_fold", lambda *_: fitted.append(0) or {})
+    run("--root", hest_root)
+    assert not fitted
+    run("--root", hest_root, "--again")
+    assert len(fitted) == 2
+
+
+def test_selection_on_test_is_labelled_loudly(hest_root, run, capsys):
+    table = run("--root", hest_root, "--selection", "test", "--preset", "paper")
     assert "TEST-SELECTED" in capsys.readouterr().err
     assert "STFlow paper TEST-SELECTED" in set(table["method"])
-    assert (tmp_path / "hest-texture-paper-TEST-SELECTED.csv").exists()
 
 
 def test_pooled_and_per_slide_differ_as_they_should():
@@ -89,7 +111,7 @@ def test_pooled_and_per_slide_differ_as_they_should():
     assert abs(found["pearson_per_slide"]) < 0.3
 
 
-def test_stimage_folder(tmp_path):
+def test_stimage_folder(tmp_path, run):
     rng, folder = np.random.default_rng(1), tmp_path / "root" / "Visium"
     for name in ("image", "coord", "gene_exp"):
         (folder / name).mkdir(parents=True)
@@ -107,8 +129,6 @@ def test_stimage_folder(tmp_path):
         pd.DataFrame(counts, index=spots, columns=[f"G{i}" for i in range(60)]).to_csv(
             folder / "gene_exp" / f"{sample}_count.csv"
         )
-    table = hest.main(
-        ["--layout", "stimage", "--root", str(tmp_path / "root"), "--genes", "20", "--out", str(tmp_path)]
-    )
+    table = run("--layout", "stimage", "--root", tmp_path / "root", "--genes", "20")
     assert (table["pearson_pooled"] > 0.1).any()
     assert len(table) == 3

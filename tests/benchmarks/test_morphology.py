@@ -52,7 +52,7 @@ def test_a_gain_is_the_mean_over_seeds_of_paired_differences():
     draws = RNG.normal(0, 0.01, 301)
     having = [{"KID": level + draws} for level in (0.1, 0.9)]  # seeds differ by more than what is gained
     without = [{"KID": level + 0.2 + 2 * draws} for level in (0.1, 1.0)]
-    row = benchmark.gain("gain", without, having, "A -> B", 7)
+    row = benchmark.gain(without, having)
     assert row["KID"] == pytest.approx(0.25 + draws[0])
     assert row["KID, sd of seeds"] == pytest.approx(0.05 * 2**0.5)  # as of a sample
     np.testing.assert_allclose([row["KID, low"], row["KID, high"]], 0.25 + np.quantile(draws[1:], [0.025, 0.975]))
