@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -72,11 +73,13 @@ def gather(
             counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
         features = _io.features(table, use_rep) if "features" in need else None
         for slide in found:
-            rows, parts = slide.rows, {}
+            rows = slide.rows
+            parts: dict[str, Any] = {}
             if counts is not None:
                 own = counts[rows]
                 library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
-                parts |= {"counts": own, "library": library, "genes": tuple(map(str, table.var_names))}
+                genes = tuple(map(str, table.var_names))
+                parts |= {"counts": own, "library": library, "genes": genes, "measured": None}
             if features is not None:
                 parts["features"] = features[rows]
             if "crops" in need:
