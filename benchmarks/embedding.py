@@ -24,7 +24,7 @@ import results
 import spatiaflow as sf
 from probes import MIN_COUNTS, Classifier, Probe, around, banksy, expression, folds, scvi_latent, supervised_cnn
 from spatiaflow import _io
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.spatia import Spatia, SpatiaNetwork, scaled
 
 MPP = 0.2125

@@ -26,7 +26,7 @@ from position import position_only
 from spatiaflow import _io
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.simple import (
+from spatiaflow.models.regression import (
     SMOOTHING,
     SlideData,
     choose_ridge,

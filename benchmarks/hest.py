@@ -30,7 +30,7 @@ from spatiaflow._settings import progress
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.encoders import load_encoder
-from spatiaflow.models.simple import SlideData, choose_ridge, fit_ridge, gene_pearson, slide_graph, smooth
+from spatiaflow.models.regression import SlideData, choose_ridge, fit_ridge, gene_pearson, slide_graph, smooth
 from spatiaflow.models.stflow import standardize
 from spatiaflow.train.stflow import fit_stflow
 

@@ -34,7 +34,7 @@ from imputation_trust import DRAWS, conformal, differential, uncertainty
 from spatiaflow.models.counts import log_normalize
 from spatiaflow.models.design import CellTable, left_out
 from spatiaflow.models.imputation import Imputer
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 
 N_FOLDS, DETECTED, SCORED = 5, 0.02, 3000
 PENALTIES = np.geomspace(10, 1e5, 9)

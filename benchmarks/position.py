@@ -9,7 +9,7 @@ from scipy.signal import fftconvolve
 from scipy.spatial.distance import cdist
 
 from spatiaflow import _io
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 
 PIXEL = 40.0  # µm
 BANDWIDTHS = (75.0, 100.0, 150.0, 200.0, 300.0, 450.0)  # µm

@@ -8,7 +8,7 @@ from torch import nn
 
 import spatiaflow as sf
 from spatiaflow.models.counts import log_likelihood
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.spatia import scaled
 from spatiaflow.train.spatia import augmented
 

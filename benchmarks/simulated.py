@@ -17,7 +17,7 @@ import torch
 import results
 import spatiaflow as sf
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 
 DRIVERS = ("type", "niche", "state", "morphology", "none")  # of genes, as the simulation plants them
 

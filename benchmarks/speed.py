@@ -16,10 +16,10 @@ import results
 from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import ScalarZINB
 from spatiaflow.models.flow import schedule
-from spatiaflow.models.simple import SlideData
+from spatiaflow.models.regression import SlideData
 from spatiaflow.models.spatial import LocalAttention, frames, spatial_graph
 from spatiaflow.models.stflow import Denoiser, SlideTokens
-from spatiaflow.train.regions import Regions
+from spatiaflow.train.batches import Regions
 from spatiaflow.train.stflow import FlowMatching
 
 PAPER = PRESETS["paper"]

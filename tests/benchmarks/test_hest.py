@@ -100,7 +100,7 @@ def test_selection_on_test_is_labelled_loudly(hest_root, run, capsys):
 
 
 def test_pooled_and_per_slide_differ_as_they_should():
-    from spatiaflow.models.simple import SlideData
+    from spatiaflow.models.regression import SlideData
 
     rng = np.random.default_rng(0)
     y = [rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 10]

@@ -9,7 +9,7 @@ from scipy import sparse
 import spatiaflow as sf
 from spatiaflow.models import imputer
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.slide import Slide
 from spatiaflow.train import imputer as train
 

@@ -10,10 +10,10 @@ import torch
 from scipy import sparse
 
 import spatiaflow as sf
-from spatiaflow.models import PRESETS
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models import STFlowConfig
+from spatiaflow.models.regression import gene_pearson
 
-FAST = dataclasses.replace(PRESETS["default"], width=16, n_heads=2, max_epochs=3, regions=2)
+FAST = dataclasses.replace(STFlowConfig.of("default"), width=16, n_heads=2, max_epochs=3, regions=2)
 
 
 def log(adata, genes, target_sum=1e4):
@@ -126,7 +126,7 @@ def test_bad_weights_are_refused(model, tmp_path, damage):
 
 def test_training_is_seeded_and_quiet(slides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one, two = (sf.tl.train_stflow(slides, preset=FAST, genes=4) for _ in range(2))
+    one, two = (sf.tl.train_stflow(slides, config=FAST, genes=4) for _ in range(2))
     assert one.sha256 == two.sha256
     assert not list(tmp_path.iterdir())  # no lightning_logs, no checkpoints
     assert len(one.networks) == 3
@@ -135,10 +135,10 @@ def test_training_is_seeded_and_quiet(slides, tmp_path, monkeypatch):
 
 
 def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):
-    from spatiaflow.train import regions
+    from spatiaflow.train import batches
 
-    whole = sf.tl.train_stflow(slides, preset=FAST, genes=4)
-    calls, original = [], regions.Regions.__getitem__
+    whole = sf.tl.train_stflow(slides, config=FAST, genes=4)
+    calls, original = [], batches.Regions.__getitem__
 
     def die(self, b):
         calls.append(b)
@@ -147,11 +147,11 @@ def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):
         return original(self, b)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(regions.Regions, "__getitem__", die)
+        patch.setattr(batches.Regions, "__getitem__", die)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            sf.tl.train_stflow(slides, preset=FAST, genes=4, checkpoint_dir=tmp_path)
+            sf.tl.train_stflow(slides, config=FAST, genes=4, checkpoint_dir=tmp_path)
     assert list(tmp_path.rglob("*.ckpt"))
-    resumed = sf.tl.train_stflow(slides, preset=FAST, genes=4, checkpoint_dir=tmp_path, resume=True)
+    resumed = sf.tl.train_stflow(slides, config=FAST, genes=4, checkpoint_dir=tmp_path, resume=True)
     assert resumed.sha256 == whole.sha256
     np.testing.assert_equal(resumed.history, whole.history)
     for path in tmp_path.rglob("*.ckpt"):
@@ -166,11 +166,11 @@ def test_test_slides_touch_nothing(slides, slide, model):
     np.testing.assert_array_equal(predicted(test, model), predicted(garbage, model))
 
 
-def test_paper_preset_is_the_paper():
+def test_paper_config_is_the_paper():
     from spatiaflow.models.stflow import Denoiser
 
     for size, count in (((1024, 50), 1_147_724), ((1536, 313), 1_483_624)):
-        assert sum(p.numel() for p in Denoiser(PRESETS["paper"].denoiser(*size)).parameters()) == count
+        assert sum(p.numel() for p in Denoiser(STFlowConfig.of("paper").denoiser(*size)).parameters()) == count
 
 
 @pytest.mark.parametrize(
@@ -181,23 +181,23 @@ def test_paper_preset_is_the_paper():
     ],
 )  # fmt: skip
 def test_every_ablation_trains_and_predicts(slides, slide, change):
-    model = sf.tl.train_stflow(slides, preset=dataclasses.replace(FAST, max_epochs=1, **change), genes=4)
+    model = sf.tl.train_stflow(slides, config=dataclasses.replace(FAST, max_epochs=1, **change), genes=4)
     test = slide("t", seed=7)
     sf.tl.predict_expression(test, model=model)
     assert np.isfinite(test.obsm["stflow"]).all()
-    if model.prior.deterministic or not model.preset.flow:
+    if model.prior.deterministic or not model.config.flow:
         with pytest.raises(ValueError, match="deterministic"):
             sf.tl.predict_expression(test, model=model, n_samples=2)
 
 
 @pytest.mark.parametrize("validation", [["s2"], 0.3])
 def test_validation_is_what_was_asked_for(slides, validation):
-    model = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation=validation)
+    model = sf.tl.train_stflow(slides, config=FAST, genes=4, validation=validation)
     assert len(model.networks) == 1
 
 
 def test_one_slide_and_raw_convention(slides):
-    model = sf.tl.train_stflow(slides[0], preset=FAST, genes=["G3", "G1"], target_sum=None)
+    model = sf.tl.train_stflow(slides[0], config=FAST, genes=["G3", "G1"], target_sum=None)
     assert model.genes == ["G3", "G1"]
     out = sf.tl.predict_expression(slides[1], model=model, copy=True)
     assert out.uns["stflow"]["normalization"]["target_sum"] == "raw"
@@ -235,7 +235,7 @@ BAD_TRAINING = {
     "no mpp": (lambda a: a.uns.pop("spatial"), {}, ValueError, "mpp="),
     "unknown gene": (lambda a: None, {"genes": ["G1", "NOPE"]}, KeyError, "NOPE"),
     "unknown layer": (lambda a: None, {"layer": "raw"}, KeyError, "layers has no 'raw'"),
-    "unknown preset": (lambda a: None, {"preset": "best"}, ValueError, "preset"),
+    "unknown config": (lambda a: None, {"config": "best"}, ValueError, "config must be one of"),
     "unknown slide": (lambda a: None, {"validation": ["z"]}, ValueError, "validation"),
     "resume nothing": (lambda a: None, {"resume": True}, ValueError, "checkpoint_dir"),
     "one spot": (lambda a: a._inplace_subset_obs([0]), {}, ValueError, "single spot"),
@@ -265,23 +265,23 @@ def test_bad_arguments_are_named(slide, model, bad):
 def test_a_model_is_needed(slide):
     with pytest.raises(TypeError, match="path of a saved one"):
         sf.tl.predict_expression(slide("t", seed=7), model=None)
-    with pytest.raises(ValueError, match="empty list"):
+    with pytest.raises(ValueError, match="data is empty"):
         sf.tl.train_stflow([])
 
 
 def test_a_slide_given_twice_and_a_foreign_scale_are_noticed(slide):
     with pytest.warns(UserWarning, match="'s0' and \"s0'\" have the same positions"):
-        sf.tl.train_stflow([slide(), slide()], preset=FAST, genes=4)
+        sf.tl.train_stflow([slide(), slide()], config=FAST, genes=4)
     far = slide("far", seed=2)
     far.uns["spatial"]["far"]["metadata"]["microns_per_pixel"] *= 3
     with pytest.warns(UserWarning, match="'far' are 585 µm apart, those of the others 195"):
-        sf.tl.train_stflow([slide(), slide("s1", seed=1), far], preset=FAST, genes=4)
+        sf.tl.train_stflow([slide(), slide("s1", seed=1), far], config=FAST, genes=4)
 
 
 def test_a_name_to_hold_out_is_one_name(slide):
     slides = [slide(name, n=6, seed=i) for i, name in enumerate(["A1", "A2", "A10"])]
-    one = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation="A10")
-    same = sf.tl.train_stflow(slides, preset=FAST, genes=4, validation=["A10"])
+    one = sf.tl.train_stflow(slides, config=FAST, genes=4, validation="A10")
+    same = sf.tl.train_stflow(slides, config=FAST, genes=4, validation=["A10"])
     assert one.sha256 == same.sha256
 
 
@@ -292,7 +292,7 @@ def test_printed_arrays_are_arrays(mirror):
     for one in slides:
         one.obsm["X_f"] = np.random.default_rng(0).normal(size=(one.n_obs, 4)).astype(np.float32)
         scale = one.uns.pop("spatial")[one.obs["library_id"].iloc[0]]["metadata"]["microns_per_pixel"]
-    options = {"preset": FAST, "genes": 4, "features_key": "X_f"}
+    options = {"config": FAST, "genes": 4, "use_rep": "X_f"}
     with pytest.warns(UserWarning, match="spot arrays have a pitch"):
         sf.tl.train_stflow(slides, mpp=2 * scale, **options)
     with pytest.warns(UserWarning, match="give library_key='library_id'"):
@@ -303,7 +303,7 @@ def test_networks_of_a_run_that_was_overwritten_are_gone(slide, tmp_path, monkey
     from spatiaflow.train import stflow
 
     slides = [slide(name, n=6, seed=i) for i, name in enumerate(["a", "b", "c"])]
-    arguments = {"preset": FAST, "genes": 4, "max_epochs": 2}
+    arguments = {"config": FAST, "genes": 4, "max_epochs": 2}
     clean = sf.tl.train_stflow(slides, random_state=1, **arguments)
     sf.tl.train_stflow(slides, random_state=0, checkpoint_dir=tmp_path, **arguments)
     with monkeypatch.context() as patch:
@@ -327,7 +327,7 @@ def test_features_of_unknown_origin_are_noticed(slide, model):
     bare = [slide(name, seed=i) for i, name in enumerate("ab")]
     for one in bare:
         del one.uns["X_texture"]
-    blind = sf.tl.train_stflow(bare, preset=FAST, genes=4)
+    blind = sf.tl.train_stflow(bare, config=FAST, genes=4)
     test.uns["X_texture"] = known
     sf.tl.predict_expression(test, model=blind)  # the model knows no better: not refused
 
@@ -353,12 +353,12 @@ def test_several_slides_in_one_table_are_noticed(slide):
     both = ad.concat({"a": slide("a"), "b": slide("b", seed=1)}, label="section")
     both.obsm["spatial"][both.obs["section"] == "b"] += 70  # neither array's spots lie on the other's
     with pytest.warns(UserWarning, match="give library_key='section'"):
-        sf.tl.train_stflow(both, preset=FAST, genes=4, mpp=0.5)
+        sf.tl.train_stflow(both, config=FAST, genes=4, mpp=0.5)
 
 
 @pytest.mark.parametrize("change", ["seed", "max_epochs", "genes", "data"])
 def test_the_checkpoints_of_another_run_are_refused(slide, tmp_path, change):
-    data, arguments = slide(), {"preset": FAST, "genes": 4, "max_epochs": 2, "checkpoint_dir": tmp_path}
+    data, arguments = slide(), {"config": FAST, "genes": 4, "max_epochs": 2, "checkpoint_dir": tmp_path}
     sf.tl.train_stflow(data, **arguments)
     if change == "data":
         data.X.data[0] += 1
@@ -375,7 +375,7 @@ def test_bad_training_input_is_a_clear_error(slide, case):
     data = slide()
     spoil(data)
     with pytest.raises(error, match=message):
-        sf.tl.train_stflow(data, **({"preset": FAST, "genes": 4} | kwargs))
+        sf.tl.train_stflow(data, **({"config": FAST, "genes": 4} | kwargs))
 
 
 def test_foreign_features_are_refused(slide, model):
@@ -400,7 +400,7 @@ def test_wrong_scale_warns_with_both_numbers(slide, model):
 @pytest.mark.parametrize("form", ["dense", "int", "csc", "backed", "view"])
 def test_any_form_of_X(slide, tmp_path, form):
     data = slide(n=8)
-    expected = sf.tl.train_stflow(data.copy(), preset=FAST, genes=4).sha256
+    expected = sf.tl.train_stflow(data.copy(), config=FAST, genes=4).sha256
     if form == "dense":
         data.X = data.X.toarray()
     elif form == "int":
@@ -414,7 +414,7 @@ def test_any_form_of_X(slide, tmp_path, form):
             sf._io.unpack(data, copy=True)
     else:
         data = data[:]
-    assert sf.tl.train_stflow(data, preset=FAST, genes=4).sha256 == expected
+    assert sf.tl.train_stflow(data, config=FAST, genes=4).sha256 == expected
 
 
 def test_duplicated_and_overlapping_positions_warn(slide, model):
@@ -444,18 +444,18 @@ def test_h5ad_round_trip_and_get(slide, model, tmp_path):
 @pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Index])
 def test_genes_by_name_in_any_sequence(slides, kind):
     names = list(slides[0].var_names[[3, 1]])
-    assert sf.tl.train_stflow(slides, preset=FAST, genes=kind(names)).genes == names
+    assert sf.tl.train_stflow(slides, config=FAST, genes=kind(names)).genes == names
 
 
 @pytest.mark.parametrize("genes", [[], ["g1", "g1"], 0, -1, True])
 def test_genes_that_make_no_sense(slides, genes):
     with pytest.raises(ValueError, match="genes"):
-        sf.tl.train_stflow(slides, preset=FAST, genes=genes)
+        sf.tl.train_stflow(slides, config=FAST, genes=genes)
 
 
 def test_a_gene_that_is_never_seen_shows_no_skill(slides):
     silent = [s.copy() for s in slides]
     for s in silent:
         s.X = s.X.multiply((np.arange(s.n_vars) != 0)[None]).tocsr()
-    model = sf.tl.train_stflow(silent, preset=FAST, genes=list(slides[0].var_names[:3]))
+    model = sf.tl.train_stflow(silent, config=FAST, genes=list(slides[0].var_names[:3]))
     assert model.skill[0] == 0

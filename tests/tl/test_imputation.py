@@ -8,7 +8,7 @@ import spatialdata
 from scipy import sparse, stats
 
 import spatiaflow as sf
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 
 GENES = 20
 

@@ -14,9 +14,9 @@ from spatiaflow._io._arguments import slot_name
 from spatiaflow._io._slides import _listing
 from spatiaflow._settings import logger
 
-# provenance of features, in uns[features_key]
+# provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")
-FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or give features_key=..."
+FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
 
 def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
@@ -68,7 +68,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
     if key not in table.obsm:
         raise KeyError(
             f"obsm has no {key!r}; it has {_listing(table.obsm)}. The model was trained on {expected['n_features']} "
-            f"features. Run {how} first, or give features_key=..."
+            f"features. Run {how} first, or pass use_rep=..."
         )
     found = same_encoder([table], key)
     if known and key not in table.uns:

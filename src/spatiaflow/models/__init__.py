@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 
 _WHERE = {
-    "PRESETS": "stflow", "Preset": "stflow", "STFlow": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
+    "STFlow": "stflow", "STFlowConfig": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
     "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology", "Imputer": "imputer",
     "ImageFeatures": "features", "Slide": "slide",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, from_numpy
 
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, draw_counts, log_normalize
-from spatiaflow.models.simple import Moments, gene_pearson
+from spatiaflow.models.regression import Moments, gene_pearson
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import spatial_graph
 

@@ -1,11 +1,12 @@
 """STFlow: gene expression of all spots of a slide, jointly, from histology features by flow matching.
 
-Huang et al., ICML 2025 (arXiv 2506.05361), written from the paper. The network of the paper is ``preset="paper"``.
+Huang et al., ICML 2025 (arXiv 2506.05361), written from the paper. The network of the paper is ``config="paper"``.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImagePrior, ScalarZINB, ZeroPrior
-from spatiaflow.models.familiarity import Familiarity, inflation
 from spatiaflow.models.flow import sample, schedule, time_features
-from spatiaflow.models.simple import Ridge, combine, smooth
+from spatiaflow.models.ood import OutOfDomain, inflation
+from spatiaflow.models.regression import Ridge, combine, smooth
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, degenerate_share, spatial_graph
 
 
@@ -125,9 +127,9 @@ class Denoiser(nn.Module):
         return total / len(self.layers)
 
 
-@dataclass
-class Preset:
-    """Everything that shapes an STFlow fit; ``PRESETS`` holds the named ones, ``dataclasses.replace`` makes ablations.
+@dataclass(frozen=True)
+class STFlowConfig(_base.Config):
+    """Everything that shapes an STFlow fit: ``"default"``, ``"paper"`` (the published configuration), or your own.
 
     Attributes
     ----------
@@ -150,15 +152,19 @@ class Preset:
         ``"global"``, ``"slide"`` (each slide by its own mean and deviation; transductive) or ``"choose"`` (by
         leave-one-slide-out ridge).
     regions, regions_per_batch
-        Contiguous regions drawn from each slide an epoch, and how many make a batch.
+        Contiguous regions drawn from each slide in an epoch, and how many make a batch.
+    learning_rate, weight_decay, max_epochs, patience
+        The optimiser (AdamW), the longest training, and the epochs without improvement after which it stops.
+    devices, precision
+        Passed to :class:`lightning.Trainer`.
 
     Examples
     --------
     Without spatial context:
 
     >>> from dataclasses import replace
-    >>> alone = replace(sf.models.PRESETS["default"], n_neighbors=0)
-    >>> model = sf.tl.train_stflow(adata, genes=3, preset=alone, max_epochs=1)
+    >>> alone = replace(sf.models.STFlowConfig.of("default"), n_neighbors=0)
+    >>> model = sf.tl.train_stflow(adata, genes=3, config=alone, max_epochs=1)
     """
 
     width: int = 128
@@ -183,6 +189,8 @@ class Preset:
     regions_per_batch: int = 2
     max_epochs: int = 100
     patience: int = 20
+    devices: int | str = 1
+    precision: str = "32-true"
 
     def denoiser(self, n_features: int, n_genes: int) -> DenoiserConfig:
         """The network's configuration for given input and output widths."""
@@ -190,9 +198,9 @@ class Preset:
         return DenoiserConfig(n_features, n_genes, **{name: getattr(self, name) for name in names})
 
 
-PRESETS = {
-    "paper": Preset(),
-    "default": Preset(
+STFlowConfig.named = {
+    "paper": STFlowConfig(),
+    "default": STFlowConfig(
         width=64, n_layers=2, ties="whole", geometry="invariants", head_dropout=0.0, time_scale=1000.0, prior="counts",
         weighted=True, stack=True, standardize="choose", learning_rate=2e-3, weight_decay=0.05, max_epochs=60,
     ),
@@ -201,7 +209,7 @@ PRESETS = {
 
 @dataclass
 class Prediction:
-    """What :meth:`STFlow.predict` returns; rows as in the features given."""
+    """What :meth:`STFlow.predict` returns; rows of all slides, one slide after the other."""
 
     mean: np.ndarray  # n x genes, log1p
     std: np.ndarray  # n x genes
@@ -247,13 +255,13 @@ class STFlow(_base.Model):
     verb = "sf.tl.predict_expression"
 
     def __init__(
-        self, *, preset: Preset, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
+        self, *, config: STFlowConfig, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
         prior, ridge: Ridge, arrays: dict[str, np.ndarray], standardize: str, pitch: float, history: dict, card: dict,
     ):  # fmt: skip
-        self.preset, self.genes, self.encoder, self.target_sum = preset, list(genes), dict(encoder), target_sum
+        self.config, self.genes, self.encoder, self.target_sum = config, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.ridge, self.standardize, self.pitch = networks, prior, ridge, standardize, pitch
         # feature_mean, feature_std (F); mean, theta, pi, spread, between, skill (genes); level (3) and weights (3 x genes) of
-        # ridge, smoothed ridge and network; libraries; inflation (4); familiarity's three
+        # ridge, smoothed ridge and network; libraries; inflation (4); three of the out-of-domain score
         self.arrays, self.history, self.card = arrays, history, card
         for network in networks:
             network.eval()
@@ -274,83 +282,88 @@ class STFlow(_base.Model):
         return CountLaw(self.arrays["libraries"], self.target_sum, self.arrays["pi"])
 
     @cached_property
-    def familiarity(self) -> Familiarity:
-        return Familiarity(*(self.arrays[f"familiarity_{name}"] for name in ("components", "references", "distances")))
+    def ood(self) -> OutOfDomain:
+        """How far features are from the training data."""
+        return OutOfDomain(*(self.arrays[f"ood_{name}"] for name in ("components", "references", "distances")))
 
     def predict(
-        self, features: np.ndarray, slides: list[tuple[str, np.ndarray, np.ndarray]], *, n_samples: int = 1,
-        n_steps: int | None = None, seed: int = 0, rows: int = 512, device: str | torch.device = "cpu", progress=iter,
+        self, slides: list[Slide], *, n_samples: int = 1, n_steps: int | None = None, seed: int = 0, batch_size: int = 512,
+        device: str | torch.device = "cpu", progress: Callable[[list[Slide]], Iterable[Slide]] = iter,
     ) -> Prediction:  # fmt: skip
-        """Predict every row of ``features``.
+        """Predict every row of some slides (algorithm 1 of the paper).
 
         Parameters
         ----------
-        features
-            n x n_features, raw as the encoder gave them.
         slides
-            (library id, rows of ``features``, positions in µm) of each slide. Noise depends on the seed, the library id
-            and the order of rows inside the slide only.
+            With features as the encoder gave them. Noise belongs to the seed, the slide's name and the name of the row.
         n_samples
             Draws from the prior.
         n_steps
-            Evaluations of the network a draw; the preset's when None.
-        rows
+            Evaluations of the network for each draw; the config's when None.
+        batch_size
             Tokens worked on at a time; changes memory, not the result.
         progress
-            Wraps the list of (slide, network, draw) jobs in a progress bar.
+            Wraps the list of slides in a progress bar.
         """
-        if features.shape[1] != len(self.arrays["feature_mean"]):
-            raise ValueError(
-                f"the model was trained on {len(self.arrays['feature_mean'])} features of encoder "
-                f"{self.encoder.get('id')!r}; these have {features.shape[1]} columns."
-            )
-        deterministic = not self.preset.flow or self.prior.deterministic
-        if n_samples > 1 and deterministic:
-            raise ValueError(
-                f"n_samples={n_samples} needs a prior with noise; this model's prior ({self.preset.prior!r}, "
-                f"flow={self.preset.flow}) is deterministic: every draw is the same. Use n_samples=1."
-            )
+        width = len(self.arrays["feature_mean"])
+        for slide in slides:
+            if slide.features.shape[1] != width:
+                raise ValueError(
+                    f"the model was trained on {width} features of encoder {self.encoder.get('id')!r}; slide {slide.name!r} has "
+                    f"{slide.features.shape[1]}."
+                )
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, not {n_samples}.")
-        n_genes, a = len(self.genes), self.arrays
-        times = schedule(n_steps or self.preset.n_steps) if self.preset.flow else [0.0]
-        mean = np.empty((len(features), n_genes), np.float32)
-        variance, ood = np.empty_like(mean), np.empty(len(features), np.float32)
-        between_sum = total_sum = degenerate = 0.0
-        for library_id, which, xy in progress(slides):
-            x = standardize(features[which], a["feature_mean"], a["feature_std"], self.standardize)
-            base = self.ridge.predict(x)
-            total, squares = np.zeros((2, len(x), n_genes))
-            if np.any(a["weights"][2]):
-                tokens = SlideTokens(x, xy, base, self, device, rows)
-                for draw in range(n_samples):
-                    rng = np.random.default_rng([seed, zlib.crc32(library_id.encode()), draw])
-                    y = tokens.run(rng, times)
-                    total += y
-                    squares += y**2
-                degenerate += tokens.degenerate_share * len(x)
-                del tokens
-            net = (total / n_samples).astype(np.float32)
-            between = (
-                np.maximum(squares / n_samples - net.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
+        if n_samples > 1 and (not self.config.flow or self.prior.deterministic):
+            raise ValueError(
+                f"n_samples={n_samples} needs a prior with noise; this model's prior ({self.config.prior!r}, "
+                f"flow={self.config.flow}) is deterministic: every draw is the same. Use n_samples=1."
             )
-            parts = [base, smooth(base, spatial_graph(xy, 8), self.ridge.smoothing), net]
-            mean[which] = combine(np.stack(parts), a["mean"], a["level"], a["weights"])
-            known = standardize(features[which], a["feature_mean"], a["feature_std"], "global")
-            distance = self.familiarity(known)
-            ood[which] = self.familiarity.quantile(distance)
-            # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
-            if n_samples == 1:
-                between = np.broadcast_to(a["between"], net.shape)
-            else:
-                between = between * a["weights"][2] ** 2
-            expected = self.law.std_at(mean[which], a["theta"]) ** 2 * a["spread"]
-            inflated = expected * inflation(a["inflation"], self.familiarity.relative(distance))[:, None]
-            variance[which] = np.maximum(inflated - a["between"], 0.05 * inflated) + between
-            between_sum, total_sum = between_sum + between.sum(), total_sum + variance[which].sum()
+        times = schedule(n_steps or self.config.n_steps) if self.config.flow else [0.0]
+        parts = []
+        for slide in progress(slides):
+            order = np.argsort(slide.obs_names.astype(str), kind="stable")  # noise goes by name, not by row
+            one = self._predict_slide(slide.take(order), times, n_samples, seed, batch_size, device)
+            back = np.argsort(order)
+            parts.append((one[0][back], one[1][back], one[2][back], *one[3:]))
+        mean, variance, ood, between, degenerate = zip(*parts)
+        n_rows, total = sum(map(len, mean)), sum(float(v.sum()) for v in variance)
         return Prediction(
-            mean, np.sqrt(variance), ood, float(between_sum / max(total_sum, 1e-12)), degenerate / len(features)
+            np.concatenate(mean), np.sqrt(np.concatenate(variance)), np.concatenate(ood), sum(between) / max(total, 1e-12),
+            sum(degenerate) / n_rows,
+        )  # fmt: skip
+
+    def _predict_slide(
+        self, slide: Slide, times: list[float], n_samples: int, seed: int, batch_size: int, device: str | torch.device
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+        """Mean, variance and out-of-domain score; the sum of the between-draw variance; rows without a unique frame."""
+        a, degenerate = self.arrays, 0.0
+        x = standardize(slide.features, a["feature_mean"], a["feature_std"], self.standardize)
+        base = self.ridge.predict(x)
+        total, squares = np.zeros((2, len(x), len(self.genes)))
+        if np.any(a["weights"][2]):
+            tokens = SlideTokens(x, slide.xy, base, self, device, batch_size)
+            for draw in range(n_samples):
+                rng = np.random.default_rng([seed, zlib.crc32(slide.name.encode()), draw])
+                y = tokens.run(rng, times)
+                total += y
+                squares += y**2
+            degenerate = tokens.degenerate_share * len(x)
+            del tokens
+        network = (total / n_samples).astype(np.float32)
+        between = (
+            np.maximum(squares / n_samples - network.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
         )
+        parts = [base, smooth(base, slide.graph(8), self.ridge.smoothing), network]
+        mean = combine(np.stack(parts), a["mean"], a["level"], a["weights"])
+        distance = self.ood(standardize(slide.features, a["feature_mean"], a["feature_std"], "global"))
+        # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
+        between = np.broadcast_to(a["between"], network.shape) if n_samples == 1 else between * a["weights"][2] ** 2
+        expected = self.law.std_at(mean, a["theta"]) ** 2 * a["spread"]
+        inflated = expected * inflation(a["inflation"], self.ood.relative(distance))[:, None]
+        variance = (np.maximum(inflated - a["between"], 0.05 * inflated) + between).astype(np.float32)
+        ood = self.ood.quantile(distance).astype(np.float32)
+        return mean, variance, ood, float(between.sum()), degenerate
 
     def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
         """Ridge regression alone, for one slide; smoothed over neighbours when positions are given."""
@@ -366,7 +379,7 @@ class STFlow(_base.Model):
             tensors |= {f"network.{i}.{name}": value for name, value in network.state_dict().items()}
         prior = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.prior).items()}
         description = {
-            "preset": asdict(self.preset), "genes": self.genes, "encoder": self.encoder, "target_sum": self.target_sum,
+            "config": asdict(self.config), "genes": self.genes, "encoder": self.encoder, "target_sum": self.target_sum,
             "n_networks": len(self.networks), "prior": prior, "standardize": self.standardize, "pitch": self.pitch,
             "ridge": [self.ridge.alpha, self.ridge.smoothing], "history": self.history, "card": self.card,
         }  # fmt: skip
@@ -375,11 +388,15 @@ class STFlow(_base.Model):
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> STFlow:
         """Rebuild a model from the description and tensors of its file."""
-        preset = Preset(**d["preset"])
-        arrays = {k.removeprefix("array."): v.numpy() for k, v in tensors.items() if k.startswith("array.")}
+        config = STFlowConfig(**d["config"] if "config" in d else d["preset"])  # version 0.1.0 called it a preset
+        arrays = {
+            k.removeprefix("array.").replace("familiarity_", "ood_"): v.numpy()
+            for k, v in tensors.items()
+            if k.startswith("array.")
+        }
         networks = []
         for i in range(d["n_networks"]):
-            network = Denoiser(preset.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
+            network = Denoiser(config.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
             start = f"network.{i}."
             network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
@@ -387,7 +404,7 @@ class STFlow(_base.Model):
         ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])
         names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
         return cls(
-            preset=preset, networks=networks, prior=PRIORS[preset.prior](**prior), ridge=ridge, arrays=arrays,
+            config=config, networks=networks, prior=PRIORS[config.prior](**prior), ridge=ridge, arrays=arrays,
             **{name: d[name] for name in names},
         )  # fmt: skip
 
@@ -396,7 +413,7 @@ class SlideTokens:
     """One slide made ready for the networks: image tokens, graph and embedded geometry are computed once for all steps."""
 
     def __init__(self, x: np.ndarray, xy: np.ndarray, base: np.ndarray, model: STFlow, device, rows: int):
-        p = model.preset
+        p = model.config
         self.model, self.rows, self.n = model, rows, len(x)
         self.device = torch.device(device)
         # neighbours in space become neighbours in memory: tokens are worked on in square tiles of about `rows`
@@ -431,12 +448,12 @@ class SlideTokens:
         total = np.zeros_like(start)
         with torch.inference_mode():
             y_0 = torch.from_numpy(start).to(self.device)
-            residual = torch.from_numpy(self.base[self.order]).to(self.device) if model.preset.residual else 0
+            residual = torch.from_numpy(self.base[self.order]).to(self.device) if model.config.residual else 0
             for network, (image, geometry) in zip(model.networks, self.tokens):
 
                 def endpoint(y, t, network=network, image=image, geometry=geometry):
                     time = torch.tensor([t], device=self.device)
-                    h = image + network.time(time_features(time, scale=model.preset.time_scale))
+                    h = image + network.time(time_features(time, scale=model.config.time_scale))
                     return network.decode(h, y, self.graph, geometry, self.rows) + residual
 
                 total += sample(endpoint, y_0, times).cpu().numpy()

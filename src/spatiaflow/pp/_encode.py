@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +13,21 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Key, Where
 from spatiaflow._settings import logger, progress, settings
+from spatiaflow._slides import gather
 
 if TYPE_CHECKING:
+    from spatiaflow.models import Slide
     from spatiaflow.models.encoders import Encoder
 
+Data = AnnData | SpatialData
 
+
+@_io.each_object
 def encode_patches(
-    data: AnnData | SpatialData,
+    data: Data | Sequence[Data] | Mapping[str, Data],
     *,
     encoder: str | Path | Callable | Encoder = "texture",
     patch_um: float = 112.0,
@@ -38,17 +43,18 @@ def encode_patches(
     device: str | None = None,
     key_added: str | None = None,
     copy: bool = False,
-) -> AnnData | SpatialData | None:
+) -> Data | list[Data] | dict[str, Data] | None:
     """Encode the patch of histology around every spot or cell.
 
-    Patches have a physical width, ``patch_um``, and are resampled to what the encoder was made for. The image is read
-    part by part. Beyond its border the border's colour is repeated. Features that were made elsewhere need no call: put
-    them into ``.obsm`` and name the key in ``features_key``.
+    Patches have a physical width, ``patch_um``, and are resampled to the size that the encoder was made for. The image is
+    read in parts. Beyond its border the colour of the border is repeated. Features that were made elsewhere need no call:
+    store them in ``.obsm`` and pass the key as ``use_rep`` to the functions that read them.
 
     Parameters
     ----------
     data
-        SpatialData with an image, or AnnData whose ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the
+        One object, or a list or dict of objects: SpatialData with an image, or AnnData whose
+        ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the
         full-resolution image (JPEG, PNG, TIFF); without that file ``images["hires"]`` is taken if it is fine enough.
     encoder
         ``"texture"``: 118 weight-free statistics of colour, stains, nuclei and texture of H&E. Otherwise the hub id or
@@ -80,7 +86,7 @@ def encode_patches(
 
     Returns
     -------
-    None, or with ``copy=True`` an object of the type given. Sets:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_features)
     ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
@@ -104,7 +110,6 @@ def encode_patches(
     >>> sdata["table"].obsm["X_texture"].shape
     (300, 118)
     """
-    from spatiaflow._slides.patches import cut
     from spatiaflow.models.encoders import load_encoder
 
     _io.positive(patch_um=patch_um)
@@ -112,60 +117,60 @@ def encode_patches(
     _io.slot_name(key_added)
     started = time.perf_counter()
     data, table = _io.unpack(data, table_key, copy=copy)
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
+    where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
+    slides = gather(data, where)
     target = settings.torch_device(device)
     encoder = load_encoder(encoder, device=target)
     pixels = encoder.patch_pixels(patch_um)
-    key_added = key_added or "X_" + re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name)
-    out = None
-    bar = progress(None, f"encoding with {encoder.name}", total=sum(len(slide.rows) for slide in slides), unit="patch")
+    key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
+    out = np.zeros((table.n_obs, 0), np.float32)
+    bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
-        found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
-        image, channels_first, shrunk = _io.open_image(
-            found.source, found.channels_first, patch_um / pixels / found.mpp
-        )
-        found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
-        used = _check(image, found, slide, encoder, table, patch_um, pixels)
-        parts = cut(
-            image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size or 64
-        )
-        for rows, patches in parts:
-            values = encoder(patches[:, :used].to(target)).numpy()
-            if out is None:
-                out = np.full((table.n_obs, values.shape[1]), np.nan, np.float32)
-            if values.shape[1] != out.shape[1]:
-                raise ValueError(
-                    f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
-                )
-            out[slide.rows[rows]] = values
-            bar.update(len(rows))
-        if bad := int((~np.isfinite(out[slide.rows])).any(1).sum()):
-            raise ValueError(
-                f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}."
-            )
+        found = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        if not out.shape[1]:
+            out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
-            own = out[slide.rows]
-            spread = own.std(0)
-            out[slide.rows] = (own - own.mean(0)) / np.where(spread < 1e-6, 1, spread)
+            spread = found.std(0)
+            found = (found - found.mean(0)) / np.where(spread < 1e-6, 1, spread)
+        out[slide.rows] = found
     bar.close()
     _io.write(
         table, key_added, arrays={"": out},
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
             "standardize": standardize, "n_features": out.shape[1],
-            "params": {
-                "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
-                "feature_names": list(encoder.feature_names),
-            },
+            "params": _io.provenance(started, feature_names=list(encoder.feature_names)),
         },
     )  # fmt: skip
     return data if copy else None
 
 
-def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) -> int:
+def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar) -> np.ndarray:
+    """Features of all spots of one slide, n x F."""
+    from spatiaflow._slides.patches import cut
+
+    found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
+    image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
+    found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
+    used = _check(image, found, slide, encoder, patch_um, pixels)
+    out = None
+    parts = cut(image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size)
+    for rows, patches in parts:
+        values = encoder(patches[:, :used].to(device)).numpy()
+        if out is None:
+            out = np.full((len(slide), values.shape[1]), np.nan, np.float32)
+        if values.shape[1] != out.shape[1]:
+            raise ValueError(
+                f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
+            )
+        out[rows] = values
+        bar.update(len(rows))
+    if bad := int((~np.isfinite(out)).any(1).sum()):
+        raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
+    return out
+
+
+def _check(image, found, slide: Slide, encoder, patch_um: float, pixels: int) -> int:
     """Return how many of the image's channels are used; refuse what cannot be meant."""
     mpp = patch_um / pixels
     shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
@@ -189,7 +194,7 @@ def _check(image, found, slide, encoder, table, patch_um: float, pixels: int) ->
         swapped = ((found.xy[:, ::-1] >= 0) & (found.xy[:, ::-1] <= size)).all()
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots of slide {slide.name!r} lie outside of image "
-            f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {table.obs_names[slide.rows[np.argmax(outside)]]!r}). "
+            f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {str(slide.obs_names[np.argmax(outside)])!r}). "
             + ("With x and y swapped all would lie inside." if swapped else "Are x and y swapped, or is mpp wrong?")
         )
     if patch_um > 4 * found.mpp * max(shape[1:]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,28 +12,29 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-import spatiaflow
-from spatiaflow import _io
+from spatiaflow import _io, datasets
+from spatiaflow._io import Key, Where
 from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._slides import gather
 
 if TYPE_CHECKING:
-    from spatiaflow.models import Preset, STFlow
+    from spatiaflow.models import Slide, STFlow, STFlowConfig
+
+Data = AnnData | SpatialData
 
 
 def train_stflow(
-    data: AnnData | SpatialData | list[AnnData | SpatialData],
+    data: Data | Sequence[Data] | Mapping[str, Data],
     *,
-    features_key: str = "X_texture",
-    genes: list[str] | int = 50,
+    use_rep: str = "X_texture",
+    genes: int | Sequence[str] = 50,
     layer: str | None = None,
     target_sum: float | None = 1e4,
-    preset: str | Preset = "default",
-    validation: list[str] | float | None = None,
+    config: str | STFlowConfig = "default",
+    validation: Sequence[str] | float | None = None,
     max_epochs: int | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    devices: int | str = 1,
-    precision: str = "32-true",
     table_key: str = "table",
     shapes_key: str | None = None,
     labels_key: str | None = None,
@@ -44,38 +46,37 @@ def train_stflow(
 ) -> STFlow:
     """Train STFlow to predict expression from histology features, on one or many slides.
 
-    Flow matching on all spots of a region jointly (Huang et al. 2025, section 3). Everything learned from data, the
-    choice of genes, scaling, prior, stopping epoch, stack and uncertainty included, comes from the slides given: keep
-    test slides out of ``data``.
+    The model learns by flow matching on all spots of a region jointly (Huang et al. 2025, section 3). Everything that is
+    learned comes from the slides given: genes, scaling, prior, stopping epoch, stack and uncertainty. Keep test slides out
+    of ``data``.
 
     Parameters
     ----------
     data
-        One object, or a list with one or more slides each. Needs ``.obsm[features_key]``, positions and raw counts.
-    features_key
+        One object, or a list or dict of objects, with one or more slides each. Needs ``.obsm[use_rep]``, positions and raw
+        counts.
+    use_rep
         Histology features, from :func:`spatiaflow.pp.encode_patches` or made elsewhere.
     genes
-        Names, or how many of the genes with the largest variance of log-normalised expression (over all slides given;
-        only genes that every slide measures).
+        Names, or how many of the genes with the largest variance of log-normalised expression over all slides. Only genes
+        that every slide measures are considered.
     layer
-        Layer with raw counts of all genes measured, for the library size is their sum; None reads ``X``.
+        Layer with raw counts of all measured genes, whose sum is the library size. None reads ``X``.
     target_sum
-        Expression is log1p of counts per ``target_sum``; None: log1p of raw counts (the convention of HEST).
-    preset
-        ``"default"`` (chosen by inner validation, stacked with ridge regression) or ``"paper"`` (the published
-        configuration, 1,147,724 parameters at 1024 features and 50 genes), or a :class:`spatiaflow.models.Preset`.
+        Expression is log1p of counts per ``target_sum``. None: log1p of raw counts (the convention of HEST).
+    config
+        ``"default"`` (chosen by inner validation, stacked with ridge regression), ``"paper"`` (the published configuration;
+        1,147,724 parameters at 1024 features and 50 genes), or a :class:`spatiaflow.models.STFlowConfig`.
     validation
-        What is held out inside ``data`` to stop, stack and calibrate: None holds out each slide in turn (contiguous
-        blocks where there are fewer than three), names hold out slides, a fraction (at most 0.5) one of 1 / fraction
-        contiguous blocks of every slide.
+        What is held out inside ``data`` to stop, stack and calibrate. None holds out each slide in turn, or contiguous bands
+        where there are fewer than three slides. Names hold out slides. A fraction of at most 0.5 holds out one of
+        1 / fraction contiguous bands of every slide.
     max_epochs
-        Epochs of each network; the preset's when None.
+        Epochs of each network; the config's when None.
     checkpoint_dir
-        Folder for the state of the training; nothing is written when None.
+        Folder for the state of the training. Nothing is written when None.
     resume
-        Go on from what ``checkpoint_dir`` holds.
-    devices, precision
-        Passed to :class:`lightning.Trainer`.
+        Continue from what ``checkpoint_dir`` holds.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -108,93 +109,84 @@ def train_stflow(
     >>> model.skill.shape
     (2,)
     """
-    from spatiaflow.models import PRESETS
-    from spatiaflow.models.counts import log_normalize
-    from spatiaflow.models.simple import SlideData
-    from spatiaflow.train.stflow import fit_stflow
+    from spatiaflow.models import STFlowConfig
+    from spatiaflow.train.stflow import train_stflow as train
 
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(
-                f"preset must be one of {', '.join(PRESETS)} or a spatiaflow.models.Preset, not {preset!r}."
-            )
-        preset = PRESETS[preset]
+    chosen_config, seed, target = STFlowConfig.of(config), resolve_seed(random_state), settings.torch_device(device)
     if resume and checkpoint_dir is None:
-        raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
+        raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     _io.at_least_one(max_epochs=max_epochs)
     _io.positive(target_sum=target_sum)
-    found = _io.collect(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
+    names = _gene_names(genes)
+    where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
+    tables = [_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()]
+    encoder = _io.same_encoder(tables, use_rep)
+    shared = _io.shared_genes(tables) if names is None else names
+    slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep)
+    _check_training(slides, shared, use_rep)
+    slides = [slide.align(shared) for slide in slides]
+    if names is None:
+        kept = _most_variable(slides, int(genes), target_sum)
+        slides = [slide.align(kept) for slide in slides]
+    held_out = _io.held_out(validation, [slide.name for slide in slides], largest=0.5)
+    logger.info("training STFlow on %d slide(s), %d spots, device %s", len(slides), sum(map(len, slides)), target)
+    return train(
+        slides, chosen_config, encoder=encoder, target_sum=target_sum, validation=held_out, max_epochs=max_epochs,
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
+        accelerator={"cuda": "gpu"}.get(target.type, target.type), seed=seed,
     )  # fmt: skip
-    tables = [table for _, table, _ in found]
-    encoder = _io.same_encoder(tables, features_key)
 
+
+def _gene_names(genes: int | Sequence[str]) -> list[str] | None:
+    """Names of genes; None where ``genes`` is how many of them."""
     if genes is None or isinstance(genes, bool | float) or (isinstance(genes, int | np.integer) and genes < 1):
         raise ValueError(f"genes must be names, or how many genes (at least 1), not {genes!r}.")
-    if not isinstance(genes, int | np.integer):
-        genes = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
-        if not genes or len(set(genes)) < len(genes):
-            raise ValueError("genes names no gene, or one of them twice.")
-    names = genes if isinstance(genes, list) else _io.shared_genes(tables)
-    parts, boxes = [], {}
-    for _, table, slides in found:
-        features = _io.features(table, features_key)
-        library = _io.library_sizes(table, layer)
-        for name, slide in slides.items():
-            if len(slide.rows) < 2:
-                raise ValueError(f"slide {name!r} has a single spot; leave it out of the training.")
-            parts.append((table, slide, name, features, library))
-            boxes[name] = {"n_obs": len(slide.rows), "box_um": [*slide.xy.min(0), *slide.xy.max(0)]}
-    validation = _io.held_out(validation, boxes, largest=0.5)
-    first = parts[0][3][0]
-    if all((features == first).all() for _, _, _, features, _ in parts):
-        raise ValueError(f"obsm[{features_key!r}] is the same in every row; there is nothing to learn from.")
-    chosen = names if isinstance(genes, list) else _most_variable(parts, names, genes, layer, target_sum)
-    training = []
-    for table, slide, name, features, library in parts:
-        counts, _ = _io.counts(table, chosen, layer, rows=slide.rows)
-        counts, size = _io.dense(counts), library[slide.rows]
-        y = log_normalize(counts, size, target_sum)
-        training.append(SlideData(name, slide.xy, features[slide.rows], y, counts, size))
-    target = settings.torch_device(device)
-    pitch = float(np.median([slide.pitch for _, slide, *_ in parts]))
-    card = {"data": boxes, "n_genes": len(chosen), "target_sum": target_sum, "spatiaflow": spatiaflow.__version__}
-    logger.info("training STFlow on %d slide(s), %d spots, device %s", len(training), sum(map(len, training)), target)
-    return fit_stflow(
-        training, genes=chosen, encoder=encoder, target_sum=target_sum, preset=preset, pitch=pitch, card=card,
-        validation=validation, max_epochs=max_epochs,
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
-        accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision,
-        seed=resolve_seed(random_state),
-    )  # fmt: skip
+    if isinstance(genes, int | np.integer):
+        return None
+    names = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError("genes names no gene, or one of them twice.")
+    return names
 
 
-def _most_variable(parts, names, n, layer, target_sum) -> list[str]:
-    """Genes of the largest variance of log-normalised expression over the slides given, in blocks of genes."""
+def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> None:
+    """Refuse slides that nothing can be learned from."""
+    for slide in slides:
+        if len(slide) < 2:
+            raise ValueError(f"slide {slide.name!r} has a single spot; leave it out of the training.")
+        if missing := [gene for gene in genes if gene not in set(slide.genes)]:
+            listed = ", ".join(map(repr, missing[:3]))
+            raise KeyError(
+                f"{len(missing)} of {len(genes)} genes are not in var_names of slide {slide.name!r} (first: {listed})."
+            )
+        if n := int((slide.library == 0).sum()):
+            warnings.warn(f"{n} rows of slide {slide.name!r} have no counts at all.", UserWarning, stacklevel=3)
+    first = slides[0].features[0]
+    if all((slide.features == first).all() for slide in slides):
+        raise ValueError(f"obsm[{use_rep!r}] is the same in every row; there is nothing to learn from.")
+
+
+def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> list[str]:
+    """The genes with the largest variance of log-normalised expression over all slides, found in blocks of genes."""
     from spatiaflow.models.counts import log_normalize
 
-    variance = []
+    names, variance = list(slides[0].genes), []
     for start in range(0, len(names), 1000):
-        block = names[start : start + 1000]
-        y = [
-            log_normalize(
-                _io.dense(_io.counts(table, block, layer, rows=slide.rows)[0]), library[slide.rows], target_sum
-            )
-            for table, slide, _, _, library in parts
-        ]
+        block = slice(start, start + 1000)
+        y = [log_normalize(s.counts[:, block].toarray().astype(np.float64), s.library, target_sum) for s in slides]
         variance.append(np.concatenate(y).var(0))
     if n > len(names):
-        logger.warning("genes=%d were asked for; the slides share %d, and all are taken", n, len(names))
+        logger.warning("genes=%d were requested; the slides share %d, and all are used", n, len(names))
     order = np.argsort(-np.concatenate(variance), kind="stable")
     return [names[i] for i in order[:n]]
 
 
+@_io.each_object
 def predict_expression(
-    data: AnnData | SpatialData,
+    data: Data | Sequence[Data] | Mapping[str, Data],
     *,
     model: STFlow | str | Path,
-    features_key: str | None = None,
+    use_rep: str | None = None,
     n_samples: int = 1,
     n_steps: int | None = None,
     table_key: str = "table",
@@ -208,25 +200,25 @@ def predict_expression(
     random_state: int | None = None,
     key_added: str = "stflow",
     copy: bool = False,
-) -> AnnData | SpatialData | None:
+) -> Data | list[Data] | dict[str, Data] | None:
     """Predict log-normalised expression of every spot from its histology, jointly over each slide.
 
     Integrates the flow from the model's prior to the data in ``n_steps`` evaluations (Huang et al. 2025, algorithm 1).
-    Memory and time grow linearly with the number of spots. Noise belongs to the spot (its name, its slide and the
-    seed), so neither the order of rows or slides nor ``batch_size`` changes the result.
+    Memory and time grow linearly with the number of spots. Noise belongs to the spot (its name, its slide and the seed), so
+    the order of rows and ``batch_size`` do not change the result.
 
     Parameters
     ----------
     data
-        Needs ``.obsm[features_key]`` and positions; counts are not read.
+        One object, or a list or dict of objects. Needs ``.obsm[use_rep]`` and positions; counts are not read.
     model
-        A trained model, or the path of a saved one.
-    features_key
-        Features made by the encoder that the model was trained with; by default the key it was trained on.
+        A trained model, the path of a saved one, or the name of weights.
+    use_rep
+        Features from the encoder that the model was trained with. None takes the slot it was trained on.
     n_samples
         Draws from the prior; their mean is written.
     n_steps
-        Evaluations of the network a draw; the preset's (5) when None.
+        Evaluations of the network for each draw; the config's (5) when None.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -246,21 +238,23 @@ def predict_expression(
 
     Returns
     -------
-    None, or with ``copy=True`` an object of the type given. Sets:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p counts per 10,000; columns are ``.uns[key_added]["genes"]``
     ``.obsm[f"{key_added}_std"]`` : same shape and unit; between-draw plus residual deviation learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
-        ``trusted`` (skill above 0), ``normalization``, ``between_share`` (of the variance, what differs between draws),
-        ``degenerate_share`` (``preset="paper"``: spots whose local frame is arbitrary) and ``params``
+        ``trusted`` (skill above 0), ``normalization``, ``between_share`` (share of the variance that differs between draws),
+        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``
 
     Raises
     ------
     KeyError
-        No features at ``features_key``; the message gives the ``pp.encode_patches`` call that makes them.
+        No features at ``use_rep``; the message gives the ``pp.encode_patches`` call that makes them.
+    TypeError
+        ``model`` is a model of another kind.
     ValueError
-        Features were made by another encoder or have the wrong width, are not finite, or the scale is unknown.
+        Features come from another encoder or have the wrong width, are not finite, or the scale is unknown.
 
     Examples
     --------
@@ -268,50 +262,30 @@ def predict_expression(
     >>> adata.obsm["stflow"].shape
     (79, 3)
     """
-    from spatiaflow import models
-
-    started = time.perf_counter()
+    started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
-    if not isinstance(model, models.STFlow):
-        model = models.load(model)
+    model = datasets.resolve(model, "STFlow")
+    where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     data, table = _io.unpack(data, table_key, copy=copy)
-    features_key = features_key or model.encoder["key"]
-    _io.check_encoder(table, features_key, model.encoder)
-    features = _io.features(table, features_key)
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
-    names = table.obs_names.to_numpy().astype(str)
-    jobs = []
-    for slide in slides:
-        if len(slide.rows) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
-            warnings.warn(
-                f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
-                f"{model.pitch:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=2,
-            )
-        order = np.argsort(names[slide.rows])  # noise goes by name, not by row
-        jobs.append((slide.name, slide.rows[order], slide.xy[order]))
+    use_rep = use_rep or model.encoder["key"]
+    _io.check_encoder(table, use_rep, model.encoder)
+    slides = gather(data, where, need=("features",), use_rep=use_rep)
+    _check_pitch(slides, model)
     result = model.predict(
-        features, jobs, n_samples=n_samples, n_steps=n_steps, seed=resolve_seed(random_state), rows=batch_size or 512,
-        device=settings.torch_device(device), progress=lambda jobs: progress(jobs, "predicting", unit="slide"),
+        slides, n_samples=n_samples, n_steps=n_steps, seed=seed, batch_size=batch_size or 512,
+        device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
     )  # fmt: skip
-    annotated = np.concatenate([rows for _, rows, _ in jobs])
-    if len(annotated) < table.n_obs:  # rows of a table that annotate another element
-        rest = np.setdiff1d(np.arange(table.n_obs), annotated)
-        for values in (result.mean, result.std, result.ood):
-            values[rest] = np.nan
-    params = {
-        "model_sha256": model.sha256, "features_key": features_key, "encoder": model.encoder["id"], "n_samples": n_samples,
-        "n_steps": n_steps or model.preset.n_steps, "random_state": resolve_seed(random_state),
-        "standardize": model.standardize, "spatial_key": spatial_key, "n_vars": table.n_vars,
-        "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    rows = np.concatenate([slide.rows for slide in slides])
+    mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
+    ood = np.full(table.n_obs, np.nan, np.float32)  # NaN: rows of a table that annotate another element
+    mean[rows], std[rows], ood[rows] = result.mean, result.std, result.ood
+    params = _io.provenance(
+        started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
+        n_steps=n_steps or model.config.n_steps, standardize=model.standardize, spatial_key=spatial_key, n_vars=table.n_vars,
+    )  # fmt: skip
     _io.write(
-        table, key_added, arrays={"": result.mean, "_std": result.std}, obs={"_ood": result.ood},
+        table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood},
         uns={
             "genes": model.genes, "skill": model.skill, "trusted": model.skill > 0,
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},
@@ -319,3 +293,15 @@ def predict_expression(
         },
     )  # fmt: skip
     return data if copy else None
+
+
+def _check_pitch(slides: list[Slide], model: STFlow) -> None:
+    """Warn of slides whose spots are not as far apart as those the model was trained on."""
+    for slide in slides:
+        if len(slide) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
+            warnings.warn(
+                f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
+                f"{model.pitch:.3g} µm. Check mpp.",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -12,7 +12,7 @@ from scipy import sparse
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import library_quantiles, log_normalize
 from spatiaflow.models.imputer import BRANCHES, SCORED_CELLS, Design, Imputer, Sums
-from spatiaflow.models.simple import gene_pearson
+from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.slide import Slide
 
 ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # penalties, in units of a column's mean sum of squares

@@ -1,4 +1,7 @@
-"""What every network must beat, and is stacked with: ridge regression on histology features, and its smoothed version."""
+"""Ridge regression on histology features, alone and smoothed over neighbours: what every network is compared and stacked with.
+
+All functions work on parts: a part is the features (n x F) and the expression (n x genes) of one slide.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import nnls
 
-from spatiaflow.models.spatial import Graph, spatial_graph
+from spatiaflow.models.spatial import Graph
 
 ALPHAS = tuple(float(a) for a in np.geomspace(1, 1e6, 13))
 SMOOTHING = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass
-class SlideData:
-    """One slide (or contiguous block of one) as arrays."""
-
-    name: str
-    xy: np.ndarray  # n x 2, float64, µm
-    features: np.ndarray  # n x F
-    y: np.ndarray  # n x genes, log-normalised expression
-    counts: np.ndarray  # n x genes
-    library: np.ndarray  # n, total counts over all genes
-    base: np.ndarray | None = None  # n x genes, simple prediction by a model that did not see this slide
-
-    def __len__(self) -> int:
-        return len(self.xy)
-
-    def take(self, rows: np.ndarray, name: str | None = None) -> SlideData:
-        """Return the given rows as a slide of their own."""
-        base = None if self.base is None else self.base[rows]
-        return SlideData(
-            name or self.name, self.xy[rows], self.features[rows], self.y[rows], self.counts[rows],
-            self.library[rows], base,
-        )  # fmt: skip
-
-
-def blocks(slide: SlideData, n: int) -> list[SlideData]:
-    """Cut a slide into ``n`` contiguous bands of equal size along its longer axis."""
-    axis = int(np.argmax(np.ptp(slide.xy, axis=0)))
-    order = np.argsort(slide.xy[:, axis], kind="stable")
-    return [slide.take(np.sort(part), f"{slide.name}:{i}") for i, part in enumerate(np.array_split(order, n))]
+Part = tuple[np.ndarray, np.ndarray]  # features n x F, expression n x genes
 
 
 def smooth(values: np.ndarray, graph: Graph, weight: float) -> np.ndarray:
@@ -78,14 +53,13 @@ class Moments:
     xy: np.ndarray  # F x genes
 
     @classmethod
-    def of(cls, slides: list[SlideData]) -> Moments:
-        """Sum over the rows of some slides."""
-        out = None
-        for s in slides:
-            x, y = s.features.astype(np.float64), s.y.astype(np.float64)
-            one = cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
-            out = one if out is None else out + one
-        return out
+    def of(cls, parts: list[Part]) -> Moments:
+        """Sum over all rows of some parts."""
+        sums = []
+        for features, expression in parts:
+            x, y = features.astype(np.float64), expression.astype(np.float64)
+            sums.append(cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y))
+        return sum(sums[1:], sums[0])
 
     def __add__(self, other: Moments) -> Moments:
         return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -120,34 +94,46 @@ class Ridge:
         return features @ self.coefficients + self.intercept
 
 
-def fit_ridge(slides: list[SlideData], alpha: float, smoothing: float = 0.0) -> Ridge:
-    """Fit to all rows of some slides."""
-    (ridge,) = Moments.of(slides).ridges((alpha,))
+def fit_ridge(parts: list[Part], alpha: float, smoothing: float = 0.0) -> Ridge:
+    """Fit to all rows of some parts."""
+    (ridge,) = Moments.of(parts).ridges((alpha,))
     ridge.smoothing = smoothing
     return ridge
 
 
-def choose_ridge(groups: list[list[SlideData]]) -> tuple[float, float, float]:
-    """Choose penalty and smoothing by leaving one group of slides out; return (alpha, smoothing, mean Pearson)."""
+def choose_ridge(groups: list[list[Part]], graphs: list[list[Graph]]) -> tuple[float, float, float]:
+    """Choose penalty and smoothing by holding out one group of parts at a time.
+
+    Parameters
+    ----------
+    groups
+        Parts that are held out together.
+    graphs
+        The neighbours of each part's rows, for smoothing.
+
+    Returns
+    -------
+    Penalty, smoothing, and the mean Pearson correlation that they reach.
+    """
     scores, moments = np.zeros((len(ALPHAS), len(SMOOTHING))), [Moments.of(group) for group in groups]
     for i, held_out in enumerate(groups):
         ridges = _sum(moments, but=i).ridges(ALPHAS)
-        for slide in held_out:
-            graph = slide_graph(slide)
+        for (features, expression), graph in zip(held_out, graphs[i]):
             for a, ridge in enumerate(ridges):
-                raw = ridge.predict(slide.features)
+                raw = ridge.predict(features)
                 for w, weight in enumerate(SMOOTHING):
-                    scores[a, w] += np.nanmean(gene_pearson(slide.y, smooth(raw, graph, weight)))
-    a, w = np.unravel_index(np.argmax(scores), scores.shape)
-    return ALPHAS[a], SMOOTHING[w], float(scores[a, w] / sum(len(group) for group in groups))
+                    scores[a, w] += np.nanmean(gene_pearson(expression, smooth(raw, graph, weight)))
+    best_alpha, best_weight = np.unravel_index(np.argmax(scores), scores.shape)
+    best = float(scores[best_alpha, best_weight] / sum(len(group) for group in groups))
+    return ALPHAS[best_alpha], SMOOTHING[best_weight], best
 
 
-def cross_fitted(groups: list[list[SlideData]], alpha: float) -> list[list[np.ndarray]]:
-    """Predict every slide by a ridge that was fitted on the other groups (on its own, when there is only one)."""
+def cross_fitted(groups: list[list[Part]], alpha: float) -> list[list[np.ndarray]]:
+    """Predict every part by a ridge that was fitted on the other groups (on its own, when there is only one)."""
     moments, out = [Moments.of(group) for group in groups], []
     for i, held_out in enumerate(groups):
         (ridge,) = (_sum(moments, but=i) if len(groups) > 1 else moments[0]).ridges((alpha,))
-        out.append([ridge.predict(slide.features) for slide in held_out])
+        out.append([ridge.predict(features) for features, _ in held_out])
     return out
 
 
@@ -171,7 +157,7 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
     mean
         Training mean that each row's predictions were made with, n x genes.
     groups
-        Slide of each row; the shrinkage of per-gene weights to common ones is the one that predicts left-out slides
+        Slide of each row; the shrinkage of per-gene weights to common ones is the one that predicts held-out slides
         best.
 
     Returns
@@ -207,10 +193,10 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
     if len(names) == 1:
         return level, solve(everything, np.inf)
     error = np.zeros(len(choices))
-    for left_out in everything:
+    for held_out in everything:
         for c, shrinkage in enumerate(choices):
-            weights = solve([i for i in everything if i != left_out], shrinkage)
-            error[c] += ((target[left_out] - np.einsum("pg,png->ng", weights, inputs[left_out])) ** 2).sum()
+            weights = solve([i for i in everything if i != held_out], shrinkage)
+            error[c] += ((target[held_out] - np.einsum("pg,png->ng", weights, inputs[held_out])) ** 2).sum()
     return level, solve(everything, choices[int(error.argmin())])
 
 
@@ -229,8 +215,3 @@ def combine(
         out[rows] = training + np.einsum("p,png->ng", level, centre - training)
         out[rows] += np.einsum("pg,png->ng", weights, parts[:, rows] - centre)
     return np.maximum(out, 0).astype(np.float32)
-
-
-def slide_graph(slide: SlideData, n_neighbors: int = 8) -> Graph:
-    """Neighbours for smoothing."""
-    return spatial_graph(slide.xy, n_neighbors)

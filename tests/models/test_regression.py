@@ -2,69 +2,57 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from spatiaflow.models.simple import (
-    SlideData,
-    blocks,
+from spatiaflow.models.regression import (
     choose_ridge,
     combine,
     cross_fitted,
     fit_ridge,
     fit_stack,
     gene_pearson,
-    slide_graph,
     smooth,
 )
+from spatiaflow.models.spatial import spatial_graph
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.normal(size=(6, 4))
 
 
-def slide(name, n=60, noise=0.5):
+def part(n=60, noise=0.5):
+    """Features and expression of one slide."""
     x = RNG.normal(size=(n, 6))
-    y = x @ TRUE + 2 + noise * RNG.normal(size=(n, 4))
-    return SlideData(name, RNG.uniform(0, 1000, (n, 2)), x, y, np.zeros((n, 4)), np.ones(n))
+    return x, x @ TRUE + 2 + noise * RNG.normal(size=(n, 4))
+
+
+def graph(n):
+    return spatial_graph(RNG.uniform(0, 1000, (n, 2)), 8)
 
 
 def test_ridge_is_sklearns():
-    slides = [slide("a"), slide("b", 35)]
-    x, y = np.concatenate([s.features for s in slides]), np.concatenate([s.y for s in slides])
-    ours, theirs = fit_ridge(slides, 7.0), Ridge(7.0).fit(x, y)
+    parts = [part(), part(35)]
+    x, y = (np.concatenate(values) for values in zip(*parts))
+    ours, theirs = fit_ridge(parts, 7.0), Ridge(7.0).fit(x, y)
     np.testing.assert_allclose(ours.predict(x), theirs.predict(x), atol=1e-4)
 
 
 def test_cross_fitting_never_sees_its_own_slide():
-    groups = [[slide("a")], [slide("b")], [slide("c")]]
+    groups = [[part()], [part()], [part()]]
     before = cross_fitted(groups, 1.0)
-    groups[1][0].y[:] = RNG.normal(size=(60, 4)) * 100
+    groups[1][0][1][:] = RNG.normal(size=(60, 4)) * 100
     after = cross_fitted(groups, 1.0)
     np.testing.assert_array_equal(before[1][0], after[1][0])
     assert np.abs(before[0][0] - after[0][0]).max() > 1
 
 
 def test_penalty_is_chosen_where_it_helps():
-    quiet = [[slide(str(i), noise=0.1)] for i in range(3)]
-    loud = [[slide(str(i), 12, noise=20.0)] for i in range(3)]
-    assert choose_ridge(quiet)[0] < choose_ridge(loud)[0]
+    quiet, loud = [[part(noise=0.1)] for _ in range(3)], [[part(12, noise=20.0)] for _ in range(3)]
+    assert choose_ridge(quiet, [[graph(60)]] * 3)[0] < choose_ridge(loud, [[graph(12)]] * 3)[0]
 
 
 def test_smoothing_is_the_mean_of_neighbours():
-    one = slide("a")
-    graph = slide_graph(one)
-    expected = np.stack(
-        [0.5 * one.y[i] + 0.5 * one.y[j[m]].mean(0) for i, (j, m) in enumerate(zip(graph.index, graph.mask))]
-    )
-    np.testing.assert_allclose(smooth(one.y, graph, 0.5), expected, atol=1e-6)
-    lonely = one.take(np.array([3]))
-    np.testing.assert_array_equal(smooth(lonely.y, slide_graph(lonely), 0.5), lonely.y)
-
-
-def test_blocks_are_contiguous_and_complete():
-    one = slide("a")
-    parts = blocks(one, 4)
-    assert sum(map(len, parts)) == 60
-    axis = int(np.argmax(np.ptp(one.xy, axis=0)))
-    ends = [(p.xy[:, axis].min(), p.xy[:, axis].max()) for p in parts]
-    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
+    y, around = part()[1], graph(60)
+    expected = np.stack([0.5 * y[i] + 0.5 * y[j[m]].mean(0) for i, (j, m) in enumerate(zip(around.index, around.mask))])
+    np.testing.assert_allclose(smooth(y, around, 0.5), expected, atol=1e-6)
+    np.testing.assert_array_equal(smooth(y[:1], graph(1), 0.5), y[:1])
 
 
 def test_pearson_policy():

@@ -1,32 +1,32 @@
 import numpy as np
 import pytest
 
-from spatiaflow.models.familiarity import MAX_LOG_INFLATION, Familiarity, inflation
+from spatiaflow.models.ood import MAX_LOG_INFLATION, OutOfDomain, inflation
 from spatiaflow.train.stflow import fit_spread
 
 RNG = np.random.default_rng(0)
 
 
-def test_familiarity_is_the_distance_to_the_nearest_of_other_groups():
+def test_ood_is_the_distance_to_the_nearest_of_other_groups():
     groups = [RNG.normal(size=(40, 3)) * [3, 1, 0.2] + shift for shift in (0, 0, 6)]
-    familiarity, distances = Familiarity.fit(groups)
-    points = [g @ familiarity.components for g in groups]
+    ood, distances = OutOfDomain.fit(groups)
+    points = [g @ ood.components for g in groups]
     assert np.concatenate(points).std(0) == pytest.approx(1, rel=0.4)  # whitened (up to the mean)
     for i, own in enumerate(points):
         others = np.concatenate([p for j, p in enumerate(points) if j != i])
         slow = [np.sort(np.linalg.norm(others - row, axis=1))[:5].mean() for row in own]
         np.testing.assert_allclose(distances[i], slow)
     assert np.median(distances[2]) > 2 * np.median(distances[0])  # the foreign one
-    far = familiarity(groups[0] + 20)
-    assert (familiarity.quantile(far) == 1).all()
-    assert (familiarity.relative(far) > 1).all()
-    assert familiarity.relative(np.median(np.concatenate(distances))) == pytest.approx(0, abs=1e-9)
+    far = ood(groups[0] + 20)
+    assert (ood.quantile(far) == 1).all()
+    assert (ood.relative(far) > 1).all()
+    assert ood.relative(np.median(np.concatenate(distances))) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_small_slide_among_large_ones_still_has_references():
-    familiarity, distances = Familiarity.fit([RNG.normal(size=(5000, 2)), RNG.normal(size=(3, 2))], n_references=100)
+    ood, distances = OutOfDomain.fit([RNG.normal(size=(5000, 2)), RNG.normal(size=(3, 2))], n_references=100)
     assert all(np.isfinite(d).all() for d in distances)
-    assert len(familiarity.references) == 53
+    assert len(ood.references) == 53
 
 
 def test_planted_spread_and_inflation_are_recovered():

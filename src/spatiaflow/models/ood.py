@@ -11,7 +11,7 @@ MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
 
 
 @dataclass
-class Familiarity:
+class OutOfDomain:
     """How far features lie from the training data: mean distance to the nearest references, among principal axes."""
 
     components: np.ndarray  # F x d, whitened principal axes
@@ -21,7 +21,9 @@ class Familiarity:
     N_NEAREST = 5
 
     @classmethod
-    def fit(cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000):
+    def fit(
+        cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000
+    ) -> tuple[OutOfDomain, list[np.ndarray]]:
         """Fit to features (n x F) of several groups of slides; return it and every group's distances to the others."""
         stacked = np.concatenate(groups).astype(np.float64)
         thin = stacked[:: max(1, len(stacked) // 5000)]
@@ -55,7 +57,7 @@ class Familiarity:
 
 
 def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Factor on the variance of each spot of one slide, by how unfamiliar the slide and the spot inside it are."""
+    """Factor on the variance of each spot of one slide, from how far the slide, and the spot within it, is out of domain."""
     level, of_slide, of_spot, nearest = parameters
     middle = np.median(relative)
     # more references bring a new slide nearer than any was when held out, but do not lessen its errors
