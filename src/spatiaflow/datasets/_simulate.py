@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
 MPP = 0.5  # µm per pixel of both images
 SPACING = 10.0  # µm between neighbouring cells
@@ -24,7 +29,9 @@ AREA_SPREAD, THETA, LIBRARY, LIBRARY_SPREAD = 0.12, 10.0, 800.0, 0.35
 HEMATOXYLIN, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.09, 0.95, 0.28])  # optical density of R, G, B
 
 
-def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False):
+def simulated_tissue(
+    n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False
+) -> SpatialData:
     """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts, all of whose causes are known.
 
     The planted rules (genes, morphology, colours) are the same for every seed; layout, noise and a slight change of

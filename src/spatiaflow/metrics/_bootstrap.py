@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from spatiaflow._settings import logger
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 from spatiaflow.metrics._correlation import unit
 
 
-def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
+def spatial_blocks(xy: ArrayLike, size: float, *, library: ArrayLike | None = None) -> np.ndarray:
     """Cut slides into square blocks.
 
     Parameters
@@ -51,7 +53,12 @@ def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
 
 
 def bootstrap_blocks(
-    statistic: Callable[[np.ndarray], float], blocks, *, library=None, n_boot: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    blocks: ArrayLike,
+    *,
+    library: ArrayLike | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Value and 95 % interval of any statistic, by bootstrap over blocks.
 
@@ -98,7 +105,14 @@ def bootstrap_blocks(
 
 
 def paired_pearson_difference(
-    truth, first, second, blocks, *, library=None, n_boot: int = 1000, seed: int = 0
+    truth: Table,
+    first: Table,
+    second: Table,
+    blocks: ArrayLike,
+    *,
+    library: ArrayLike | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Difference of the mean per-gene Pearson correlation, ``first`` minus ``second``, with its 95 % interval.
 
@@ -154,7 +168,7 @@ def paired_pearson_difference(
     return float(total), *_interval(resampled)
 
 
-def _strata(blocks, library, n: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
+def _strata(blocks: ArrayLike, library: ArrayLike | None, n: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
     """Blocks numbered from 0, and for every slide the numbers of its blocks, ascending."""
     n = len(np.asarray(blocks)) if n is None else n
     names, slide = _arrays.labels(np.zeros(n) if library is None else library, n, "library")
@@ -172,7 +186,7 @@ def _strata(blocks, library, n: int | None = None) -> tuple[np.ndarray, list[np.
     return block, slides
 
 
-def _resamples(slides, n_boot, seed):
+def _resamples(slides: list[np.ndarray], n_boot: int, seed: int) -> Iterator[np.ndarray]:
     """For every slide, how often each of its blocks is drawn: (n_boot, blocks of the slide)."""
     if n_boot < 1:
         raise ValueError(f"n_boot must be at least 1, not {n_boot}.")
@@ -181,7 +195,9 @@ def _resamples(slides, n_boot, seed):
         yield rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_boot)
 
 
-def _block_sums(truth, first, second, block, n_blocks) -> np.ndarray:
+def _block_sums(
+    truth: np.ndarray, first: np.ndarray, second: np.ndarray, block: np.ndarray, n_blocks: int
+) -> np.ndarray:
     """Sufficient statistics of both correlations, (blocks, 9, genes); centred first, so that little cancels."""
     x, y, z = unit(truth), unit(first), unit(second)
     member = sparse.csr_matrix((np.ones(len(x)), (block, np.arange(len(x)))), shape=(n_blocks, len(x)))
@@ -189,15 +205,15 @@ def _block_sums(truth, first, second, block, n_blocks) -> np.ndarray:
     return np.stack([member @ term for term in terms], axis=1)
 
 
-def _difference(weights, sums) -> np.ndarray:
+def _difference(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Pearson of the first minus that of the second, (resamples, genes)."""
     n, x, y, z, xx, yy, zz, xy, xz = np.moveaxis(np.tensordot(weights, sums, axes=1), 1, 0)
 
-    def variance(square, single):
+    def variance(square: np.ndarray, single: np.ndarray) -> np.ndarray:
         left = square - single**2 / n
         return np.where(left > 1e-12 * square, left, 0)
 
-    def correlation(product, single, square):
+    def correlation(product: np.ndarray, single: np.ndarray, square: np.ndarray) -> np.ndarray:
         spread = np.sqrt(variance(xx, x) * variance(square, single))
         return np.divide(product - x * single / n, spread, out=np.zeros_like(spread), where=spread > 0)
 
@@ -205,6 +221,6 @@ def _difference(weights, sums) -> np.ndarray:
     return np.where(variance(xx, x) > 0, difference, np.nan)
 
 
-def _interval(values) -> tuple[float, float]:
+def _interval(values: np.ndarray | Sequence[float]) -> tuple[float, float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 from spatiaflow.metrics._correlation import constant, pearson
 
 
 def noise_ceiling(
-    counts, *, genes=None, target_sum: float | None = 1e4, n_repeats: int = 10, seed: int = 0
+    counts: Table,
+    *,
+    genes: ArrayLike | None = None,
+    target_sum: float | None = 1e4,
+    n_repeats: int = 10,
+    seed: int = 0,
 ) -> np.ndarray:
     """Ceiling of every gene's Pearson correlation, by binomial thinning of the counts.
 
@@ -72,7 +79,8 @@ def noise_ceiling(
         raise ValueError(f"target_sum must be positive, not {target_sum}.")
     rng, data = np.random.default_rng(seed), data.astype(np.int64)
 
-    def normalised(values) -> np.ndarray:
+    def normalised(values: np.ndarray) -> np.ndarray:
+        # scanpy.pp.normalize_total would normalise all genes to give some of them, twice a repeat
         thinned = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
         chosen = thinned[:, genes].toarray().astype(np.float64)
         if target_sum is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 
-def conformal_factor(truth, mean, std, group, *, alpha: float = 0.1) -> np.ndarray:
+def conformal_factor(truth: Table, mean: Table, std: Table, group: ArrayLike, *, alpha: float = 0.1) -> np.ndarray:
     """Multiples of the stated standard deviation that hold ``1 - alpha`` of the observations of a new group.
 
     The interval is ``mean ± factor * std``. Observations of one slide err together, so slides are exchanged, not

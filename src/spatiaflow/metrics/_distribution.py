@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 
-def interval_coverage(truth, lower, upper) -> np.ndarray:
+def interval_coverage(truth: Table, lower: Table, upper: Table) -> np.ndarray:
     """Share of observations inside their interval, ends included.
 
     Parameters
@@ -34,7 +36,7 @@ def interval_coverage(truth, lower, upper) -> np.ndarray:
     return ((truth >= lower) & (truth <= upper)).mean(0)
 
 
-def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
+def interval_score(truth: Table, lower: Table, upper: Table, *, alpha: float = 0.1) -> np.ndarray:
     """Interval score of every observation: the width, plus ``2 / alpha`` times the distance outside. Lower is better.
 
     Proper for the central ``1 - alpha`` interval [Gneiting and Raftery 2007, eq. 43].
@@ -70,7 +72,7 @@ def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
     return upper - lower + 2 / alpha * outside
 
 
-def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
+def crps_ensemble(truth: Table, draws: ArrayLike, *, fair: bool = True) -> np.ndarray:
     """Continuous ranked probability score of draws, ``E|X - y| - E|X - X'| / 2``. Lower is better.
 
     Exact, and O(m log m) in the number of draws: the pairwise term is a weighted sum of the sorted draws.
@@ -113,7 +115,7 @@ def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
     return out
 
 
-def crps_normal(truth, mean, std) -> np.ndarray:
+def crps_normal(truth: Table, mean: Table, std: Table) -> np.ndarray:
     """Continuous ranked probability score of normal distributions, in closed form. Lower is better.
 
     Parameters
@@ -144,7 +146,7 @@ def crps_normal(truth, mean, std) -> np.ndarray:
     return np.where(std > 0, score, np.abs(truth - mean))
 
 
-def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
+def pit(truth: Table, draws: ArrayLike, *, seed: int = 0) -> np.ndarray:
     """Randomised probability integral transform: uniform on [0, 1] where the draws are right, zeros and ties included.
 
     The rank of the observation among its draws, ties broken at random, plus a uniform number, over ``n_draws + 1``.
@@ -185,7 +187,7 @@ def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
     return (below + uniform * (tied + 1)) / (len(draws) + 1)
 
 
-def energy_score(truth, draws, *, fair: bool = True) -> np.ndarray:
+def energy_score(truth: Table, draws: ArrayLike, *, fair: bool = True) -> np.ndarray:
     """Energy score, the CRPS of all genes jointly: ``E||X - y|| - E||X - X'|| / 2``. Lower is better.
 
     Sensitive to the dependence between genes, which no score of single genes sees.
@@ -229,7 +231,7 @@ def _pairs(m: int, fair: bool) -> float:
     return max(1, m * (m - 1) if fair else m * m)
 
 
-def _intervals(truth, lower, upper):
+def _intervals(truth: Table, lower: Table, upper: Table) -> list[np.ndarray]:
     truth, lower, upper = _arrays.tables(truth=truth, lower=lower, upper=upper)
     if (lower > upper).any():
         raise ValueError(f"lower exceeds upper in {int((lower > upper).sum())} places.")

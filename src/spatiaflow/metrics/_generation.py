@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 MAX_FRECHET = 64  # dimensions: above, a covariance needs more images than anybody generates
 
 
-def energy_distance(a, b) -> float:
+def energy_distance(a: Table, b: Table) -> float:
     """Energy distance of two samples, ``2 E|a - b| - E|a - a'| - E|b - b'|``, without bias.
 
     Parameters
@@ -37,7 +38,7 @@ def energy_distance(a, b) -> float:
     return float(2 * _mean_distance(a, b) - _mean_distance(a) - _mean_distance(b))
 
 
-def kernel_distance(a, b, *, degree: int = 3) -> float:
+def kernel_distance(a: Table, b: Table, *, degree: int = 3) -> float:
     """Kernel inception distance (KID) of features of images: squared maximum mean discrepancy, without bias.
 
     Parameters
@@ -65,7 +66,7 @@ def kernel_distance(a, b, *, degree: int = 3) -> float:
     """
     a, b = _samples(a, b)
 
-    def mean(x, y=None):
+    def mean(x: np.ndarray, y: np.ndarray | None = None) -> float:
         total = 0.0
         other = x if y is None else y
         for rows in _arrays.rows_in_chunks(len(x), len(other)):
@@ -78,7 +79,7 @@ def kernel_distance(a, b, *, degree: int = 3) -> float:
     return float(mean(a) + mean(b) - 2 * mean(a, b))
 
 
-def frechet_distance(a, b) -> float:
+def frechet_distance(a: Table, b: Table) -> float:
     """Fréchet distance (FID) of features of images, each sample taken for normal.
 
     Parameters
@@ -117,7 +118,7 @@ def frechet_distance(a, b) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one) + np.trace(other) - 2 * cross)
 
 
-def feature_distances(a, b) -> np.ndarray:
+def feature_distances(a: Table, b: Table) -> np.ndarray:
     """Wasserstein distance of each feature of two samples.
 
     Parameters
@@ -146,7 +147,7 @@ def feature_distances(a, b) -> np.ndarray:
     return np.array([wasserstein_distance(x, y) for x, y in zip(a.T, b.T)])
 
 
-def effect_recovery(source, generated, target) -> dict[str, float]:
+def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str, float]:
     """How much of the true shift from source to target the generated cells show.
 
     Parameters
@@ -184,7 +185,7 @@ def effect_recovery(source, generated, target) -> dict[str, float]:
     return {"share": float(true @ shown / length**2), "cosine": float(cosine), "left": float(left)}
 
 
-def memorised(generated, training, held_out, *, quantile: float = 0.01) -> float:
+def memorised(generated: Table, training: Table, held_out: Table, *, quantile: float = 0.01) -> float:
     """Share of generated observations that lie nearer to a training one than real ones ever do.
 
     Parameters
@@ -220,7 +221,7 @@ def memorised(generated, training, held_out, *, quantile: float = 0.01) -> float
     return float((tree.query(generated)[0] < usual).mean())
 
 
-def _samples(a, b) -> tuple[np.ndarray, np.ndarray]:
+def _samples(a: Table, b: Table) -> tuple[np.ndarray, np.ndarray]:
     a, b = _arrays.table(a, "the first sample"), _arrays.table(b, "the second sample")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"the samples have {a.shape[1]} and {b.shape[1]} features.")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.nn import functional as F
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from spatiaflow.models import ImageFeatures
 
 NETWORK = "cell-features-small"
 
 
 def image_features(
-    images,
+    images: ArrayLike,
     *,
     channels: list[str],
     mpp: float | None = None,
@@ -56,6 +59,9 @@ def image_features(
     >>> sf.metrics.image_features(images, channels=crops.channels, mpp=20.4 / 48).shape
     (10, 64)
     """
+    import torch
+    from torch.nn import functional as F
+
     if mpp is None:
         raise ValueError("images alone do not say how large a pixel is: give mpp= (µm per pixel).")
     images = np.asarray(images)
@@ -85,7 +91,7 @@ def image_features(
 
 
 @lru_cache(1)
-def _network():
-    from spatiaflow import datasets, models
+def _network() -> ImageFeatures:
+    from spatiaflow import datasets
 
-    return models.load(datasets.weights(NETWORK))
+    return datasets.resolve(NETWORK, "ImageFeatures")
