@@ -1,4 +1,4 @@
-"""Intervals of scores by bootstrap over contiguous blocks of tissue: neighbouring spots are not independent."""
+"""Intervals of scores by bootstrap over blocks of tissue, because neighbouring spots are not independent."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def spatial_blocks(xy: ArrayLike, size: float, *, library: ArrayLike | None = No
     xy
         Positions (n, 2), µm.
     size
-        Side of a block, µm; several times the distance over which errors are alike.
+        Side of a block, µm. Use several times the distance over which errors are correlated.
     library
-        Slide of every row (n); no block spans two slides. None: one slide.
+        Slide of every row (n). No block spans two slides. None: all rows are of one slide.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def spatial_blocks(xy: ArrayLike, size: float, *, library: ArrayLike | None = No
     if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
         raise ValueError(f"xy must hold finite positions (n, 2); its shape is {xy.shape}.")
     if not size > 0:
-        raise ValueError(f"size is the side of a block in µm, above 0; {size!r} was given.")
+        raise ValueError(f"size must be above 0 (the side of a block in µm), not {size!r}.")
     _, slide = _arrays.labels(np.zeros(len(xy)) if library is None else library, len(xy), "library")
     corner = np.full((slide.max(initial=0) + 1, 2), np.inf)
     np.minimum.at(corner, slide, xy)
@@ -60,9 +60,9 @@ def bootstrap_blocks(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Value and 95 % interval of any statistic, by bootstrap over blocks.
+    """Return a statistic and its 95 % interval, by bootstrap over blocks.
 
-    With ``blocks`` the slides or donors themselves, it is the bootstrap over slides or donors.
+    Pass slides or donors as ``blocks`` for a bootstrap over slides or donors.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def bootstrap_blocks(
     blocks
         Block of every row (n), as :func:`spatial_blocks` gives.
     library
-        Slide of every row (n): blocks are resampled within their slide. None: all together.
+        Slide of every row (n). Blocks are resampled within their slide. None resamples all blocks together.
     n_boot
         Number of resamples.
     seed
@@ -114,10 +114,11 @@ def paired_pearson_difference(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Difference of the mean per-gene Pearson correlation, ``first`` minus ``second``, with its 95 % interval.
+    """Return the difference of mean per-gene Pearson correlation, ``first`` minus ``second``, with its 95 % interval.
 
-    The score is the mean over slides of the mean over genes (:func:`pearson`'s policy on constants; genes constant in
-    a slide's truth are left out of its mean). Blocks are resampled within slides, the same for both predictions.
+    The score is the mean over slides of the mean over genes. Constant genes are treated as in :func:`pearson`: a gene that is
+    constant in the truth of a slide is not part of its mean. Blocks are resampled within slides, the same ones for both
+    predictions.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def paired_pearson_difference(
     blocks
         Block of every row (n), as :func:`spatial_blocks` gives.
     library
-        Slide of every row (n). None: one slide.
+        Slide of every row (n). None: all rows are of one slide.
     n_boot
         Number of resamples.
     seed
@@ -161,7 +162,7 @@ def paired_pearson_difference(
         if undefined := int(np.isnan(by_gene).sum()):
             logger.warning("%d of %d genes are constant in the truth of a slide and left out", undefined, by_gene.size)
         if undefined == by_gene.size:
-            raise ValueError("every gene is constant in the truth of a slide: there is nothing to correlate with.")
+            raise ValueError("every gene is constant in the truth of a slide, so no correlation is defined there.")
         total += np.nanmean(by_gene) / len(slides)
         for chunk in _arrays.rows_in_chunks(n_boot, sums.shape[1] * truth.shape[1]):
             resampled[chunk] += np.nanmean(_difference(weights[chunk], sums), axis=1) / len(slides)

@@ -1,4 +1,4 @@
-"""The best correlation that any prediction could reach, given that counts are a noisy sample."""
+"""The best correlation that a prediction can reach, given the sampling noise of counts."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def noise_ceiling(
     n_repeats: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
-    """Ceiling of every gene's Pearson correlation, by binomial thinning of the counts.
+    """Estimate the highest Pearson correlation that a prediction of each gene can reach, by binomial thinning of the counts.
 
-    Each count is split by Binomial(count, 1/2) into two halves: independent samples of the tissue at half the depth.
-    Both are normalised; the mean over ``n_repeats`` of their correlation r is stepped up to full depth by Spearman and
-    Brown, ``2 r / (1 + r)``: the share of the variance that is not sampling noise. A prediction free of error would
-    correlate with the measurement by the square root of it.
+    Each count is split by Binomial(count, 1/2) into two halves. The halves are independent samples of the tissue at half the
+    depth. Both are normalised and correlated. The mean correlation r over ``n_repeats`` splits is corrected to full depth by the
+    Spearman-Brown formula, ``2 r / (1 + r)``. This is the share of the variance that is not sampling noise. A prediction without
+    error correlates with the measurement by its square root.
 
-    An estimate, not a bound. Differences of depth between spots are in both halves and count as signal; log1p is not
-    linear in depth, which biases it upwards by up to .05 below 1,000 counts a spot; and genes chosen for their variance
-    in these same counts were partly chosen for their noise: choose them on other slides.
+    The result is an estimate, not a bound, and it tends to be too high. Differences of depth between spots are in both
+    halves and count as signal. log1p is not linear in depth, which adds up to .05 below 1,000 counts per spot. Genes that were
+    chosen for their variance in the same counts were partly chosen for their noise, so choose genes on other slides.
 
     Parameters
     ----------
     counts
-        Raw counts (n, all genes) of one slide, array or sparse: the library size is the sum over all columns.
+        Raw counts (n, all genes) of one slide. The library size is the sum over all columns.
     genes
-        Columns to report, by number. None: all.
+        Numbers of the columns to report. None reports all.
     target_sum
         Counts per spot that a library is scaled to before log1p; None takes log1p of the raw counts.
     n_repeats

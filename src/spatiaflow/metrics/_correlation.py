@@ -1,4 +1,4 @@
-"""Per-gene correlation and error, and how well the correlations between genes are kept."""
+"""Correlation and error of each gene, and agreement of the correlations between genes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from spatiaflow.metrics._arrays import Table
 def pearson(truth: Table, prediction: Table, *, library: ArrayLike | None = None) -> np.ndarray | pd.DataFrame:
     """Pearson correlation of every gene.
 
-    A gene whose *prediction* is constant scores 0: nothing of its variation was predicted. A gene whose *truth* is
-    constant has nothing to predict and scores NaN: average with :func:`numpy.nanmean`, and say how many were NaN.
+    A gene with a constant *prediction* scores 0, because none of its variation was predicted. A gene with a constant *truth*
+    scores NaN, because there is nothing to predict. Average with :func:`numpy.nanmean`, and report how many genes were NaN.
 
     Parameters
     ----------
     truth, prediction
         Arrays (n, genes).
     library
-        Slide of every row (n). None pools all rows, so that differences between slides count as well.
+        Slide of every row (n). None pools all rows, so differences between slides count too.
 
     Returns
     -------
@@ -104,10 +104,10 @@ def rmse(truth: Table, prediction: Table, *, library: ArrayLike | None = None) -
 
 
 def gene_correlation_agreement(truth: Table, prediction: Table) -> dict[str, float]:
-    """How well a prediction keeps the correlations between genes.
+    """Compare the correlations between genes in a prediction with those in the truth.
 
-    Compares the upper triangles of the two gene-gene Pearson matrices. Genes constant in ``truth`` are left out; a gene
-    constant in ``prediction`` correlates 0 with every other.
+    Uses the upper triangles of the two gene-gene Pearson matrices. Genes that are constant in ``truth`` are not used. A gene that
+    is constant in ``prediction`` has the correlation 0 with every other gene.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ def interval_coverage(truth: Table, lower: Table, upper: Table) -> np.ndarray:
 
     Returns
     -------
-    Array (genes), in [0, 1]. Coverage alone proves nothing, a constant interval has it too: see :func:`interval_score`.
+    Array (genes), in [0, 1]. A constant interval can have the right coverage too, so also see :func:`interval_score`.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def interval_score(truth: Table, lower: Table, upper: Table, *, alpha: float = 0
            [62.]])
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is the probability outside of the interval, in (0, 1); {alpha!r} was given.")
+        raise ValueError(f"alpha must be in (0, 1) (the probability outside of the interval), not {alpha!r}.")
     truth, lower, upper = _intervals(truth, lower, upper)
     outside = np.maximum(lower - truth, 0) + np.maximum(truth - upper, 0)
     return upper - lower + 2 / alpha * outside
@@ -147,10 +147,11 @@ def crps_normal(truth: Table, mean: Table, std: Table) -> np.ndarray:
 
 
 def pit(truth: Table, draws: ArrayLike, *, seed: int = 0) -> np.ndarray:
-    """Randomised probability integral transform: uniform on [0, 1] where the draws are right, zeros and ties included.
+    """Randomised probability integral transform. It is uniform on [0, 1] if the draws are right, also with zeros and ties.
 
-    The rank of the observation among its draws, ties broken at random, plus a uniform number, over ``n_draws + 1``.
-    A histogram that is U-shaped says too narrow, one with a hump too wide, a slope says biased.
+    The value is the rank of the observation among its draws (ties broken at random) plus a uniform number, divided by
+    ``n_draws + 1``. A U-shaped histogram means that the draws are too narrow, a hump that they are too wide, and a slope that
+    they are biased.
 
     Parameters
     ----------
@@ -190,7 +191,7 @@ def pit(truth: Table, draws: ArrayLike, *, seed: int = 0) -> np.ndarray:
 def energy_score(truth: Table, draws: ArrayLike, *, fair: bool = True) -> np.ndarray:
     """Energy score, the CRPS of all genes jointly: ``E||X - y|| - E||X - X'|| / 2``. Lower is better.
 
-    Sensitive to the dependence between genes, which no score of single genes sees.
+    It depends on the correlations between genes, which scores of single genes ignore.
 
     Parameters
     ----------
@@ -231,7 +232,7 @@ def _pairs(m: int, fair: bool) -> float:
     return max(1, m * (m - 1) if fair else m * m)
 
 
-def _intervals(truth: Table, lower: Table, upper: Table) -> list[np.ndarray]:
+def _intervals(truth: Table, lower: Table, upper: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     truth, lower, upper = _arrays.tables(truth=truth, lower=lower, upper=upper)
     if (lower > upper).any():
         raise ValueError(f"lower exceeds upper in {int((lower > upper).sum())} places.")

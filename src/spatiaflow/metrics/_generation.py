@@ -1,4 +1,4 @@
-"""Scores of generated observations: how near two samples are, and whether the shift that was asked for is there."""
+"""Scores of generated observations: distances between samples, recovery of a shift, and memorisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from spatiaflow.metrics import _arrays
 from spatiaflow.metrics._arrays import Table
 
-MAX_FRECHET = 64  # dimensions: above, a covariance needs more images than anybody generates
+MAX_FRECHET = 64  # features: with more, a covariance needs more images than are usually generated
 
 
 def energy_distance(a: Table, b: Table) -> float:
@@ -80,7 +80,7 @@ def kernel_distance(a: Table, b: Table, *, degree: int = 3) -> float:
 
 
 def frechet_distance(a: Table, b: Table) -> float:
-    """Fréchet distance (FID) of features of images, each sample taken for normal.
+    """Fréchet distance (FID) of features of images. Assumes that each sample is normal.
 
     Parameters
     ----------
@@ -89,8 +89,8 @@ def frechet_distance(a: Table, b: Table) -> float:
 
     Returns
     -------
-    ``|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2))``; biased upwards, the more the
-    smaller the samples, so compare at equal n alone.
+    ``|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2))``. The bias is upwards and grows as samples get smaller, so compare
+    only values of equal n.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def feature_distances(a: Table, b: Table) -> np.ndarray:
 
 
 def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str, float]:
-    """How much of the true shift from source to target the generated cells show.
+    """Return the share of the true shift from source to target that the generated cells show.
 
     Parameters
     ----------
@@ -157,8 +157,8 @@ def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str,
 
     Returns
     -------
-    Dict: ``share``, the length of the generated shift along the true one over the true one's length (1: all of it, 0: none);
-    ``cosine`` of both shifts; ``left``, the length of what is missing or too much over the true one's length.
+    Dict with ``share``, the length of the generated shift along the true shift, relative to the true shift (1: all, 0: none);
+    ``cosine`` between the two shifts; and ``left``, the length of their difference relative to the true shift.
 
     Raises
     ------
@@ -186,18 +186,19 @@ def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str,
 
 
 def memorised(generated: Table, training: Table, held_out: Table, *, quantile: float = 0.01) -> float:
-    """Share of generated observations that lie nearer to a training one than real ones ever do.
+    """Share of generated observations that are closer to a training observation than held-out ones usually are.
 
     Parameters
     ----------
     generated, training, held_out
-        Features of generated images, of those trained on, and of real ones that were not, rows observations.
+        Features (rows are observations) of generated images, of training images, and of real images that were held out.
     quantile
-        Of the distances of held-out observations to their nearest training one; what is nearer counts.
+        A generated observation counts if its distance to the nearest training observation is below this quantile of the
+        distances of held-out observations.
 
     Returns
     -------
-    About ``quantile`` where nothing is copied; 1 where everything is.
+    About ``quantile`` if nothing is copied, 1 if everything is.
 
     Raises
     ------

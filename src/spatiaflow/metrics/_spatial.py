@@ -1,4 +1,4 @@
-"""Spatial autocorrelation of genes, and how well a prediction keeps it."""
+"""Spatial autocorrelation of genes, and its agreement between truth and prediction."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def morans_i(values: Table, xy: ArrayLike, *, k: int = 6, graph: Table | None = 
     xy
         Positions (n, 2), any unit.
     k
-        Nearest neighbours of each position; every row of weights sums to 1.
+        Number of nearest neighbours of each position. Every row of weights sums to 1.
     graph
-        Sparse weights (n, n) to use as they are, in place of the ``k`` neighbours.
+        Sparse weights (n, n) that replace the ``k`` neighbours. They are not normalised.
 
     Returns
     -------
@@ -52,10 +52,10 @@ def morans_i(values: Table, xy: ArrayLike, *, k: int = 6, graph: Table | None = 
 def morans_agreement(
     truth: Table, prediction: Table, xy: ArrayLike, *, k: int = 6, graph: Table | None = None
 ) -> dict[str, float]:
-    """How well a prediction keeps each gene's spatial autocorrelation, on one slide.
+    """Compare the spatial autocorrelation of each gene in a prediction with that in the truth, on one slide.
 
-    Predictions are smoother than counts, which lowers the agreement of level, not that of order: read both. Genes
-    constant in ``truth`` are left out; a constant prediction has I = 0.
+    Predictions are smoother than counts. This lowers the agreement of the values of I, but not that of their order, so look
+    at both. Genes that are constant in ``truth`` are not used. A constant prediction has I = 0.
 
     Parameters
     ----------
