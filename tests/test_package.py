@@ -17,18 +17,57 @@ ORDER = (
 ).split()
 
 
-def public_functions():
-    for module in ("datasets", "get", "metrics", "pl", "pp", "tl"):
+# What modules under reconstruction do not meet yet; to be empty in the release.
+OPEN = {
+    "tl": "lightning",
+    "tl._expression": "names",
+    "tl._generation": "names size types",
+    "tl._morphology": "names size types",
+    "tl._spatia": "names size",
+    "tl._transitions": "size",
+    "pp._crops": "names",
+    "pl._expression": "size",
+}
+
+
+def public_functions(*modules: str):
+    for module in modules or ("datasets", "get", "metrics", "pl", "pp", "tl"):
         namespace = getattr(spatiaflow, module)
         for name in namespace.__all__:
-            if inspect.isfunction(getattr(namespace, name)):
-                yield pytest.param(module, getattr(namespace, name), id=f"{module}.{name}")
+            if inspect.isfunction(one := getattr(namespace, name)):
+                yield pytest.param(module, one, id=f"{module}.{name}")
 
 
-def test_import_is_light():
-    code = "import sys, spatiaflow; print(sorted({'torch', 'squidpy', 'scanpy', 'lightning'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"
+def is_open(function, what: str) -> bool:
+    module = inspect.unwrap(function).__module__.removeprefix("spatiaflow.")
+    return what in OPEN.get(module, "").split()
+
+
+def loaded_by(code: str) -> set[str]:
+    """Packages that are in memory after some code, in a fresh interpreter."""
+    code = f"import sys, spatiaflow as sf; {code}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+HEAVY = {
+    "sf": "anndata lightning scanpy spatialdata squidpy torch",
+    "sf.settings": "anndata lightning scanpy spatialdata squidpy torch",
+    "sf.models": "anndata lightning pandas scanpy spatialdata squidpy torch",
+    "sf.datasets": "lightning scanpy spatialdata squidpy torch",
+    "sf.metrics": "anndata lightning scanpy spatialdata squidpy torch",
+    "sf.get": "lightning scanpy squidpy torch",
+    "sf.pl": "lightning scanpy squidpy torch",
+    "sf.pp": "lightning scanpy squidpy",
+    "sf.tl": "lightning squidpy",
+}
+
+
+@pytest.mark.parametrize("namespace", HEAVY)
+def test_import_is_light(namespace):
+    """Nothing that takes a second to import is loaded before it is needed."""
+    if namespace == "sf.tl" and "tl" in OPEN:
+        pytest.xfail(OPEN["tl"])
+    assert not loaded_by(namespace) & set(HEAVY[namespace].split())
 
 
 def imports(path: Path):
@@ -70,11 +109,27 @@ def test_imports_go_one_way(layer):
 
 
 def test_models_run_without_the_data_libraries():
-    code = (
-        "import sys, spatiaflow.models; print(sorted({'anndata', 'scanpy', 'lightning', 'pandas'} & set(sys.modules)))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"
+    code = "[getattr(sf.models, name) for name in sf.models.__all__]"
+    assert not loaded_by(code) & {"anndata", "scanpy", "lightning", "pandas"}
+
+
+FIXED = {  # shared arguments: annotation, default
+    "table_key": ("str", "table"),
+    "image_key": ("str | None", None),
+    "shapes_key": ("str | None", None),
+    "labels_key": ("str | None", None),
+    "library_key": ("str | None", None),
+    "spatial_key": ("str", "spatial"),
+    "mpp": ("float | None", None),
+    "device": ("str | None", None),
+    "random_state": ("int | None", None),
+    "copy": ("bool", False),
+    "layer": ("str | None", None),
+    "show": ("bool | None", None),
+    "return_fig": ("bool", False),
+}
+OLD_NAMES = {"features_key", "preset", "workers", "n_variants", "pixels"}
+MAX_ARGUMENTS, MAX_LINES = 20, 60
 
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))
@@ -89,14 +144,49 @@ def test_signature(module, function):
     shared = [p.name for p in parameters if p.name in ORDER]
     assert shared == sorted(shared, key=ORDER.index), "shared arguments come in one order"
     for p in parameters:
-        if p.name == "copy":
-            assert p.default is False
-        if p.name == "random_state":
-            assert p.default is None
-        if p.name in ("image_key", "shapes_key", "labels_key", "library_key", "mpp", "device"):
-            assert p.default is None
-        if p.name == "table_key":
-            assert p.default == "table"
+        if p.name in FIXED and module != "metrics":  # images of metrics.image_features have no scale of their own
+            assert p.default == FIXED[p.name][1], f"default of {p.name}"
+
+
+def untyped(function) -> list[str]:
+    """Arguments without a type, shared ones with another type than everywhere, and "return" where it has none."""
+    signature = inspect.signature(function)
+    found = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    found += [p.name for p in signature.parameters.values() if p.name in FIXED and p.annotation != FIXED[p.name][0]]
+    return found + (["return"] if signature.return_annotation is signature.empty else [])
+
+
+@pytest.mark.parametrize(("module", "function"), list(public_functions()))
+def test_every_argument_has_a_type(module, function):
+    if is_open(function, "types"):
+        pytest.xfail("open")
+    assert not untyped(function)
+
+
+def test_every_argument_of_a_public_class_has_a_type():
+    spaces = [getattr(spatiaflow, module) for module in ("datasets", "get", "metrics", "pl", "pp", "tl")]
+    classes = [one for space in spaces for name in space.__all__ if inspect.isclass(one := getattr(space, name))]
+    classes.append(type(spatiaflow.settings))
+    methods = [one for c in classes for name, one in vars(c).items() if inspect.isfunction(one) and name[0] != "_"]
+    assert not {method.__qualname__: found for method in methods if (found := untyped(method))}
+
+
+@pytest.mark.parametrize(("module", "function"), list(public_functions()))
+def test_names_of_arguments_are_the_shared_ones(module, function):
+    if is_open(function, "names"):
+        pytest.xfail("open")
+    assert not OLD_NAMES & set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(("module", "function"), list(public_functions("get", "pl", "pp", "tl")))
+def test_verbs_are_thin(module, function):
+    if is_open(function, "size"):
+        pytest.xfail("open")
+    (node,) = ast.parse(inspect.getsource(inspect.unwrap(function))).body
+    body = node.body[1:]  # without the docstring
+    n_arguments, n_lines = len(inspect.signature(function).parameters), body[-1].end_lineno - body[0].lineno + 1
+    assert n_arguments <= MAX_ARGUMENTS
+    assert n_lines <= MAX_LINES
 
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))

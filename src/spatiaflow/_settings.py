@@ -1,4 +1,4 @@
-"""Package-wide settings and logging; the one place that reads ``SPATIAFLOW_*`` environment variables."""
+"""Settings, logging and progress bars. The only place that reads the environment variables ``SPATIAFLOW_*``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
 
 logger = logging.getLogger("spatiaflow")
 
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def _keep_thread_limit(torch) -> None:
-    """Give torch back the limit of ``OMP_NUM_THREADS``, which numba (scanpy, squidpy) lifts for the whole process.
+def _keep_thread_limit(torch: ModuleType) -> None:
+    """Set torch to ``OMP_NUM_THREADS`` again, after numba (in scanpy and squidpy) raised the limit of the whole process.
 
-    Threads beyond the free cores wait for one another by spinning: small networks then train up to 70 times slower.
+    With more threads than free cores small networks train up to 70 times slower, because waiting threads spin.
     """
     limit, numba = os.environ.get("OMP_NUM_THREADS", ""), sys.modules.get("numba")
     lifted = numba is not None and torch.get_num_threads() == numba.config.NUMBA_NUM_THREADS
@@ -36,20 +42,21 @@ def _default_cache() -> Path:
 
 @dataclass
 class Settings:
-    """Settings shared by every verb; change one by assignment, or for a while with :meth:`override`.
+    """Settings shared by all verbs. Assign to an attribute to change it, or use :meth:`override` in a ``with`` block.
 
-    Each attribute is read once from the environment variable ``SPATIAFLOW_<NAME>`` when the package is imported.
+    On import each attribute is read from the environment variable ``SPATIAFLOW_<NAME>``, if it is set.
 
     Attributes
     ----------
     device
-        Where models run: ``"auto"`` (CUDA, then MPS, then CPU), or anything :class:`torch.device` takes.
+        Device that models run on: ``"auto"`` (CUDA, then MPS, then CPU), or a name that :class:`torch.device` takes.
     seed
         Seed of every verb whose ``random_state`` is None.
     cache_dir
         Folder of downloaded files.
     mirror
-        Folder or base URL laid out as ``<dataset>/<file>``; tried before the public address, hash-checked alike.
+        Folder or base URL with files at ``<dataset>/<file>``. It is tried before the public address. Hashes are checked
+        in both cases.
     progress
         Show progress bars.
     verbosity
@@ -71,7 +78,7 @@ class Settings:
     progress: bool = True
     verbosity: str = "info"
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name not in _FIELDS:
             raise AttributeError(f"settings has no {name!r}; it has {', '.join(_FIELDS)}")
         object.__setattr__(self, name, _parse(name, value))
@@ -79,8 +86,8 @@ class Settings:
             logger.setLevel(self.verbosity.upper())
 
     @contextmanager
-    def override(self, **values) -> Iterator[Settings]:
-        """Set some attributes inside a ``with`` block and restore them after it.
+    def override(self, **values: Any) -> Iterator[Settings]:
+        """Change attributes inside a ``with`` block and restore them after it.
 
         Parameters
         ----------
@@ -96,8 +103,8 @@ class Settings:
             for name, value in before.items():
                 setattr(self, name, value)
 
-    def torch_device(self, device: str | None = None):
-        """Return the :class:`torch.device` that a verb should run on.
+    def torch_device(self, device: str | None = None) -> torch.device:
+        """Return the :class:`torch.device` that a verb runs on.
 
         Parameters
         ----------
@@ -107,7 +114,7 @@ class Settings:
         Raises
         ------
         ValueError
-            There is no such device here.
+            This machine has no such device.
         """
         import torch
 
@@ -116,14 +123,14 @@ class Settings:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
+            found = torch.device(name)
+            torch.empty(0, device=found)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(
-                f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); 'cpu' always can, and 'auto' takes "
-                "the best there is."
+                f"device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use device='cpu', or 'auto' for the "
+                "best device of this machine."
             ) from error
-        return device
+        return found
 
     def __repr__(self) -> str:
         return "\n".join(["spatiaflow settings", *(f"  {name} = {value!r}" for name, value in asdict(self).items())])
@@ -132,7 +139,7 @@ class Settings:
 _FIELDS = tuple(f.name for f in fields(Settings))
 
 
-def fields_of(values: dict) -> list[str]:
+def fields_of(values: dict[str, Any]) -> list[str]:
     """Check that every key names a setting."""
     for name in values:
         if name not in _FIELDS:
@@ -140,7 +147,7 @@ def fields_of(values: dict) -> list[str]:
     return list(values)
 
 
-def _parse(name: str, value):
+def _parse(name: str, value: Any) -> Any:
     if name == "seed":
         return int(value)
     if name == "cache_dir":
@@ -150,12 +157,12 @@ def _parse(name: str, value):
     if name == "progress":
         if isinstance(value, str):
             if value.lower() not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
-                raise ValueError(f"settings.progress must be true or false, not {value!r}")
+                raise ValueError(f"settings.progress must be true or false, not {value!r}.")
             return value.lower() in ("1", "true", "yes", "on")
         return bool(value)
     if name == "verbosity":
         if str(value).lower() not in _LEVELS:
-            raise ValueError(f"settings.verbosity must be one of {', '.join(_LEVELS)}, not {value!r}")
+            raise ValueError(f"settings.verbosity must be one of {', '.join(_LEVELS)}, not {value!r}.")
         return str(value).lower()
     return str(value)
 
@@ -184,9 +191,9 @@ def resolve_seed(random_state: int | None) -> int:
     return int(seed)
 
 
-def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
+def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
     """Wrap an iterable in a progress bar that obeys :attr:`Settings.progress`."""
-    with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a word about it
+    with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a warning
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 

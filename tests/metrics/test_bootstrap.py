@@ -91,5 +91,5 @@ def test_a_single_block_and_a_block_of_two_slides_are_refused(slides):
         metrics.paired_pearson_difference(truth, first, second, np.zeros(120))
     with pytest.raises(ValueError, match="rows of two slides"):
         metrics.paired_pearson_difference(truth, first, second, np.arange(120) % 5, library=library)
-    with pytest.raises(ValueError, match="size is the side"):
+    with pytest.raises(ValueError, match="size must be above 0"):
         metrics.spatial_blocks(np.zeros((3, 2)), 0)

@@ -65,7 +65,7 @@ def test_channels_by_name_and_scale(images):
     assert np.abs(features(images[:, :1], channels=["dapi"]) - known).max() > 0.1
     with pytest.raises(ValueError, match="none of the channels"):
         features(images[:, :1], channels=["tubulin"])
-    with pytest.raises(ValueError, match="give mpp="):
+    with pytest.raises(ValueError, match="Pass mpp="):
         features(images, mpp=None)
     with pytest.raises(ValueError, match="images must be n x 4"):
         features(images[:, :2])

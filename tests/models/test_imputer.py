@@ -1,4 +1,4 @@
-"""The regression behind imputation against slow references, and planted truths."""
+"""Imputation as a trained model does it: against slow references, and against planted truths."""
 
 from dataclasses import replace
 
@@ -264,23 +264,3 @@ def test_files_of_the_first_version_load():
 def test_a_model_with_a_kernel_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="train_imputation"):
         fitted(tissue()).save(tmp_path / "a")
-
-
-def test_the_card_says_what_the_model_was_fitted_to():
-    card = fitted(tissue(), seed=3).card
-    assert card["data"]["s"]["n_obs"] == N
-    assert card["seed"] == 3 and set(card["validation_scores"]) >= {"genes"}
-
-
-@pytest.mark.parametrize(("n_slides", "spatial"), [(1, True), (2, False), (3, True)])
-def test_blocks_are_whole_slides_or_bands_of_equal_size(n_slides, spatial):
-    slides = [tissue(seed) for seed in range(n_slides)]
-    slides = slides if spatial else [replace(slide, xy=None) for slide in slides]
-    for i, (slide, block) in enumerate(zip(slides, train.held_out_blocks(slides))):
-        if n_slides > 2:
-            assert (block == i).all()
-        else:
-            np.testing.assert_array_equal(np.bincount(block), [N // 5] * 5)
-        if n_slides == 1:
-            along = slide.xy[:, np.argmax(np.ptp(slide.xy, axis=0))]
-            assert all(along[block == b].max() <= along[block == b + 1].min() for b in range(4))

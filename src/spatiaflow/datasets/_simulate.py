@@ -1,9 +1,15 @@
-"""Simulated tissue: images, polygons and counts whose truth is planted, so that every method can be checked offline."""
+"""Simulated tissue: images, polygons and counts with a known truth, to check every method without a download."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+    from xarray import DataArray
 
 MPP = 0.5  # µm per pixel of both images
 SPACING = 10.0  # µm between neighbouring cells
@@ -24,22 +30,25 @@ AREA_SPREAD, THETA, LIBRARY, LIBRARY_SPREAD = 0.12, 10.0, 800.0, 0.35
 HEMATOXYLIN, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.09, 0.95, 0.28])  # optical density of R, G, B
 
 
-def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False):
-    """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts, all of whose causes are known.
+def simulated_tissue(
+    n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False
+) -> SpatialData:
+    """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts. All of their causes are known.
 
-    The planted rules (genes, morphology, colours) are the same for every seed; layout, noise and a slight change of
-    stain belong to the seed. So several seeds are several slides of one kind of tissue.
+    The rules (genes, morphology, colours) are the same for every seed. The seed sets the layout, the noise and a slight change
+    of stain. So several seeds are several slides of one kind of tissue.
 
     Parameters
     ----------
     n_cells
-        Cells; the tissue grows with them (about 100 µm² a cell).
+        Number of cells. Each takes about 100 µm² of tissue.
     seed
-        Same seed, same slide.
+        Seed of the slide. The same seed gives the same slide.
     n_genes
-        At least 30: 12 follow the cell type, 6 the niche, 4 the nuclear area, 2 the state, the others nothing.
+        Number of genes, at least 30. 12 follow the cell type, 6 the niche, 4 the nuclear area and 2 the state. The others follow
+        nothing.
     state_by_niche
-        State B changes the nuclei's area and axis ratio by factors of their own in each niche, instead of the same in all.
+        State B changes the area and axis ratio of nuclei by different factors in each niche. False: the same in all niches.
 
     Returns
     -------
@@ -84,7 +93,7 @@ def simulated_tissue(n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, s
     return _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence, state_by_niche)
 
 
-def _layout(n_cells, rng):
+def _layout(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
     """Place cells on a jittered hexagonal array; niches are smooth regions, lumina are holes in the glands."""
     from scipy.ndimage import gaussian_filter
 
@@ -92,7 +101,7 @@ def _layout(n_cells, rng):
     pixels = int(np.ceil(side / MPP))
     coarse = max(8, pixels // 16)  # fields on a grid of 8 µm
 
-    def smooth_field(scale_um):
+    def smooth_field(scale_um: float) -> np.ndarray:
         values = gaussian_filter(rng.normal(size=(coarse, coarse)), scale_um / (side / coarse), mode="reflect")
         return (np.argsort(np.argsort(values.ravel())) / values.size).reshape(values.shape)  # quantiles
 
@@ -104,7 +113,7 @@ def _layout(n_cells, rng):
     xy = np.stack([(i + 0.5 * (j % 2)) * SPACING, j * row], -1).reshape(-1, 2) + rng.normal(0, 1.2, (i.size, 2))
     xy = xy[((xy > 4) & (xy < side - 4)).all(1)]
 
-    def at(grid, points):
+    def at(grid: np.ndarray, points: np.ndarray) -> np.ndarray:
         index = np.clip((points / side * coarse).astype(int), 0, coarse - 1)
         return grid[index[:, 1], index[:, 0]]
 
@@ -123,7 +132,7 @@ def _effects(state_by_niche: bool) -> tuple[dict, dict]:
     return dict.fromkeys(NICHES, AREA_STATE_B), dict.fromkeys(NICHES, AXIS_RATIO_STATE_B)
 
 
-def _cells(niche, state_by_niche, rng) -> pd.DataFrame:
+def _cells(niche: np.ndarray, state_by_niche: bool, rng: np.random.Generator) -> pd.DataFrame:
     types = (rng.random((len(niche), 1)) > SHARES.cumsum(1)[niche]).sum(1).clip(0, 3)
     cell_type, niche_name = np.array(TYPES)[types], np.array(NICHES)[niche]
     state = np.where(cell_type == "epithelial", np.where(rng.random(len(niche)) < 0.5, "B", "A"), "none")
@@ -143,7 +152,7 @@ def _cells(niche, state_by_niche, rng) -> pd.DataFrame:
     )
 
 
-def _nuclei(xy, obs, rng, n_vertices=24) -> np.ndarray:
+def _nuclei(xy: np.ndarray, obs: pd.DataFrame, rng: np.random.Generator, n_vertices: int = 24) -> np.ndarray:
     """Ellipses of the planted area and axis ratio, slightly irregular; n x vertices x 2, µm."""
     angle = np.linspace(0, 2 * np.pi, n_vertices, endpoint=False)
     major = np.sqrt(obs["area_um2"] / (np.pi * obs["axis_ratio"])).to_numpy()
@@ -155,12 +164,12 @@ def _nuclei(xy, obs, rng, n_vertices=24) -> np.ndarray:
     return xy[:, None] + np.einsum("nvk,njk->nvj", shape, rotation)
 
 
-def _rates(obs, n_genes):
+def _rates(obs: pd.DataFrame, n_genes: int) -> tuple[np.ndarray, pd.DataFrame]:
     """Expected share of each gene in each cell: a baseline times the effects of what drives the gene."""
     rng = np.random.default_rng(2024)  # the relation of genes to causes is the same on every slide
     names, drivers, log = [], [], []
 
-    def add(name, driver, effect):
+    def add(name: str, driver: str, effect: np.ndarray | pd.Series) -> None:
         names.append(name)
         drivers.append(driver)
         log.append(rng.normal(-1.0, 0.5) + np.asarray(effect, float))
@@ -182,7 +191,14 @@ def _rates(obs, n_genes):
     return rate, pd.DataFrame({"driver": pd.Categorical(drivers)}, index=names)
 
 
-def _render(polygons, obs, niche_map, lumen, side, rng):
+def _render(
+    polygons: np.ndarray,
+    obs: pd.DataFrame,
+    niche_map: np.ndarray,
+    lumen: np.ndarray,
+    side: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw both images, uint8 (channels, y, x)."""
     from scipy.ndimage import gaussian_filter, zoom
     from skimage.draw import polygon as fill
@@ -190,10 +206,10 @@ def _render(polygons, obs, niche_map, lumen, side, rng):
     n = int(np.ceil(side / MPP))
     factor = n / len(niche_map)
 
-    def upsample(grid, sigma_um):
+    def upsample(grid: np.ndarray, sigma_um: float) -> np.ndarray:
         return gaussian_filter(zoom(grid.astype(np.float32), factor, order=0)[:n, :n], sigma_um / MPP)
 
-    def texture(sy, sx):
+    def texture(sy: float, sx: float) -> np.ndarray:
         values = gaussian_filter(rng.standard_normal((n, n), dtype=np.float32), (sy / MPP, sx / MPP))
         return values / values.std()
 
@@ -238,7 +254,11 @@ def _render(polygons, obs, niche_map, lumen, side, rng):
     )
 
 
-def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence, state_by_niche):
+def _spatialdata(
+    xy: np.ndarray, obs: pd.DataFrame, polygons: np.ndarray, counts: np.ndarray, rate: np.ndarray, drivers: pd.DataFrame,
+    he: np.ndarray, fluorescence: np.ndarray, state_by_niche: bool,
+) -> SpatialData:  # fmt: skip
+    """Put everything into one object."""
     import anndata as ad
     import dask.array as da
     import geopandas as gpd
@@ -248,7 +268,7 @@ def _spatialdata(xy, obs, polygons, counts, rate, drivers, he, fluorescence, sta
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    def image(values, names):
+    def image(values: np.ndarray, names: str | tuple[str, ...]) -> DataArray:
         return Image2DModel.parse(
             da.from_array(values, chunks=(len(values), 512, 512)), dims=("c", "y", "x"), c_coords=list(names),
             transformations={"global": Scale([MPP, MPP], axes=("x", "y"))},

@@ -1,4 +1,4 @@
-"""Weights by name: those that come with the package, and published ones; each checked by its sha256."""
+"""Weights by name, bundled or published, each checked by its sha256; and the model that a verb's ``model=`` names."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import csv
 import hashlib
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from spatiaflow.datasets._fetch import fetch
 
+if TYPE_CHECKING:
+    from spatiaflow.models._base import Model
+
 FOLDER = "weights"
 
 
 def weights(name: str | None = None) -> Path | pd.DataFrame:
-    """List the weights that the package knows, or return the file of one of them.
+    """Return the file of some weights, or a table of all weights that the package knows.
 
-    Bundled weights need no network; others are downloaded once into ``settings.cache_dir``.
+    Bundled weights need no network. Others are downloaded once into ``settings.cache_dir``. Verbs take these names as
+    ``model=``, so this function is needed only to look at what there is, or to load a model without a verb.
 
     Parameters
     ----------
     name
-        Name of the weights; None lists all.
+        Name of the weights. None lists all.
 
     Returns
     -------
-    Path of a safetensors file for :func:`spatiaflow.models.load`; without ``name`` a DataFrame, one row each: ``model``
-    (its class), ``bundled``, ``bytes``, ``sha256``, ``license`` and ``description``. The model card of bundled weights is
-    the Markdown file beside them.
+    Path of a safetensors file for :func:`spatiaflow.models.load`. Without ``name`` a DataFrame with one row per name and the
+    columns ``model`` (class), ``bundled``, ``bytes``, ``sha256``, ``license`` and ``description``. The model card of
+    bundled weights is the Markdown file beside them.
 
     Raises
     ------
@@ -52,7 +57,7 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
         return table.assign(bundled=table["bundled"] == "yes", bytes=table["bytes"].astype(int))
     if name not in known:
         raise ValueError(
-            f"there are no weights {name!r}; known are {', '.join(known) or 'none'}. A path is taken as well."
+            f"there are no weights {name!r}. Known are {', '.join(known) or 'none'}; the path of a saved model works too."
         )
     row = known[name]
     if row["bundled"] != "yes":
@@ -63,27 +68,35 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
     return path
 
 
-def resolve(model, kind: str, *, default: str | None = None, argument: str = "model"):
-    """Return the model that a verb's ``model=`` names: a model, the path of a saved one, or the name of weights.
+def resolve(
+    model: Model | str | Path | None, kind: str, *, default: str | None = None, argument: str = "model"
+) -> Model:
+    """Return the model that the argument ``model=`` of a verb stands for.
 
     Parameters
     ----------
     model
-        What the user gave; None takes ``default``.
+        A model, the path of a saved one, or the name of weights. A text is a path if it ends in ``.safetensors`` or if such a
+        file exists. None takes ``default``.
     kind
-        The kind that the verb needs, such as ``"Spatia"``.
+        Kind that the verb needs, such as ``"Spatia"``.
     default
-        Name of weights.
+        Name of the weights that None stands for.
     argument
         Name of the verb's argument, for errors.
 
     Raises
     ------
     TypeError
-        The model is of another kind; the message names both, and the verb that takes it.
+        It is no model, or a model of another kind. The message names both kinds, and the verb that takes the model.
+    ValueError
+        There are no weights of this name, or the file holds no model.
+    FileNotFoundError
+        There is no file at the path.
     """
     from spatiaflow import models
     from spatiaflow.models import _base
+    from spatiaflow.models._base import with_article
 
     model = default if model is None else model
     if isinstance(model, str | Path):
@@ -91,7 +104,8 @@ def resolve(model, kind: str, *, default: str | None = None, argument: str = "mo
         model = models.load(model if is_file else weights(str(model)))
     if not isinstance(model, _base.Model):
         raise TypeError(
-            f"{argument} must be a {kind}, the path of a saved one, or the name of weights, not {type(model).__name__}."
+            f"{argument} must be {with_article(kind)}, the path of a saved one, or the name of weights, not "
+            f"{type(model).__name__}."
         )
     _base.check_kind(type(model), kind, argument)
     return model

@@ -1,4 +1,4 @@
-"""Scores of predicted expression and of generated cells: the same numbers in benchmarks, tutorials and figures."""
+"""Scores of predicted expression and of generated cells, as used in benchmarks, tutorials and figures."""
 
 from spatiaflow.metrics._bootstrap import bootstrap_blocks, paired_pearson_difference, spatial_blocks
 from spatiaflow.metrics._ceiling import noise_ceiling

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import sparse
 
+Table = (
+    ArrayLike | sparse.spmatrix | sparse.sparray
+)  # n x genes: an array, nested lists, a DataFrame or a sparse matrix
 
-def table(values, name: str) -> np.ndarray:
+
+def table(values: Table, name: str) -> np.ndarray:
     """Return ``values`` as a finite float64 array (n, genes)."""
     if type(values).__name__ == "AnnData":
         raise TypeError(f"{name} must be an array: give .X, a layer or an obsm of the AnnData.")
@@ -20,7 +27,7 @@ def table(values, name: str) -> np.ndarray:
     return values
 
 
-def tables(**values) -> list[np.ndarray]:
+def tables(**values: Table) -> list[np.ndarray]:
     """Return several (n, genes) arrays, checked to be of one shape."""
     frames = {name: value for name, value in values.items() if isinstance(value, pd.DataFrame)}
     for name, frame in frames.items():
@@ -42,7 +49,7 @@ def tables(**values) -> list[np.ndarray]:
     return out
 
 
-def ensemble(truth, draws) -> tuple[np.ndarray, np.ndarray]:
+def ensemble(truth: Table, draws: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return ``truth`` (n, genes) and ``draws`` (n_draws, n, genes); the draws keep their type, they are large."""
     truth, draws = table(truth, "truth"), np.asarray(draws)
     if draws.ndim != 3 or draws.shape[1:] != truth.shape or len(draws) == 0:
@@ -53,7 +60,7 @@ def ensemble(truth, draws) -> tuple[np.ndarray, np.ndarray]:
     return truth, draws
 
 
-def labels(values, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def labels(values: ArrayLike, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct labels in order of first appearance, and the code of every row."""
     values = np.asarray(values)
     if values.shape != (n,):
@@ -63,7 +70,7 @@ def labels(values, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     return distinct[order], np.argsort(order)[codes]
 
 
-def rows_in_chunks(n: int, width: int, budget: int = 4_000_000):
+def rows_in_chunks(n: int, width: int, budget: int = 4_000_000) -> Iterator[slice]:
     """Yield slices of rows such that ``width`` values a row stay under ``budget`` values a chunk."""
     step = max(1, budget // max(1, width))
     return (slice(start, start + step) for start in range(0, n, step))

@@ -1,18 +1,20 @@
-"""Intervals of scores by bootstrap over contiguous blocks of tissue: neighbouring spots are not independent."""
+"""Intervals of scores by bootstrap over blocks of tissue, because neighbouring spots are not independent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from spatiaflow._settings import logger
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 from spatiaflow.metrics._correlation import unit
 
 
-def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
+def spatial_blocks(xy: ArrayLike, size: float, *, library: ArrayLike | None = None) -> np.ndarray:
     """Cut slides into square blocks.
 
     Parameters
@@ -20,9 +22,9 @@ def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
     xy
         Positions (n, 2), µm.
     size
-        Side of a block, µm; several times the distance over which errors are alike.
+        Side of a block, µm. Use several times the distance over which errors are correlated.
     library
-        Slide of every row (n); no block spans two slides. None: one slide.
+        Slide of every row (n). No block spans two slides. None: all rows are of one slide.
 
     Returns
     -------
@@ -42,7 +44,7 @@ def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
     if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
         raise ValueError(f"xy must hold finite positions (n, 2); its shape is {xy.shape}.")
     if not size > 0:
-        raise ValueError(f"size is the side of a block in µm, above 0; {size!r} was given.")
+        raise ValueError(f"size must be above 0 (the side of a block in µm), not {size!r}.")
     _, slide = _arrays.labels(np.zeros(len(xy)) if library is None else library, len(xy), "library")
     corner = np.full((slide.max(initial=0) + 1, 2), np.inf)
     np.minimum.at(corner, slide, xy)
@@ -51,11 +53,16 @@ def spatial_blocks(xy, size: float, *, library=None) -> np.ndarray:
 
 
 def bootstrap_blocks(
-    statistic: Callable[[np.ndarray], float], blocks, *, library=None, n_boot: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    blocks: ArrayLike,
+    *,
+    library: ArrayLike | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Value and 95 % interval of any statistic, by bootstrap over blocks.
+    """Return a statistic and its 95 % interval, by bootstrap over blocks.
 
-    With ``blocks`` the slides or donors themselves, it is the bootstrap over slides or donors.
+    Pass slides or donors as ``blocks`` for a bootstrap over slides or donors.
 
     Parameters
     ----------
@@ -64,7 +71,7 @@ def bootstrap_blocks(
     blocks
         Block of every row (n), as :func:`spatial_blocks` gives.
     library
-        Slide of every row (n): blocks are resampled within their slide. None: all together.
+        Slide of every row (n). Blocks are resampled within their slide. None resamples all blocks together.
     n_boot
         Number of resamples.
     seed
@@ -98,12 +105,20 @@ def bootstrap_blocks(
 
 
 def paired_pearson_difference(
-    truth, first, second, blocks, *, library=None, n_boot: int = 1000, seed: int = 0
+    truth: Table,
+    first: Table,
+    second: Table,
+    blocks: ArrayLike,
+    *,
+    library: ArrayLike | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Difference of the mean per-gene Pearson correlation, ``first`` minus ``second``, with its 95 % interval.
+    """Return the difference of mean per-gene Pearson correlation, ``first`` minus ``second``, with its 95 % interval.
 
-    The score is the mean over slides of the mean over genes (:func:`pearson`'s policy on constants; genes constant in
-    a slide's truth are left out of its mean). Blocks are resampled within slides, the same for both predictions.
+    The score is the mean over slides of the mean over genes. Constant genes are treated as in :func:`pearson`: a gene that is
+    constant in the truth of a slide is not part of its mean. Blocks are resampled within slides, the same ones for both
+    predictions.
 
     Parameters
     ----------
@@ -112,7 +127,7 @@ def paired_pearson_difference(
     blocks
         Block of every row (n), as :func:`spatial_blocks` gives.
     library
-        Slide of every row (n). None: one slide.
+        Slide of every row (n). None: all rows are of one slide.
     n_boot
         Number of resamples.
     seed
@@ -147,14 +162,14 @@ def paired_pearson_difference(
         if undefined := int(np.isnan(by_gene).sum()):
             logger.warning("%d of %d genes are constant in the truth of a slide and left out", undefined, by_gene.size)
         if undefined == by_gene.size:
-            raise ValueError("every gene is constant in the truth of a slide: there is nothing to correlate with.")
+            raise ValueError("every gene is constant in the truth of a slide, so no correlation is defined there.")
         total += np.nanmean(by_gene) / len(slides)
         for chunk in _arrays.rows_in_chunks(n_boot, sums.shape[1] * truth.shape[1]):
             resampled[chunk] += np.nanmean(_difference(weights[chunk], sums), axis=1) / len(slides)
     return float(total), *_interval(resampled)
 
 
-def _strata(blocks, library, n: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
+def _strata(blocks: ArrayLike, library: ArrayLike | None, n: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
     """Blocks numbered from 0, and for every slide the numbers of its blocks, ascending."""
     n = len(np.asarray(blocks)) if n is None else n
     names, slide = _arrays.labels(np.zeros(n) if library is None else library, n, "library")
@@ -172,7 +187,7 @@ def _strata(blocks, library, n: int | None = None) -> tuple[np.ndarray, list[np.
     return block, slides
 
 
-def _resamples(slides, n_boot, seed):
+def _resamples(slides: list[np.ndarray], n_boot: int, seed: int) -> Iterator[np.ndarray]:
     """For every slide, how often each of its blocks is drawn: (n_boot, blocks of the slide)."""
     if n_boot < 1:
         raise ValueError(f"n_boot must be at least 1, not {n_boot}.")
@@ -181,7 +196,9 @@ def _resamples(slides, n_boot, seed):
         yield rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_boot)
 
 
-def _block_sums(truth, first, second, block, n_blocks) -> np.ndarray:
+def _block_sums(
+    truth: np.ndarray, first: np.ndarray, second: np.ndarray, block: np.ndarray, n_blocks: int
+) -> np.ndarray:
     """Sufficient statistics of both correlations, (blocks, 9, genes); centred first, so that little cancels."""
     x, y, z = unit(truth), unit(first), unit(second)
     member = sparse.csr_matrix((np.ones(len(x)), (block, np.arange(len(x)))), shape=(n_blocks, len(x)))
@@ -189,15 +206,15 @@ def _block_sums(truth, first, second, block, n_blocks) -> np.ndarray:
     return np.stack([member @ term for term in terms], axis=1)
 
 
-def _difference(weights, sums) -> np.ndarray:
+def _difference(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Pearson of the first minus that of the second, (resamples, genes)."""
     n, x, y, z, xx, yy, zz, xy, xz = np.moveaxis(np.tensordot(weights, sums, axes=1), 1, 0)
 
-    def variance(square, single):
+    def variance(square: np.ndarray, single: np.ndarray) -> np.ndarray:
         left = square - single**2 / n
         return np.where(left > 1e-12 * square, left, 0)
 
-    def correlation(product, single, square):
+    def correlation(product: np.ndarray, single: np.ndarray, square: np.ndarray) -> np.ndarray:
         spread = np.sqrt(variance(xx, x) * variance(square, single))
         return np.divide(product - x * single / n, spread, out=np.zeros_like(spread), where=spread > 0)
 
@@ -205,6 +222,6 @@ def _difference(weights, sums) -> np.ndarray:
     return np.where(variance(xx, x) > 0, difference, np.nan)
 
 
-def _interval(values) -> tuple[float, float]:
+def _interval(values: np.ndarray | Sequence[float]) -> tuple[float, float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

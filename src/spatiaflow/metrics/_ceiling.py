@@ -1,34 +1,41 @@
-"""The best correlation that any prediction could reach, given that counts are a noisy sample."""
+"""The best correlation that a prediction can reach, given the sampling noise of counts."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 from spatiaflow.metrics._correlation import constant, pearson
 
 
 def noise_ceiling(
-    counts, *, genes=None, target_sum: float | None = 1e4, n_repeats: int = 10, seed: int = 0
+    counts: Table,
+    *,
+    genes: ArrayLike | None = None,
+    target_sum: float | None = 1e4,
+    n_repeats: int = 10,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Ceiling of every gene's Pearson correlation, by binomial thinning of the counts.
+    """Estimate the highest Pearson correlation that a prediction of each gene can reach, by binomial thinning of the counts.
 
-    Each count is split by Binomial(count, 1/2) into two halves: independent samples of the tissue at half the depth.
-    Both are normalised; the mean over ``n_repeats`` of their correlation r is stepped up to full depth by Spearman and
-    Brown, ``2 r / (1 + r)``: the share of the variance that is not sampling noise. A prediction free of error would
-    correlate with the measurement by the square root of it.
+    Each count is split by Binomial(count, 1/2) into two halves. The halves are independent samples of the tissue at half the
+    depth. Both are normalised and correlated. The mean correlation r over ``n_repeats`` splits is corrected to full depth by the
+    Spearman-Brown formula, ``2 r / (1 + r)``. This is the share of the variance that is not sampling noise. A prediction without
+    error correlates with the measurement by its square root.
 
-    An estimate, not a bound. Differences of depth between spots are in both halves and count as signal; log1p is not
-    linear in depth, which biases it upwards by up to .05 below 1,000 counts a spot; and genes chosen for their variance
-    in these same counts were partly chosen for their noise: choose them on other slides.
+    The result is an estimate, not a bound, and it tends to be too high. Differences of depth between spots are in both
+    halves and count as signal. log1p is not linear in depth, which adds up to .05 below 1,000 counts per spot. Genes that were
+    chosen for their variance in the same counts were partly chosen for their noise, so choose genes on other slides.
 
     Parameters
     ----------
     counts
-        Raw counts (n, all genes) of one slide, array or sparse: the library size is the sum over all columns.
+        Raw counts (n, all genes) of one slide. The library size is the sum over all columns.
     genes
-        Columns to report, by number. None: all.
+        Numbers of the columns to report. None reports all.
     target_sum
         Counts per spot that a library is scaled to before log1p; None takes log1p of the raw counts.
     n_repeats
@@ -72,7 +79,8 @@ def noise_ceiling(
         raise ValueError(f"target_sum must be positive, not {target_sum}.")
     rng, data = np.random.default_rng(seed), data.astype(np.int64)
 
-    def normalised(values) -> np.ndarray:
+    def normalised(values: np.ndarray) -> np.ndarray:
+        # scanpy.pp.normalize_total would normalise all genes to give some of them, twice a repeat
         thinned = sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
         chosen = thinned[:, genes].toarray().astype(np.float64)
         if target_sum is not None:

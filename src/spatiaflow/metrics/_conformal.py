@@ -1,18 +1,20 @@
-"""Intervals that keep their promise on a new slide, whatever the law of the errors."""
+"""Conformal intervals: their coverage holds on a new slide, for any distribution of the errors."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 
-def conformal_factor(truth, mean, std, group, *, alpha: float = 0.1) -> np.ndarray:
-    """Multiples of the stated standard deviation that hold ``1 - alpha`` of the observations of a new group.
+def conformal_factor(truth: Table, mean: Table, std: Table, group: ArrayLike, *, alpha: float = 0.1) -> np.ndarray:
+    """Return the multiple of the standard deviation that covers ``1 - alpha`` of the observations of a new group.
 
-    The interval is ``mean ± factor * std``. Observations of one slide err together, so slides are exchanged, not
-    observations: every group weighs the same, and the new one counts as one that errs without bound [Lee, Barber and Willett
-    2023, section 3.1]. No law of the errors is assumed, only that the new slide is drawn as those were.
+    The interval is ``mean ± factor * std``. Errors of one slide are correlated, so slides are exchangeable and observations are
+    not. Every group has the same weight, and the new group is counted with infinite errors [Lee, Barber and Willett 2023,
+    section 3.1]. The only assumption is that the new slide is drawn as the others were.
 
     Parameters
     ----------
@@ -20,8 +22,8 @@ def conformal_factor(truth, mean, std, group, *, alpha: float = 0.1) -> np.ndarr
         Arrays (n, genes) of slides that the model was not fitted to: measured values, predictions, and their standard
         deviation.
     group
-        Array (n) that tells slides apart. With blocks of tissue (:func:`spatial_blocks`) in their place the promise is for
-        new blocks of the same slides, and none for a new slide.
+        Slide of every row (n). With blocks of tissue (:func:`spatial_blocks`) instead, the coverage holds for new blocks of the
+        same slides, and not for a new slide.
     alpha
         Nominal probability outside of the interval.
 
@@ -43,10 +45,10 @@ def conformal_factor(truth, mean, std, group, *, alpha: float = 0.1) -> np.ndarr
     (2,)
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is the probability outside of the interval, in (0, 1); {alpha!r} was given.")
+        raise ValueError(f"alpha must be in (0, 1) (the probability outside of the interval), not {alpha!r}.")
     truth, mean, std = _arrays.tables(truth=truth, mean=mean, std=std)
     if not (std > 0).all():
-        raise ValueError("std must be above 0 everywhere; there is no multiple of 0 that reaches the truth.")
+        raise ValueError("std must be above 0 everywhere: no multiple of 0 covers the truth.")
     names, place = _arrays.labels(group, len(truth), "group")
     size = np.bincount(place)
     needed = int(np.ceil(1 / alpha - 1e-9)) - 1

@@ -1,26 +1,30 @@
-"""Per-gene correlation and error, and how well the correlations between genes are kept."""
+"""Correlation and error of each gene, and agreement of the correlations between genes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 
-def pearson(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+def pearson(truth: Table, prediction: Table, *, library: ArrayLike | None = None) -> np.ndarray | pd.DataFrame:
     """Pearson correlation of every gene.
 
-    A gene whose *prediction* is constant scores 0: nothing of its variation was predicted. A gene whose *truth* is
-    constant has nothing to predict and scores NaN: average with :func:`numpy.nanmean`, and say how many were NaN.
+    A gene with a constant *prediction* scores 0, because none of its variation was predicted. A gene with a constant *truth*
+    scores NaN, because there is nothing to predict. Average with :func:`numpy.nanmean`, and report how many genes were NaN.
 
     Parameters
     ----------
     truth, prediction
         Arrays (n, genes).
     library
-        Slide of every row (n). None pools all rows, so that differences between slides count as well.
+        Slide of every row (n). None pools all rows, so differences between slides count too.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def pearson(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     return _by_slide(_pearson, truth, prediction, library)
 
 
-def spearman(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+def spearman(truth: Table, prediction: Table, *, library: ArrayLike | None = None) -> np.ndarray | pd.DataFrame:
     """Spearman rank correlation of every gene, ties at their mean rank; constants as in :func:`pearson`.
 
     Parameters
@@ -71,7 +75,7 @@ def spearman(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     return _by_slide(lambda x, y: _pearson(rankdata(x, axis=0), rankdata(y, axis=0)), truth, prediction, library)
 
 
-def rmse(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
+def rmse(truth: Table, prediction: Table, *, library: ArrayLike | None = None) -> np.ndarray | pd.DataFrame:
     """Root mean squared error of every gene, in the unit of ``truth``.
 
     Parameters
@@ -99,11 +103,11 @@ def rmse(truth, prediction, *, library=None) -> np.ndarray | pd.DataFrame:
     return _by_slide(lambda x, y: np.sqrt(((x - y) ** 2).mean(0)), truth, prediction, library)
 
 
-def gene_correlation_agreement(truth, prediction) -> dict[str, float]:
-    """How well a prediction keeps the correlations between genes.
+def gene_correlation_agreement(truth: Table, prediction: Table) -> dict[str, float]:
+    """Compare the correlations between genes in a prediction with those in the truth.
 
-    Compares the upper triangles of the two gene-gene Pearson matrices. Genes constant in ``truth`` are left out; a gene
-    constant in ``prediction`` correlates 0 with every other.
+    Uses the upper triangles of the two gene-gene Pearson matrices. Genes that are constant in ``truth`` are not used. A gene that
+    is constant in ``prediction`` has the correlation 0 with every other gene.
 
     Parameters
     ----------
@@ -158,7 +162,12 @@ def _pearson(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return np.where(constant(truth), np.nan, r)
 
 
-def _by_slide(score, truth, prediction, library):
+def _by_slide(
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    library: ArrayLike | None,
+) -> np.ndarray | pd.DataFrame:
     if library is None:
         return score(truth, prediction)
     names, codes = _arrays.labels(library, len(truth), "library")

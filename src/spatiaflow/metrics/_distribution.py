@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
 
-def interval_coverage(truth, lower, upper) -> np.ndarray:
+def interval_coverage(truth: Table, lower: Table, upper: Table) -> np.ndarray:
     """Share of observations inside their interval, ends included.
 
     Parameters
@@ -18,7 +20,7 @@ def interval_coverage(truth, lower, upper) -> np.ndarray:
 
     Returns
     -------
-    Array (genes), in [0, 1]. Coverage alone proves nothing, a constant interval has it too: see :func:`interval_score`.
+    Array (genes), in [0, 1]. A constant interval can have the right coverage too, so also see :func:`interval_score`.
 
     Raises
     ------
@@ -34,7 +36,7 @@ def interval_coverage(truth, lower, upper) -> np.ndarray:
     return ((truth >= lower) & (truth <= upper)).mean(0)
 
 
-def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
+def interval_score(truth: Table, lower: Table, upper: Table, *, alpha: float = 0.1) -> np.ndarray:
     """Interval score of every observation: the width, plus ``2 / alpha`` times the distance outside. Lower is better.
 
     Proper for the central ``1 - alpha`` interval [Gneiting and Raftery 2007, eq. 43].
@@ -64,13 +66,13 @@ def interval_score(truth, lower, upper, *, alpha: float = 0.1) -> np.ndarray:
            [62.]])
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is the probability outside of the interval, in (0, 1); {alpha!r} was given.")
+        raise ValueError(f"alpha must be in (0, 1) (the probability outside of the interval), not {alpha!r}.")
     truth, lower, upper = _intervals(truth, lower, upper)
     outside = np.maximum(lower - truth, 0) + np.maximum(truth - upper, 0)
     return upper - lower + 2 / alpha * outside
 
 
-def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
+def crps_ensemble(truth: Table, draws: ArrayLike, *, fair: bool = True) -> np.ndarray:
     """Continuous ranked probability score of draws, ``E|X - y| - E|X - X'| / 2``. Lower is better.
 
     Exact, and O(m log m) in the number of draws: the pairwise term is a weighted sum of the sorted draws.
@@ -113,7 +115,7 @@ def crps_ensemble(truth, draws, *, fair: bool = True) -> np.ndarray:
     return out
 
 
-def crps_normal(truth, mean, std) -> np.ndarray:
+def crps_normal(truth: Table, mean: Table, std: Table) -> np.ndarray:
     """Continuous ranked probability score of normal distributions, in closed form. Lower is better.
 
     Parameters
@@ -144,11 +146,12 @@ def crps_normal(truth, mean, std) -> np.ndarray:
     return np.where(std > 0, score, np.abs(truth - mean))
 
 
-def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
-    """Randomised probability integral transform: uniform on [0, 1] where the draws are right, zeros and ties included.
+def pit(truth: Table, draws: ArrayLike, *, seed: int = 0) -> np.ndarray:
+    """Randomised probability integral transform. It is uniform on [0, 1] if the draws are right, also with zeros and ties.
 
-    The rank of the observation among its draws, ties broken at random, plus a uniform number, over ``n_draws + 1``.
-    A histogram that is U-shaped says too narrow, one with a hump too wide, a slope says biased.
+    The value is the rank of the observation among its draws (ties broken at random) plus a uniform number, divided by
+    ``n_draws + 1``. A U-shaped histogram means that the draws are too narrow, a hump that they are too wide, and a slope that
+    they are biased.
 
     Parameters
     ----------
@@ -185,10 +188,10 @@ def pit(truth, draws, *, seed: int = 0) -> np.ndarray:
     return (below + uniform * (tied + 1)) / (len(draws) + 1)
 
 
-def energy_score(truth, draws, *, fair: bool = True) -> np.ndarray:
+def energy_score(truth: Table, draws: ArrayLike, *, fair: bool = True) -> np.ndarray:
     """Energy score, the CRPS of all genes jointly: ``E||X - y|| - E||X - X'|| / 2``. Lower is better.
 
-    Sensitive to the dependence between genes, which no score of single genes sees.
+    It depends on the correlations between genes, which scores of single genes ignore.
 
     Parameters
     ----------
@@ -229,7 +232,7 @@ def _pairs(m: int, fair: bool) -> float:
     return max(1, m * (m - 1) if fair else m * m)
 
 
-def _intervals(truth, lower, upper):
+def _intervals(truth: Table, lower: Table, upper: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     truth, lower, upper = _arrays.tables(truth=truth, lower=lower, upper=upper)
     if (lower > upper).any():
         raise ValueError(f"lower exceeds upper in {int((lower > upper).sum())} places.")

@@ -1,15 +1,16 @@
-"""Scores of generated observations: how near two samples are, and whether the shift that was asked for is there."""
+"""Scores of generated observations: distances between samples, recovery of a shift, and memorisation."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 
-MAX_FRECHET = 64  # dimensions: above, a covariance needs more images than anybody generates
+MAX_FRECHET = 64  # features: with more, a covariance needs more images than are usually generated
 
 
-def energy_distance(a, b) -> float:
+def energy_distance(a: Table, b: Table) -> float:
     """Energy distance of two samples, ``2 E|a - b| - E|a - a'| - E|b - b'|``, without bias.
 
     Parameters
@@ -37,7 +38,7 @@ def energy_distance(a, b) -> float:
     return float(2 * _mean_distance(a, b) - _mean_distance(a) - _mean_distance(b))
 
 
-def kernel_distance(a, b, *, degree: int = 3) -> float:
+def kernel_distance(a: Table, b: Table, *, degree: int = 3) -> float:
     """Kernel inception distance (KID) of features of images: squared maximum mean discrepancy, without bias.
 
     Parameters
@@ -65,7 +66,7 @@ def kernel_distance(a, b, *, degree: int = 3) -> float:
     """
     a, b = _samples(a, b)
 
-    def mean(x, y=None):
+    def mean(x: np.ndarray, y: np.ndarray | None = None) -> float:
         total = 0.0
         other = x if y is None else y
         for rows in _arrays.rows_in_chunks(len(x), len(other)):
@@ -78,8 +79,8 @@ def kernel_distance(a, b, *, degree: int = 3) -> float:
     return float(mean(a) + mean(b) - 2 * mean(a, b))
 
 
-def frechet_distance(a, b) -> float:
-    """Fréchet distance (FID) of features of images, each sample taken for normal.
+def frechet_distance(a: Table, b: Table) -> float:
+    """Fréchet distance (FID) of features of images. Assumes that each sample is normal.
 
     Parameters
     ----------
@@ -88,8 +89,8 @@ def frechet_distance(a, b) -> float:
 
     Returns
     -------
-    ``|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2))``; biased upwards, the more the
-    smaller the samples, so compare at equal n alone.
+    ``|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2))``. The bias is upwards and grows as samples get smaller, so compare
+    only values of equal n.
 
     Raises
     ------
@@ -117,7 +118,7 @@ def frechet_distance(a, b) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one) + np.trace(other) - 2 * cross)
 
 
-def feature_distances(a, b) -> np.ndarray:
+def feature_distances(a: Table, b: Table) -> np.ndarray:
     """Wasserstein distance of each feature of two samples.
 
     Parameters
@@ -146,8 +147,8 @@ def feature_distances(a, b) -> np.ndarray:
     return np.array([wasserstein_distance(x, y) for x, y in zip(a.T, b.T)])
 
 
-def effect_recovery(source, generated, target) -> dict[str, float]:
-    """How much of the true shift from source to target the generated cells show.
+def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str, float]:
+    """Return the share of the true shift from source to target that the generated cells show.
 
     Parameters
     ----------
@@ -156,8 +157,8 @@ def effect_recovery(source, generated, target) -> dict[str, float]:
 
     Returns
     -------
-    Dict: ``share``, the length of the generated shift along the true one over the true one's length (1: all of it, 0: none);
-    ``cosine`` of both shifts; ``left``, the length of what is missing or too much over the true one's length.
+    Dict with ``share``, the length of the generated shift along the true shift, relative to the true shift (1: all, 0: none);
+    ``cosine`` between the two shifts; and ``left``, the length of their difference relative to the true shift.
 
     Raises
     ------
@@ -184,19 +185,20 @@ def effect_recovery(source, generated, target) -> dict[str, float]:
     return {"share": float(true @ shown / length**2), "cosine": float(cosine), "left": float(left)}
 
 
-def memorised(generated, training, held_out, *, quantile: float = 0.01) -> float:
-    """Share of generated observations that lie nearer to a training one than real ones ever do.
+def memorised(generated: Table, training: Table, held_out: Table, *, quantile: float = 0.01) -> float:
+    """Share of generated observations that are closer to a training observation than held-out ones usually are.
 
     Parameters
     ----------
     generated, training, held_out
-        Features of generated images, of those trained on, and of real ones that were not, rows observations.
+        Features (rows are observations) of generated images, of training images, and of real images that were held out.
     quantile
-        Of the distances of held-out observations to their nearest training one; what is nearer counts.
+        A generated observation counts if its distance to the nearest training observation is below this quantile of the
+        distances of held-out observations.
 
     Returns
     -------
-    About ``quantile`` where nothing is copied; 1 where everything is.
+    About ``quantile`` if nothing is copied, 1 if everything is.
 
     Raises
     ------
@@ -220,7 +222,7 @@ def memorised(generated, training, held_out, *, quantile: float = 0.01) -> float
     return float((tree.query(generated)[0] < usual).mean())
 
 
-def _samples(a, b) -> tuple[np.ndarray, np.ndarray]:
+def _samples(a: Table, b: Table) -> tuple[np.ndarray, np.ndarray]:
     a, b = _arrays.table(a, "the first sample"), _arrays.table(b, "the second sample")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"the samples have {a.shape[1]} and {b.shape[1]} features.")

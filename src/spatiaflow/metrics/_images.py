@@ -1,18 +1,21 @@
-"""Features that images of cells are compared by."""
+"""Features for the comparison of images of cells."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.nn import functional as F
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from spatiaflow.models import ImageFeatures
 
 NETWORK = "cell-features-small"
 
 
 def image_features(
-    images,
+    images: ArrayLike,
     *,
     channels: list[str],
     mpp: float | None = None,
@@ -21,9 +24,9 @@ def image_features(
 ) -> np.ndarray:
     """Features of images of cells, for :func:`kernel_distance`, :func:`frechet_distance` and :func:`memorised`.
 
-    By a small network that comes with the package (``datasets.weights("cell-features-small")``), trained to read counts and
-    morphology off images of a Xenium slide (stains ``dapi``, ``bound``, ``rna``, ``prot``). It is part of no generator and
-    no loss. Numbers are comparable among images of the same stains, scale and slide alone; say how many images there were.
+    The features come from a small bundled network (``datasets.weights("cell-features-small")``). It was trained to predict counts
+    and morphology from images of a Xenium slide (stains ``dapi``, ``bound``, ``rna``, ``prot``). No generator and no loss uses
+    it. Compare only numbers of the same stains, scale and slide, and report how many images there were.
 
     Parameters
     ----------
@@ -31,14 +34,14 @@ def image_features(
         Array, n x channels x pixels x pixels, in the scale of the slide, such as ``made.obsm["image"]`` of generated cells;
         ``made.uns["morphology"]`` holds their channels and mpp.
     channels
-        Names of the channels. What the network does not know is left out, what is missing is background.
+        Names of the channels. Channels that the network does not know are ignored. Missing ones are filled with background.
     mpp
         µm per pixel.
     intensity
-        Background and bright end of every channel, as ``model.intensity`` of a generator or percentiles of the real images say;
-        the same for all images that are compared. None: those of the slide that the network was trained on.
+        Background and bright end of every channel, such as ``model.intensity`` of a generator, or percentiles of the real images.
+        Use the same values for all images that are compared. None takes those of the slide that the network was trained on.
     batch_size
-        Images at a time.
+        Number of images per batch.
 
     Returns
     -------
@@ -56,8 +59,11 @@ def image_features(
     >>> sf.metrics.image_features(images, channels=crops.channels, mpp=20.4 / 48).shape
     (10, 64)
     """
+    import torch
+    from torch.nn import functional as F
+
     if mpp is None:
-        raise ValueError("images alone do not say how large a pixel is: give mpp= (µm per pixel).")
+        raise ValueError("the size of a pixel is unknown. Pass mpp= (µm per pixel).")
     images = np.asarray(images)
     have = [str(name).lower() for name in channels]
     if images.ndim != 4 or images.shape[1] != len(have):
@@ -85,7 +91,7 @@ def image_features(
 
 
 @lru_cache(1)
-def _network():
-    from spatiaflow import datasets, models
+def _network() -> ImageFeatures:
+    from spatiaflow import datasets
 
-    return models.load(datasets.weights(NETWORK))
+    return datasets.resolve(NETWORK, "ImageFeatures")

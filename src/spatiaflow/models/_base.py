@@ -144,14 +144,21 @@ def load(path: str | Path, kind: str | None = None) -> Model:
     except (KeyError, TypeError, RuntimeError) as error:
         wrote = description.get("card", {}).get("spatiaflow", "an unknown version")
         raise ValueError(
-            f"the header and tensors of {str(path)!r} do not make a {found.kind}: {error}. It was written by spatiaflow {wrote}."
+            f"the header and tensors of {str(path)!r} do not make {with_article(found.kind)}: {error}. "
+            f"It was written by spatiaflow {wrote}."
         ) from error
 
 
 def check_kind(found: type[Model], kind: str | None, argument: str = "model") -> None:
     """Refuse a model of another kind than the one that is needed."""
     if kind is not None and found.kind != kind:
-        raise TypeError(f"{argument} must be a {kind}; this is a {found.kind}, which {found.verb} takes.")
+        kinds = with_article(kind), with_article(found.kind)
+        raise TypeError(f"{argument} must be {kinds[0]}; this is {kinds[1]}, which {found.verb} takes.")
+
+
+def with_article(kind: str) -> str:
+    """Name of a kind with "a" or "an" before it."""
+    return f"{'an' if kind.startswith(('A', 'E', 'I', 'O', 'U', 'ST')) else 'a'} {kind}"
 
 
 def model_card(

@@ -195,12 +195,12 @@ class Imputer(_base.Model):
     alpha: float = 1.0
     validation_scores: dict[tuple[str, ...], float] = field(default_factory=dict)
     penalties: dict[tuple[str, ...], float] = field(default_factory=dict)
-    reliability: np.ndarray | None = None
-    edges: np.ndarray | None = None
+    reliability: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    edges: np.ndarray = field(default_factory=lambda: np.zeros(0))
     libraries: list[np.ndarray] = field(default_factory=list)
-    theta: np.ndarray | None = None
+    theta: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     checked: dict[str, float] = field(default_factory=dict)
-    seen: np.ndarray | None = None
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     card: dict = field(default_factory=dict)
 
     verb = "sf.tl.impute_genes"
@@ -210,7 +210,7 @@ class Imputer(_base.Model):
         self.own = np.array(
             [place.get(gene, -1) for gene in self.genes]
         )  # column of a gene that is an input too, or -1
-        if self.seen is None:
+        if not len(self.seen):
             self.seen = np.ones(len(self.inputs), bool)
 
     def __repr__(self) -> str:

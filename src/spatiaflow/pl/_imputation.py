@@ -1,14 +1,16 @@
-"""Imputed genes beside measured ones, and what was said of their trust."""
+"""Imputed genes beside measured ones, and the reliability of all imputed genes."""
 
 from __future__ import annotations
 
 import numpy as np
 import seaborn as sns
 from anndata import AnnData
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io, metrics
+from spatiaflow.models.slide import Slide
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 
@@ -29,13 +31,13 @@ def imputation(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw imputed genes on the tissue, beside measured values where there are any, and the reliability of all genes.
+    """Draw imputed genes on the tissue, beside measured values if there are any, and the reliability of all genes.
 
-    A row a gene: measured and imputed on one colour scale, and imputed against measured: the mean of measured values in
-    tenths of the imputed ones, which lie on the diagonal where imputation is right on average. A gene that was not measured is
-    drawn with the standard deviation of its values instead. Below, the reliability of every
-    gene: against the correlation with measured values, or alone, sorted. Denoised genes, which have seen what was measured,
-    are not compared with it.
+    Each gene has one row. It shows measured and imputed values on one colour scale, and the mean of the measured values in each
+    tenth of the imputed ones. Points on the diagonal mean that imputation is right on average. A gene without measured
+    values is drawn with the standard deviation of its imputed values instead. The last row shows the reliability of every
+    gene, against its correlation with measured values or sorted. Denoised genes are not compared with measured values,
+    because they were computed from them.
 
     Parameters
     ----------
@@ -44,8 +46,7 @@ def imputation(
     genes
         One gene or several.
     truth
-        Raw counts of the same cells (``obs_names``) for the genes, if they were measured but left out; by default those of
-        ``data``.
+        Raw counts of the genes in the same cells (``obs_names``), if they were measured but hidden. None takes those of ``data``.
     key
         Slot of the imputation.
     layer
@@ -53,9 +54,9 @@ def imputation(
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key, library_id
-        Column of ``.obs`` that tells slides apart, and the slide to draw (the first when None).
+        Column of ``.obs`` that tells slides apart, and the slide to draw (None: the first).
     spatial_key, mpp
-        Where positions are in an AnnData, and their scale in µm per pixel when the data do not say.
+        Positions in ``.obsm`` of an AnnData, and µm per unit of them where the data do not state it.
     show
         Show the figure; None: when matplotlib is interactive.
     return_fig
@@ -79,6 +80,7 @@ def imputation(
     """
     import matplotlib.pyplot as plt
 
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     _, table = _io.unpack(data, table_key)
     genes = [genes] if isinstance(genes, str) else list(genes)
     if not genes:
@@ -86,63 +88,61 @@ def imputation(
     imputed = _io.slot_as_anndata(table, key)
     if missing := [gene for gene in genes if gene not in imputed.var_names]:
         raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(imputed.var_names[:8])}, ...")
-    slide = _io.one_slide(
-        _io.slides(
-            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-            spatial_key=spatial_key, mpp=mpp,
-        ),
-        library_id,
-    )  # fmt: skip
+    slide = _io.one_slide(_io.places(data, where), library_id)
     truth = None if truth is None else _io.unpack(truth, table_key, name="truth")[1]
     there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
     measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
-    values = imputed[slide.rows]
+    compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
     aspect = np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9)
     height = 2.1 * np.clip(aspect, 0.6, 1.5)  # of a map, inches
     width = np.clip(height / max(aspect, 1e-9), 0.9, 2.1)
-    compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
-    columns = 3 if compared else 2
-    widths = [width + 0.5, width + 0.5, 1.6][:columns]  # with a bar of colours
+    widths = [width + 0.5, width + 0.5, 1.6][: 3 if compared else 2]  # with a bar of colours
     heights = [height + 0.3] * len(genes) + [1.8]
     figure = plt.figure(figsize=(sum(widths) + 0.3, sum(heights) + 0.1), layout="constrained")
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights, width_ratios=widths)
+    grid = figure.add_gridspec(len(heights), len(widths), height_ratios=heights, width_ratios=widths)
     per = _io.target_sum(table, key)
     unit = f"log1p of counts per {per:.0f}" if per >= 100 else f"log1p of counts per {per:.2g}"
     for i, gene in enumerate(genes):
-        g = imputed.var_names.get_loc(gene)
-        found, known = np.asarray(values.X[:, g]), measured.get(gene)
-        known = None if known is None else known[slide.rows]
-        top = max(float(np.quantile(found if known is None else np.r_[found, known], 0.99)), 1e-3)
-        what = "denoised" if imputed.var["denoised"].iloc[g] else "imputed"
-        panels = [(what, found, top, "viridis")]
-        if known is not None:
-            panels.insert(0, ("measured", known, top, "viridis"))
-        elif "std" in imputed.layers:
-            std = np.asarray(values.layers["std"][:, g])
-            panels.append(("std", std, float(np.quantile(std, 0.99)), "magma"))
-        shared = []  # axes on the scale of the values
-        for column, (name, one, high, colors) in enumerate(panels):
-            ax = figure.add_subplot(grid[i, column])
-            points = tissue_panel(ax, slide, one, vmin=0, vmax=high, cmap=colors, title=f"{gene}, {name}")
-            shared = [ax] if name == "std" else [*shared, ax]
-            if name == what:
-                trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
-                ax.text(1, -0.03, trust, transform=ax.transAxes, ha="right", va="top", fontsize=6)
-            if name != "measured":
-                bar = figure.colorbar(points, ax=shared, shrink=0.7, pad=0.02, aspect=18)
-                bar.ax.tick_params(labelsize=6, length=2)
-                bar.outline.set_visible(False)
-                bar.set_label(f"std, {unit}" if name == "std" else unit, fontsize=6)
-            if i == len(genes) - 1 and column == 0:
-                scale_bar(ax)
-        if gene in compared:
-            _against(figure.add_subplot(grid[i, 2]), found, known)
+        known = measured[gene][slide.rows] if gene in measured else None
+        axes = [figure.add_subplot(grid[i, column]) for column in range(3 if gene in compared else 2)]
+        _row(axes, slide, imputed[slide.rows], gene, known, unit)
+    scale_bar(axes[0])
     _reliability(figure.add_subplot(grid[-1, :]), imputed, measured, genes, slide.rows)
     return finish(figure, show, return_fig)
 
 
-def _against(ax, found: np.ndarray, known: np.ndarray) -> None:
-    """Mean of measured values in tenths of the imputed ones, with the standard error."""
+def _row(axes: list[Axes], slide: Slide, imputed: AnnData, gene: str, known: np.ndarray | None, unit: str) -> None:
+    """Maps of one gene, and imputed against measured values where there is a third panel."""
+    g, figure = imputed.var_names.get_loc(gene), axes[0].figure
+    found = np.asarray(imputed.X[:, g])
+    top = max(float(np.quantile(found if known is None else np.r_[found, known], 0.99)), 1e-3)
+    what = "denoised" if imputed.var["denoised"].iloc[g] else "imputed"
+    panels = [(what, found, top, "viridis")]
+    if known is not None:
+        panels.insert(0, ("measured", known, top, "viridis"))
+    elif "std" in imputed.layers:
+        std = np.asarray(imputed.layers["std"][:, g])
+        panels.append(("std", std, float(np.quantile(std, 0.99)), "magma"))
+    shared: list[Axes] = []  # axes on the scale of the values
+    for ax, (name, values, high, colors) in zip(axes, panels):
+        points = tissue_panel(ax, slide, values, vmin=0, vmax=high, cmap=colors, title=f"{gene}, {name}")
+        shared = [ax] if name == "std" else [*shared, ax]
+        if name == what:
+            trust = f"reliability {imputed.var['reliability'].iloc[g]:.2f}"
+            ax.text(1, -0.03, trust, transform=ax.transAxes, ha="right", va="top", fontsize=6)
+        if name != "measured":
+            bar = figure.colorbar(points, ax=shared, shrink=0.7, pad=0.02, aspect=18)
+            bar.ax.tick_params(labelsize=6, length=2)
+            bar.outline.set_visible(False)
+            bar.set_label(f"std, {unit}" if name == "std" else unit, fontsize=6)
+    if len(panels) < 2:
+        axes[1].remove()
+    if len(axes) > 2:
+        _against(axes[2], found, known)
+
+
+def _against(ax: Axes, found: np.ndarray, known: np.ndarray) -> None:
+    """Draw the mean of measured values in tenths of the imputed ones, with the standard error."""
     color = sns.color_palette("colorblind")[0]
     parts = [p for p in np.array_split(np.argsort(found, kind="stable"), 10) if len(p)]
     x, y = (np.array([v[p].mean() for p in parts]) for v in (found, known))
@@ -159,8 +159,10 @@ def _against(ax, found: np.ndarray, known: np.ndarray) -> None:
     sns.despine(ax=ax)
 
 
-def _reliability(ax, imputed: AnnData, measured: dict, named: list[str], rows: np.ndarray) -> None:
-    """Reliability of every gene against its correlation, or sorted where nothing was measured."""
+def _reliability(
+    ax: Axes, imputed: AnnData, measured: dict[str, np.ndarray], named: list[str], rows: np.ndarray
+) -> None:
+    """Draw the reliability of every gene against its correlation, or sorted where nothing was measured."""
     reliability, colors = imputed.var["reliability"], sns.color_palette("colorblind")
     there = [gene for gene in imputed.var_names if gene in measured and not imputed.var.loc[gene, "denoised"]]
     if there:

@@ -60,7 +60,8 @@ def fit_imputer(
     if target_sum is None:
         target_sum = max(float(np.median(np.concatenate([slide.library for slide in slides]))), 1.0)
     blocks = held_out_blocks(slides) if blocks is None else blocks
-    total = sum(np.asarray(slide.align(inputs).counts.sum(0), dtype=np.float64).ravel() for slide in slides)
+    totals = [np.asarray(slide.align(inputs).counts.sum(0), dtype=np.float64).ravel() for slide in slides]
+    total = np.sum(totals, 0)
     kernel = "kernel" in branches and not set(genes) <= set(
         inputs
     )  # it is made of all inputs, so it serves none of them
