@@ -58,7 +58,7 @@ def cluster_niches(
 
     Returns
     -------
-    None, or with ``copy=True`` what was given. Sets, in each object:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obs[key_added]`` : categories "0", "1", ..., the largest first
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], probability of the niche under the mixture
@@ -163,7 +163,7 @@ def annotate(
 
     Returns
     -------
-    None, or with ``copy=True`` what was given. Sets, in each object:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obs[key_added]`` : categories, the labels and "unknown"; cells that had a label keep it
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], calibrated; 1 where the label was given
