@@ -34,6 +34,8 @@ def test_rows_in_any_order_and_in_a_vocabulary(stored):
     expected[:, [4, 0, 2]] = counts[rows][:, [3, 7, 29]].toarray()
     np.testing.assert_array_equal(some[np.arange(70)].toarray(), expected)
     np.testing.assert_array_equal(some.take(np.array([5, 2]))[np.array([1, 0])].toarray(), expected[[2, 5]])
+    again = some.named(np.array([1, -1, 0, 2, -1]), 3)  # a vocabulary of a vocabulary
+    np.testing.assert_array_equal(again[np.arange(70)].toarray(), expected[:, [2, 0, 3]])
     assert len(some) == 70
     assert some[np.array([], int)].shape == (0, 5)
 

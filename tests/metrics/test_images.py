@@ -12,7 +12,7 @@ CHANNELS = ["dapi", "bound", "rna", "prot"]
 def images():
     """Real nuclei if simulated ones can be called so: 4 stains, 13.6 µm."""
     sdata = sf.datasets.simulated_tissue(700, seed=3)
-    crops = sf.pp.crops(sdata, image_key="fluorescence", crop_um=20.4, pixels=48)
+    crops = sf.pp.crops(sdata, image_key="fluorescence", crop_um=20.4, crop_pixels=48)
     return crops.read(np.arange(len(crops))).numpy()
 
 

@@ -1,13 +1,26 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
 from spatiaflow import models
+from spatiaflow._slides.crops import Crops
 from spatiaflow.models.encoders._cell import ImageEncoder
-from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, Surroundings, scaled
+from spatiaflow.models.slide import Slide
+from spatiaflow.models.spatia import (
+    Spatia,
+    SpatiaConfig,
+    SpatiaNetwork,
+    Surroundings,
+    full,
+    gene_standard,
+    in_vocabulary,
+    intensity_of,
+    scaled,
+)
 from spatiaflow.models.spatial import anchor_graph, anchors
-from spatiaflow.train.spatia import CellSlide
 
 GENES = [f"g{i}" for i in range(20)]
 SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "niche_neighbors": 6}
@@ -34,19 +47,18 @@ def tokens(network):
 @pytest.fixture
 def slide():
     rng = np.random.default_rng(0)
-    counts = sparse.csr_matrix(rng.poisson(2, (90, 20)).astype(np.float32))
+    counts, xy = sparse.csr_matrix(rng.poisson(2, (90, 20)).astype(np.float32)), rng.uniform(0, 150, (90, 2))
+    image = rng.integers(0, 255, (3, 200, 200)).astype(np.uint8)
+    crops = Crops(image, xy + 20, 16, 16, True, ("a", "b", "c"), range=np.array([[0, 200.0]] * 3))
+    slide = Slide("s", np.arange(90), xy, counts, genes=GENES, crops=crops)
+    return in_vocabulary(slide, SpatiaConfig(genes=GENES, channels=["a", "b", "c"]))
 
-    class Stored:
-        def __init__(self, crops):
-            self.crops, self.xy = crops, np.zeros((len(crops), 2))
 
-        def batches(self, size, rows):
-            for s in range(0, len(rows), size):
-                yield rows[s : s + size], self.crops[rows[s : s + size]]
-
-    crops = Stored(torch.from_numpy(rng.integers(0, 255, (90, 3, 16, 16)).astype(np.uint8)))
-    xy, intensity = rng.uniform(0, 150, (90, 2)), np.array([[0, 200.0]] * 3)
-    return CellSlide("s", xy, counts, np.ones(20, bool), crops, np.arange(3), intensity)
+def off_image(slide, rows):
+    """The slide with some cells beyond the border of the image."""
+    xy = slide.crops.xy.copy()
+    xy[rows, 0] -= 500
+    return dataclasses.replace(slide, crops=dataclasses.replace(slide.crops, xy=xy))
 
 
 def model_of(network):
@@ -226,27 +238,81 @@ def test_scaling_and_order_of_channels():
 
 
 def test_batch_size_and_repetition_change_nothing(network, slide):
-    model, inside = model_of(network), np.ones(90, bool)
-    inside[[3, 50]] = False
-    one = model.embed(slide, inside, batch_size=512)
-    again = model.embed(slide, inside, batch_size=512)
-    for level, values in model.embed(slide, inside, batch_size=7).items():
+    model, slide = model_of(network), off_image(slide, [3, 50])
+    one = model.embed(slide, batch_size=512)
+    again = model.embed(slide, batch_size=512)
+    for level, values in model.embed(slide, batch_size=7).items():
         assert np.array_equal(one[level], again[level])
         np.testing.assert_allclose(values, one[level], atol=1e-5)
 
 
-def test_cells_outside_the_image_do_not_read_it(network, slide):
-    model, inside = model_of(network), np.ones(90, bool)
-    inside[5] = False
-    one = model.embed(slide, inside, levels=("cell",))["cell"]
-    slide.crops.crops[5] = 0
-    np.testing.assert_array_equal(model.embed(slide, inside, levels=("cell",))["cell"], one)
+def test_cells_outside_the_image_are_embedded_without_it(network, slide):
+    model, outside = model_of(network), off_image(slide, [5])
+    one = model.embed(outside, levels=("cell",))["cell"]
+    without = model.embed(dataclasses.replace(slide, crops=None), levels=("cell",))["cell"]
+    np.testing.assert_allclose(one[5], without[5], atol=1e-5)
+    assert not np.allclose(one[6], without[6], atol=1e-3)
+
+
+def test_a_slide_is_put_into_the_vocabulary_of_a_model(slide):
+    config = SpatiaConfig(genes=["g3", "other", "g0"], channels=["c", "x", "a"])
+    found = in_vocabulary(slide, config)
+    np.testing.assert_array_equal(found.counts[:, [0, 2]].toarray(), slide.counts[:, [3, 0]].toarray())
+    assert found.measured.tolist() == [True, False, True] and not found.counts[:, 1].nnz
+    assert found.crops.places.tolist() == [2, -1, 0]
+    assert in_vocabulary(slide, SpatiaConfig(channels=["a"])).measured.shape == (0,)
+    bright = dataclasses.replace(found, crops=dataclasses.replace(found.crops, range=found.crops.range + 10))
+    assert intensity_of([found, bright], config.channels) == {"c": [5.0, 205.0], "a": [5.0, 205.0]}
 
 
 def test_saved_and_loaded_is_the_same(network, slide, tmp_path):
-    model, inside = model_of(network), np.ones(90, bool)
+    model = model_of(network)
     again = models.load(model.save(tmp_path / "m"))
     assert again.sha256 == model.sha256
     assert again.config == model.config
-    for level, values in again.embed(slide, inside).items():
-        np.testing.assert_array_equal(values, model.embed(slide, inside)[level])
+    for level, values in again.embed(slide).items():
+        np.testing.assert_array_equal(values, model.embed(slide)[level])
+
+
+def test_genes_are_standardised_by_slide():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson([5.0, 1.0, 0.0, 3.0], (5000, 4)).astype(float)
+    measured = np.array([True, True, True, False])
+    counts = sparse.csr_matrix(counts)
+    centre, spread, share = gene_standard(counts, measured, 9.0)
+    counts = counts.toarray()
+    values = np.log1p(counts / counts.sum(1, keepdims=True) * 9)
+    np.testing.assert_allclose(centre[:2], values[:, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(spread[:2], values[:, :2].std(0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(share[0]), counts[:, 0].sum() / counts.sum(), rtol=1e-3)
+    assert (centre[3], spread[3], share[3]) == (0, 1, 0) and spread[2] == 1
+    usual = np.array([[1.0] * 4, [2.0] * 4, [-2.0] * 4])
+    few = gene_standard(counts[:5], measured, 9.0, usual)
+    np.testing.assert_allclose(few[0, :3], 1.0, atol=0.15)  # few cells lean on the training data
+    many = gene_standard(counts, measured, 9.0, usual)
+    np.testing.assert_allclose(many[0, :2], centre[:2], atol=0.05)
+
+
+def test_batches_are_of_one_size_and_lose_nothing():
+    rng, parts, done = np.random.default_rng(0), [], 0
+    for n in rng.integers(1, 9, 30):
+        rows = np.arange(done, done + n)
+        parts.append((rows, torch.from_numpy(rows)[:, None] * 2))
+        done += n
+    out = list(full(iter(parts), 8))
+    assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
+    np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))
+
+
+def test_a_configuration_is_checked_and_old_ones_still_load():
+    assert SpatiaConfig.of(None) is SpatiaConfig.of("default")
+    mine = SpatiaConfig(width=64, losses={"contrast": 0})
+    assert SpatiaConfig.of(mine) is mine and mine.loss_weights["contrast"] == 0
+    larger = SpatiaConfig(genes=["a"], width=256, num_workers=3)
+    assert mine.with_sizes_of(larger) == SpatiaConfig(genes=["a"], width=256, losses={"contrast": 0})
+    for bad, match in (({"gene": 1.0}, "losses has no 'gene'"), ({"genes": -1}, "negative")):
+        with pytest.raises(ValueError, match=match):
+            SpatiaConfig(losses=bad)
+    with pytest.raises(ValueError, match="crop_um must be a positive number"):
+        SpatiaConfig(crop_um=0)

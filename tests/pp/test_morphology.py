@@ -351,7 +351,7 @@ def test_copy_provenance_and_round_trip(tmp_path):
 
 def test_images_alone_tell_the_planted_nuclei():
     sdata = sf.datasets.simulated_tissue(400, seed=3)
-    crops = sf.pp.crops(sdata, image_key="fluorescence", crop_um=16.0, pixels=32)
+    crops = sf.pp.crops(sdata, image_key="fluorescence", crop_um=16.0, crop_pixels=32)
     found = sf.pp.image_profile(crops.read(np.arange(300)).numpy(), channels=list(crops.channels), mpp=0.5)
     pd.testing.assert_frame_equal(sf.pp.image_profile(crops.take(np.arange(300))), found, check_index_type=False)
     truth = sdata["table"].obs.iloc[:300]

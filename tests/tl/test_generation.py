@@ -81,7 +81,11 @@ def test_generated_cells(slide, model, tmp_path):
     np.testing.assert_allclose(made.obsm["spatial"][::2], table.obsm["spatial"][table.obs["state"] == "A"], atol=1.0)
     assert (made.obs["niche"][::2].to_numpy() == table.obs.loc[sources, "niche"].astype(str).to_numpy()).all()
     # untrained to this degree, an image still resembles the cell that it starts from
-    crops = sf.pp.crops(slide, crop_um=16.0, pixels=16, **IMAGE).read(np.flatnonzero(table.obs["state"] == "A")).numpy()
+    crops = (
+        sf.pp.crops(slide, crop_um=16.0, crop_pixels=16, **IMAGE)
+        .read(np.flatnonzero(table.obs["state"] == "A"))
+        .numpy()
+    )
     same = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops)])
     other = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops[1:])])
     assert same > other + 0.2
@@ -97,7 +101,7 @@ def test_channels_go_by_the_names_of_the_image(slide, model):
     named = tissue(1)
     named["fluorescence"] = named["fluorescence"].assign_coords(c=["DAPI", "bound", "RNA", "prot"])
     made = generate(named, model, n_steps=2)
-    crops = sf.pp.crops(named, crop_um=16.0, pixels=16, **IMAGE)
+    crops = sf.pp.crops(named, crop_um=16.0, crop_pixels=16, **IMAGE)
     assert list(made.var_names) == list(sf.pp.image_profile(crops.take([0, 1])).columns)
     assert made.uns["morphology"]["channels"] == ["DAPI", "bound", "RNA", "prot"]
     assert set(made.uns["morphology"]["intensity"]) == {"DAPI", "bound", "RNA", "prot"}
@@ -136,7 +140,7 @@ def test_figures(slide, model):
     import matplotlib.pyplot as plt
 
     made = generate(slide, model, n_steps=4, trajectory=True)
-    crops = sf.pp.crops(slide, crop_um=16.0, pixels=16, **IMAGE)
+    crops = sf.pp.crops(slide, crop_um=16.0, crop_pixels=16, **IMAGE)
     real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
     figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
     labels = [text.get_text() for ax in figure.axes for text in ax.texts]
@@ -297,7 +301,7 @@ def test_bundled_weights_enlarge_and_stretch_nuclei_as_planted():
     file = sf.datasets.weights("morphology-simulated-small")
     assert file.with_suffix(".md").read_text(encoding="utf-8").startswith("# morphology-simulated-small")
     made = sf.tl.generate_morphology(sdata, source="A", target="B", model=file, random_state=0, **image)
-    crops, state = sf.pp.crops(sdata, crop_um=16, pixels=32, **image), sdata["table"].obs["state"]
+    crops, state = sf.pp.crops(sdata, crop_um=16, crop_pixels=32, **image), sdata["table"].obs["state"]
     images = {s: crops.read(np.flatnonzero(state == s)).numpy() for s in "AB"}
 
     def measured(profile):

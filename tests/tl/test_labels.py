@@ -105,9 +105,36 @@ def test_what_cannot_be_a_label_or_an_embedding(cells):
         sf.tl.cluster_niches(cells, n_clusters=2.5)
     other = cells.copy()
     other.obsm["X_spatia"] = other.obsm["X_spatia"][:, :5]
-    with pytest.raises(ValueError, match="8 columns in data and 5 in the reference"):
+    with pytest.raises(ValueError, match="of data and the reference has 8 and 5 columns"):
         sf.tl.annotate(cells, labels="truth", reference=other)
     for adata, levels in ((cells, ["cell", "niche"]), (other, ["niche", "cell"])):
         adata.uns["X_spatia"] = {"params": {"model_sha256": "1", "levels": levels}}
     with pytest.raises(ValueError, match="of other levels"):
         sf.tl.annotate(cells, labels="truth", reference=other)
+
+
+def test_objects_of_a_list_are_clustered_together(cells):
+    whole = cells.copy()
+    sf.tl.cluster_niches(whole, n_clusters=3, random_state=0)
+    parts = {"one": cells[:150].copy(), "two": cells[150:].copy()}
+    assert sf.tl.cluster_niches(parts, n_clusters=3, random_state=0) is None
+    found = np.concatenate([part.obs["niche"].astype(str) for part in parts.values()])
+    assert (found == whole.obs["niche"].astype(str).to_numpy()).all()
+    assert all(list(part.obs["niche"].cat.categories) == ["0", "1", "2"] for part in parts.values())
+    copies = sf.tl.cluster_niches(list(parts.values()), n_clusters=2, key_added="two", copy=True)
+    assert [copy.n_obs for copy in copies] == [150, 250] and "two" not in parts["one"].obs
+
+
+def test_labels_of_a_list_are_pooled(cells):
+    first, second, third = cells[:150].copy(), cells[150:300].copy(), cells[300:].copy()
+    first.obs["known"] = first.obs["truth"].where(first.obs["truth"] != "c")
+    second.obs["known"] = second.obs["truth"].where(second.obs["truth"] == "c")  # "c" is labelled on this slide alone
+    sf.tl.annotate([first, second, third], labels="known", threshold=0.0)
+    for part in (first, second, third):
+        assert list(part.obs["annotation"].cat.categories) == ["a", "b", "c", "unknown"]
+        assert (part.obs["annotation"].astype(str) == part.obs["truth"]).mean() > 0.8
+    by_reference = sf.tl.annotate(third, labels="known", reference=[first, second], threshold=0.0, copy=True)
+    assert (by_reference.obs["annotation"] == third.obs["annotation"]).mean() > 0.95
+    second.uns["X_spatia"], first.uns["X_spatia"] = ({"params": {"model_sha256": x}} for x in "xy")
+    with pytest.raises(ValueError, match="the objects of data was made by different models"):
+        sf.tl.annotate([first, second], labels="known")

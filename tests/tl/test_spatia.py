@@ -10,14 +10,26 @@ import torch
 from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
-from spatiaflow.train.spatia import LOSSES
+from spatiaflow.models.spatia import LOSSES
 
-TINY = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 1, "gene_layers": 1, "anchor_um": 40.0}
+TINY = {
+    "crop_pixels": 16,
+    "patch_pixels": 8,
+    "width": 32,
+    "image_layers": 1,
+    "gene_layers": 1,
+    "anchor_um": 40.0,
+    "crop_um": 12.0,
+}
 LEVELS = ("X_spatia_cell", "X_spatia_niche", "X_spatia_tissue")
 
 
+def tiny(**changes):
+    return sf.models.SpatiaConfig(**(TINY | changes))
+
+
 def train(slides, **options):
-    options = {"image_key": "fluorescence", "max_epochs": 2, "preset": TINY, "crop_um": 12.0} | options
+    options = {"image_key": "fluorescence", "max_epochs": 2, "config": tiny()} | options
     return sf.tl.train_spatia(slides, **options)
 
 
@@ -232,13 +244,19 @@ def test_bad_arguments(slides, model, tmp_path):
         train(slides, validation=1.5)
     with pytest.raises(ValueError, match="not in data"):
         train(slides, validation=["elsewhere"])
+    with pytest.raises(ValueError, match="no slide measures, such as 'Foo'"):
+        train(slides, genes=["Foo"])
+    with pytest.raises(ValueError, match="config must be one of 'default', not 'huge'"):
+        train(slides, config="huge")
+    with pytest.raises(TypeError, match="config must be a name or a SpatiaConfig, not dict"):
+        train(slides, config={"width": 32})
 
 
 def test_every_loss_is_logged_and_can_be_switched_off(slides, model):
     for name in LOSSES:
         assert f"val_{name}" in model.history
         assert np.isfinite(model.history[f"train_{name}"]).all()
-    off = train(slides[:1], losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}, max_epochs=1)
+    off = train(slides[:1], config=tiny(losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}), max_epochs=1)
     assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
 
 
@@ -260,35 +278,6 @@ def test_the_context_is_trained_with_dropout(slides, monkeypatch):
     monkeypatch.setattr(ContextTraining, "losses", watched)
     train(slides, max_epochs=1)
     assert modes == {(True, True), (False, False)}
-
-
-def test_context_asks_for_hidden_cells_and_never_sees_them(slides, model):
-    from spatiaflow.models.spatia import Surroundings
-    from spatiaflow.train.spatia import ContextTraining, nearest_hidden
-
-    table, config, rng = slides[0]["table"], model.config, np.random.default_rng(0)
-    xy, n = table.obsm["spatial"], table.n_obs
-    around = Surroundings.of(xy, config)
-    absent = torch.from_numpy(rng.random(n) < 0.25)
-    target, found = nearest_hidden(absent, around.neighbors)
-    for i in range(n):
-        known = [j for j, real in zip(around.neighbors.index[i].tolist(), around.neighbors.mask[i]) if real]
-        hidden = [j for j in known if absent[j]]
-        assert bool(found[i]) == bool(hidden)
-        if hidden:
-            assert target[i] == min(hidden, key=lambda j: np.linalg.norm(xy[j] - xy[i]))
-    assert (target[absent] == torch.arange(n)[absent]).all() and found.float().mean() > 0.8
-
-    module = ContextTraining(model.network, {"niche": 1.0, "tissue": 1.0}, model.target_sum)
-    cells = torch.randn(n, config.width, requires_grad=True)
-    counts = torch.from_numpy(table.X.toarray())
-    measured, standard = torch.ones(counts.shape, dtype=bool), model.network.gene.standard[None]
-    batch = {"cells": cells, "counts": counts, "measured": measured, "standard": standard, "around": around}
-    sum(module.losses(batch, torch.Generator().manual_seed(1)).values()).backward()
-    absent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.25
-    assert (cells.grad[absent] == 0).all()
-    assert (cells.grad[~absent].abs().sum(1) > 0).all()
-    model.network.zero_grad()
 
 
 def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
@@ -320,7 +309,7 @@ def test_one_modality_and_going_on(slides):
         embedded(slides[0], genes)
     more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, max_epochs=1)
     assert more.config == genes.config
-    image = train(slides, modalities="image", losses={"reconstruction": 1.0})
+    image = train(slides, modalities="image", config=tiny(losses={"reconstruction": 1.0}))
     assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
 
 
@@ -329,10 +318,6 @@ def test_levels_of_an_earlier_call_do_not_stay(slides, model):
     again = embedded(edited(slides[0], table=table), model, levels=("cell",))
     assert "X_spatia_niche" not in again.obsm and "X_spatia_attention" not in again.obsp
     assert again.obsm["X_spatia"].shape == again.obsm["X_spatia_cell"].shape
-    for bad, match in (({"losses": {"gene": 1.0}}, "losses has no 'gene'"), ({"losses": {"genes": -1}}, "negative"),
-                       ({"genes": ["Foo"]}, "no slide measures, such as 'Foo'")):  # fmt: skip
-        with pytest.raises(ValueError, match=match):
-            train(slides, **bad)
 
 
 def test_attention_is_a_share_of_the_neighbours(slides, model):
@@ -392,7 +377,7 @@ def corpus(slides, tmp_path_factory):
 
 
 def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
-    on_disk = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0)
+    on_disk = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
     objects = [sd.read_zarr(corpus.parent / name) for name in ("a.zarr", "b.zarr")]
     in_memory = train(objects)
     assert on_disk.config.pitch_um == pytest.approx(in_memory.config.pitch_um, rel=1e-6)
@@ -404,37 +389,14 @@ def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
 
 
 def test_batches_may_be_read_by_other_processes(corpus):
-    alone = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0)
-    helped = sf.tl.train_spatia(corpus, max_epochs=2, preset=TINY, crop_um=12.0, workers=2)
+    alone = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
+    helped = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny(num_workers=2))
     assert helped.sha256 == alone.sha256
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("path\na.zarr\n", "a column 'store'"), ("store,colour\na.zarr,red\n", "has a column 'colour'"), ("store\n", "needs a row")],
-)  # fmt: skip
-def test_a_bad_manifest_is_a_clear_error(tmp_path, text, message):
-    (tmp_path / "corpus.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        sf.tl.train_spatia(tmp_path / "corpus.csv")
-
-
-def test_tissues_are_drawn_in_balance():
-    from spatiaflow.models.spatia import SpatiaConfig
-    from spatiaflow.train.spatia import CellSlide, Fields
-
-    def cells(n, tissue):
-        return CellSlide(
-            "s", np.random.default_rng(n).random((n, 2)), None, np.zeros(0, bool), None, None, None, tissue
-        )
-
-    batches = Fields([cells(400, "a"), cells(100, "a"), cells(500, "b")], [], SpatiaConfig([], []), 1)
-    np.testing.assert_allclose(batches.share, [1 / 3, 1 / 6, 1 / 2])
 
 
 def test_crops_may_fit_their_cells(slides):
     """The scale is given to the model: with other polygons around the same pixels a cell's embedding differs."""
-    model = train(slides, preset=TINY | {"adaptive": True})
+    model = train(slides, config=tiny(adaptive=True))
     table = embedded(slides[0], model)
     polygons = slides[0]["nuclei"].copy()
     polygons.geometry = polygons.geometry.scale(1.6, 1.6, origin="centroid")
@@ -444,7 +406,6 @@ def test_crops_may_fit_their_cells(slides):
 
 
 def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
-    import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     small = ViTMAEConfig(
@@ -453,7 +414,7 @@ def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
     )  # fmt: skip
     published = ViTMAEForPreTraining(small)
     published.save_pretrained(tmp_path / "mae")
-    model = train(slides, preset=TINY | {"backbone": str(tmp_path / "mae")}, max_epochs=1)
+    model = train(slides, config=tiny(backbone=str(tmp_path / "mae")), max_epochs=1)
     assert model.network.image.mae.config.hidden_size == 24
     # one epoch moves the weights a little: they are the published ones, not others drawn at random
     known, now = published.state_dict(), model.network.image.mae.state_dict()
@@ -464,12 +425,7 @@ def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
         embedded(slides[0], again).obsm["X_spatia"], embedded(slides[0], model).obsm["X_spatia"]
     )
     with pytest.raises(OSError, match="could not be loaded"):
-        train(slides, preset=TINY | {"backbone": str(tmp_path / "nothing")})
-
-
-def test_a_wrong_size_in_the_preset_is_named(slides):
-    with pytest.raises(ValueError, match="preset holds.*depth"):
-        train(slides, preset={"depth": 3})
+        train(slides, config=tiny(backbone=str(tmp_path / "nothing")))
 
 
 def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
@@ -478,7 +434,7 @@ def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
         if chunk.is_file() and "json" not in chunk.name and chunk.name[0] != ".":
             chunk.write_bytes(b"\x07" * chunk.stat().st_size)
     with pytest.raises(OSError, match="of an image could not be read"):
-        sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, preset=TINY, crop_um=12.0)
+        sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, config=tiny())
     with pytest.raises(OSError, match="of an image could not be read"):
         train([sd.read_zarr(tmp_path / "c" / "a.zarr")])
 
@@ -526,77 +482,6 @@ def test_bundled_weights_tell_cell_types_of_other_cells_of_their_slide(mirror):
     half = np.arange(len(x)) % 2 == 0
     agreement = KNeighborsClassifier(15).fit(x[half], y[half]).score(x[~half], y[~half])
     assert agreement > 2 * pd.Series(y).value_counts(normalize=True).iloc[0]
-
-
-def test_batches_are_of_one_size_and_lose_nothing():
-    import torch
-
-    from spatiaflow.models.spatia import full
-
-    rng, parts, done = np.random.default_rng(0), [], 0
-    for n in rng.integers(1, 9, 30):
-        rows = np.arange(done, done + n)
-        parts.append((rows, torch.from_numpy(rows)[:, None] * 2))
-        done += n
-    out = list(full(iter(parts), 8))
-    assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
-    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
-    np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))
-
-
-def test_scattered_cells_come_from_many_places_and_repeat():
-    from scipy import sparse
-
-    from spatiaflow.models.spatia import SpatiaConfig
-    from spatiaflow.train.spatia import CellSlide, ScatteredCells
-
-    rng = np.random.default_rng(0)
-    counts = sparse.csr_matrix(rng.poisson(2.0, (3000, 4)).astype(np.float32))
-    xy = rng.uniform(0, 3000, (3000, 2))
-    slide = CellSlide("s", xy, counts, np.ones(4, bool), None, np.zeros(0, int), None).standardised(8.0)
-    config = SpatiaConfig(list("abcd"), [])
-    batches = ScatteredCells([slide], config, 40, cells=64, places=12, stretch=8)
-    first = batches[3]
-    assert len(first["xy"]) == 64
-    row = {tuple(p): i for i, p in enumerate(xy)}
-    mine = [row[tuple(p)] for p in first["xy"].numpy()]
-    np.testing.assert_array_equal(first["counts"], counts[mine].toarray())  # counts and positions of the same cells
-    assert len(set(mine)) == 64
-    spread = np.linalg.norm(xy[mine] - xy[mine].mean(0), axis=1).mean()
-    assert spread > 600  # cells of one region of 150 µm lie within 150 µm
-    again = ScatteredCells([slide], config, 40, cells=64, places=12, stretch=8)
-    again[20]
-    np.testing.assert_array_equal(again[3]["xy"], first["xy"])  # whatever was asked for before
-
-    def cells_of(b):
-        return {tuple(p) for p in batches[b]["xy"].numpy()}
-
-    assert cells_of(3) & cells_of(4) and len(cells_of(3) | cells_of(8)) > 110  # a stretch shares places
-    batches.epoch = 1
-    assert not np.array_equal(batches[3]["xy"], first["xy"])
-
-
-def test_genes_are_standardised_by_slide():
-    from scipy import sparse
-
-    from spatiaflow.models.spatia import gene_standard
-
-    rng = np.random.default_rng(0)
-    counts = rng.poisson([5.0, 1.0, 0.0, 3.0], (5000, 4)).astype(float)
-    measured = np.array([True, True, True, False])
-    counts = sparse.csr_matrix(counts)
-    centre, spread, share = gene_standard(counts, measured, 9.0)
-    counts = counts.toarray()
-    values = np.log1p(counts / counts.sum(1, keepdims=True) * 9)
-    np.testing.assert_allclose(centre[:2], values[:, :2].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(spread[:2], values[:, :2].std(0), rtol=1e-5)
-    np.testing.assert_allclose(np.exp(share[0]), counts[:, 0].sum() / counts.sum(), rtol=1e-3)
-    assert (centre[3], spread[3], share[3]) == (0, 1, 0) and spread[2] == 1
-    usual = np.array([[1.0] * 4, [2.0] * 4, [-2.0] * 4])
-    few = gene_standard(counts[:5], measured, 9.0, usual)
-    np.testing.assert_allclose(few[0, :3], 1.0, atol=0.15)  # few cells lean on the training data
-    many = gene_standard(counts, measured, 9.0, usual)
-    np.testing.assert_allclose(many[0, :2], centre[:2], atol=0.05)
 
 
 def test_a_batch_effect_of_genes_is_evened_out(slides):

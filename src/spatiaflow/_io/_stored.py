@@ -44,9 +44,12 @@ class StoredCounts:
         return out
 
     def named(self, columns: np.ndarray, n_genes: int) -> StoredCounts:
-        """The same counts with the columns of a vocabulary: ``columns`` gives the place of each stored gene, or -1."""
+        """The same counts with the columns of a vocabulary: ``columns`` gives the new place of each column, or -1."""
         out = self.take(np.arange(len(self)))
-        out.columns, out.n_genes = np.asarray(columns, np.int32), n_genes
+        columns = np.asarray(columns, np.int32)
+        if self.columns is not None:  # they were renamed before
+            columns = np.where(self.columns >= 0, columns[self.columns], -1).astype(np.int32)
+        out.columns, out.n_genes = columns, n_genes
         return out
 
     def __getitem__(self, rows: np.ndarray) -> sparse.csr_matrix:

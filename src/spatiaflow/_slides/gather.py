@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def gather(
     Parameters
     ----------
     data
-        An AnnData or SpatialData with one or many slides, or a list or dict of them.
+        An AnnData or SpatialData with one or many slides, a list or dict of them, or the path of a manifest, see
+        :func:`spatiaflow._slides.corpus.read_corpus`.
     where
         Elements and columns to read.
     need
@@ -63,6 +65,13 @@ def gather(
     """
     if unknown := set(need) - set(NEEDS):
         raise ValueError(f"need must be among {', '.join(NEEDS)}, not {', '.join(sorted(unknown))}.")
+    if isinstance(data, str | Path):
+        from spatiaflow._slides.corpus import read_corpus
+
+        return read_corpus(
+            data, need=need, layer=layer, use_rep=use_rep, crop_um=crop_um, crop_pixels=crop_pixels, missing=missing,
+            scaled=scaled,
+        )  # fmt: skip
     where = where or Where()
     out: list[Slide] = []
     for label, one in _io.objects_of(data).items():
@@ -87,14 +96,14 @@ def gather(
 
                 options = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
                 parts["crops"] = slide_crops(one, slide, table, **options)
-            name = _name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, dict))
+            name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, dict))
             out.append(replace(slide, name=name, **parts))
     if scaled and len(out) > 1:
         _check_together(out)
     return out
 
 
-def _name(name: str, label: str, n_slides: int, taken: set[str], named: bool) -> str:
+def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], named: bool) -> str:
     """Name of a slide that no other has: of a dict the key of its object."""
     if named:
         name = label if n_slides == 1 else f"{label}:{name}"

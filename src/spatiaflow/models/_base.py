@@ -48,7 +48,7 @@ class Config:
         """
         if isinstance(config, cls):
             return config
-        if config is None:
+        if config is None or config == "default":
             return cls.named.get("default") or cls()
         if not isinstance(config, str):
             raise TypeError(

@@ -6,8 +6,9 @@ bidirectional cross-attention between the two, then attention over neighbouring 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import CropReader, Slide
 from spatiaflow.models.spatial import (
     GatedMLP,
     Graph,
@@ -31,51 +32,67 @@ from spatiaflow.models.spatial import (
 LEVELS = ("cell", "niche", "tissue")
 
 
+# The likelihoods are nats per gene and change by some hundredths in training; the other losses change by tenths and ones.
+LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.05, "contrast": 0.02, "niche": 1.0, "tissue": 0.5}
+TRAINING = ("losses", "learning_rate", "batches_per_epoch", "devices", "precision", "num_workers")
+
+
 @dataclass
-class SpatiaConfig:
-    """Hyper-parameters of SPATIA.
+class SpatiaConfig(_base.Config):
+    """Sizes of SPATIA, and training settings that are rarely changed.
 
     Attributes
     ----------
     genes, channels
-        Vocabulary; a model without images has no channels.
+        Vocabulary; :func:`spatiaflow.tl.train_spatia` fills it in. A model without images has no channels.
     crop_um, crop_pixels, patch_pixels
         Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
     adaptive
-        Crops fit their cells, ``crop_um`` is the usual width, and the model is told the scale of each.
+        Each crop fits its cell, ``crop_um`` is the usual width, and the model is told the scale of each crop.
     backbone
-        Configuration of a published ViT-MAE in place of the small one; :func:`spatiaflow.tl.train_spatia` takes its name,
-        ``preset={"backbone": "facebook/vit-mae-base"}``.
+        A published ViT-MAE in place of the small one: its name, such as ``"facebook/vit-mae-base"``, or a folder. A trained
+        model holds its configuration instead.
     width, n_heads, dropout
         Of every transformer and of every embedding.
     stem_width
         Channels of the first convolutions before the vision transformer; 0: its patch embedding is linear.
     image_layers, gene_layers, gene_latents
-        Depth of the encoders, and the number of tokens that genes are gathered in.
+        Depth of the encoders, and number of tokens that the genes are summarised in.
     genes_to_image, image_to_gene
         Weights of the two cross-attentions; at 0 an encoder's output passes unchanged.
     niche_layers, niche_neighbors
         Local attention over neighbouring cells.
     tissue_layers, tissue_anchors, anchor_um
-        Attention over niche tokens pooled around anchors that are ``anchor_um`` apart: with 32 anchors 100 µm apart a
-        cell sees about 350 µm around it.
+        Attention over niche tokens pooled around anchors that are ``anchor_um`` apart. With 32 anchors 100 µm apart a cell
+        sees about 350 µm around it.
     pitch_um
         Unit of distances: the distance of neighbouring cells in the training data.
+    losses
+        Weights of losses that differ from the defaults; 0 switches a loss off. ``genes``: the counts of a cell from those
+        of its genes that are not hidden (negative binomial). ``image_to_genes``: all counts from the image alone.
+        ``reconstruction``: masked patches of the image. ``contrast``: a cell's image finds its genes in a batch. ``niche``
+        and ``tissue``: the counts of hidden cells from their surroundings.
+    learning_rate, batches_per_epoch
+        Of AdamW; the number of batches follows from the number of cells when None.
+    devices, precision
+        Passed to :class:`lightning.Trainer`.
+    num_workers
+        Processes that read batches while the model trains; 0 reads between the steps.
 
     Examples
     --------
-    >>> config = sf.models.SpatiaConfig(genes=["CD3E", "MS4A1"], channels=["dapi"], width=64)
+    >>> config = sf.models.SpatiaConfig(width=64, losses={"contrast": 0})
     >>> config.width, config.niche_neighbors
     (64, 24)
     """
 
-    genes: list[str]
-    channels: list[str]
+    genes: list[str] = field(default_factory=list)
+    channels: list[str] = field(default_factory=list)
     crop_um: float = 20.4
     crop_pixels: int = 48
     patch_pixels: int = 16
     adaptive: bool = False
-    backbone: dict | None = None
+    backbone: dict | str | None = None
     width: int = 128
     n_heads: int = 4
     dropout: float = 0.1
@@ -91,6 +108,35 @@ class SpatiaConfig:
     tissue_anchors: int = 32
     anchor_um: float = 100.0
     pitch_um: float = 10.0
+    losses: dict[str, float] | None = None
+    learning_rate: float = 5e-4
+    batches_per_epoch: int | None = None
+    devices: int | str = 1
+    precision: str = "32-true"
+    num_workers: int = 0
+
+    named: ClassVar[dict[str, SpatiaConfig]] = {}
+
+    def __post_init__(self) -> None:
+        given = self.losses or {}
+        if unknown := [name for name in given if name not in LOSSES]:
+            raise ValueError(f"losses has no {unknown[0]!r}; it takes {', '.join(map(repr, LOSSES))}.")
+        if given and (min(given.values()) < 0 or not any(self.loss_weights.values())):
+            raise ValueError(f"weights of losses must not be negative, nor all 0; they are {given}.")
+        if not self.crop_um > 0:
+            raise ValueError(f"crop_um must be a positive number, not {self.crop_um!r}.")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of every loss."""
+        return LOSSES | (self.losses or {})
+
+    def with_sizes_of(self, other: SpatiaConfig) -> SpatiaConfig:
+        """Vocabulary and sizes of another configuration with the training settings of this one."""
+        return replace(other, **{name: getattr(self, name) for name in TRAINING})
+
+
+SpatiaConfig.named["default"] = SpatiaConfig()
 
 
 class CrossAttention(nn.Module):
@@ -346,7 +392,36 @@ def gene_standard(
     return np.where(measured, out, [[0.0], [1.0], [0.0]]).astype(np.float32)
 
 
-def relative_scale(crops, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
+def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None) -> np.ndarray | None:
+    """How the genes of a slide are standardised by its own cells, see :func:`gene_standard`; None without counts."""
+    if slide.counts is None:
+        return None
+    counts = slide.counts if sparse.issparse(slide.counts) else slide.counts[spread(len(slide), 4000)]
+    return gene_standard(counts, slide.measured, target_sum, usual)
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """At most ``most`` evenly spaced rows of ``n``."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
+
+
+def in_vocabulary(slide: Slide, config: SpatiaConfig, channels: Mapping[str, str] | None = None) -> Slide:
+    """The slide with a model's genes and channels. What the slide lacks is masked.
+
+    Parameters
+    ----------
+    channels
+        The model's names of channels that the image calls otherwise.
+    """
+    crops = slide.crops
+    if crops is not None:
+        crops = crops.matched(config.channels, channels, slide.name)
+    slide = slide.align(config.genes)
+    measured = np.zeros(0, bool) if slide.measured is None else slide.measured
+    return replace(slide, crops=crops, measured=measured)
+
+
+def relative_scale(crops: CropReader, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
     """Size of a pixel of some crops over the usual one, n."""
     if not c.adaptive:
         return torch.ones(len(rows))
@@ -375,7 +450,7 @@ class Spatia(_base.Model):
     Attributes
     ----------
     config
-        Vocabulary of genes and channels, and all sizes.
+        Vocabulary of genes and channels, sizes, and training settings.
     history
         Dict of lists, one entry an epoch.
     card
@@ -399,19 +474,51 @@ class Spatia(_base.Model):
         channels = ", ".join(c.channels) or "none"
         return f"Spatia: {len(c.genes)} genes, channels {channels}, width {c.width}, {c.crop_um:g} µm crops"
 
-    @torch.inference_mode()
-    def embed(
-        self, slide, inside: np.ndarray, *, batch_size=512, device="cpu", levels=LEVELS, attention=False,
-        update=lambda n: None,
-    ) -> dict:  # fmt: skip
-        """Embeddings (level -> n x d) of all cells of one slide; with ``attention`` also the niche's, n x n sparse.
+    def prepare(
+        self, slide: Slide, *, channels: Mapping[str, str] | None = None, scaling: str = "slide"
+    ) -> tuple[Slide, np.ndarray | None]:
+        """Return a slide in the model's genes and channels, and how its genes are standardised.
 
         Parameters
         ----------
-        slide
-            A :class:`spatiaflow.train.spatia.CellSlide`; without crops or without counts the modality is missing.
-        inside
-            Cells whose image is there, n, bool; the others are embedded without it.
+        channels
+            The model's names of channels that the image calls otherwise.
+        scaling
+            ``"slide"``: intensities and genes are scaled by the slide's own cells; ``"training"``: by those of the training
+            slides.
+        """
+        slide = in_vocabulary(slide, self.config, channels)
+        if scaling == "slide":
+            usual = None if self.network.gene is None else self.network.gene.standard.cpu().numpy()
+            return slide, standard_of(slide, self.target_sum, usual)
+        if slide.crops is not None:
+            own = slide.crops.range.copy()
+            for name, place in zip(self.config.channels, slide.crops.places):
+                if place >= 0:
+                    own[place] = self.card["intensity"][name]
+            slide = replace(slide, crops=replace(slide.crops, range=own))
+        return slide, None
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        slide: Slide,
+        standard: np.ndarray | None = None,
+        *,
+        batch_size: int = 512,
+        device: torch.device | str = "cpu",
+        levels: Sequence[str] = LEVELS,
+        attention: bool = False,
+        update: Callable[[int], object] = lambda n: None,
+    ) -> dict[str, np.ndarray | sparse.csr_matrix]:
+        """Embeddings (level -> n x d) of all cells of one slide; with ``attention`` also the niche's, n x n sparse.
+
+        Cells outside the image are embedded without it.
+
+        Parameters
+        ----------
+        slide, standard
+            From :meth:`prepare`. Without crops or without counts the modality is missing.
         batch_size
             Cells encoded at a time.
         update
@@ -419,23 +526,11 @@ class Spatia(_base.Model):
         """
         network = self.network.to(device).eval()
         cells = torch.empty(len(slide), self.config.width)
-        measured = torch.from_numpy(slide.measured)[None].to(device)
-        standard = None if slide.standard is None else torch.from_numpy(slide.standard).to(device)
-        for rows, crops in self._batches(slide, inside, batch_size):
-            image = genes = None
-            if crops is not None:
-                present = torch.from_numpy(slide.channels >= 0).expand(len(rows), -1)
-                size = relative_scale(slide.crops, rows, self.config)
-                image = network.image(
-                    scaled(crops, slide.intensity, slide.channels).to(device), present.to(device), size.to(device)
-                )
-            if slide.counts is not None:
-                counts = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)).to(device)
-                genes = network.gene_tokens(counts, measured, measured, self.target_sum, standard)
-            cells[rows] = network.fuse(image, genes, len(rows)).cpu()
+        for rows, crops in self._batches(slide, batch_size):
+            cells[rows] = self._cells(slide, standard, rows, crops, device).cpu()
             update(len(rows))
         out = {"cell": cells}
-        rows = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # what its caches hold
+        rows = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
         if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
             out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, rows))
@@ -444,14 +539,32 @@ class Spatia(_base.Model):
             weight = network.niche_attention(cells.to(device), around, rows).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
             index = around.neighbors.index.numpy()[row, column]
-            found["attention"] = sparse.csr_matrix(
-                (weight.numpy()[row, column], (row, index)), (len(slide), len(slide))
-            )
+            entries = weight.numpy()[row, column], (row, index)
+            found["attention"] = sparse.csr_matrix(entries, (len(slide), len(slide)))
         return found
 
+    def _cells(
+        self, slide: Slide, standard: np.ndarray | None, rows: np.ndarray, crops: Tensor | None, device
+    ) -> Tensor:
+        """Cell embeddings of some rows, n x d; ``crops`` None: without their images."""
+        image = genes = None
+        if crops is not None:
+            places = slide.crops.places
+            present = torch.from_numpy(places >= 0).expand(len(rows), -1)
+            size = relative_scale(slide.crops, rows, self.config)
+            x = scaled(crops, slide.crops.range, places)
+            image = self.network.image(x.to(device), present.to(device), size.to(device))
+        if slide.counts is not None:
+            measured = torch.from_numpy(slide.measured)[None].to(device)
+            usual = None if standard is None else torch.from_numpy(standard).to(device)
+            counts = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)).to(device)
+            genes = self.network.gene_tokens(counts, measured, measured, self.target_sum, usual)
+        return self.network.fuse(image, genes, len(rows))
+
     @staticmethod
-    def _batches(slide, inside: np.ndarray, batch_size: int):
-        with_image = np.flatnonzero(inside) if slide.crops is not None else np.zeros(0, int)
+    def _batches(slide: Slide, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor | None]]:
+        """Yield (rows, crops): cells with an image first, then the others."""
+        with_image = np.zeros(0, int) if slide.crops is None else np.flatnonzero(slide.crops.inside)
         if len(with_image):
             yield from full(slide.crops.batches(batch_size, with_image), batch_size)
         rest = np.setdiff1d(np.arange(len(slide)), with_image)

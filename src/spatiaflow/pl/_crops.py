@@ -1,4 +1,4 @@
-"""A gallery of cells, a row a group."""
+"""A gallery of cells, one row per group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from spatiaflow import _io
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._tissue import finish, scale_bar
 
-# light colours of Okabe and Ito, told apart with any colour vision, on black: blue, orange, green, purple, yellow, red
+# light colours of Okabe and Ito for a black background, distinct with any colour vision: blue, orange, green, purple,
+# yellow, red
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#FFFFFF")
 SAMPLE, SAMPLE_PIXELS = 12, 512  # windows around cells whose pixels set the contrast
 
@@ -27,7 +28,7 @@ def crops(
     groups: Sequence[str] | None = None,
     n: int = 8,
     crop_um: float = 25.0,
-    channels: Sequence[str] | None = None,
+    channels: Sequence[str] | str | None = None,
     outline: bool | None = None,
     percentiles: tuple[float, float] = (1.0, 99.8),
     table_key: str = "table",
@@ -41,17 +42,17 @@ def crops(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw cells of each group as they look in the image, chosen at random.
+    """Draw randomly chosen cells of each group as they look in the image.
 
-    Channels are added in colours that are told apart with any colour vision; the contrast of a channel is the same in
-    all crops of a slide. One channel is drawn in grey, a picture (H&E) as it is. Only parts of the image are read.
+    Channels are added in colours that are distinct with any colour vision. The contrast of a channel is the same in all
+    crops of a slide. One channel is drawn in grey, an H&E picture as it is. Only parts of the image are read.
 
     Parameters
     ----------
     data
         Object with an image, as for :func:`spatiaflow.pp.encode_patches`.
     groupby
-        Column of ``.obs``, a row a group; None draws one row of all cells.
+        Column of ``.obs``, one row per group; None draws one row of all cells.
     groups
         Groups to draw, in this order; None draws all.
     n
@@ -61,19 +62,19 @@ def crops(
     channels
         Names of the channels to draw, at most 7; None draws all.
     outline
-        Draw the outline of the cell's polygon or label; None: where the data have them.
+        Draw the outline of the cell's polygon or label; None draws it where the data have them.
     percentiles
-        Of a channel, what is drawn black and what in full colour; over the pixels around some cells of the slide.
+        Percentiles of a channel that are drawn black and in full colour, over the pixels around some cells of the slide.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData; ``image_key`` may be omitted where one image shares the cells' coordinate system.
     library_key
         Column of ``.obs`` that tells slides apart.
     spatial_key, mpp
-        Where positions are in an AnnData, and their scale in µm per pixel when the data do not say.
+        Where positions are in an AnnData, and their scale in µm per pixel when the data do not state it.
     random_state
         Seed of the choice; None: ``settings.seed``.
     show
-        Show the figure; None: when matplotlib is interactive.
+        Show the figure; None shows it when matplotlib is interactive.
     return_fig
         Return the figure instead.
 
@@ -86,7 +87,7 @@ def crops(
     KeyError
         The column, a group, a channel or the image is missing.
     ValueError
-        More channels than can be told apart, no cell in the image, or an outline of cells without masks.
+        More than 7 channels, no cell in the image, or an outline of cells without masks.
 
     Examples
     --------
@@ -94,17 +95,13 @@ def crops(
     """
     import matplotlib.pyplot as plt
 
-    if not (np.isfinite(crop_um) and crop_um > 0):
-        raise ValueError(f"crop_um is the width of a crop in µm and must be positive, not {crop_um!r}.")
-    if n < 1:
-        raise ValueError(f"n is how many cells of each group are drawn and must be at least 1, not {n!r}.")
+    where = _io.Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
+    _io.positive(crop_um=crop_um)
+    _io.at_least_one(n=n)
     if outline and isinstance(data, AnnData):
         raise ValueError("outline=True needs polygons or labels of a SpatialData; an AnnData has none.")
     _, table = _io.unpack(data, table_key)
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp, missing=True,
-    )  # fmt: skip
+    slides = _io.places(data, where, missing=True)
     found = [_Pictures(data, table, slide, image_key, channels, crop_um, percentiles) for slide in slides]
     rows = _choose(table, found, groupby, groups, n, np.random.default_rng(resolve_seed(random_state)))
     outline = isinstance(data, SpatialData) if outline is None else outline
@@ -143,7 +140,7 @@ def _choose(table, found, groupby, groups, n, rng) -> dict:
         rows, inside, uncut = pictures.slide.rows, *pictures.inside()
         owner[rows[inside]], row_of[rows[inside]], whole[rows] = i, np.flatnonzero(inside), uncut
     if not (owner >= 0).any():
-        raise ValueError("no cell lies in its image: do the transformations (or mpp) of cells and image agree?")
+        raise ValueError("no cell lies in its image. Check the transformations of cells and image, or mpp=.")
     if groupby is None:
         members = {"": np.arange(table.n_obs)}
     else:
@@ -180,8 +177,8 @@ class _Pictures:
             raise KeyError(f"image {image.name!r} has no channel {missing[0]!r}; it has {', '.join(names)}.")
         if len(channels) > len(COLOURS) and not self.is_rgb:
             raise ValueError(
-                f"{len(channels)} channels cannot be told apart in one picture; choose up to {len(COLOURS)} with channels= "
-                f"from {', '.join(names)}."
+                f"{len(channels)} channels are too many for one picture; choose up to {len(COLOURS)} with channels= from "
+                f"{', '.join(names)}."
             )
         self.names, self.used = [str(name) for name in channels], [names.index(str(name)) for name in channels]
         self.source = data, table, slide, image

@@ -1,33 +1,30 @@
-"""What SPATIA's verbs share: cells of every slide as its model sees them."""
+"""Cells of every slide for the generator of morphology; goes as soon as that uses gather and Crops."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from spatiaflow import _io
-from spatiaflow._settings import logger
 from spatiaflow._slides.crops import SHARED_BYTES, Crops, check_inside, match_channels, slide_crops
 from spatiaflow.models.slide import Slide
-from spatiaflow.train.spatia import CellSlide
-
-MODALITIES = ("image", "genes")
-MANIFEST = (
-    "store", "tissue", "platform", "table_key", "image_key", "shapes_key", "labels_key", "library_key", "mpp"
-)  # fmt: skip
-MIN_COVERAGE = 0.1  # of the model's genes: below it an embedding would rest on what the model was never shown
 
 
-def check_modalities(modalities) -> tuple[str, ...]:
-    """Return modalities as a tuple, after a check of their names."""
-    chosen = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-    if not chosen or set(chosen) - set(MODALITIES):
-        raise ValueError(f"modalities must be 'image', 'genes' or both, not {modalities!r}.")
-    return chosen
+@dataclass
+class CellSlide:
+    """Cells of one slide in the vocabulary of a model."""
+
+    name: str
+    xy: np.ndarray
+    counts: sparse.csr_matrix | object | None
+    measured: np.ndarray
+    crops: object | None
+    channels: np.ndarray
+    intensity: np.ndarray | None
+    tissue: str = ""
 
 
 @dataclass
@@ -99,65 +96,6 @@ def intensity_of(slides: list[CellSlide], channels: list[str]) -> dict[str, list
         known = [s.intensity[s.channels[i]] for s in slides if s.crops is not None and s.channels[i] >= 0]
         if known:
             out[name] = [float(v) for v in np.median(known, 0)]
-    return out
-
-
-def with_intensity(slide: CellSlide, intensity: dict, channels: list[str]) -> CellSlide:
-    """The slide's cells, scaled as the training slides were."""
-    if slide.crops is None:
-        return slide
-    own = slide.intensity.copy()
-    for name, place in zip(channels, slide.channels):
-        if place >= 0:
-            own[place] = intensity[name]
-    return replace(slide, intensity=own)
-
-
-def check_coverage(have: list[str], genes: list[str]) -> float:
-    """Return the share of the model's genes that are measured; refuse a table that measures too few."""
-    n = len(set(genes) & set(have))
-    if n < max(1, MIN_COVERAGE * len(genes)):
-        raise ValueError(
-            f"var_names hold {n} of the model's {len(genes)} genes; at least {MIN_COVERAGE:.0%} are needed. The "
-            f"model knows e.g. {', '.join(genes[:5])}; are the identifiers of one kind (symbols or Ensembl, human or "
-            "mouse)? modalities='image' does without genes; on other tissue train your own with sf.tl.train_spatia(data)."
-        )
-    if n < len(genes):
-        logger.info("%d of the model's %d genes are measured; the others are masked", n, len(genes))
-    return n / len(genes)
-
-
-def read_corpus(manifest: str | Path, **options) -> list[Part]:
-    """Cells of every store of a manifest; counts and images stay on disk.
-
-    Of each cell are held its position, its place in the image and a pointer to its counts.
-    """
-    from spatialdata import read_zarr
-
-    manifest, out = Path(manifest), []
-    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
-    if "store" not in table or not len(table):
-        raise ValueError(
-            f"{str(manifest)!r} needs a row a store and a column 'store'; it has {', '.join(table.columns)}."
-        )
-    if unknown := [name for name in table.columns if name not in MANIFEST]:
-        raise ValueError(f"{str(manifest)!r} has a column {unknown[0]!r}; known are {', '.join(MANIFEST)}.")
-    for row in table.to_dict("records"):
-        given = {name: value for name, value in row.items() if value}
-        store, tissue = manifest.parent / given.pop("store"), given.pop("tissue", "")
-        given.pop("platform", None)
-        table_key, image_key = given.get("table_key", "table"), given.pop("image_key", None)
-        if "mpp" in given:
-            given["mpp"] = float(given["mpp"])
-        data = read_zarr(store)
-        slides = _io.slides(data, **given)
-        group = f"tables/{table_key}/" + (f"layers/{options['layer']}" if options.get("layer") else "X")
-        stored = _io.StoredCounts(store, group) if "genes" in options["modalities"] else None
-        for part in parts(data, data[table_key], slides, stored=stored, tissue=tissue, image_key=image_key, **options):
-            part.slide = replace(part.slide, library_id=f"{store.stem}:{part.slide.name}", xy=np.float32(part.slide.xy))
-            if part.crops is not None:
-                part.crops.xy = np.float32(part.crops.xy)
-            out.append(part)
     return out
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Key
 from spatiaflow._settings import resolve_seed
 
 MAX_FIT = 20_000  # cells that mixtures are fitted to
 UNKNOWN = "unknown"
+MISSING = (UNKNOWN, "", "nan", "None", "<NA>")  # what text makes of a missing value
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
 
 
 def cluster_niches(
-    data: AnnData | SpatialData,
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
     n_clusters: int | None = None,
     use_rep: str = "X_spatia_niche",
@@ -28,22 +30,23 @@ def cluster_niches(
     random_state: int | None = None,
     key_added: str = "niche",
     copy: bool = False,
-) -> AnnData | SpatialData | None:
+) -> AnnData | SpatialData | list | dict | None:
     """Cluster cells by their surroundings.
 
-    A Gaussian mixture over the principal components of the niche embedding. Without ``n_clusters`` their number is the
-    one of lowest Bayesian information criterion; no label is looked at.
+    A Gaussian mixture is fitted to the principal components of the niche embedding. Without ``n_clusters`` their number is
+    the one of lowest Bayesian information criterion. No label is used.
 
     Parameters
     ----------
     data
-        Needs ``.obsm[use_rep]``, from :func:`embed_spatia`.
+        Needs ``.obsm[use_rep]``, from :func:`embed_spatia`. Objects of a list or dict are clustered together: niche "0" is
+        the same in all of them.
     n_clusters
         Number of niches; chosen when None.
     use_rep
         Embedding.
     max_clusters
-        Most that are tried when ``n_clusters`` is None.
+        Largest number that is tried when ``n_clusters`` is None.
     table_key
         Table of a SpatialData.
     random_state
@@ -55,7 +58,7 @@ def cluster_niches(
 
     Returns
     -------
-    None, or with ``copy=True`` an object of the type given. Sets:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obs[key_added]`` : categories "0", "1", ..., the largest first
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], probability of the niche under the mixture
@@ -66,7 +69,7 @@ def cluster_niches(
     KeyError
         The embedding is missing.
     ValueError
-        It has values that are not finite, or fewer cells than clusters.
+        It has values that are not finite, fewer cells than clusters, or was made by different models.
 
     Examples
     --------
@@ -74,44 +77,50 @@ def cluster_niches(
     >>> sdata["table"].obs["found_niche"].cat.categories.tolist()
     ['0', '1', '2']
     """
+    started, seed = time.perf_counter(), resolve_seed(random_state)
+    _io.at_least_one(n_clusters=n_clusters, max_clusters=max_clusters)
+    _io.slot_name(key_added)
+    objects, tables = _unpacked(data, table_key, copy=copy)
+    x = _pooled(tables, use_rep).astype(np.float64)
+    probability, bic = _mixture(x, n_clusters, max_clusters, seed)
+    niche, n_niches = probability.argmax(1), probability.shape[1]
+    rank = np.argsort(np.argsort(-np.bincount(niche, minlength=n_niches), kind="stable"))  # the largest is "0"
+    params = _io.provenance(started, random_state=seed, n_clusters=n_niches, use_rep=use_rep, n_objects=len(tables))
+    for table, rows in zip(tables, _rows(tables)):
+        chosen = pd.Categorical.from_codes(rank[niche[rows]], [str(i) for i in range(n_niches)])
+        _io.write(
+            table, key_added, obs={"": chosen, Key.obs.confidence(""): probability[rows].max(1)},
+            uns={"bic": bic, "params": params},
+        )  # fmt: skip
+    return objects if copy else None
+
+
+def _mixture(
+    x: np.ndarray, n_clusters: int | None, max_clusters: int, seed: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Probability of each cluster (n x clusters) under the best mixture, and the criterion of each number tried."""
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
-    started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(n_clusters=n_clusters, max_clusters=max_clusters)
-    data, table = _io.unpack(data, table_key, copy=copy)
-    x = _io.features(table, use_rep, EMBEDDING_HELP).astype(np.float64)
     tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
     if len(x) < 2 * max(tried[0], 2):
-        raise ValueError(f"{len(x)} cells are too few: two for each niche are needed, and four at least.")
+        raise ValueError(f"{len(x)} cells are too few: two per niche are needed, and at least four.")
     x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
     x = x / max(x[:, 0].std(), 1e-12)
     sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]
-    best, bic = None, []
+    best, bic = None, {}
     for n in [n for n in tried if 2 * n <= len(x)]:
         mixture = GaussianMixture(n, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=seed).fit(x[sample])
-        bic.append(mixture.bic(x[sample]))
-        best = mixture if bic[-1] == min(bic) else best
-    probability = best.predict_proba(x)
-    order = np.argsort(-np.bincount(probability.argmax(1), minlength=best.n_components), kind="stable")
-    names = [str(i) for i in range(best.n_components)]
-    chosen = pd.Categorical.from_codes(np.argsort(order)[probability.argmax(1)], names)
-    params = {
-        "n_clusters": best.n_components, "use_rep": use_rep, "random_state": seed,
-        "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
-    }  # fmt: skip
-    _io.write(
-        table, key_added, obs={"": chosen, "_confidence": probability.max(1)},
-        uns={"bic": dict(zip(map(str, tried), bic)), "params": params},
-    )  # fmt: skip
-    return data if copy else None
+        bic[str(n)] = float(mixture.bic(x[sample]))
+        best = mixture if bic[str(n)] == min(bic.values()) else best
+    return best.predict_proba(x), bic
 
 
 def annotate(
-    data: AnnData | SpatialData,
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
     labels: str,
-    reference: AnnData | SpatialData | None = None,
+    reference: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping | None = None,
     use_rep: str = "X_spatia",
     method: str = "linear",
     threshold: float = 0.5,
@@ -120,30 +129,31 @@ def annotate(
     random_state: int | None = None,
     key_added: str = "annotation",
     copy: bool = False,
-) -> AnnData | SpatialData | None:
+) -> AnnData | SpatialData | list | dict | None:
     """Carry labels from some cells to the others, by their embeddings.
 
-    A linear probe (logistic regression) or nearest neighbours. Penalty and the temperature that makes confidence honest
-    are chosen on held-out labelled cells: whole slides where ``library_key`` tells three or more apart, folds else.
+    A linear probe (logistic regression) or nearest neighbours. Penalty and temperature, which calibrates the confidence, are
+    chosen on held-out labelled cells: whole slides where three or more are known, random folds otherwise.
 
     Parameters
     ----------
     data
-        Needs ``.obsm[use_rep]``; without ``reference`` also ``.obs[labels]``, where missing values are to be filled.
+        Needs ``.obsm[use_rep]``; without ``reference`` also ``.obs[labels]`` with missing values to fill in. Labels of
+        the objects of a list or dict are pooled.
     labels
         Column of ``.obs`` with the labels, of ``reference`` when it is given.
     reference
-        Labelled cells, embedded by the same model.
+        Labelled cells, embedded by the same model; one object or several.
     use_rep
         Embedding.
     method
         ``"linear"`` or ``"knn"``.
     threshold
-        Cells whose confidence is lower are called "unknown".
+        Cells with a lower confidence are called "unknown".
     table_key
         Table of a SpatialData.
     library_key
-        Column of ``.obs`` that tells slides of the labelled cells apart.
+        Column of ``.obs`` that tells slides of the labelled cells apart; None: each object is a slide.
     random_state
         Seed; ``settings.seed`` when None.
     key_added
@@ -153,7 +163,7 @@ def annotate(
 
     Returns
     -------
-    None, or with ``copy=True`` an object of the type given. Sets:
+    None, or with ``copy=True`` what was given. Sets:
 
     ``.obs[key_added]`` : categories, the labels and "unknown"; cells that had a label keep it
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], calibrated; 1 where the label was given
@@ -181,65 +191,109 @@ def annotate(
 
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.one_of(("linear", "knn"), method=method)
+    _io.slot_name(key_added)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a confidence between 0 and 1, not {threshold!r}.")
-    data, table = _io.unpack(data, table_key, copy=copy)
-    source = table if reference is None else _io.unpack(reference, table_key)[1]
-    x, known = _io.features(table, use_rep, EMBEDDING_HELP), _io.features(source, use_rep, EMBEDDING_HELP)
+    objects, tables = _unpacked(data, table_key, copy=copy)
+    sources = tables if reference is None else _unpacked(reference, table_key)[1]
+    x = known = _pooled(tables, use_rep)
     if reference is not None:
-        _same_model(table, source, use_rep)
-        if x.shape[1] != known.shape[1]:
-            raise ValueError(
-                f"obsm[{use_rep!r}] has {x.shape[1]} columns in data and {known.shape[1]} in the reference; embed both alike."
-            )
-    if labels not in source.obs:
-        raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, source.obs.columns[:12]))}.")
-    given = source.obs[labels].astype(object)
-    rows = np.flatnonzero(
-        given.notna() & ~given.isin([UNKNOWN, "", "nan", "None", "<NA>"])
-    )  # what text makes of a missing value
-    y = given.iloc[rows].astype(str).to_numpy()
-    if len(classes := np.unique(y)) < 2:
-        raise ValueError(f"obs[{labels!r}] names {len(classes)} class(es); at least two are needed.")
-    if 2 * len(classes) > len(y):
-        raise ValueError(
-            f"obs[{labels!r}] has {len(classes)} classes for {len(y)} labelled cells; two cells a class are needed at least, and "
-            "numbers are no classes."
-        )
-    groups = source.obs[library_key].astype(str).to_numpy()[rows] if library_key else None
-    folds = _folds(y, groups, seed)
-    best, score = None, -np.inf
-    for make in _candidates(method, len(rows)):
-        held_out = np.zeros((len(y), len(classes)))
-        for train, test in folds:
-            fitted = make().fit(known[rows[train]], y[train])
-            held_out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(known[rows[test]])
-        temperature, likelihood = _temperature(held_out, np.searchsorted(classes, y))
-        if likelihood > score:
-            best, score = (make, temperature, held_out), likelihood
-    make, temperature, held_out = best
+        known = _pooled(sources, use_rep)
+        _check_alike([tables[0], sources[0]], use_rep, [x, known], "data and the reference")
+    rows, y = _labelled(sources, labels)
+    classes = np.unique(y)
+    make, temperature, held_out = _probe(known[rows], y, _groups(sources, library_key, rows), method, seed)
     probability = _sharpened(make().fit(known[rows], y).predict_proba(x), temperature)
     confidence, chosen = probability.max(1), classes[probability.argmax(1)].astype(object)
     chosen[confidence < threshold] = UNKNOWN
     if reference is None:
         chosen[rows], confidence[rows] = y, 1.0
-    params = {
-        "labels": labels, "use_rep": use_rep, "method": method, "threshold": threshold, "temperature": temperature,
-        "random_state": seed, "n_labelled": len(rows), "spatiaflow": spatiaflow.__version__,
-        "seconds": time.perf_counter() - started,
-    }  # fmt: skip
     guess = classes[held_out.argmax(1)]
-    _io.write(
-        table, key_added, obs={"": pd.Categorical(chosen, [*classes, UNKNOWN]), "_confidence": confidence},
-        uns={
-            "classes": list(classes), "held_out_accuracy": float(accuracy_score(y, guess)),
-            "held_out_macro_f1": float(f1_score(y, guess, average="macro")), "params": params,
-        },
+    params = _io.provenance(
+        started, random_state=seed, labels=labels, use_rep=use_rep, method=method, threshold=threshold,
+        temperature=temperature, n_labelled=len(rows), n_objects=len(tables),
     )  # fmt: skip
-    return data if copy else None
+    for table, part in zip(tables, _rows(tables)):
+        _io.write(
+            table, key_added,
+            obs={"": pd.Categorical(chosen[part], [*classes, UNKNOWN]), Key.obs.confidence(""): confidence[part]},
+            uns={
+                "classes": list(classes), "held_out_accuracy": float(accuracy_score(y, guess)),
+                "held_out_macro_f1": float(f1_score(y, guess, average="macro")), "params": params,
+            },
+        )  # fmt: skip
+    return objects if copy else None
 
 
-def _candidates(method: str, n: int) -> list:
+def _unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
+    """The objects (copies with ``copy``) in the form given, and their tables."""
+    found = {name: _io.unpack(one, table_key, copy=copy) for name, one in _io.objects_of(data).items()}
+    objects, tables = [one for one, _ in found.values()], [table for _, table in found.values()]
+    if isinstance(data, Mapping):
+        return dict(zip(data, objects)), tables
+    return objects if isinstance(data, list | tuple) else objects[0], tables
+
+
+def _rows(tables: Sequence[AnnData]) -> list[slice]:
+    """Rows of each table among the rows of all."""
+    ends = np.cumsum([0, *(table.n_obs for table in tables)])
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def _pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
+    """Embeddings of all tables, one after the other."""
+    found = [_io.features(table, use_rep, EMBEDDING_HELP) for table in tables]
+    _check_alike(tables, use_rep, found, "the objects of data")
+    return np.concatenate(found)
+
+
+def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with a label among the rows of all tables, and their labels."""
+    if not any(labels in table.obs for table in tables):
+        raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, tables[0].obs.columns[:12]))}.")
+    columns = [table.obs[labels].astype(object) if labels in table.obs else [None] * table.n_obs for table in tables]
+    given = pd.Series(np.concatenate([np.asarray(column, dtype=object) for column in columns]))
+    rows = np.flatnonzero(given.notna() & ~given.isin(MISSING))
+    y = given.iloc[rows].astype(str).to_numpy()
+    if (n := len(np.unique(y))) < 2:
+        raise ValueError(f"obs[{labels!r}] names {n} class(es); at least two are needed.")
+    if 2 * n > len(y):
+        raise ValueError(
+            f"obs[{labels!r}] has {n} classes for {len(y)} labelled cells. At least two cells a class are needed, and "
+            "numbers are no classes."
+        )
+    return rows, y
+
+
+def _groups(tables: Sequence[AnnData], library_key: str | None, rows: np.ndarray) -> np.ndarray:
+    """Slide of each of some rows: its table, or its table and library."""
+    names = []
+    for i, table in enumerate(tables):
+        if library_key is not None and library_key not in table.obs:
+            raise KeyError(f"obs has no {library_key!r}; it has {', '.join(map(repr, table.obs.columns[:12]))}.")
+        own = [""] * table.n_obs if library_key is None else table.obs[library_key].astype(str)
+        names += [f"{i}:{name}" for name in own]
+    return np.array(names)[rows]
+
+
+def _probe(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, method: str, seed: int
+) -> tuple[Callable, float, np.ndarray]:
+    """Maker of the best probe, its temperature, and its probabilities (n x classes) of cells that it did not see."""
+    classes, folds, best, score = np.unique(y), _folds(y, groups, seed), None, -np.inf
+    for make in _candidates(method, len(y)):
+        held_out = np.zeros((len(y), len(classes)))
+        for train, test in folds:
+            fitted = make().fit(x[train], y[train])
+            held_out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(x[test])
+        temperature, likelihood = _temperature(held_out, np.searchsorted(classes, y))
+        if likelihood > score:
+            best, score = (make, temperature, held_out), likelihood
+    return best
+
+
+def _candidates(method: str, n: int) -> list[Callable]:
+    """Makers of classifiers to choose from."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -254,11 +308,11 @@ def _candidates(method: str, n: int) -> list:
     ]
 
 
-def _folds(y: np.ndarray, groups: np.ndarray | None, seed: int) -> list:
+def _folds(y: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Slides in turn where there are three or more, else five random folds with every class in each where possible."""
     from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
-    if groups is not None and len(np.unique(groups)) >= 3:
+    if len(np.unique(groups)) >= 3:
         return list(GroupKFold(min(5, len(np.unique(groups)))).split(y, groups=groups))
     rare = np.unique(y, return_counts=True)[1].min()
     if rare >= 2:
@@ -274,20 +328,26 @@ def _temperature(probability: np.ndarray, truth: np.ndarray) -> tuple[float, flo
 
 
 def _sharpened(probability: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities at a temperature, n x classes."""
     logits = np.log(probability + 1e-9) / temperature
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
 
 
-def _same_model(table, source, use_rep: str) -> None:
-    """Refuse embeddings of different models, where it is known which model made them."""
+def _check_alike(tables: Sequence[AnnData], use_rep: str, values: Sequence[np.ndarray], whose: str) -> None:
+    """Refuse embeddings of different width, or of different models where it is known which model made them."""
+    widths = [x.shape[1] for x in values]
     found = []
-    for one in (table, source):
-        key = next((k for k in one.uns if use_rep.startswith(k) and "params" in one.uns[k]), None)
-        params = one.uns[key]["params"] if key else {}
-        found.append((params.get("model_sha256"), [*map(str, params.get("levels", []))] if use_rep == key else []))
-    if None not in (found[0][0], found[1][0]) and found[0] != found[1]:
+    for table in tables:
+        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in table.uns[k]), None)
+        params = table.uns[key]["params"] if key else {}
+        if "model_sha256" in params:
+            levels = [*map(str, params.get("levels", []))] if use_rep == key else []
+            found.append((params["model_sha256"], levels))
+    if any(one != found[0] for one in found[1:]):
         raise ValueError(
-            f"obsm[{use_rep!r}] of data and of reference were made by different models, or of other levels; run "
-            "sf.tl.embed_spatia on both with the same model= and levels=."
+            f"obsm[{use_rep!r}] of {whose} was made by different models, or of other levels. Run sf.tl.embed_spatia on all "
+            "of them with the same model= and levels=."
         )
+    if len(set(widths)) > 1:
+        raise ValueError(f"obsm[{use_rep!r}] of {whose} has {' and '.join(map(str, widths))} columns; embed all alike.")

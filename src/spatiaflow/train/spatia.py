@@ -3,90 +3,149 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
-from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from spatiaflow._settings import logger
+from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import log_likelihood
+from spatiaflow.models.encoders._cell import published_mae
 from spatiaflow.models.orientation import turned
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import (
+    TRAINING,
     Spatia,
     SpatiaConfig,
     SpatiaNetwork,
     Surroundings,
-    gene_standard,
+    in_vocabulary,
+    intensity_of,
     relative_scale,
     scaled,
+    spread,
+    standard_of,
 )
-from spatiaflow.models.spatial import Graph, far_band
+from spatiaflow.models.spatial import Graph
 from spatiaflow.train.fit import claim, fit
 
-# the likelihoods are nats a gene, of which training moves some hundredths; the others move by tenths and by ones
-LOSSES = {"genes": 1.0, "image_to_genes": 1.0, "reconstruction": 0.05, "contrast": 0.02, "niche": 1.0, "tissue": 0.5}
+Standards = Mapping[str, np.ndarray | None]  # by name of the slide: how its genes are standardised, 3 x genes
 
 
-@dataclass
-class CellSlide:
-    """Cells of one slide as training sees them."""
+def train_spatia(
+    slides: Sequence[Slide],
+    config: SpatiaConfig,
+    *,
+    genes: Sequence[str] | None = None,
+    channels: Mapping[str, str] | None = None,
+    init: Spatia | None = None,
+    validation: Sequence[str] | float = 0.1,
+    max_epochs: int = 20,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    accelerator: str = "cpu",
+    seed: int = 0,
+) -> Spatia:
+    """Fit a SPATIA to slides with crops, counts or both. The epoch is chosen by the loss on what is held out.
 
-    name: str
-    xy: np.ndarray  # n x 2, µm
-    counts: sparse.csr_matrix | object | None  # [rows] -> CSR, rows x genes of the vocabulary
-    measured: np.ndarray  # genes, bool: on this slide's panel
-    crops: object | None  # .read(rows) -> n x slide channels x p x p
-    channels: np.ndarray  # for each channel of the model, its place on this slide, or -1
-    intensity: np.ndarray | None  # slide channels x 2: background and bright end
-    tissue: str = ""
-    standard: np.ndarray | None = None  # 3 x genes, how its genes are standardised; None: as the training data's
+    Parameters
+    ----------
+    config
+        Sizes and training settings. The vocabulary is filled in from the slides, or kept with ``init``.
+    genes
+        Vocabulary; all genes of all slides when None.
+    channels
+        Names of channels that the model calls otherwise.
+    init
+        A model to go on from. ``config`` has its sizes.
+    validation
+        Names of slides, or the share of each slide that is held out as one band with a gap beside it.
+    """
+    backbone = None
+    if isinstance(config.backbone, str):
+        published, backbone = published_mae(config.backbone)
+        config = replace(config, backbone=published)
+    if init is None:
+        config = with_vocabulary(config, slides, genes, channels)
+    ready = [in_vocabulary(slide, config, channels) for slide in slides]
+    ready = [slide if slide.crops is None else slide.take(slide.crops.inside) for slide in ready]
+    training, held_out = hold_out(ready, validation, 2 * config.anchor_um)
+    target_sum = usual_depth(training) if init is None else init.target_sum
+    standards = {slide.name: standard_of(slide, target_sum) for slide in ready}  # of whole slides
+    network = initial_network(config, training, standards, target_sum, init=init, backbone=backbone, seed=seed)
+    if checkpoint_dir is not None:
+        everything = [*training, *held_out]
+        claim(
+            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true", num_workers=0),
+            init=init and init.sha256, target_sum=target_sum, max_epochs=max_epochs, seed=seed,
+            slides=tuple(s.name for s in everything),
+            data=[v for s in everything for v in (s.xy, None if s.crops is None else s.crops.range)],
+            counts=[s.counts[spread(len(s), 4000)] for s in everything if s.counts is not None],
+        )  # fmt: skip
+    logger.info("training SPATIA on %d cells of %d slide(s), %s", sum(map(len, training)), len(ready), accelerator)
+    history, scores = fit_spatia(
+        network, training, held_out, standards, target_sum, max_epochs=max_epochs, checkpoint_dir=checkpoint_dir, resume=resume,
+        accelerator=accelerator, seed=seed,
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in TRAINING}
+    card = model_card(
+        slides, config=settings | {"max_epochs": max_epochs, "validation": validation}, seed=seed,
+        epochs=len(history.get("epoch", [])), scores=scores, intensity=intensity_of(training, config.channels),
+        modalities=[name for name, there in (("image", config.channels), ("genes", config.genes)) if there],
+    )  # fmt: skip
+    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
 
-    def __len__(self) -> int:
-        return len(self.xy)
 
-    def spread(self, n: int) -> np.ndarray:
-        """Rows of at most n evenly spaced cells."""
-        return np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))
-
-    def standardised(self, target_sum: float, usual: np.ndarray | None = None) -> CellSlide:
-        """The slide with its genes standardised by its own cells."""
-        if self.counts is None:
-            return self
-        counts = self.counts if sparse.issparse(self.counts) else self.counts[self.spread(4000)]
-        return replace(self, standard=gene_standard(counts, self.measured, target_sum, usual))
-
-    def take(self, rows: np.ndarray) -> CellSlide:
-        """Some of the cells."""
-        crops = None if self.crops is None else self.crops.take(rows)
-        counts = self.counts
-        if counts is not None:
-            counts = counts[rows] if sparse.issparse(counts) else counts.take(rows)
-        return replace(self, xy=self.xy[rows], counts=counts, crops=crops)
+def with_vocabulary(
+    config: SpatiaConfig,
+    slides: Sequence[Slide],
+    genes: Sequence[str] | None = None,
+    channels: Mapping[str, str] | None = None,
+) -> SpatiaConfig:
+    """The configuration with the genes, channels and pitch of the slides."""
+    measured, names = distinct(g for slide in slides for g in slide.genes), channels or {}
+    if genes is not None and (unknown := sorted(set(genes) - set(measured))):
+        raise ValueError(f"genes= names {len(unknown)} that no slide measures, such as {unknown[0]!r}.")
+    seen = [slide.crops.channels for slide in slides if slide.crops is not None]
+    return replace(
+        config,
+        genes=distinct(genes or measured),
+        channels=distinct(str(names.get(name, name)).lower() for found in seen for name in found),
+        pitch_um=float(np.median([slide.pitch for slide in slides])),
+    )
 
 
-def hold_out(slides: list[CellSlide], validation, gap: float) -> tuple[list[CellSlide], list[CellSlide]]:
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names in order of first appearance."""
+    return list(dict.fromkeys(names))
+
+
+def hold_out(slides: Sequence[Slide], validation: Sequence[str] | float, gap: float) -> tuple[list[Slide], list[Slide]]:
     """Split into training and validation: by name, or a band of each slide with a gap (µm) beside it."""
     if not isinstance(validation, float):
         return [s for s in slides if s.name not in validation], [s for s in slides if s.name in validation]
-    training, held_out = [], []
-    for s in slides:
-        along, edge = far_band(s.xy, validation)
-        gap_here = min(gap, 0.1 * np.ptp(along))
-        held_out.append(s.take(np.flatnonzero(along > edge)))
-        training.append(s.take(np.flatnonzero(along <= edge - gap_here)))
-    return training, held_out
+    training, held_out = zip(*(slide.hold_out(validation, gap) for slide in slides))
+    return list(training), list(held_out)
+
+
+def usual_depth(slides: Sequence[Slide]) -> float:
+    """Median counts of a cell, at least 1; 1 without counts."""
+    depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]
+    return max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
 
 
 def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turn and mirror each crop; change gain, gamma and background of each channel a little, alike for all.
+    """Turn and mirror each crop; change gain, gamma and background of each channel a little, by the same for all crops.
 
-    Brightness tells of expression: a large change, or one of its own for each cell, would teach to overlook it.
+    Brightness carries information on expression. A large change, or another one for each cell, would teach to ignore it.
     """
     n, c = x.shape[:2]
     x = turned(x, rng.integers(0, 8, n))
@@ -101,11 +160,12 @@ class _Batches(Dataset):
     """Item b of an epoch depends on the seed, the epoch and b alone.
 
     Tissues, and slides within a tissue, are drawn with probability proportional to the square root of their cells, so that
-    large ones do not drown the others.
+    large ones do not dominate.
     """
 
-    def __init__(self, slides: list[CellSlide], config: SpatiaConfig, n_batches: int, seed: int):
-        self.slides, self.config, self.n_batches, self.seed, self.epoch = slides, config, n_batches, seed, 0
+    def __init__(self, slides: Sequence[Slide], standards: Standards, config: SpatiaConfig, n_batches: int, seed: int):
+        self.slides, self.standards, self.config = slides, standards, config
+        self.n_batches, self.seed, self.epoch = n_batches, seed, 0
         self.trees = [cKDTree(s.xy, leafsize=32) for s in slides]  # half the nodes, half the memory
         cells_of = np.array([len(s) for s in slides], float)
         tissue = np.array([s.tissue for s in slides])
@@ -133,14 +193,15 @@ class _Batches(Dataset):
 class ScatteredCells(_Batches):
     """Batches for the losses of single cells: crops, counts and positions of cells from many places.
 
-    Neighbours look alike, and a step that sees few places teaches an encoder little. The cells are drawn from ``places``
-    contiguous regions that stay the same for ``stretch`` batches on end, so that images are read region by region.
+    Neighbours look alike, so a step that sees few places teaches an encoder little. The cells are drawn from ``places``
+    contiguous regions that stay the same for ``stretch`` successive batches, so that images are read region by region.
     """
 
     def __init__(
-        self, slides, config, n_batches, *, cells=256, places=24, stretch=16, radius_um=150.0, seed=0, augment=True
-    ):
-        super().__init__(slides, config, n_batches, seed)
+        self, slides: Sequence[Slide], standards: Standards, config: SpatiaConfig, n_batches: int, *, cells=256, places=24,
+        stretch=16, radius_um=150.0, seed=0, augment=True,
+    ):  # fmt: skip
+        super().__init__(slides, standards, config, n_batches, seed)
         self.cells, self.places, self.stretch, self.radius_um, self.augment = cells, places, stretch, radius_um, augment
         self._known = None, None
 
@@ -167,23 +228,26 @@ class ScatteredCells(_Batches):
         part = {"xy": torch.from_numpy(slide.xy[rows]), "measured": torch.from_numpy(np.tile(slide.measured, (n, 1)))}
         if slide.counts is not None:
             part["counts"] = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32))
-            part["standard"] = torch.from_numpy(slide.standard).expand(n, -1, -1)
+            part["standard"] = torch.from_numpy(self.standards[slide.name]).expand(n, -1, -1)
         if slide.crops is not None:
-            x = scaled(slide.crops.read(rows), slide.intensity, slide.channels)
+            x = scaled(slide.crops.read(rows), slide.crops.range, slide.crops.places)
             part["crops"] = augmented(x, rng) if self.augment else x
             part["scale"] = relative_scale(slide.crops, rows, self.config)
-            part["present"] = torch.from_numpy(np.tile(slide.channels >= 0, (n, 1)))
+            part["present"] = torch.from_numpy(np.tile(slide.crops.places >= 0, (n, 1)))
         return part
 
 
 class Fields(_Batches):
-    """Batches for the niche and tissue levels: one contiguous field of cells, embedded by encoders that are done.
+    """Batches for the niche and tissue levels: one contiguous field of cells, embedded by encoders that are trained.
 
     ``views`` holds for every slide its cell embeddings: from both modalities, from the image, from the genes.
     """
 
-    def __init__(self, slides, views: list[list[np.ndarray]], config, n_batches, *, cells=1024, seed=0):
-        super().__init__(slides, config, n_batches, seed)
+    def __init__(
+        self, slides: Sequence[Slide], standards: Standards, views: list[list[np.ndarray]], config: SpatiaConfig,
+        n_batches: int, *, cells=1024, seed=0,
+    ):  # fmt: skip
+        super().__init__(slides, standards, config, n_batches, seed)
         self.views, self.cells = views, cells
 
     def batch(self, b: int, rng) -> dict:
@@ -197,7 +261,7 @@ class Fields(_Batches):
             "cells": torch.from_numpy(np.asarray(view[rows], np.float32)),
             "counts": torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)),
             "measured": torch.from_numpy(np.tile(slide.measured, (len(rows), 1))),
-            "standard": torch.from_numpy(slide.standard)[None],
+            "standard": torch.from_numpy(self.standards[slide.name])[None],
             "around": Surroundings.of(slide.xy[rows], self.config),
         }
 
@@ -319,8 +383,27 @@ class ContextTraining(_Training):
         return {name: self.misfit(x, name, asked, which) for name, x in levels if name in self.weights}
 
 
-def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: float, n: int = 4000) -> None:
-    """Start predicted rates at each gene's mean share of the library, and both ways to them at principal components.
+def initial_network(
+    config: SpatiaConfig, slides: Sequence[Slide], standards: Standards, target_sum: float, *, init: Spatia | None,
+    backbone: dict[str, Tensor] | None, seed: int,
+) -> SpatiaNetwork:  # fmt: skip
+    """The network that training begins with: that of ``init``, or a new one with the weights of a published backbone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = SpatiaNetwork(config)
+    if backbone is not None:
+        network.image.mae.load_state_dict(backbone)
+    if init is None:
+        start_genes(network, slides, standards, target_sum)
+    else:
+        network.load_state_dict(init.network.state_dict())
+    return network
+
+
+def start_genes(
+    network: SpatiaNetwork, slides: Sequence[Slide], standards: Standards, target_sum: float, n: int = 4000
+) -> None:
+    """Start predicted rates at each gene's mean share of the library, and encoder and decoder at principal components.
 
     From evenly spaced cells of each slide; a gene counts where it is measured.
     """
@@ -328,115 +411,92 @@ def start_genes(network: SpatiaNetwork, slides: list[CellSlide], target_sum: flo
     if network.gene is None or not slides:
         return
     n_genes = len(network.config.genes)
-    cells, excess, expected, standard, z = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), 0.0, []
+    cells, excess, expected, mean_standard, z = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), 0.0, []
     for s in slides:
-        counts = s.counts[s.spread(n)].toarray()
+        counts, standard = s.counts[spread(len(s), n)].toarray(), standards[s.name]
         values = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
-        z.append(((values - s.standard[0]) / s.standard[1] * s.measured).clip(-5, 5))
+        z.append(((values - standard[0]) / standard[1] * s.measured).clip(-5, 5))
         cells += len(counts) * s.measured
-        standard = standard + len(counts) * s.measured * s.standard
+        mean_standard = mean_standard + len(counts) * s.measured * standard
         rate = counts.sum(1, keepdims=True) * counts.sum(0) / max(counts.sum(), 1)
         excess += ((counts - rate) ** 2 - rate).sum(0)  # = rate^2 / theta in expectation
         expected += (rate**2).sum(0)
-    standard = np.where(cells > 0, standard / np.maximum(cells, 1), [[0.0], [1.0], [0.0]])
-    # what cells differ by will be explained; the dispersion left is smaller
+    mean_standard = np.where(cells > 0, mean_standard / np.maximum(cells, 1), [[0.0], [1.0], [0.0]])
+    # the model will explain differences between cells, so the remaining dispersion is smaller
     theta = np.clip(3 * expected / np.maximum(excess, 1e-3 * expected + 1e-12), 0.3, 30)
     z = np.concatenate(z)
     axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
     d = min(network.config.width, len(axes))
-    # turned, so that no dimension is a component alone: who scales each dimension alike, as linear probes do, would whiten
-    # them else, and drown the first in the last
+    # rotated, so that no dimension is one component: scaling every dimension to unit variance, as linear probes do, would
+    # otherwise whiten the components and drown the first in the last
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
     axes = torch.from_numpy((axes[:d].T @ turn).astype(np.float32))  # genes x d
     with torch.no_grad():
         network.gene.usual_size.fill_(np.log1p(target_sum))
-        network.gene.standard.copy_(torch.from_numpy(standard))
+        network.gene.standard.copy_(torch.from_numpy(mean_standard))
         network.gene.direction[:, :d] = axes * n_genes**0.5
-        network.rates.weight[:, :d] = 0.3 * axes  # the way back, shrunk: what is rare is noisy
-        network.rates.bias.copy_(torch.from_numpy(standard[2].clip(-15, 0)))
+        network.rates.weight[:, :d] = 0.3 * axes  # the decoder, shrunk: rare counts are noisy
+        network.rates.bias.copy_(torch.from_numpy(mean_standard[2].clip(-15, 0)))
         network.log_theta.copy_(torch.from_numpy(np.log(np.expm1(theta))))
 
 
 def fit_spatia(
-    slides: list[CellSlide],
-    config: SpatiaConfig,
-    *,
-    card: dict,
+    network: SpatiaNetwork,
+    slides: Sequence[Slide],
+    validation: Sequence[Slide],
+    standards: Standards,
     target_sum: float,
-    losses: dict[str, float] | None = None,
-    validation: list[CellSlide],
-    init: Spatia | None = None,
+    *,
     max_epochs: int = 20,
-    batches_per_epoch: int | None = None,
-    learning_rate: float = 5e-4,
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     accelerator: str = "cpu",
-    devices: int | str = 1,
-    precision: str = "32-true",
-    workers: int = 0,
     seed: int = 0,
-    backbone: dict[str, Tensor] | None = None,
-) -> Spatia:
-    """Fit a SPATIA to training slides; the epoch is chosen by the loss on validation slides."""
-    if checkpoint_dir is not None:
-        everything = [*slides, *validation]
-        claim(
-            checkpoint_dir, resume, config=config, target_sum=target_sum, losses=losses, max_epochs=max_epochs, seed=seed,
-            batches_per_epoch=batches_per_epoch, learning_rate=learning_rate, init=init and init.sha256,
-            slides=tuple(s.name for s in everything),
-            data=[v for s in everything for v in (s.xy, s.intensity)],
-            counts=[s.counts[s.spread(4000)] for s in everything if s.counts is not None],
-        )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = SpatiaNetwork(config)
-        if backbone is not None:
-            network.image.mae.load_state_dict(backbone)
-    if init is None:
-        start_genes(network, slides, target_sum)
-    else:
-        network.load_state_dict(init.network.state_dict())
-    weights, n_cells = LOSSES | (losses or {}), sum(map(len, slides))
-    options = {
-        "patience": max_epochs, "monitor": "val_loss", "seed": seed, "resume": resume,
-        "accelerator": accelerator, "devices": devices, "precision": precision,
-    }  # fmt: skip
-    history = {}
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Train the encoders, then the context on their embeddings. Return the history, and each loss at the best epochs."""
+    config, everything, n_cells = network.config, [*slides, *validation], sum(map(len, slides))
+    weights, history, scores = config.loss_weights, {}, {}
 
     def stage(name, training, batches, held_out, max_epochs, **more):
-        module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, learning_rate)
-        folder = None if checkpoint_dir is None else checkpoint_dir / name
+        module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, config.learning_rate)
         fit(
-            module, batches, held_out, description=f"SPATIA, {name}", checkpoint_dir=folder, max_epochs=max_epochs,
-            **options, **more,
+            module, batches, held_out, description=f"SPATIA, {name}", max_epochs=max_epochs, patience=max_epochs,
+            checkpoint_dir=None if checkpoint_dir is None else checkpoint_dir / name, monitor="val_loss", seed=seed,
+            resume=resume, accelerator=accelerator, devices=config.devices, precision=config.precision, **more,
         )  # fmt: skip
         for key, values in module.history.items():
             history.setdefault(key, values)
+        best = int(np.argmin(module.history["val_loss"]))
+        scores.update({k: module.history[f"val_{k}"][best] for k in training.NAMES if f"val_{k}" in module.history})
 
     if any(weights[name] > 0 for name in CellTraining.NAMES):
-        n = batches_per_epoch or max(32, -(-n_cells // 256))
-        held_out = ScatteredCells(validation, config, max(2, min(16, n // 4)), seed=seed + 1, augment=False)
-        batches = ScatteredCells(slides, config, n, seed=seed)
-        stage("cells", CellTraining, batches, held_out, max_epochs, workers=workers)
+        n = config.batches_per_epoch or max(32, -(-n_cells // 256))
+        held_out = ScatteredCells(validation, standards, config, max(2, min(16, n // 4)), seed=seed + 1, augment=False)
+        batches = ScatteredCells(slides, standards, config, n, seed=seed)
+        stage("cells", CellTraining, batches, held_out, max_epochs, workers=config.num_workers)
     if config.genes and any(weights[name] > 0 for name in ContextTraining.NAMES):
-        n = batches_per_epoch or max(16, -(-n_cells // 512))
+        n = config.batches_per_epoch or max(16, -(-n_cells // 512))
         with tempfile.TemporaryDirectory() as folder:
             views = [
-                cell_views(network, s, target_sum, Path(folder) / str(i)) for i, s in enumerate(slides + validation)
+                cell_views(network, slide, standards[slide.name], target_sum, Path(folder) / str(i))
+                for i, slide in enumerate(everything)
             ]
-            held_out = Fields(validation, views[len(slides) :], config, max(2, min(16, n // 4)), seed=seed + 1)
+            held_out = Fields(
+                validation, standards, views[len(slides) :], config, max(2, min(16, n // 4)), seed=seed + 1
+            )
             trained = network.contextual()
             for p in network.parameters():
                 p.requires_grad_(p in trained)
             network.train()  # embedding left it in the mode of inference, and the trainer keeps what it finds
-            batches = Fields(slides, views[: len(slides)], config, n, seed=seed)
-            stage("context", ContextTraining, batches, held_out, -(-max_epochs // 2))  # it is done sooner
+            batches = Fields(slides, standards, views[: len(slides)], config, n, seed=seed)
+            stage("context", ContextTraining, batches, held_out, -(-max_epochs // 2))  # it converges sooner
             network.requires_grad_(True)
-    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    return history, scores
 
 
-def cell_views(network: SpatiaNetwork, slide: CellSlide, target_sum: float, folder: Path) -> list[np.ndarray]:
+def cell_views(
+    network: SpatiaNetwork, slide: Slide, standard: np.ndarray | None, target_sum: float, folder: Path
+) -> list[np.ndarray]:
     """Cell embeddings of a slide from both modalities, from the image and from the genes, half precision, on disk."""
     folder.mkdir()
     model = Spatia(network=network, target_sum=target_sum, history={}, card={})
@@ -446,7 +506,7 @@ def cell_views(network: SpatiaNetwork, slide: CellSlide, target_sum: float, fold
     out = []
     for i, view in enumerate(views):
         device = next(network.parameters()).device
-        found = model.embed(view, np.ones(len(view), bool), device=device, levels=("cell",))["cell"]
+        found = model.embed(view, standard, device=device, levels=("cell",))["cell"]
         np.save(folder / f"{i}.npy", found.astype(np.float16))
         out.append(np.load(folder / f"{i}.npy", mmap_mode="r"))
     return out
