@@ -1,8 +1,9 @@
-"""Crops of cells: cut from images of any size when they are read, nothing written to disk."""
+"""Crops of cells, cut from images of any size when they are read. Nothing is written to disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +12,13 @@ from anndata import AnnData
 from torch.nn import functional as F
 
 from spatiaflow import _io
+from spatiaflow._settings import logger
 from spatiaflow._slides.patches import corners, cut
 from spatiaflow.models.slide import Slide
+from spatiaflow.models.spatia import intensity_of  # noqa: F401  it is here until tl/_images.py imports it from models.spatia
 
-MARGIN = 1.25  # of a crop that fits its cell, over the longer side of the cell's box
+MARGIN = 1.25  # width of a crop that fits its cell, over the longer side of the cell's box
+SHARED_BYTES = 1536 * 2**20  # decoded chunks that training keeps, because scattered cells come back to the same places
 
 
 @dataclass
@@ -36,9 +40,13 @@ class Crops:
     mpp
         µm per pixel of the image.
     masks
-        Pixels of each cell, where those of others are to be left out.
+        Pixels of each cell, to set all others to 0.
     members
-        Of each crop, its place in ``masks``.
+        Row of each crop in ``masks``.
+    places
+        For each channel of a model its place among the image's channels, or -1; see :meth:`matched`.
+    range
+        Background and bright end of each channel of the image, channels x 2.
 
     Examples
     --------
@@ -58,6 +66,8 @@ class Crops:
     mpp: float = 1.0
     masks: object | None = None
     members: np.ndarray | None = None
+    places: np.ndarray | None = None
+    range: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -73,16 +83,42 @@ class Crops:
         """µm per pixel of each crop as it is read, n."""
         return np.broadcast_to(np.asarray(self.width) * self.mpp / self.pixels, len(self))
 
+    @property
+    def inside(self) -> np.ndarray:
+        """Which crops have their centre in the image, n, bool."""
+        return ((self.xy >= 0) & (self.xy < np.array(self._sides)[::-1])).all(1)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.image.shape[1:] if self.channels_first else self.image.shape[:2]
+
     def take(self, rows: np.ndarray) -> Crops:
-        """Some of the crops."""
+        """Return the crops of some rows (indices or bool)."""
         width = self.width if np.isscalar(self.width) else self.width[rows]
         members = None if self.members is None else self.members[rows]
         return replace(self, xy=self.xy[rows], width=width, members=members)
 
+    def matched(self, channels: Sequence[str], names: Mapping[str, str] | None, slide_name: str) -> Crops:
+        """Return the crops with ``places`` of a model's channels, and ``range`` where it is not known yet.
+
+        Parameters
+        ----------
+        channels
+            Channels of the model. Names are compared without case.
+        names
+            The model's names of channels that the image calls otherwise, ``{"DAPI": "dapi"}``.
+        slide_name
+            Name of the slide, for errors.
+        """
+        places = match_channels(self.channels, list(channels), names, slide_name)
+        found = self.take(np.flatnonzero(self.inside)).intensity() if self.range is None else self.range
+        return replace(self, places=places, range=found)
+
     def batches(
         self, batch_size: int = 512, rows: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Yield (rows, crops n x C x p x p), tile of the image by tile, so that each part of it is read once."""
+        """Yield (rows, crops n x C x p x p), one tile of the image after the other, so that each is read once."""
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
         for places, found in self._cut(rows, batch_size):
             yield rows[places], found
@@ -116,24 +152,89 @@ class Crops:
         return F.interpolate(mask, (self.pixels, self.pixels), mode="bilinear", antialias=True) > 0.5
 
     def intensity(self, n: int = 1000, low: float = 1.0, high: float = 99.5) -> np.ndarray:
-        """Percentiles of each channel over cells from side to side, channels x 2: background and bright end."""
-        along = np.lexsort(self.xy.T)  # the order of the table plays no part
+        """Background and bright end of each channel, channels x 2: percentiles over evenly spaced cells."""
+        along = np.lexsort(self.xy.T)  # the order of the table has no influence
         sample = self.read(along[np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))])
         flat = sample.numpy().transpose(1, 0, 2, 3).reshape(sample.shape[1], -1)
         low, high = np.percentile(flat, [low, high], axis=1)
         return np.stack([low, np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))], 1)
 
 
+def match_channels(
+    have: Sequence[str], wanted: list[str], names: Mapping[str, str] | None, slide_name: str
+) -> np.ndarray:
+    """Return for each of a model's channels its place in the image, or -1. Names are compared without case."""
+    names = names or {}
+    if unknown := [name for name in names if name not in have]:
+        raise KeyError(f"channels= names {unknown[0]!r}; the image of slide {slide_name!r} has {', '.join(have)}.")
+    if unknown := [name for name in names.values() if name not in wanted]:
+        raise KeyError(f"channels= maps to {unknown[0]!r}; the model has {', '.join(wanted)}.")
+    called = [str(names.get(name, name)).lower() for name in have]
+    if twice := [name for name in wanted if called.count(name.lower()) > 1]:
+        several = [name for name, as_ in zip(have, called) if as_ == twice[0].lower()]
+        raise ValueError(
+            f"channels {', '.join(several)} of slide {slide_name!r} would all be the model's {twice[0]!r}. Map one of "
+            "them with channels=, or rename the others with sdata.set_channel_names(...)."
+        )
+    places = np.array([called.index(name.lower()) if name.lower() in called else -1 for name in wanted], int)
+    if (places < 0).all():
+        raise KeyError(
+            f"none of the channels of slide {slide_name!r} ({', '.join(have)}) is known to the model "
+            f"({', '.join(wanted)}). Map them: channels={{{have[0]!r}: {wanted[0]!r}}}, or give modalities='genes'."
+        )
+    if (places < 0).any():
+        missing = [name for name, place in zip(wanted, places) if place < 0]
+        if left := [name for name, as_ in zip(have, called) if as_ not in [w.lower() for w in wanted]]:
+            logger.warning(
+                "slide %r has no channel %s: masked, and its %s left out. If they are the same, map them: channels={%r: %r}",
+                slide_name, ", ".join(missing), ", ".join(left), left[0], missing[0],
+            )  # fmt: skip
+        else:
+            logger.info("slide %r has no channel %s: masked", slide_name, ", ".join(missing))
+    return places
+
+
+def check_inside(crops: Crops, name: str) -> np.ndarray:
+    """Return ``crops.inside``. Refuse an image smaller than a crop or without any cell; warn of cells outside."""
+    height, width = crops._sides
+    if min(height, width) < np.median(crops.width):
+        raise ValueError(
+            f"the image of slide {name!r} is {width} x {height} px, smaller than a crop ({np.median(crops.width):.0f} px)."
+        )
+    inside = crops.inside
+    if not inside.any():
+        raise ValueError(
+            f"no cell of slide {name!r} lies in its image ({width} x {height} px; cells from {crops.xy.min(0).round()} to "
+            f"{crops.xy.max(0).round()}). Check the transformations, or give mpp=."
+        )
+    if not inside.all():
+        warnings.warn(
+            f"{int((~inside).sum())} of {len(inside)} cells of slide {name!r} lie outside its image; they are embedded "
+            "without it.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return inside
+
+
+def share_memory(slides: Sequence[Slide]) -> None:
+    """Let the images of all slides keep their decoded chunks in one cache of fixed size."""
+    decoded = _io.Decoded(SHARED_BYTES)
+    for slide in slides:
+        if slide.crops is not None and hasattr(slide.crops.image, "decoded"):
+            slide.crops.image.decoded = decoded
+
+
 def slide_crops(
     data, slide: Slide, table=None, *, crop_um: float | None, pixels: int, own_pixels=False, image_key=None
 ) -> Crops:
-    """Crops of all cells of one slide; ``crop_um`` None fits them to the cells."""
+    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell."""
     found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)
     masks = None
     if own_pixels or crop_um is None:
         if isinstance(data, AnnData):
             raise ValueError(
-                "crops that know their cell need polygons or labels of a SpatialData; an AnnData has none."
+                "crops that fit their cell, or show it alone, need polygons or labels of a SpatialData; an AnnData has none."
             )
         masks = _io.masks(data, table, slide, found)
     if crop_um is None:
@@ -146,7 +247,7 @@ def slide_crops(
     image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
     channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
     width, xy = width / factor, found.xy / factor
-    if crop_um is not None and abs(width / pixels - 1) < 0.02:  # so near that resampling would only blur
+    if crop_um is not None and abs(width / pixels - 1) < 0.02:  # close enough: resampling would only blur
         width = pixels
     members = np.arange(len(xy)) if own_pixels else None
     return Crops(

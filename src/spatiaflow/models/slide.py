@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +12,8 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spatiaflow.models.spatial import Graph
 
 
@@ -30,7 +32,22 @@ class StoredRows(Protocol):
 class CropReader(Protocol):
     """Crops that are cut when they are read, as :class:`spatiaflow.pp.Crops`."""
 
+    places: np.ndarray | None
+    range: np.ndarray | None
+
     def __len__(self) -> int: ...
+
+    @property
+    def inside(self) -> np.ndarray: ...
+
+    @property
+    def scale(self) -> np.ndarray: ...
+
+    def read(self, rows: np.ndarray) -> Tensor: ...
+
+    def batches(self, batch_size: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]: ...
+
+    def matched(self, channels: Sequence[str], names: Mapping[str, str] | None, slide_name: str) -> CropReader: ...
 
     def take(self, rows: np.ndarray) -> CropReader: ...
 
@@ -99,9 +116,9 @@ class Slide:
             )
         if len(set(self.genes)) < len(self.genes):
             raise ValueError(f"slide {self.name!r}: genes names one of them twice.")
-        if self.genes and self.measured is None:
+        if self.measured is None:
             set_field(self, "measured", np.ones(len(self.genes), bool))
-        if self.measured is not None and self.measured.shape != (len(self.genes),):
+        if self.measured.shape != (len(self.genes),):
             raise ValueError(f"slide {self.name!r}: measured must have one value for each of {len(self.genes)} genes.")
         for field in ("library", "features", "crops", "labels", "rows", "counts"):
             values = getattr(self, field)
@@ -152,9 +169,7 @@ class Slide:
         place = {gene: i for i, gene in enumerate(genes)}
         columns = np.array([place.get(gene, -1) for gene in self.genes], int)
         measured = np.zeros(len(genes), bool)
-        if self.measured is not None:
-            known = (columns >= 0) & self.measured
-            measured[columns[known]] = True
+        measured[columns[(columns >= 0) & self.measured]] = True
         counts = self.counts
         if sparse.issparse(counts):
             coo = counts.tocoo()

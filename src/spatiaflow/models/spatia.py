@@ -6,7 +6,7 @@ bidirectional cross-attention between the two, then attention over neighbouring 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import (
     GatedMLP,
     Graph,
@@ -295,6 +296,19 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     out = x.new_zeros(len(x), len(places), *x.shape[2:])
     have = np.flatnonzero(places >= 0)
     out[:, have] = x[:, places[have]]
+    return out
+
+
+def intensity_of(slides: Sequence[Slide], channels: Sequence[str]) -> dict[str, list[float]]:
+    """Return background and bright end of each channel of a model: medians over the slides that have it.
+
+    Crops of the slides are matched with the channels, see :meth:`spatiaflow.pp.Crops.matched`.
+    """
+    out = {}
+    for i, name in enumerate(channels):
+        crops = [s.crops for s in slides if s.crops is not None and s.crops.places[i] >= 0]
+        if crops:
+            out[name] = [float(v) for v in np.median([c.range[c.places[i]] for c in crops], 0)]
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from scipy import sparse
 
 from spatiaflow import _io
 from spatiaflow._settings import logger
-from spatiaflow._slides.crops import Crops, slide_crops
+from spatiaflow._slides.crops import SHARED_BYTES, Crops, check_inside, match_channels, slide_crops
 from spatiaflow.models.slide import Slide
 from spatiaflow.train.spatia import CellSlide
 
@@ -20,7 +19,6 @@ MODALITIES = ("image", "genes")
 MANIFEST = (
     "store", "tissue", "platform", "table_key", "image_key", "shapes_key", "labels_key", "library_key", "mpp"
 )  # fmt: skip
-TRAINING_BYTES = 1536 * 2**20  # of decoded image that training keeps: scattered cells come back to the same places
 MIN_COVERAGE = 0.1  # of the model's genes: below it an embedding would rest on what the model was never shown
 
 
@@ -59,7 +57,7 @@ def parts(
         crops, inside = None, np.zeros(len(slide.rows), bool)
         if "image" in modalities:
             crops = slide_crops(data, slide, table, crop_um=crop_um, pixels=crop_pixels, image_key=image_key)
-            inside = within(crops, slide.name)
+            inside = check_inside(crops, slide.name)
         counts = None if matrix is None else matrix.take(slide.rows) if stored is not None else matrix[slide.rows]
         out.append(Part(slide, counts, list(table.var_names), crops, inside, tissue))
     return out
@@ -88,7 +86,7 @@ def cell_slide(part: Part, genes: list[str], channels: list[str], names: dict | 
 
 def share_memory(parts: list[Part]) -> None:
     """Let the images of all parts keep their decoded chunks in one place of fixed size."""
-    decoded = _io.Decoded(TRAINING_BYTES)
+    decoded = _io.Decoded(SHARED_BYTES)
     for part in parts:
         if part.crops is not None and hasattr(part.crops.image, "decoded"):
             part.crops.image.decoded = decoded
@@ -161,62 +159,6 @@ def read_corpus(manifest: str | Path, **options) -> list[Part]:
                 part.crops.xy = np.float32(part.crops.xy)
             out.append(part)
     return out
-
-
-def match_channels(have, wanted: list[str], names: dict | None, library_id: str) -> np.ndarray:
-    """For each of the model's channels its place in the image, or -1; names are compared without case."""
-    names = names or {}
-    if unknown := [name for name in names if name not in have]:
-        raise KeyError(f"channels= names {unknown[0]!r}; the image of slide {library_id!r} has {', '.join(have)}.")
-    if unknown := [name for name in names.values() if name not in wanted]:
-        raise KeyError(f"channels= maps to {unknown[0]!r}; the model has {', '.join(wanted)}.")
-    called = [str(names.get(name, name)).lower() for name in have]
-    if twice := [name for name in wanted if called.count(name.lower()) > 1]:
-        several = [name for name, as_ in zip(have, called) if as_ == twice[0].lower()]
-        raise ValueError(
-            f"channels {', '.join(several)} of slide {library_id!r} would all be the model's {twice[0]!r}; map one of "
-            "them alone with channels=, or rename the others with sdata.set_channel_names(...)."
-        )
-    places = np.array([called.index(name.lower()) if name.lower() in called else -1 for name in wanted])
-    if (places < 0).all():
-        raise KeyError(
-            f"none of the channels of slide {library_id!r} ({', '.join(have)}) is known to the model "
-            f"({', '.join(wanted)}). Map them: channels={{{have[0]!r}: {wanted[0]!r}}}, or give modalities='genes'."
-        )
-    if (places < 0).any():
-        missing = [name for name, place in zip(wanted, places) if place < 0]
-        if left := [name for name, as_ in zip(have, called) if as_ not in [w.lower() for w in wanted]]:
-            logger.warning(
-                "slide %r has no channel %s: masked, and its %s left out; if they are the same, map them: channels={%r: %r}",
-                library_id, ", ".join(missing), ", ".join(left), left[0], missing[0],
-            )  # fmt: skip
-        else:
-            logger.info("slide %r has no channel %s: masked", library_id, ", ".join(missing))
-    return places
-
-
-def within(crops, library_id: str) -> np.ndarray:
-    """Cells whose centre lies in the image."""
-    shape = crops.image.shape[1:] if crops.channels_first else crops.image.shape[:2]
-    if min(shape) < np.median(crops.width):
-        raise ValueError(
-            f"the image of slide {library_id!r} is {shape[1]} x {shape[0]} px, smaller than a crop "
-            f"({np.median(crops.width):.0f} px)."
-        )
-    inside = ((crops.xy >= 0) & (crops.xy < np.array(shape)[::-1])).all(1)
-    if not inside.any():
-        raise ValueError(
-            f"no cell of slide {library_id!r} lies in its image ({shape[1]} x {shape[0]} px; cells from "
-            f"{crops.xy.min(0).round()} to {crops.xy.max(0).round()}). Check the transformations, or mpp=."
-        )
-    if not inside.all():
-        warnings.warn(
-            f"{int((~inside).sum())} of {len(inside)} cells of slide {library_id!r} lie outside its image; they are "
-            "embedded without it.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return inside
 
 
 def file_of(model: str | Path) -> str | Path:
