@@ -17,7 +17,7 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
-from spatiaflow.models.orientation import turned, upright
+from spatiaflow.models.orientation import canonical, turned
 from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
 
 CONFIG = MorphologyConfig(
@@ -108,7 +108,7 @@ def test_conditions_are_dropped_sample_by_sample(network):
     assert (vector[1] == network.nothing).all()
 
 
-def test_neighbours_are_a_set_around_an_upright_cell(network):
+def test_neighbours_are_a_set_around_a_cell_in_canonical_orientation(network):
     """Their order does not matter, and a cell that is turned with its surroundings is generated turned."""
     model, conditions, noise = flow(network), some_conditions(4), torch.randn(4, 4)
     control = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -255,7 +255,7 @@ def test_autoencoder_learns_planted_blobs_and_says_how_well(fitted):
     network, r2, images, _ = fitted
     assert r2[0] > 0.9 and r2[1] < 0.5  # the second channel is noise alone
     with torch.inference_mode():
-        z = network.encode(turned(images, upright(images)))
+        z = network.encode(turned(images, canonical(images)))
     torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=0.1, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(8), atol=0.1, rtol=0)
 
@@ -263,7 +263,7 @@ def test_autoencoder_learns_planted_blobs_and_says_how_well(fitted):
 def test_grain_is_carried_at_the_strength_it_would_have_there(fitted):
     network, _, images, blob = fitted
     images, blob = images[700:], torch.from_numpy(blob[700:])  # held out
-    turns = upright(images)
+    turns = canonical(images)
     images, blob = turned(images, turns), turned(blob[:, None], turns)[:, 0].numpy()
     with torch.inference_mode():
         z = network.encode(images)

@@ -5,7 +5,7 @@ from importlib import import_module as _import_module
 _WHERE = {
     "PRESETS": "stflow", "Preset": "stflow", "STFlow": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
     "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology", "Imputer": "imputation",
-    "ImageFeatures": "features", "Slide": "slide",
+    "ImageFeatures": "features", "PairingConfig": "transport", "Slide": "slide",
 }  # fmt: skip
 __all__ = [*sorted(_WHERE), "load"]
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,33 @@ from spatiaflow.models.slide import Slide
 
 FORMAT = 1
 KINDS: dict[str, type[Model]] = {}  # by name of the class, filled as the classes are defined
+
+
+class Config:
+    """Sizes and training settings of a model: a dataclass whose fields all have defaults, and some of them by name."""
+
+    named: ClassVar[dict[str, Any]]  # configurations by name, "default" among them
+
+    @classmethod
+    def of(cls, config: Self | str | None = None) -> Self:
+        """Return the configuration that a verb's ``config=`` names: None is the default, a name is looked up.
+
+        Raises
+        ------
+        ValueError
+            There is no configuration of this name.
+        TypeError
+            It is something else.
+        """
+        if config is None:
+            config = "default"
+        if isinstance(config, str):
+            if config not in cls.named:
+                raise ValueError(f"config must be one of {', '.join(map(repr, cls.named))}, not {config!r}.")
+            return cls.named[config]
+        if not isinstance(config, cls):
+            raise TypeError(f"config must be a name or a {cls.__name__}, not {type(config).__name__}.")
+        return config
 
 
 class Model(ABC):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.flow import integrate, time_features
-from spatiaflow.models.orientation import back, turned, turned_offsets, upright
+from spatiaflow.models.orientation import canonical, inverse, turned, turned_offsets
 from spatiaflow.models.spatial import GatedMLP
 
 SCALE = 8  # pixels of the image to a pixel of the coarsest layer of the autoencoder
@@ -117,7 +117,7 @@ class Autoencoder(nn.Module):
 
     A variational autoencoder that says of every pixel what to expect and how far off that may be. What an image holds beyond
     its latents, its *grain*, is measured by the latter: carried to other latents it is as strong as it would be there, and does
-    not draw the edges of the image it came from. Images are to be upright.
+    not draw the edges of the image it came from. Images must lie in their canonical orientation.
     """
 
     def __init__(self, n_channels: int, n_latent: int = 128, pixels: int = 32, width: int = 32):
@@ -354,7 +354,7 @@ class MorphologyFlow(_base.Model):
         The grain of the control image, what its latents do not hold, is carried over: it is the microscope's and the slide's
         rather than the state's, and no change of latents is no change of the image.
         """
-        network, c, turns = self.network, self.config, upright(control)
+        network, c, turns = self.network, self.config, canonical(control)
         control = turned(control, turns)
         given, conditions = self.autoencoder.encode(control), conditions.turned(turns)
         condition = network.condition(conditions)
@@ -372,7 +372,7 @@ class MorphologyFlow(_base.Model):
         grain = self.autoencoder.grain(control, given)
 
         def image(z):
-            return turned(self.autoencoder.decode(z, grain), back(turns))
+            return turned(self.autoencoder.decode(z, grain), inverse(turns))
 
         return torch.stack([image(one) for one in z]) if trajectory else image(z)
 

@@ -19,7 +19,7 @@ from spatiaflow import _io
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.tl import _cells
 from spatiaflow.tl._images import LEVELS, CellImages, model_of, unscaled
-from spatiaflow.tl._transitions import sources_of
+from spatiaflow.tl._transitions import state_shares
 
 DEFAULT_WEIGHTS = "morphology-pancreas-small"
 UNLIKE = 5  # times as bright or as dark: no stain varies so much, bits do
@@ -263,7 +263,10 @@ def _sources(
     """Rows to start from; by the model's own rule for states where no column names them."""
     column = groupby or model.card["groupby"]
     if model.card["level"] == "niche":
-        where, chosen = f"obsm[{column!r}]", sources_of(table, column, model.card["min_share"], source, target)
+        where, chosen = (
+            f"obsm[{column!r}]",
+            state_shares(table, column, model.card["min_share"]).is_source(source, target),
+        )
     elif groupby is None and column not in table.obs and model.states is not None:
         counts, _ = _io.counts(table, model.states.genes)
         logger.info("obs has no %r: states by the rule that comes with the model", column)

@@ -22,7 +22,7 @@ from spatiaflow.models.morphology import (
     sliced_wasserstein,
     start,
 )
-from spatiaflow.models.orientation import turned, upright
+from spatiaflow.models.orientation import canonical, turned
 from spatiaflow.train.fit import claim, fit
 from spatiaflow.train.pairs import Context, PairBatches, Pairs
 
@@ -150,7 +150,7 @@ def fit_autoencoder(
 
     def read(rows):
         x = torch.from_numpy(np.asarray(images[rows], np.float32))
-        return turned(x, upright(x)).to(device, memory_format=torch.channels_last)
+        return turned(x, canonical(x)).to(device, memory_format=torch.channels_last)
 
     def moments(x, over):
         mean, std = (getattr(x, name)(over, keepdim=True) for name in ("mean", "std"))
@@ -180,12 +180,12 @@ def fit_autoencoder(
 
 @torch.no_grad()
 def encoded(images, autoencoder: Autoencoder) -> tuple[Tensor, np.ndarray]:
-    """Latents (n x d) of images (n x C x p x p), and the turn that lays each upright."""
+    """Latents (n x d) of images (n x C x p x p), and the turn that brings each to its canonical orientation."""
     latents, turns = [], []
     device = autoencoder.latent_mean.device
     for start_row in range(0, len(images), 512):
         x = torch.from_numpy(np.asarray(images[start_row : start_row + 512], np.float32))
-        turns.append(upright(x))
+        turns.append(canonical(x))
         latents.append(autoencoder.encode(turned(x, turns[-1]).to(device)).cpu())
     return torch.cat(latents), np.concatenate(turns)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from spatiaflow.models.pairing import Plan, agreement, transport
+from spatiaflow.models.transport import Plan, agreement, transport
 
 
 def slow_plan(x, y, epsilon, rho, n_iterations=3000):
