@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ def gather(
     *,
     need: Collection[str] = (),
     layer: str | None = None,
-    use_rep: str | None = None,
+    use_rep: str | Sequence[str] | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
     missing: bool = False,
@@ -42,7 +42,7 @@ def gather(
     layer
         Layer with raw counts; None reads ``X``.
     use_rep
-        Slot of ``.obsm``.
+        Slot of ``.obsm``, or several whose columns are put side by side.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
     missing
@@ -67,13 +67,21 @@ def gather(
         counts = None
         if "counts" in need:
             counts = sparse.csr_matrix(_io.counts(table, None, layer)[0], dtype=np.float32)
-        features = _io.features(table, use_rep) if "features" in need else None
+        features = None
+        if "features" in need:
+            slots = [use_rep] if isinstance(use_rep, str) else use_rep
+            features = np.hstack([_io.features(table, slot) for slot in slots])
         for slide in found:
             rows, parts = slide.rows, {}
             if counts is not None:
                 own = counts[rows]
                 library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
-                parts |= {"counts": own, "library": library, "genes": tuple(map(str, table.var_names))}
+                parts |= {
+                    "counts": own,
+                    "library": library,
+                    "genes": tuple(map(str, table.var_names)),
+                    "measured": None,
+                }
             if features is not None:
                 parts["features"] = features[rows]
             if "crops" in need:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,29 +25,34 @@ KINDS: dict[str, type[Model]] = {}  # by name of the class, filled as the classe
 
 
 class Config:
-    """Sizes and training settings of a model: a dataclass whose fields all have defaults, and some of them by name."""
+    """Mixin of the dataclasses that hold a model's sizes and settings: named ones, or an instance of one's own."""
 
-    named: ClassVar[dict[str, Any]]  # configurations by name, "default" among them
+    named: ClassVar[dict[str, Self]]
 
     @classmethod
-    def of(cls, config: Self | str | None = None) -> Self:
-        """Return the configuration that a verb's ``config=`` names: None is the default, a name is looked up.
+    def of(cls, config: Self | str | None, argument: str = "config") -> Self:
+        """Return the configuration that a verb's ``config=`` means: None the default, a name, or an instance.
 
         Raises
         ------
         ValueError
-            There is no configuration of this name.
+            No configuration has this name.
         TypeError
-            It is something else.
+            ``config`` is neither None, a name nor an instance.
         """
-        if config is None:
-            config = "default"
+        named = cls.__dict__.get("named", {})
+        config = "default" if config is None else config
         if isinstance(config, str):
-            if config not in cls.named:
-                raise ValueError(f"config must be one of {', '.join(map(repr, cls.named))}, not {config!r}.")
-            return cls.named[config]
+            if config in named:
+                return named[config]
+            if config == "default":
+                return cls()
+            known = ", ".join(map(repr, dict.fromkeys(("default", *named))))
+            raise ValueError(f"{argument} must be one of {known} or a {cls.__name__}, not {config!r}.")
         if not isinstance(config, cls):
-            raise TypeError(f"config must be a name or a {cls.__name__}, not {type(config).__name__}.")
+            raise TypeError(
+                f"{argument} must be a {cls.__name__}, the name of one, or None, not {type(config).__name__}."
+            )
         return config
 
 
