@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from spatiaflow.models.orientation import back, turned, turned_offsets, upright
+from spatiaflow.models.orientation import canonical, inverse, turned, turned_offsets
 
 RNG = np.random.default_rng(0)
 
@@ -41,14 +41,14 @@ def test_long_axes_come_to_lie_along_each_other():
 
     np.testing.assert_allclose(np.cos(axis(target) - 2 * angles[1]), 1, atol=0.02)
     assert abs(agreement(target, source)) < 0.15
-    laid = [turned(x, upright(x)) for x in (target, source)]
+    laid = [turned(x, canonical(x)) for x in (target, source)]
     assert agreement(*laid) == pytest.approx(0.81, abs=0.05)  # (4 sin(pi / 4) / pi)^2 within an octant
     assert (np.abs(axis(laid[0]) - np.pi / 4) < np.pi / 4 + 0.1).all()
 
 
-def test_upright_is_upright_however_an_image_is_turned():
+def test_canonical_orientation_is_the_same_however_an_image_is_turned():
     images, turns = ellipses(RNG.uniform(0, np.pi, 200), 9, 6), RNG.integers(0, 8, 200)
-    laid = turned(images, upright(images))
+    laid = turned(images, canonical(images))
     again = turned(images, turns)
-    torch.testing.assert_close(turned(again, upright(again)), laid)
-    torch.testing.assert_close(turned(turned(images, turns), back(turns)), images)
+    torch.testing.assert_close(turned(again, canonical(again)), laid)
+    torch.testing.assert_close(turned(turned(images, turns), inverse(turns)), images)

@@ -31,15 +31,9 @@ def slide():
     return sdata
 
 
-def train(slide, **options):
-    options = {
-        "use_rep": "E",
-        "crop_um": 16.0,
-        "crop_pixels": 16,
-        "preset": TINY,
-        "max_epochs": 2,
-        "validation": 0.2,
-    } | options
+def train(slide, *, use_rep="E", config=(), validation=0.2, max_epochs=2, **options):
+    config = sf.models.MorphologyConfig(**({"crop_um": 16.0, "crop_pixels": 16} | TINY | dict(config)))
+    options |= {"use_rep": use_rep, "config": config, "validation": validation, "max_epochs": max_epochs}
     return sf.tl.train_morphology(slide, **IMAGE, **options)
 
 
@@ -63,20 +57,20 @@ def test_an_image_of_more_bits_than_the_training_slides_is_a_warning(model):
     cells = list(sdata["table"].obs_names[sdata["table"].obs["state"] == "A"][:2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(sdata, model, cells=cells, n_steps=2)
+        generate(sdata, model, cells=cells, n_steps=1)
     sdata["fluorescence"] = pixels
     with pytest.warns(UserWarning, match="bright end of channel .* come out white or black"):
-        generate(sdata, model, cells=cells, n_steps=2)
+        generate(sdata, model, cells=cells, n_steps=1)
 
 
 def test_generated_cells(slide, model, tmp_path):
     table = slide["table"]
-    made = generate(slide, model, n_variants=2, n_steps=4)
+    made = generate(slide, model, n_samples=2, n_steps=2)
     sources = table.obs_names[table.obs["state"] == "A"]
     assert list(made.obs["source_cell"][::2]) == list(sources) and made.obs_names.is_unique
     images = made.obsm["image"]
     assert images.dtype == np.uint8 and images.shape == (2 * len(sources), 4, 16, 16)
-    assert not np.array_equal(images[0], images[1])  # variants differ
+    assert not np.array_equal(images[0], images[1])  # samples differ
     np.testing.assert_allclose(made.X, sf.pp.image_profile(made).to_numpy(np.float32))
     np.testing.assert_allclose(made.obsm["spatial"][::2], table.obsm["spatial"][table.obs["state"] == "A"], atol=1.0)
     assert (made.obs["niche"][::2].to_numpy() == table.obs.loc[sources, "niche"].astype(str).to_numpy()).all()
@@ -90,7 +84,7 @@ def test_generated_cells(slide, model, tmp_path):
     other = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops[1:])])
     assert same > other + 0.2
     np.testing.assert_allclose(made.obsm["source"][::2].astype(float), crops.astype(float), atol=1)
-    whole = generate(slide, model, n_steps=4, trajectory=True)
+    whole = generate(slide, model, n_steps=2, trajectory=True)
     assert whole.obsm["trajectory"].shape == (len(sources), 3, 4, 16, 16)
     np.testing.assert_array_equal(whole.obsm["trajectory"][:, -1], whole.obsm["image"])
     whole.write_h5ad(tmp_path / "made.h5ad")
@@ -100,12 +94,12 @@ def test_channels_go_by_the_names_of_the_image(slide, model):
     """So that what is generated compares with what ``pp.image_profile`` measures of real crops."""
     named = tissue(1)
     named["fluorescence"] = named["fluorescence"].assign_coords(c=["DAPI", "bound", "RNA", "prot"])
-    made = generate(named, model, n_steps=2)
+    made = generate(named, model, n_steps=1)
     crops = sf.pp.crops(named, crop_um=16.0, crop_pixels=16, **IMAGE)
     assert list(made.var_names) == list(sf.pp.image_profile(crops.take([0, 1])).columns)
     assert made.uns["morphology"]["channels"] == ["DAPI", "bound", "RNA", "prot"]
     assert set(made.uns["morphology"]["intensity"]) == {"DAPI", "bound", "RNA", "prot"}
-    np.testing.assert_array_equal(made.X, generate(slide, model, n_steps=2).X)
+    np.testing.assert_array_equal(made.X, generate(slide, model, n_steps=1).X)
 
 
 def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
@@ -114,7 +108,7 @@ def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
     copy = sd.SpatialData(
         images={**slide.images}, shapes={**slide.shapes}, tables={"table": slide["table"]}, attrs=slide.attrs
     )
-    made = generate(copy, model, n_steps=2, key_added="as_b", n_variants=2)
+    made = generate(copy, model, n_steps=1, key_added="as_b", n_samples=2)
     box = {"min_coordinate": [0, 0], "max_coordinate": [80, 120]}
     found = copy.query.bounding_box(axes=("x", "y"), **box, target_coordinate_system="global")["as_b"]
     xy = made.obsm["spatial"]
@@ -124,22 +118,22 @@ def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
 
 
 def test_noise_belongs_to_the_cell(slide, model):
-    whole = generate(slide, model, n_steps=4)
-    again = generate(slide, model, n_steps=4, batch_size=7)
+    whole = generate(slide, model, n_steps=2)
+    again = generate(slide, model, n_steps=2, batch_size=7)
     difference = np.abs(whole.obsm["image"].astype(int) - again.obsm["image"].astype(int))
     assert difference.max() <= 1  # rounding
     some = whole.obs["source_cell"].iloc[[5, 2]].tolist()
-    few = generate(slide, model, n_steps=4, cells=some)
+    few = generate(slide, model, n_steps=2, cells=some)
     assert few.obs["source_cell"].tolist() == some
     difference = np.abs(few.obsm["image"].astype(int) - whole.obsm["image"][[5, 2]].astype(int))
     assert difference.max() <= 1
-    assert not np.array_equal(generate(slide, model, n_steps=4, random_state=1).obsm["image"], whole.obsm["image"])
+    assert not np.array_equal(generate(slide, model, n_steps=2, random_state=1).obsm["image"], whole.obsm["image"])
 
 
 def test_figures(slide, model):
     import matplotlib.pyplot as plt
 
-    made = generate(slide, model, n_steps=4, trajectory=True)
+    made = generate(slide, model, n_steps=2, trajectory=True)
     crops = sf.pp.crops(slide, crop_um=16.0, crop_pixels=16, **IMAGE)
     real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
     figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
@@ -165,7 +159,7 @@ def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
         np.array_equal(a, b) for a, b in zip(model.network.state_dict().values(), again.network.state_dict().values())
     )
     loaded = sf.models.load(model.save(tmp_path / "m.safetensors"))
-    one, other = (generate(slide, m, n_steps=2).obsm["image"] for m in (model, loaded))
+    one, other = (generate(slide, m, n_steps=1).obsm["image"] for m in (model, loaded))
     np.testing.assert_array_equal(one, other)
     assert model.card["pairs"]["A -> B"] > 40 and set(model.shifts) == {"A -> B", "A -> A"}
     assert {"train_flow", "val_flow", "train_alignment", "train_contrast"} <= set(model.history)
@@ -183,6 +177,18 @@ def test_another_run_is_not_resumed(slide, tmp_path):
         train(slide, **options, resume=True, random_state=7)
 
 
+def test_one_model_is_trained_on_several_objects(slide, model):
+    """Two copies of a slide hold the same pairs twice: shifts stay, and each copy has its cells and pairs in the card."""
+    both = train({"one": slide, "two": slide}, max_epochs=1)
+    assert (
+        list(both.card["data"]) == ["one", "two"] and both.card["pairs"]["A -> B"] == 2 * model.card["pairs"]["A -> B"]
+    )
+    for kind in ("genes", "profile"):
+        np.testing.assert_allclose(both.shifts["A -> B"][""][kind], model.shifts["A -> B"][""][kind], atol=2e-5)
+    made = generate({"one": slide, "two": slide}, both, n_steps=1)
+    np.testing.assert_array_equal(made["one"].X, made["two"].X)
+
+
 def test_shift_is_the_mean_difference_of_pairs(slide, model):
     """Nuclei of state B are half again as large: the shift of morphology of A -> B says so, that of A -> A does not."""
     place = model.config.profile.index("area_um2")
@@ -192,7 +198,9 @@ def test_shift_is_the_mean_difference_of_pairs(slide, model):
 
 def test_losses_can_be_switched_off(slide):
     model = train(
-        slide, max_epochs=1, losses={"alignment": 0, "contrast": 0}, spatial=False, start="noise", weighted=False
+        slide,
+        max_epochs=1,
+        config={"losses": {"alignment": 0, "contrast": 0}, "spatial": False, "start": "noise", "weighted": False},
     )
     assert {k for k in model.history if k.startswith("val_")} == {"val_loss", "val_flow"}
 
@@ -209,22 +217,22 @@ def test_bad_input(slide, model):
         generate(slide, model, image_key="he")
     for bad, match in (
         ({"start": "middle"}, "start must be one of 'control', 'noise'"), ({"losses": {"flwo": 1}}, "losses has no 'flwo'"),
-        ({"preset": {"widht": 3}}, "preset has no 'widht'"), ({"crop_pixels": 12}, "crop_pixels=12 must be a multiple of 8"),
+        ({"crop_pixels": 12}, "crop_pixels=12 must be a multiple of 8"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            train(slide, **bad)
+            train(slide, config=bad)
+    with pytest.raises(TypeError, match="config must be a .*MorphologyConfig"):
+        sf.tl.train_morphology(slide, config={"width": 3}, **IMAGE)
     with pytest.raises(KeyError, match="morphology_profile"):
         train(slide, profile_key="shape")
-    with pytest.raises(TypeError, match="not a Spatia"):
+    with pytest.raises(TypeError, match="model must be a MorphologyFlow; this is a Spatia"):
         generate(slide, sf.datasets.weights("spatia-pancreas-small"))
-    with pytest.raises(ValueError, match="give level='cell'"):
-        generate(slide, model, level="niche")
     with pytest.raises(ValueError, match="cells must be a list"):
         generate(slide, model, cells=["cell_1", "cell_1"])
     with pytest.raises(ValueError, match="another element called 'table'"):
-        generate(slide, model, key_added="table", n_steps=2)
+        generate(slide, model, key_added="table", n_steps=1)
     with pytest.raises(ValueError, match="another element called 'nuclei'"):
-        generate(slide, model, key_added="nuclei", n_steps=2)
+        generate(slide, model, key_added="nuclei", n_steps=1)
     other = tissue(1)
     for level in ("cell", "niche", "tissue"):
         other["table"].obsm[f"E_{level}"] = other["table"].obsm[f"E_{level}"][:, :5]
@@ -260,17 +268,17 @@ def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
     nameless = sf.datasets.simulated_tissue(400, seed=1)
     nameless["table"].obsm.update({k: v for k, v in table.obsm.items() if k.startswith("E_")})
     del nameless["table"].obs["state"]
-    made = generate(nameless, loaded, n_steps=2)
+    made = generate(nameless, loaded, n_steps=1)
     assert list(made.obs["source_cell"]) == [n for n, e in zip(table.obs_names, expected) if e == "A"]
     with pytest.raises(KeyError, match="state"):
-        generate(nameless, model, n_steps=2)
+        generate(nameless, model, n_steps=1)
 
 
 def test_a_niche_that_training_did_not_see_is_named(slide, model):
     other = tissue(1)
     other["table"].obs["niche"] = other["table"].obs["niche"].astype(str).replace("immune", "marsh")
     with pytest.warns(UserWarning, match="'marsh'"):
-        generate(other, model, n_steps=2)
+        generate(other, model, n_steps=1)
 
 
 def test_tiles(slide, tmp_path):
@@ -281,9 +289,9 @@ def test_tiles(slide, tmp_path):
     tiles = sf.pp.tiles(sdata, tile_um=40, groupby="state", pool=pool, key_added="tiles")
     options = {"table_key": "tiles"}
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", **options)
-    model = train(sdata, level="niche", crop_um=40.0, losses={"contrast": 0}, **options)
+    model = train(sdata, config={"crop_um": 40.0, "losses": {"contrast": 0}}, **options)
     assert model.card["level"] == "niche"
-    made = generate(sdata, model, level="niche", n_steps=2, key_added="made", **options)
+    made = generate(sdata, model, n_steps=1, key_added="made", **options)
     share = tiles.to_df().assign(**dict(zip(tiles.uns["tiles"]["state"], tiles.obsm["state"].T)))
     height, width = np.array(sdata["fluorescence"].shape[1:]) * 0.5  # um: a tile's middle must lie in the image
     inside = (tiles.obsm["spatial"] < [width, height]).all(1)
@@ -291,8 +299,8 @@ def test_tiles(slide, tmp_path):
     assert list(made.obs["source_cell"]) == list(sources) and 0 < len(sources) < tiles.n_obs
     assert list(made.var_names[:3]) == ["nuclei_per_mm2", "nuclear_share", "mean_area_um2"]
     assert sdata["made"].n_obs == len(sources)
-    with pytest.raises(ValueError, match="give level='niche'"):
-        generate(sdata, model, **options)
+    with pytest.raises(ValueError, match="the table 'table' holds cells; the model was trained on tiles"):
+        generate(sdata, model)
 
 
 def test_bundled_weights_enlarge_and_stretch_nuclei_as_planted():

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -34,8 +36,12 @@ def tissue(n_a, n_b, *, seed=0, unmatched=0.0, depth=300, same=False, niches=1, 
     return out, latent
 
 
+FIELDS = {field.name for field in fields(sf.models.PairingConfig)}
+
+
 def paired(adata, **options):
-    sf.tl.pair_transitions(adata, **({"transitions": [("A", "B")], "groupby": "state"} | options))
+    config = sf.models.PairingConfig(**{name: options.pop(name) for name in FIELDS & set(options)})
+    sf.tl.pair_transitions(adata, **({"transitions": [("A", "B")], "groupby": "state", "config": config} | options))
     return adata.uns["transitions"]
 
 
@@ -66,7 +72,12 @@ def test_slots(tmp_path):
     again = ad.read_h5ad(tmp_path / "a.h5ad")
     pd.testing.assert_frame_equal(again.uns["transitions"], found, check_dtype=False)
     copy = sf.tl.pair_transitions(
-        again, transitions=[("A", "B")], groupby="state", niche_key="niche", top_k=10, copy=True
+        again,
+        transitions=[("A", "B")],
+        groupby="state",
+        niche_key="niche",
+        config=sf.models.PairingConfig(top_k=10),
+        copy=True,
     )
     pd.testing.assert_frame_equal(copy.uns["transitions"], found)  # seeded
 
@@ -243,6 +254,10 @@ def test_bad_input():
             paired(adata, transitions=bad)
     with pytest.raises(ValueError, match="confidence must be one of"):
         paired(adata, confidence="certain")
+    with pytest.raises(ValueError, match="config must be one of 'default'"):
+        sf.tl.pair_transitions(adata, transitions=("A", "B"), groupby="state", config="fast")
+    with pytest.raises(ValueError, match="epsilon must be a positive number"):
+        sf.models.PairingConfig(epsilon=0)
     assert paired(adata, transitions=("A", "B"))["transition"].eq("A -> B").all()
     adata.X = adata.X * 0.5
     with pytest.raises(ValueError, match="raw counts"):

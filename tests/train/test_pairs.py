@@ -5,7 +5,20 @@ import pytest
 import torch
 from scipy import sparse
 
-from spatiaflow.train.pairs import ALIKE, Context, PairBatches, Pairs, exchanged, mean_shift, shares
+from spatiaflow.models.slide import Slide
+from spatiaflow.models.transport import Coordinates, PairingConfig
+from spatiaflow.train.pairs import (
+    ALIKE,
+    Context,
+    PairBatches,
+    Pairs,
+    exchanged,
+    mean_shift,
+    pair_states,
+    shares,
+    stacked,
+    with_shifts,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -89,3 +102,66 @@ def test_batches_do_not_depend_on_the_order_they_are_asked_in(exchange):
     source, target = (np.array([rows[tuple(v.tolist())] for v in found[0][key]]) for key in ("source", "target"))
     assert (source < n).all() and (pairs.group[source] == pairs.group[target - n]).all()
     assert exchange or (target == source + n).all()
+
+
+def test_neighbours_of_a_context_are_of_the_same_slide():
+    """The second slide lies where the first does; its rows follow those of the first."""
+    xy = RNG.uniform(0, 100, (30, 2))
+    features = RNG.normal(size=(30, 6)).astype(np.float32)
+    slides = [Slide(name, np.arange(30).astype(str), xy, features=features) for name in ("a", "b")]
+    around = Context.of(slides, 4, 10.0)
+    assert around.cell.shape == (60, 2) and (around.neighbors[:30] < 30).all()
+    np.testing.assert_array_equal(around.neighbors[30:], around.neighbors[:30] + 30)
+    np.testing.assert_allclose(around.offset[:30], (xy[around.neighbors[:30]] - xy[:, None]) / 10, atol=1e-5)
+
+
+def some_pairs(n, k):
+    zeros = np.zeros((n, 0))
+    share = RNG.dirichlet(np.ones(k), n)
+    return Pairs(
+        np.arange(n),
+        n + RNG.integers(0, n, (n, k)),
+        share,
+        np.ones(n),
+        np.zeros(n, int),
+        zeros,
+        zeros,
+        np.zeros(n, int),
+    )
+
+
+def test_pairs_of_several_tables_keep_their_targets():
+    few, many = some_pairs(3, 2), some_pairs(4, 5)
+    both = stacked([few, many])
+    assert len(both) == 7 and both.target.shape == (7, 5)
+    np.testing.assert_array_equal(both.target[:3, :2], few.target)
+    np.testing.assert_allclose(both.share.sum(1), 1)
+
+
+def test_shifts_are_those_of_each_niche_and_of_all_together():
+    pairs, niche = some_pairs(6, 1), np.array(["x", "x", "y", "y", "y", ""])
+    values = RNG.normal(size=(12, 3))
+    found, shifts = with_shifts(pairs, niche, ["A -> B"], values, values[:, :1])
+    change = values[pairs.target[:, 0]] - values[pairs.source]
+    assert list(shifts["A -> B"]) == ["", "x", "y"]
+    for name in ("", "x", "y"):
+        which = niche == name if name else np.ones(6, bool)
+        np.testing.assert_allclose(shifts["A -> B"][name]["genes"], change[which].mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.genes[2], change[2:5].mean(0))  # the niche's own where it has one
+    np.testing.assert_allclose(found.genes[5], change.mean(0))
+
+
+def test_cells_are_paired_within_their_niche():
+    x = RNG.normal(size=(80, 3))
+    niches = np.repeat(["p", "q", "p", "q"], 20)
+    sides = {"A -> B": (np.arange(40), np.arange(40, 80))}
+    config = PairingConfig(min_cells=5)
+    pairs, (row, column, _), problems = pair_states(
+        sides, niches, Coordinates([x]), config, batch=1000, seed=0, device="cpu"
+    )
+    assert (niches[row] == niches[column]).all() and len(pairs) == 40 and list(problems["niche"]) == ["p", "q"]
+    with pytest.warns(UserWarning, match="no niche holds 30 cells"):
+        whole = pair_states(
+            sides, niches, Coordinates([x]), PairingConfig(min_cells=30), batch=1000, seed=0, device="cpu"
+        )[0]
+    assert set(whole["niche"]) == {""}

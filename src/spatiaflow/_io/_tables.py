@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from scipy import sparse
 from spatiaflow._io._arguments import slot_name
 from spatiaflow._io._slides import _listing
 from spatiaflow._settings import logger
+from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")
@@ -124,7 +125,7 @@ def morphology(table: AnnData, key: str) -> pd.DataFrame:
 
 
 def groups(table: AnnData, groupby: str) -> pd.Series:
-    """Return ``obs[groupby]`` as a categorical of at most 50 groups; those without rows are left out."""
+    """Return ``obs[groupby]`` as a categorical of at most 50 groups, without empty groups."""
     if groupby not in table.obs:
         raise KeyError(f"obs has no {groupby!r}; it has {_listing(table.obs.columns)}.")
     column = table.obs[groupby]
@@ -297,24 +298,26 @@ def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def keep(data, key: str, table: AnnData, slides: list, which: np.ndarray, xy: np.ndarray) -> None:
-    """Keep new observations as a table of a SpatialData, on points of their own that spatial queries follow.
+def keep(data, key: str, table: AnnData, slides: Sequence[Slide], which: np.ndarray, xy: np.ndarray) -> None:
+    """Write new observations into a SpatialData, as a table on points of their own, so that spatial queries find them.
 
     Parameters
     ----------
     key
-        Name of the table; the points of a slide are called ``f"{key}_points"``, with several slides ``f"{key}_{slide}"``.
+        Name of the table. The points are called ``f"{key}_points"``, with several slides ``f"{key}_{slide}"``.
     slides
-        Slides that they stand on.
+        Slides of the new observations.
     which, xy
-        Place of each new observation's slide in ``slides``, and its position, µm.
+        Place of each observation's slide in ``slides``, and its position, µm.
     """
     from spatialdata import SpatialData
     from spatialdata.models import PointsModel, TableModel
     from spatialdata.transformations import Identity
 
     if not isinstance(data, SpatialData):
-        raise ValueError("key_added= keeps the result in a SpatialData; an AnnData has no place for it. Leave it out.")
+        raise ValueError(
+            "key_added= writes the result into a SpatialData; an AnnData has no place for it. Leave it out."
+        )
     names = [f"{key}_points"] if len(slides) == 1 else [f"{key}_{slide.name}" for slide in slides]
     ours = key in data.tables and set(data[key].obs.get("region", [""])) <= set(names)
     taken = [name for name in [*names, key] if name in data and not (ours and (name == key or name in data.points))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def gather(
     *,
     need: Collection[str] = (),
     layer: str | None = None,
-    use_rep: str | None = None,
+    use_rep: str | Sequence[str] | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
     missing: bool = False,
@@ -46,7 +46,7 @@ def gather(
     layer
         Layer with raw counts; None reads ``X``.
     use_rep
-        Slot of ``.obsm``.
+        Slot of ``.obsm``, or several whose columns are put side by side.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
     missing
@@ -80,7 +80,10 @@ def gather(
         counts = None
         if "counts" in need:
             counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
-        features = _io.features(table, use_rep) if "features" in need else None
+        features = None
+        if "features" in need:
+            slots = [use_rep] if isinstance(use_rep, str) else use_rep
+            features = np.hstack([_io.features(table, slot) for slot in slots])
         for slide in found:
             rows = slide.rows
             parts: dict[str, Any] = {}

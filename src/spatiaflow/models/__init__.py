@@ -5,7 +5,7 @@ from importlib import import_module as _import_module
 _WHERE = {
     "STFlow": "stflow", "STFlowConfig": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
     "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology", "Imputer": "imputer",
-    "ImageFeatures": "features", "Slide": "slide",
+    "ImageFeatures": "features", "PairingConfig": "transport", "Slide": "slide",
 }  # fmt: skip
 __all__ = [*sorted(_WHERE), "load"]
 

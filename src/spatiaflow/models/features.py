@@ -1,4 +1,4 @@
-"""A small network whose features of cell images generated and real ones are compared by; never trained on by a generator."""
+"""A small network whose features compare generated with real images of cells. No generator is trained on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from spatiaflow.models import _base
 
 @dataclass
 class FeaturesConfig:
-    """What a feature network is fitted to.
+    """Images that a feature network reads, and its sizes.
 
     Attributes
     ----------
     channels, mpp
-        Channels by name, and µm per pixel of the images.
+        Names of the channels, and µm per pixel of the images.
     intensity
-        Background and bright end of each channel: they become 0 and 1.
+        Background and bright end of each channel, which become 0 and 1.
     width, n_features
-        Filters of the first layer, and length of the result.
+        Filters of the first layer, and number of features.
     """
 
     channels: list[str]
@@ -32,14 +32,14 @@ class FeaturesConfig:
 
 
 class ImageFeatures(_base.Model, nn.Module):
-    """Features of images of cells; it can stand for the Inception network in torchmetrics' distances.
+    """Features of images of cells. It can replace the Inception network in the distances of torchmetrics.
 
     Attributes
     ----------
     config
         Channels, scale and sizes.
     card
-        What it was trained on, and how.
+        Training data, settings and versions.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class ImageFeatures(_base.Model, nn.Module):
 
     verb = "sf.metrics.image_features"
 
-    def __init__(self, config: FeaturesConfig, card: dict | None = None):
+    def __init__(self, config: FeaturesConfig, card: dict | None = None) -> None:
         super().__init__()
         self.config, self.card, self.num_features = config, card or {}, config.n_features
         n, layers = len(config.channels), []
@@ -65,7 +65,7 @@ class ImageFeatures(_base.Model, nn.Module):
         self.register_buffer("span", (ends[:, 1] - ends[:, 0])[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (n x f) of images (n x C x p x p) in the scale of the training slides."""
+        """Return features (n x f) of images (n x C x p x p) in the scale of the training slides."""
         return self.layers((images.to(self.low.dtype) - self.low) / self.span)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -73,8 +73,8 @@ class ImageFeatures(_base.Model, nn.Module):
         return {"config": asdict(self.config), "card": self.card}, dict(self.state_dict())
 
     @classmethod
-    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> ImageFeatures:
+    def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> ImageFeatures:
         """Rebuild a network from the description and tensors of its file."""
-        out = cls(FeaturesConfig(**d["config"]), d["card"])
+        out = cls(FeaturesConfig(**description["config"]), description["card"])
         out.load_state_dict(tensors)
         return out.eval()

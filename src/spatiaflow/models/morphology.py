@@ -1,4 +1,4 @@
-"""Flow matching from the image of a cell to how it would look in another state, where it is (SPATIA, generative part)."""
+"""Flow matching from the image of a cell to its image in another state, in its surroundings (SPATIA, generative part)."""
 
 from __future__ import annotations
 
@@ -12,51 +12,66 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.flow import integrate, time_features
-from spatiaflow.models.orientation import back, turned, turned_offsets, upright
+from spatiaflow.models.orientation import canonical, inverse, turned, turned_offsets
 from spatiaflow.models.spatial import GatedMLP
 
 SCALE = 8  # pixels of the image to a pixel of the coarsest layer of the autoencoder
-CONDITION = 128  # width of what an image is generated under
+CONDITION = 128  # width of the vector of conditions
+LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
 
 
 @dataclass
-class MorphologyConfig:
-    """Hyper-parameters of the generator.
+class MorphologyConfig(_base.Config):
+    """Sizes of the generator, and how it is trained and used.
 
     Attributes
     ----------
-    channels, crop_um, crop_pixels
-        Images: their channels by name, their side on the tissue and in pixels.
-    transitions
-        Names of the transitions, "A -> B".
-    profile
-        Names of the morphology features that the alignment loss speaks of.
+    channels, transitions, profile
+        Names of the image's channels, of the transitions ("A -> B"), and of the morphology features of the alignment loss.
+        Training fills them in.
+    crop_um, crop_pixels
+        Side of the images on the tissue and in pixels, a multiple of 8.
     n_embedding, n_genes
-        Width of a cell's, niche's and tissue's embedding, and length of a transition's shift of genes.
+        Width of a cell's, niche's and tissue's embedding, and length of a transition's shift of genes. Training fills them in.
     n_neighbors
         Neighbours that a cell's image is conditioned on, one token each.
     spatial
         Whether niche, tissue and neighbours condition the image at all.
     start, noise
-        The path begins at ``"control"``, the latents of the control image, whose standard deviation is 1, with noise of this
-        standard deviation added (without it a cell has one outcome), or at pure ``"noise"``; then the network is shown the
-        latents of the control image beside.
+        The path begins at ``"control"``: the latents of the control image, whose standard deviation is 1, plus noise of this
+        standard deviation, without which a cell has one outcome. Or it begins at pure ``"noise"``; then the network also sees
+        the latents of the control image.
     n_latent
-        Numbers that an image is described by.
+        Length of the latents of an image.
     width, n_layers, n_heads
-        Of the perceptron between latents, and of the attention to neighbours.
+        Sizes of the perceptron between latents, and of the attention to neighbours.
     drop
         Probability that a sample is trained without conditions, for guidance.
+    weighted
+        Weigh pairs by their confidence.
+    exchange
+        Let similar sources of one niche exchange their targets in each batch, so that their images are close (minibatch optimal
+        transport): paths are shorter, and more of the source is kept.
+    losses
+        Weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
+        generated and real images) and ``"contrast"`` (the conditions of another transition must fit worse). 0 switches one
+        off; the default is 1, .5 and .1.
+    batch_size
+        Pairs a step.
+    devices, precision
+        As in Lightning's Trainer.
+    guidance
+        Strength of classifier-free guidance when images are generated; 0 is none.
 
     Examples
     --------
-    >>> config = sf.models.MorphologyConfig(channels=["dapi"], transitions=["A -> B"])
+    >>> config = sf.models.MorphologyConfig(crop_um=16, width=256)
     >>> config.crop_pixels, config.n_latent
     (48, 128)
     """
 
-    channels: list[str]
-    transitions: list[str]
+    channels: list[str] = field(default_factory=list)
+    transitions: list[str] = field(default_factory=list)
     profile: list[str] = field(default_factory=list)
     crop_um: float = 20.4
     crop_pixels: int = 48
@@ -71,37 +86,60 @@ class MorphologyConfig:
     n_layers: int = 4
     n_heads: int = 4
     drop: float = 0.1
+    weighted: bool = True
+    exchange: bool = True
+    losses: dict[str, float] = field(default_factory=dict)
+    batch_size: int = 128
+    devices: int | str = 1
+    precision: str = "32-true"
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.start not in ("control", "noise"):
+            raise ValueError(f"start must be one of 'control', 'noise', not {self.start!r}.")
+        if self.crop_um <= 0:
+            raise ValueError(f"crop_um must be a positive number, not {self.crop_um!r}.")
+        if self.crop_pixels < 1 or self.crop_pixels % SCALE:
+            raise ValueError(f"crop_pixels={self.crop_pixels} must be a multiple of {SCALE}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {self.batch_size!r}.")
+        if unknown := [name for name in self.losses if name not in LOSSES]:
+            raise ValueError(f"losses has no {unknown[0]!r}; it takes {', '.join(map(repr, LOSSES))}.")
+        self.losses = LOSSES | self.losses
+
+
+MorphologyConfig.named = {"default": MorphologyConfig()}
 
 
 @dataclass
 class Conditions:
-    """What an image is generated under; every tensor has a row a cell."""
+    """What is known of each cell whose image is generated. Every tensor has one row a cell."""
 
     cell: Tensor  # n x d: the source cell's embedding
     niche: Tensor  # n x d
     tissue: Tensor  # n x d
-    neighbors: Tensor  # n x k x (d + 2): embeddings of its neighbours, and where they lie, in crops
+    neighbors: Tensor  # n x k x (d + 2): embeddings of its neighbours, and their offsets in crops
     transition: Tensor  # n, place in the vocabulary
     genes: Tensor  # n x genes: mean shift of the transition
     profile: Tensor  # n x features: mean shift of the transition
     level: Tensor  # n: 0 a cell, 1 a tile
 
     def rows(self, which) -> Conditions:
-        """Some of the cells."""
+        """Return some of the cells."""
         return Conditions(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
     def to(self, device) -> Conditions:
-        """The same on a device."""
+        """Return the conditions on a device."""
         return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def turned(self, turns: np.ndarray) -> Conditions:
-        """The same around images that are :func:`turned <spatiaflow.models.orientation.turned>`."""
+        """Return the conditions around images that are :func:`turned <spatiaflow.models.orientation.turned>`."""
         who, where = self.neighbors[..., :-2], self.neighbors[..., -2:]
         return replace(self, neighbors=torch.cat([who, turned_offsets(where, turns)], -1))
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut. Not normalised: how bright an image is would be lost."""
+    """Two convolutions with a shortcut. There is no normalisation, which would lose the brightness of an image."""
 
     def __init__(self, d: int):
         super().__init__()
@@ -113,11 +151,11 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images to a vector of latents and back; the flow runs between latents.
+    """Images to a vector of latents and back. The flow runs between latents.
 
-    A variational autoencoder that says of every pixel what to expect and how far off that may be. What an image holds beyond
-    its latents, its *grain*, is measured by the latter: carried to other latents it is as strong as it would be there, and does
-    not draw the edges of the image it came from. Images are to be upright.
+    This is a variational autoencoder with a mean and a standard deviation for every pixel. The *grain* is what an image holds
+    beyond its latents, in these standard deviations. Added at other latents it has the strength that fits there, and does not
+    draw the edges of the image it came from. Images must be in their canonical orientation.
     """
 
     def __init__(self, n_channels: int, n_latent: int = 128, pixels: int = 32, width: int = 32):
@@ -141,36 +179,36 @@ class Autoencoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the raw latents of images (n x C x p x p)."""
+        """Return mean and log variance of the raw latents of images (n x C x p x p)."""
         mean, log_variance = self.encoder((x - self.pixel_mean) / self.pixel_std).chunk(2, 1)
         return mean, log_variance.clamp(-10, 4)
 
     def expected(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Of raw latents, pixel by pixel and in standardised images: the mean, and the log of how far off it may be."""
+        """Return mean and log standard deviation of every pixel of standardised images, from raw latents."""
         mean, log_std = self.decoder(z).chunk(2, 1)
         return mean, log_std.clamp(-3.5, 1.5)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (n x d), of mean 0 and standard deviation 1, of images (n x C x p x p)."""
+        """Return latents (n x d), with mean 0 and standard deviation 1, of images (n x C x p x p)."""
         return (self.posterior(x)[0] - self.latent_mean) / self.latent_std
 
     def grain(self, x: Tensor, z: Tensor) -> Tensor:
-        """What images (n x C x p x p) hold beyond their latents, in standard deviations."""
+        """Return what images (n x C x p x p) hold beyond their latents, in standard deviations."""
         mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
         return ((x - self.pixel_mean) / self.pixel_std - mean) * (-log_std).exp()
 
     def decode(self, z: Tensor, grain: Tensor | None = None) -> Tensor:
-        """Images of latents, smooth or with this grain."""
+        """Return images of latents, smooth or with this grain."""
         mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
         if grain is not None:
             mean = mean + log_std.exp() * grain
         return mean * self.pixel_std + self.pixel_mean
 
     def loss(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Negative evidence lower bound a pixel; ``noise`` is standard normal, of the shape of the latents.
+        """Return the negative evidence lower bound per pixel. ``noise`` is standard normal, in the shape of the latents.
 
-        Pixels weigh by the standard deviation that they are given, so that the mean is fitted where that is large too (Seitzer,
-        Tavakoli, Antic and Martius, 2022).
+        Pixels are weighted by their predicted standard deviation, so that the mean is fitted also where that is large
+        (Seitzer, Tavakoli, Antic and Martius, 2022).
         """
         mean, log_variance = self.posterior(x)
         expected, log_std = self.expected(mean + noise * (0.5 * log_variance).exp())
@@ -181,7 +219,7 @@ class Autoencoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two linear maps beside a shortcut, under conditions."""
+    """Two linear maps with a shortcut, under conditions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -196,11 +234,11 @@ class Layer(nn.Module):
 class MorphologyNetwork(nn.Module):
     """Velocity of latents under conditions: a perceptron with shortcuts.
 
-    On a path that begins at the control image the network does not see that image again: the less noise there is at the start,
-    the better could the velocity be read off, (z - control) / t, without a word learnt about where to go.
+    On a path that begins at the control image the network does not see that image again. It could otherwise read the velocity
+    off as (z - control) / t, and would learn nothing about the target.
     """
 
-    def __init__(self, c: MorphologyConfig):
+    def __init__(self, c: MorphologyConfig) -> None:
         super().__init__()
         self.config, d = c, CONDITION
         self.into = nn.Linear(c.n_latent * (2 if c.start == "noise" else 1), c.width)
@@ -223,7 +261,7 @@ class MorphologyNetwork(nn.Module):
         self.around = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
 
     def condition(self, c: Conditions, kept: Tensor | None = None) -> Tensor:
-        """What is known of each sample, its neighbours by attention to them (n x c); ``nothing`` where not ``kept`` (n, bool)."""
+        """Return the vector of conditions of each sample (n x c); ``nothing`` where not ``kept`` (n, bool)."""
         vector = self.transition(c.transition) + self.level(c.level)
         for name, layer in self.known.items():
             vector = vector + layer(getattr(c, name))
@@ -233,7 +271,7 @@ class MorphologyNetwork(nn.Module):
         return vector if kept is None else torch.where(kept[:, None], vector, self.nothing)
 
     def forward(self, z: Tensor, t: Tensor, control: Tensor, condition: Tensor) -> Tensor:
-        """Velocity (n x d) at latents z (n x d) and times t (n)."""
+        """Return the velocity (n x d) at latents z (n x d) and times t (n)."""
         condition = F.silu(condition + self.time(time_features(t, 128)))
         h = self.into(torch.cat([z, control], 1) if self.config.start == "noise" else z)
         for layer in self.layers:
@@ -252,21 +290,21 @@ class Surrogate(nn.Sequential):
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, n: int = 64) -> Tensor:
-    """Mean absolute difference of sorted projections of two samples of one size (n x f) on random directions."""
+    """Return the mean absolute difference of sorted projections of two samples (n x f each) on random directions."""
     directions = F.normalize(torch.randn(a.shape[1], n, generator=generator), dim=0).to(a.device)
     return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).abs().mean()
 
 
 @dataclass(repr=False)
 class States:
-    """A frozen linear rule that tells the state of a cell from its counts, for slides whose states nobody has named.
+    """A fixed linear rule that gives the state of a cell from its counts, for slides without a column of states.
 
     Attributes
     ----------
     names, genes
-        States, and genes the rule reads.
+        States, and the genes that the rule reads.
     weight, offset
-        States x genes and states; the largest of ``weight @ log1p(counts per unit) + offset`` is the state.
+        States x genes and states. The state is the largest of ``weight @ log1p(counts per unit) + offset``.
     unit, min_counts
         Counts of a cell (in ``genes``) are scaled to ``unit``; cells with fewer than ``min_counts`` have no state.
 
@@ -288,7 +326,7 @@ class States:
         return f"States: {', '.join(self.names)}; from {len(self.genes)} genes"
 
     def __call__(self, counts) -> list[str | None]:
-        """States of cells from their counts (n x genes, CSR, in the order of ``genes``)."""
+        """Return the states of cells from their counts (n x genes, CSR, in the order of ``genes``)."""
         total = np.asarray(counts.sum(1)).ravel()
         log = sparse.csr_matrix(sparse.diags(self.unit / total.clip(1)) @ counts).log1p()
         best = (log @ np.asarray(self.weight).T + np.asarray(self.offset)).argmax(1)
@@ -301,17 +339,17 @@ class MorphologyFlow(_base.Model):
     Attributes
     ----------
     config
-        Vocabulary of channels and transitions, and all sizes.
+        Channels, transitions, sizes and training settings.
     autoencoder
-        Between images and the latents that the flow runs between.
+        Images to latents and back.
     shifts
-        Of every transition and niche the mean shift of genes and of the profile.
+        Mean shift of genes and of the profile, for every transition and niche.
     intensity
         Background and bright end of every channel, by which images are scaled.
     states
-        Rule that tells states where no column names them; None for models of your own.
+        Rule for states where no column names them; None for models of your own.
     history, card
-        As of the other models.
+        As in the other models. ``card["level"]`` is ``"cell"``, or ``"niche"`` for a model of tiles.
 
     Examples
     --------
@@ -324,8 +362,8 @@ class MorphologyFlow(_base.Model):
 
     def __init__(
         self, *, network: MorphologyNetwork, autoencoder: Autoencoder, surrogate: Surrogate | None, shifts: dict,
-        intensity: dict, history, card, states: States | None = None,
-    ):  # fmt: skip
+        intensity: dict[str, list[float]], history: dict, card: dict, states: States | None = None,
+    ) -> None:  # fmt: skip
         self.network, self.config, self.surrogate = network.eval(), network.config, surrogate
         self.autoencoder = autoencoder.eval()
         self.shifts, self.intensity, self.history, self.card = shifts, intensity, history, card
@@ -341,20 +379,19 @@ class MorphologyFlow(_base.Model):
         conditions: Conditions,
         noise: Tensor,
         *,
-        n_steps=10,
-        method="heun",
-        guidance=0.0,
-        trajectory=False,
+        n_steps: int = 5,
+        trajectory: bool = False,
     ) -> Tensor:
-        """Images in the target state (n x C x p x p) from control images and standard normal noise (n x d).
+        """Return images in the target state (n x C x p x p) from control images and standard normal noise (n x d).
 
-        ``n_steps`` counts evaluations of the network along the path; with guidance s the velocity is
-        (1 + s) v(conditions) - s v(nothing). With ``trajectory`` all states between, steps + 1 of them, come first.
+        ``n_steps`` steps of Heun's method evaluate the network twice each. With ``config.guidance`` s the velocity is
+        (1 + s) v(conditions) - s v(nothing). With ``trajectory`` the images at all n_steps + 1 times are returned.
 
-        The grain of the control image, what its latents do not hold, is carried over: it is the microscope's and the slide's
-        rather than the state's, and no change of latents is no change of the image.
+        The grain of the control image, what its latents do not hold, is kept: it belongs to the microscope and the slide, not to
+        the state. Latents that do not change leave the image as it is.
         """
-        network, c, turns = self.network, self.config, upright(control)
+        network, c, turns = self.network, self.config, canonical(control)
+        guidance = c.guidance
         control = turned(control, turns)
         given, conditions = self.autoencoder.encode(control), conditions.turned(turns)
         condition = network.condition(conditions)
@@ -368,11 +405,11 @@ class MorphologyFlow(_base.Model):
                 v = (1 + guidance) * v - guidance * network(z, times, given, free)
             return v
 
-        z = integrate(velocity, start(given, noise, c), n_steps, method=method, trajectory=trajectory)
+        z = integrate(velocity, start(given, noise, c), 2 * n_steps, method="heun", trajectory=trajectory)
         grain = self.autoencoder.grain(control, given)
 
         def image(z):
-            return turned(self.autoencoder.decode(z, grain), back(turns))
+            return turned(self.autoencoder.decode(z, grain), inverse(turns))
 
         return torch.stack([image(one) for one in z]) if trajectory else image(z)
 
@@ -392,9 +429,9 @@ class MorphologyFlow(_base.Model):
         return description, tensors
 
     @classmethod
-    def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
+    def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
-        config = MorphologyConfig(**d["config"])
+        d, config = description, MorphologyConfig(**description["config"])
         parts = {
             "network": MorphologyNetwork(config),
             "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
@@ -412,9 +449,8 @@ class MorphologyFlow(_base.Model):
 
 
 def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
-    """Where the path begins: at noise, or at the latents of the control image with noise added.
+    """Return where the path begins: at noise, or at the latents of the control image with noise added.
 
-    Noise belongs into latents: there it changes what a cell looks like, and what the flow leaves of it looks like a cell. In
-    pixels it is grain, which has to be taken off pixel by pixel.
+    The noise is added to latents, where it changes the look of a cell. In pixels it would only be grain.
     """
     return noise if c.start == "noise" else control + c.noise * noise

@@ -1,4 +1,4 @@
-"""Images of cells laid alike: a cell has no up, so how it lies need not be learned."""
+"""Images of cells in a canonical orientation. A cell has no up, so a model need not learn how it lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIDDLE = 0.15  # of the side of an image: standard deviation of the window in which its long axis is looked for
+WINDOW = 0.15  # standard deviation of the window in which the long axis is found, over the side of the image
 
 
 def _steps() -> Tensor:
@@ -20,7 +20,7 @@ STEPS = _steps()
 
 
 def turned(x: Tensor, turns: np.ndarray) -> Tensor:
-    """Images (n x C x p x p) each turned by a multiple of 90 degrees (turns % 4) and mirrored (turns >= 4)."""
+    """Turn each image (n x C x p x p) by a multiple of 90 degrees (turns % 4) and mirror it (turns >= 4)."""
     out = torch.empty_like(x)
     for k in np.unique(turns):
         which = torch.from_numpy(turns == k)
@@ -30,21 +30,21 @@ def turned(x: Tensor, turns: np.ndarray) -> Tensor:
 
 
 def turned_offsets(offset: Tensor, turns: np.ndarray) -> Tensor:
-    """Offsets (n x k x 2; x, y) of what lies around images that :func:`turned` turns."""
+    """Turn offsets (n x k x 2; x, y) of what lies around images as :func:`turned` turns the images."""
     return torch.einsum("nkj,nij->nki", offset, STEPS.to(offset)[turns])
 
 
-def back(turns: np.ndarray) -> np.ndarray:
-    """Turns that undo these; a reflection is its own inverse."""
+def inverse(turns: np.ndarray) -> np.ndarray:
+    """Return the turns that undo these. A reflection is its own inverse."""
     return np.where(turns < 4, -turns % 4, turns)
 
 
-def upright(images: Tensor) -> np.ndarray:
-    """Turn of each image (n x C x p x p) that brings the long axis of what lies in its middle between 0 and 45 degrees."""
+def canonical(images: Tensor) -> np.ndarray:
+    """Return the turn of each image (n x C x p x p) that brings the long axis of its centre between 0 and 45 degrees."""
     x = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1] - 0.5
     x, y = x[None], -x[:, None]  # 1 x p and p x 1; rows go down
-    middle = (-(x**2 + y**2) / (2 * MIDDLE**2)).exp()
-    axis = middle * (x**2 - y**2 + 2 * x * y + 1e-3 * x)  # the last term tells one end of the axis from the other
+    window = (-(x**2 + y**2) / (2 * WINDOW**2)).exp()
+    axis = window * (x**2 - y**2 + 2 * x * y + 1e-3 * x)  # the last term tells one end of the axis from the other
     flat = images.mean(1, keepdim=True)
-    found = [(turned(flat, np.full(len(flat), k)) * axis).flatten(1).sum(1) for k in range(8)]
-    return torch.stack(found).argmax(0).cpu().numpy()
+    scores = [(turned(flat, np.full(len(flat), k)) * axis).flatten(1).sum(1) for k in range(8)]
+    return torch.stack(scores).argmax(0).cpu().numpy()

@@ -119,9 +119,9 @@ class Slide:
             )
         if len(set(self.genes)) < len(self.genes):
             raise ValueError(f"slide {self.name!r}: genes names one of them twice.")
-        if self.genes and self.measured is None:
+        if self.measured is None:
             set_field(self, "measured", np.ones(len(self.genes), bool))
-        if self.measured is not None and self.measured.shape != (len(self.genes),):
+        if self.measured.shape != (len(self.genes),):
             raise ValueError(f"slide {self.name!r}: measured must have one value for each of {len(self.genes)} genes.")
         for field in ("library", "features", "crops", "labels", "rows", "counts"):
             values = getattr(self, field)
@@ -172,9 +172,7 @@ class Slide:
         place = {gene: i for i, gene in enumerate(genes)}
         columns = np.array([place.get(gene, -1) for gene in self.genes], int)
         measured = np.zeros(len(genes), bool)
-        if self.measured is not None:
-            known = (columns >= 0) & self.measured
-            measured[columns[known]] = True
+        measured[columns[(columns >= 0) & self.measured]] = True
         counts = self.counts
         if sparse.issparse(counts):
             coo = counts.tocoo()

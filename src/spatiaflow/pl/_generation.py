@@ -1,4 +1,4 @@
-"""Generated cells beside those that they come from and those that they should look like."""
+"""Generated cells beside their source cells and beside real cells of the target state."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def transition(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw source cells, what was generated from them, and real cells of the target state.
+    """Draw source cells, the images generated from them, and real cells of the target state.
 
-    A column a cell, chosen at random; with ``trajectory=True`` in the generation also the states on the way. Real targets, in
-    the lowest row, are other cells: none belongs to its column. Contrast is the same in all pictures.
+    Each column is a cell, chosen at random. If the images were generated with ``trajectory=True``, steps in between are drawn
+    too. The real targets in the last row are other cells, which do not belong to their column. All pictures have one contrast.
 
     Parameters
     ----------
     data
-        What :func:`spatiaflow.tl.generate_morphology` returned.
+        Result of :func:`spatiaflow.tl.generate_morphology`.
     targets
         Images of real cells of the target state, n x channels x pixels x pixels, such as
         ``sf.pp.crops(sdata, crop_um=..., pixels=...).read(rows)``.
     n
-        Cells.
+        Number of cells.
     channels
-        Names of the channels to draw, at most 7; None draws all.
+        Names of the channels to draw, at most 7. None: all.
     percentiles
-        Of a channel, what is drawn black and what in full colour, over the source cells and targets.
+        Percentiles of each channel over source cells and targets that are drawn black and in full colour.
     random_state
         Seed of the choice; None: ``settings.seed``.
     show
@@ -74,13 +74,13 @@ def transition(
     import matplotlib.pyplot as plt
 
     if "image" not in data.obsm or "morphology" not in data.uns:
-        raise KeyError("obsm has no 'image': data must be what sf.tl.generate_morphology(...) returned.")
+        raise KeyError("obsm has no 'image'. Give the result of sf.tl.generate_morphology(...).")
     known, mpp = [*map(str, data.uns["morphology"]["channels"])], float(data.uns["morphology"]["mpp"])
     names = known if channels is None else [channels] if isinstance(channels, str) else [*channels]
     if missing := [name for name in names if name not in known]:
         raise KeyError(f"there is no channel {missing[0]!r}; there are {', '.join(known)}.")
     if len(names) > len(COLOURS):
-        raise ValueError(f"{len(names)} channels cannot be told apart in one picture; choose up to {len(COLOURS)}.")
+        raise ValueError(f"{len(names)} channels are too many for one picture; choose up to {len(COLOURS)}.")
     used = [known.index(name) for name in names]
     rng = np.random.default_rng(resolve_seed(random_state))
     chosen = np.sort(rng.permutation(data.n_obs)[:n])
@@ -133,18 +133,18 @@ def profile_shift(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw how the morphology of generated cells is distributed, between that of real sources and of real targets.
+    """Draw the morphology of generated cells between that of real sources and of real targets.
 
-    A violin each with median and quartiles; all three are measured on images in the same way.
+    Each is a violin with median and quartiles. All three are measured on images in the same way.
 
     Parameters
     ----------
     data
-        What :func:`spatiaflow.tl.generate_morphology` returned.
+        Result of :func:`spatiaflow.tl.generate_morphology`.
     source, target
         Profiles of real cells of both states by :func:`spatiaflow.pp.image_profile`.
     features
-        Features to draw; None: the six whose means differ most between source and target, in standard deviations.
+        Features to draw. None: the six whose means differ most between source and target, in standard deviations.
     show
         Show the figure; None: when matplotlib is interactive.
     return_fig

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from anndata import AnnData
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from spatialdata import SpatialData
@@ -29,9 +30,9 @@ def profile(
 ) -> Figure | None:
     """Draw the morphology of groups of cells.
 
-    Above: the median of each feature in each group, as a z-score over all cells (their median and their interquartile
-    range scaled to that of a normal law). Below: the distribution of some features in their units, with median and
-    quartiles, between the 0.5 and 99.5 % quantiles of all cells.
+    Above: the median of each feature in each group, as a robust z-score over all cells (from their median and interquartile
+    range). Below: the distribution of some features in their units, with median and quartiles, between the 0.5 and 99.5 %
+    quantiles of all cells.
 
     Parameters
     ----------
@@ -40,8 +41,8 @@ def profile(
     groupby
         Column of ``.obs``; at most 50 groups.
     features
-        Features of the distributions. None: the three that the groups explain best (share of the variance of ranks), and
-        that are not correlated with each other by more than 0.8.
+        Features whose distribution is drawn. None: the three whose ranks vary most between groups, without pairs that are
+        correlated by more than 0.8.
     key
         Slot of the morphology.
     table_key
@@ -97,7 +98,7 @@ def profile(
 
 
 def _most_different(values: pd.DataFrame, group: pd.Series, n: int = 3) -> list[str]:
-    """Features with the largest share of the variance of ranks between groups, none near a copy of another."""
+    """Return the features with the largest share of the variance of ranks between groups, and no near copies."""
     ranks = pd.DataFrame({name: rankdata(column) for name, column in values.items()}, index=values.index)
     mean = ranks.groupby(group, observed=True).mean()
     size = group.value_counts().reindex(mean.index)
@@ -110,8 +111,8 @@ def _most_different(values: pd.DataFrame, group: pd.Series, n: int = 3) -> list[
     return chosen
 
 
-def _heatmap(ax, values: pd.DataFrame, group: pd.Series, labels: list[str]) -> None:
-    """Groups x features, z-score of the median; blue is below the median cell and red above."""
+def _heatmap(ax: Axes, values: pd.DataFrame, group: pd.Series, labels: list[str]) -> None:
+    """Draw groups x features, z-score of the median: blue below the median cell, red above."""
     low, middle, high = (values.quantile(q) for q in (0.25, 0.5, 0.75))
     spread = ((high - low) / 1.349).replace(0, np.nan)
     scores = ((values.groupby(group, observed=True).median() - middle) / spread).fillna(0).to_numpy()
@@ -127,8 +128,8 @@ def _heatmap(ax, values: pd.DataFrame, group: pd.Series, labels: list[str]) -> N
     bar.outline.set_visible(False)
 
 
-def _violins(ax, values: pd.Series, group: pd.Series, labels: list[str] | None) -> None:
-    """One lying violin a group, with median and quartiles."""
+def _violins(ax: Axes, values: pd.Series, group: pd.Series, labels: list[str] | None) -> None:
+    """Draw a horizontal violin for each group, with median and quartiles."""
     low, high = values.quantile([0.005, 0.995])
     margin = 0.02 * (high - low) or 1.0
     names = list(group.cat.categories)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._io import Key, Where
 from spatiaflow.pl._tissue import SEQUENTIAL, finish, scale_bar, tissue_panel, violin
 
 
@@ -23,33 +26,34 @@ def pairs(
     shapes_key: str | None = None,
     labels_key: str | None = None,
     library_key: str | None = None,
+    spatial_key: str = "spatial",
     mpp: float | None = None,
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Draw who was paired with whom on the tissue, and how sure the pairs of each niche are.
+    """Draw pairs of cells on the tissue, and the confidence of the pairs in each niche.
 
-    Left: all cells in grey, and lines from sources (dots) to their targets, coloured by confidence, evenly spaced over the
-    tissue. Right: the distribution of confidence in each niche, with median and quartiles.
+    Left: all cells in grey, and lines from sources (dots) to their targets, coloured by confidence. The pairs are evenly spaced
+    over the tissue. Right: the distribution of confidence in each niche, with median and quartiles.
 
     Parameters
     ----------
     data
         Object that :func:`spatiaflow.tl.pair_transitions` wrote into.
     transition
-        Such as "A -> B"; may be None where there is one.
+        Such as "A -> B". May be None where there is only one.
     n
-        Most pairs to draw lines for.
+        Largest number of pairs that are drawn.
     library_id
-        The slide; may be None where there is one.
+        The slide. None: the first.
     key
         ``key_added`` of :func:`spatiaflow.tl.pair_transitions`.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart.
-    mpp
-        µm per unit of the positions, where the data do not say.
+    spatial_key, mpp
+        Slot of the positions of an AnnData, and µm per unit of the positions where the data do not say.
     show
         Show the figure; None: when matplotlib is interactive.
     return_fig
@@ -73,11 +77,11 @@ def pairs(
     import matplotlib.pyplot as plt
 
     _, table = _io.unpack(data, table_key)
-    if f"{key}s" not in table.uns:
+    if Key.uns.pairs(key) not in table.uns:
         raise KeyError(
-            f"uns has no {key + 's'!r}; run sf.tl.pair_transitions(data, transitions=..., groupby=...) first."
+            f"uns has no {Key.uns.pairs(key)!r}; run sf.tl.pair_transitions(data, transitions=..., groupby=...) first."
         )
-    found = table.uns[f"{key}s"]
+    found = table.uns[Key.uns.pairs(key)]
     known = list(dict.fromkeys(found["transition"]))
     if transition is None and len(known) > 1:
         raise ValueError(f"there are {len(known)} transitions: give one of {', '.join(map(repr, known))}.")
@@ -85,10 +89,8 @@ def pairs(
         raise KeyError(f"there is no transition {transition!r}; there are {', '.join(map(repr, known))}.")
     transition = transition or known[0]
     found = found[found["transition"] == transition]
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp
-    )
-    slide = _io.one_slide(slides, library_id) if library_id is not None or len(slides) == 1 else slides[0]
+    where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
+    slide = _io.one_slide(_io.places(data, where), library_id)
     place = np.full(table.n_obs, -1)
     place[slide.rows] = np.arange(len(slide.rows))
     ends = np.stack([place[table.obs_names.get_indexer(found[side])] for side in ("source", "target")], 1)
@@ -105,7 +107,7 @@ def pairs(
         1, 2, figsize=(6.2, 2.9), layout="constrained", gridspec_kw={"width_ratios": [1.7, 1.0]}
     )
     tissue_panel(axes[0], slide, np.full(len(slide.xy), 0.2), vmin=0, vmax=1, cmap="Greys", title=transition)
-    drawn = drawn[np.argsort(sure[drawn], kind="stable")]  # the surest on top
+    drawn = drawn[np.argsort(sure[drawn], kind="stable")]  # the highest confidence on top
     lines = LineCollection(slide.xy[ends[drawn]], array=sure[drawn], cmap=SEQUENTIAL, linewidths=0.7, alpha=0.9)
     lines.set_clim(0, limit)
     axes[0].add_collection(lines)
@@ -120,8 +122,8 @@ def pairs(
     return finish(figure, show, return_fig)
 
 
-def _by_niche(ax, found, limit: float) -> None:
-    """One lying violin a niche, with median and quartiles."""
+def _by_niche(ax: Axes, found: pd.DataFrame, limit: float) -> None:
+    """Draw a horizontal violin for each niche, with median and quartiles."""
     names = sorted(found["niche"].unique())
     for y, name in enumerate(names):
         violin(ax, y, found.loc[found["niche"] == name, "confidence"].to_numpy(float))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,11 @@ from skimage.color import rgb2hed
 from skimage.measure import regionprops
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Where
 from spatiaflow._settings import logger, progress
 from spatiaflow._slides.crops import Crops
+from spatiaflow.models.slide import Slide
 
 SHAPE = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity")
 FIELD = ("nuclei_per_mm2", "nuclear_share", "mean_area_um2")
@@ -24,6 +26,7 @@ INTENSITY = ("mean", "std", "contrast", "correlation")
 STAINS = ("hematoxylin", "eosin")
 
 
+@_io.each_object
 def morphology_profile(
     data: SpatialData,
     *,
@@ -39,23 +42,23 @@ def morphology_profile(
 ) -> SpatialData | None:
     """Measure size, shape, intensity and texture of every cell or nucleus.
 
-    A cell is the pixels whose centre lies in its polygon, circle or label, at the finest level of the image; a cell that
-    the border of the image cuts is measured by the part inside. Image and labels are read part by part. Polygons that
-    cross themselves are repaired.
+    A cell consists of the pixels whose centre lies in its polygon, circle or label, at the finest level of the image. Of a cell
+    at the border the part inside the image is measured. Image and labels are read part by part. Polygons that cross themselves
+    are repaired.
 
     A picture (channels r, g, b, or three without a name) is taken for H&E and measured as the optical density of
-    hematoxylin and eosin, so that high is tissue and glass is 0. Name its channels otherwise to measure them as they are.
+    hematoxylin and eosin: tissue is high and glass is 0. To measure such channels as they are, give them other names.
 
     Parameters
     ----------
     data
-        SpatialData with an image and with polygons, circles or labels of the cells.
+        SpatialData with an image and with polygons, circles or labels of the cells; or a list or dict of such objects.
     texture_um
         Distance of the pixels that texture compares, µm (rounded to whole pixels, at least one).
     table_key, image_key
-        Table, and the image; ``image_key`` may be omitted where one image shares the cells' coordinate system.
+        Table, and the image. ``image_key`` may be omitted where one image shares the cells' coordinate system.
     shapes_key, labels_key
-        The element with the cells' masks; by default what the table annotates. Every row needs its instance there.
+        The element with the cells' masks. None: the element that the table annotates. Every row needs its instance there.
     library_key
         Column of ``.obs`` that tells slides apart within an element.
     mpp
@@ -69,8 +72,8 @@ def morphology_profile(
     -------
     None, or with ``copy=True`` a SpatialData. Sets:
 
-    ``.obsm[key_added]`` : float32 DataFrame, a row a cell in the order of ``.obs``. NaN for cells outside of the image and
-        for those without area or smaller than a pixel. Columns:
+    ``.obsm[key_added]`` : float32 DataFrame, one row a cell in the order of ``.obs``. NaN for cells outside the image, and for
+        cells without area or smaller than a pixel. Columns:
 
         - ``area_um2``, ``perimeter_um``, ``major_axis_um``, ``minor_axis_um`` (µm², µm); ``eccentricity`` (0 is a circle) and
           ``solidity`` (area over that of the convex hull), both without a unit: :func:`skimage.measure.regionprops`
@@ -98,7 +101,7 @@ def morphology_profile(
     >>> sdata["table"].obsm["morphology"].columns[:2].tolist()
     ['area_um2', 'perimeter_um']
     """
-    started = time.perf_counter()
+    where, started = Where(table_key, image_key, shapes_key, labels_key, library_key, mpp=mpp), time.perf_counter()
     if isinstance(data, AnnData):
         raise TypeError(
             "an AnnData has no masks of cells to measure; morphology_profile needs a SpatialData with an image and polygons "
@@ -109,10 +112,7 @@ def morphology_profile(
     if not (np.isfinite(texture_um) and texture_um > 0):
         raise ValueError(f"texture_um is a distance in µm and must be positive, not {texture_um!r}.")
     data, table = _io.unpack(data, table_key, copy=copy)
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key, mpp=mpp,
-        missing=True,
-    )  # fmt: skip
+    slides = _io.places(data, where, missing=True)
     out, channels, images = None, None, []
     bar = progress(None, "measuring cells", total=sum(len(slide.rows) for slide in slides), unit="cell")
     for slide in slides:
@@ -125,7 +125,7 @@ def morphology_profile(
             columns = [*SHAPE, *(f"{name}_{statistic}" for name in channels for statistic in INTENSITY)]
             out = np.full((table.n_obs, len(columns)), np.nan, np.float32)
         elif names != channels:
-            raise ValueError(f"image {found.name!r} has channels {names}, but that of the slides before {channels}.")
+            raise ValueError(f"image {found.name!r} has channels {names}; those of the slides before are {channels}.")
         if is_rgb:
             logger.info("image %r is measured as H&E: optical density of hematoxylin and eosin", found.name)
         masks = _io.masks(data, table, slide, found)
@@ -136,50 +136,50 @@ def morphology_profile(
     _io.write(
         table, key_added, arrays={"": pd.DataFrame(out, index=table.obs_names, columns=columns)},
         uns={
-            "params": {
-                "elements": list(dict.fromkeys(slide.element for slide in slides)), "channels": channels,
-                "images": [found.name for found in images], "mpp": [found.mpp for found in images],
-                "texture_um": float(texture_um), "spatiaflow": spatiaflow.__version__,
-                "seconds": time.perf_counter() - started,
-            },
+            "params": _io.provenance(
+                started, elements=list(dict.fromkeys(slide.element for slide in slides)), channels=channels,
+                images=[found.name for found in images], mpp=[found.mpp for found in images],
+                texture_um=float(texture_um),
+            ),
         },
     )  # fmt: skip
     return data if copy else None
 
 
 def image_profile(
-    data: AnnData | np.ndarray,
+    data: AnnData | Crops | np.ndarray,
     *,
-    channels: list[str] | None = None,
+    channels: Sequence[str] | None = None,
     mpp: float | None = None,
     nuclei: str | None = None,
     whole: bool = False,
 ) -> pd.DataFrame:
-    """Measure the cell in the middle of each image, without polygons: for generated images, and real ones to compare with.
+    """Measure the cell in the middle of each image, without polygons.
 
-    Its nucleus is what is brighter than Otsu's threshold in the channel of nuclei, cut where nuclei touch (watershed of the
-    distance to their border), nearest to the middle.
+    Use it for generated images, and for real images to compare with them. The nucleus is brighter than Otsu's threshold in the
+    channel of nuclei. Touching nuclei are split by a watershed of the distance to their border, and the one nearest to the
+    middle is measured.
 
     Parameters
     ----------
     data
-        Images, n x channels x pixels x pixels; or what :func:`spatiaflow.tl.generate_morphology` or
-        :func:`spatiaflow.pp.crops` returned.
+        Images, n x channels x pixels x pixels, or the result of :func:`spatiaflow.tl.generate_morphology` or of
+        :func:`spatiaflow.pp.crops`.
     channels
         Names of the channels, where ``data`` does not know them.
     mpp
         µm per pixel, where ``data`` does not know it.
     nuclei
-        Channel that shows nuclei; by default the first whose name holds "dapi", else the first.
+        Channel that shows nuclei. None: the first whose name contains "dapi", else the first.
     whole
-        Measure the whole picture, for tiles: how dense its nuclei stand, which share they cover, and their mean area; and
-        each channel over all pixels.
+        Measure the whole picture, for tiles: density, covered share and mean area of the nuclei, and each channel over all
+        pixels.
 
     Returns
     -------
-    DataFrame with a row an image and the columns of :func:`morphology_profile`: shape in µm, and of each channel mean, standard
-    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found. With ``whole`` the shape gives way to
-    ``nuclei_per_mm2``, ``nuclear_share`` and ``mean_area_um2``.
+    DataFrame with one row an image and the columns of :func:`morphology_profile`: shape in µm, and of each channel mean, standard
+    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found. With ``whole`` the columns
+    ``nuclei_per_mm2``, ``nuclear_share`` and ``mean_area_um2`` replace the shape.
 
     Raises
     ------
@@ -235,13 +235,13 @@ def image_profile(
 
 
 def _field(parts: np.ndarray, mpp: float) -> np.ndarray:
-    """Density, share and mean area of nuclei, in the order of ``FIELD``."""
+    """Return density, share and mean area of nuclei, in the order of ``FIELD``."""
     n, covered = parts.max(), (parts > 0).sum()
     return np.array([1e6 * n / (parts.size * mpp**2), covered / parts.size, covered * mpp**2 / max(n, 1)])
 
 
 def _nuclei(bright: np.ndarray, mpp: float, smooth_um: float = 0.75) -> np.ndarray:
-    """Nuclei of a picture of them, numbered from 1."""
+    """Return the nuclei of a picture as numbers from 1; 0 is background."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter, label, maximum_filter
     from skimage.filters import threshold_otsu
     from skimage.segmentation import watershed
@@ -253,7 +253,7 @@ def _nuclei(bright: np.ndarray, mpp: float, smooth_um: float = 0.75) -> np.ndarr
 
 
 def _column_names(channels: tuple[str, ...]) -> list[str]:
-    """Names of channels that can stand in a column: Xenium has 'ATP1A1/CD45/E-Cadherin', unnamed channels are numbers."""
+    """Return names of channels that a column can have: Xenium has 'ATP1A1/CD45/E-Cadherin', unnamed channels are numbers."""
     names = [re.sub(r"[^A-Za-z0-9_.-]", "_", f"channel_{name}" if name.isdigit() else name) for name in channels]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -263,7 +263,7 @@ def _column_names(channels: tuple[str, ...]) -> list[str]:
 
 
 def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
-    """Measure the cells tile by tile, one read a tile; n x features, NaN where there is nothing to measure."""
+    """Measure the cells, reading one tile of the image after the other; n x features, NaN where there is no pixel."""
     from spatiaflow._slides.patches import by_tile
 
     step = max(1, round(texture_um / mpp))
@@ -289,19 +289,19 @@ def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) ->
 
 
 def _optical_density(rgb: np.ndarray) -> np.ndarray:
-    """Optical density (decadic) of hematoxylin and eosin; scikit-image returns it in units of 6."""
+    """Return the decadic optical density of hematoxylin and eosin. scikit-image returns it in units of 6."""
     return 6 * rgb2hed(rgb.transpose(1, 2, 0))[..., :2].transpose(2, 0, 1)
 
 
 def _shape(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Size and form of a mask, in the order of ``SHAPE``."""
+    """Return size and form of a mask, in the order of ``SHAPE``."""
     (region,) = regionprops(mask.view(np.uint8))
     lengths = np.array([region.perimeter, region.axis_major_length, region.axis_minor_length]) * mpp
     return np.array([region.area * mpp**2, *lengths, region.eccentricity, region.solidity])
 
 
 def _intensity(values: np.ndarray, mask: np.ndarray, step: int) -> np.ndarray:
-    """Statistics of each channel (C x y x x) inside a mask: C x 4, in the order of ``INTENSITY``."""
+    """Return statistics of each channel (C x y x x) inside a mask: C x 4, in the order of ``INTENSITY``."""
     own = values[:, mask]
     # pairs of pixels of the cell, one step apart along y or x
     down, right = mask[step:] & mask[:-step], mask[:, step:] & mask[:, :-step]
@@ -318,8 +318,10 @@ def _intensity(values: np.ndarray, mask: np.ndarray, step: int) -> np.ndarray:
     return np.stack([own.mean(1), own.std(1), contrast, correlation], 1)
 
 
-def _report(values: np.ndarray, bounds: np.ndarray, shape: tuple[int, ...], slide, found) -> None:
-    """Warn of cells that could not be measured; refuse when none could."""
+def _report(
+    values: np.ndarray, bounds: np.ndarray, shape: tuple[int, ...], slide: Slide, found: _io.SlideImage
+) -> None:
+    """Warn of cells that could not be measured. Raise an error when none could."""
     missing = int(np.isnan(values[:, 0]).sum())
     if not missing:
         return

@@ -1,6 +1,9 @@
-"""Tiles of tissue: the counts of the cells inside, summed."""
+"""Tiles of tissue: the sum of the counts of the cells inside."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,16 +11,18 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Key, Where
+from spatiaflow.models.slide import Slide
 
 
+@_io.each_object
 def tiles(
     data: AnnData | SpatialData,
     *,
     tile_um: float = 50.0,
     groupby: str | None = None,
-    pool: list[str] | None = None,
+    pool: Sequence[str] | None = None,
     layer: str | None = None,
     table_key: str = "table",
     shapes_key: str | None = None,
@@ -27,22 +32,21 @@ def tiles(
     mpp: float | None = None,
     key_added: str | None = None,
 ) -> AnnData:
-    """Pool cells over a square grid: a niche (about 50 µm) or a piece of tissue (about 200 µm) a row.
+    """Pool cells over a square grid. A tile of about 50 µm is a niche, one of about 200 µm a piece of tissue.
 
-    Every cell belongs to exactly one tile, and a tile's counts are the sum of its cells'. Tiles without cells are left
-    out.
+    Every cell belongs to exactly one tile. The counts of a tile are the sum over its cells. There are no tiles without cells.
 
     Parameters
     ----------
     data
-        Cells with counts and positions.
+        Cells with counts and positions; or a list or dict of such objects.
     tile_um
         Side of a tile, µm.
     groupby
-        Column of ``.obs``: the shares of its groups among a tile's cells are kept in ``.obsm[groupby]``, for
+        Column of ``.obs``. The shares of its groups among the cells of a tile are written to ``.obsm[groupby]``, for
         :func:`spatiaflow.tl.pair_transitions`.
     pool
-        Slots of ``.obsm`` (embeddings, morphology) whose mean over a tile's cells is kept under the same name.
+        Slots of ``.obsm`` (embeddings, morphology). The mean over the cells of a tile is written under the same name.
     layer
         Layer with raw counts; None reads ``X``.
     table_key, shapes_key, labels_key
@@ -50,18 +54,18 @@ def tiles(
     library_key
         Column of ``.obs`` that tells slides apart.
     spatial_key, mpp
-        Where positions are in an AnnData, and their scale in µm per pixel when ``.uns["spatial"]`` does not say.
+        Slot of the positions of an AnnData, and µm per pixel of them where ``.uns["spatial"]`` does not say.
     key_added
-        Also keep the tiles in a SpatialData, as a table of this name on points at their centres (``f"{key_added}_points"``),
-        so that verbs take them by ``table_key=``.
+        Also keep the tiles in the SpatialData, as a table of this name on points at their centres
+        (``f"{key_added}_points"``), so that verbs take them with ``table_key=``.
 
     Returns
     -------
     AnnData, tiles x genes: ``X`` (CSR, summed counts), ``.obs["library_id"]``, ``["n_cells"]``, ``.obsm["spatial"]`` (centre,
-    in the unit of the cells' own positions) and ``.uns["tiles"]`` with ``tile_um`` and ``members``, the tile of each cell
-    (its row; -1 for rows of the table that stand on no slide); with ``groupby`` ``.obsm[groupby]``, tiles x groups, whose names
-    are ``.uns["tiles"][groupby]``. The images of an AnnData's slides are kept in
-    ``.uns["spatial"]``, so that ``pp.crops(tiles, crop_um=tile_um, library_key="library_id")`` cuts them.
+    in the unit of the cells' own positions) and ``.uns["tiles"]`` with ``params`` and ``members``, the row of the tile of each
+    cell (-1 for cells that are on no slide); with ``groupby`` ``.obsm[groupby]``, tiles x groups, with the names in
+    ``.uns["tiles"][groupby]``. The images of an AnnData's slides are kept in ``.uns["spatial"]``, so that
+    ``pp.crops(tiles, crop_um=tile_um, library_key="library_id")`` works.
 
     With ``key_added`` a SpatialData is also written into. Sets:
 
@@ -83,40 +87,26 @@ def tiles(
     >>> tiles.uns["tiles"]["cell_type"]
     ['fibroblast', 'epithelial', 'lymphocyte', 'endothelial']
     """
+    where, started = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp), time.perf_counter()
     _io.positive(tile_um=tile_um)
     _io.slot_name(key_added)
     _, table = _io.unpack(data, table_key)
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
+    slides = _io.places(data, where)
     counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
-    members, centres, names, libraries = np.full(table.n_obs, -1), [], [], []
-    for slide in slides:
-        cell = np.floor(slide.xy / tile_um).astype(
-            int
-        )  # a grid from the origin, so that it does not move with the cells
-        place, which = np.unique(cell, axis=0, return_inverse=True)
-        members[slide.rows] = len(names) + which.ravel()
-        centres.append((place + 0.5) * tile_um / slide.mpp)
-        names += [f"{slide.name}_{x}_{y}" for x, y in place]
-        libraries += [slide.name] * len(place)
+    members, places = _grid(slides, tile_um, table.n_obs)
+    names = [f"{slide.name}_{x}_{y}" for slide, place in zip(slides, places) for x, y in place]
+    libraries = np.repeat([slide.name for slide in slides], list(map(len, places)))
     known = np.flatnonzero(members >= 0)
     sums = sparse.csr_matrix((np.ones(len(known), counts.dtype), (members[known], known)), (len(names), table.n_obs))
     obs = pd.DataFrame(
         {"library_id": pd.Categorical(libraries), "n_cells": np.bincount(members[known], minlength=len(names))},
         index=names,
     )
-
     out = AnnData(sparse.csr_matrix(sums @ counts), obs=obs, var=table.var[[]].copy())
-    out.obsm["spatial"] = np.concatenate(centres)
-    images = table.uns.get("spatial", {}) if isinstance(data, AnnData) else {}
-    out.uns["spatial"] = {}
-    for slide in slides:
-        known = dict(images.get(slide.name, {}))
-        known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
-        out.uns["spatial"][slide.name] = known
-    out.uns["tiles"] = {"tile_um": float(tile_um), "members": members, "spatiaflow": spatiaflow.__version__}
+    xy = [(place + 0.5) * tile_um for place in places]
+    out.obsm[Key.obsm.spatial] = np.concatenate([one / slide.mpp for one, slide in zip(xy, slides)])
+    out.uns[Key.uns.spatial] = _images(table if isinstance(data, AnnData) else None, slides)
+    out.uns["tiles"] = {"members": members}
     if groupby is not None:
         state = _io.groups(table, groupby)
         one = state.cat.codes.to_numpy()[:, None] == np.arange(len(state.cat.categories))
@@ -129,14 +119,40 @@ def tiles(
         out.obsm[key] = mean if columns is None else pd.DataFrame(mean, index=names, columns=columns)
         for name in {key, key.rsplit("_", 1)[0]} & set(table.uns):  # how it was made
             out.uns[name] = table.uns[name]
+    params = _io.provenance(started, tile_um=float(tile_um), groupby=groupby, pool=[*(pool or ())], layer=layer)
+    out.uns["tiles"]["params"] = _io.storable(params)
     if key_added is not None:
-        which = np.repeat(np.arange(len(slides)), [len(c) for c in centres])
-        _io.keep(data, key_added, out, slides, which, np.concatenate([c * s.mpp for c, s in zip(centres, slides)]))
+        which = np.repeat(np.arange(len(slides)), list(map(len, places)))
+        _io.keep(data, key_added, out, slides, which, np.concatenate(xy))
+    return out
+
+
+def _grid(slides: Sequence[Slide], tile_um: float, n_obs: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the tile of each row (n_obs; -1: none), and the column and row of each slide's tiles on the grid."""
+    members, places, n = np.full(n_obs, -1), [], 0
+    for slide in slides:
+        cell = np.floor(slide.xy / tile_um).astype(
+            int
+        )  # from the origin, so that the grid does not move with the cells
+        place, which = np.unique(cell, axis=0, return_inverse=True)
+        members[slide.rows] = n + which.ravel()
+        places.append(place)
+        n += len(place)
+    return members, places
+
+
+def _images(table: AnnData | None, slides: Sequence[Slide]) -> dict[str, dict]:
+    """Return ``.uns["spatial"]`` with the scale of every slide, and with the images that a table holds."""
+    images, out = {} if table is None else table.uns.get(Key.uns.spatial, {}), {}
+    for slide in slides:
+        known = dict(images.get(slide.name, {}))
+        known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
+        out[slide.name] = known
     return out
 
 
 def _mean(sums: sparse.csr_matrix, values: np.ndarray) -> np.ndarray:
-    """Mean over each tile's cells (tiles x d); a cell without a value says nothing of its tile."""
+    """Return the mean over the cells of each tile (tiles x d). Cells without a value do not count."""
     known = np.isfinite(values)
     n, total = sums @ known.astype(float), sums @ np.where(known, values, 0)
     return np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0).astype(np.float32)

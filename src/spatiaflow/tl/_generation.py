@@ -1,4 +1,4 @@
-"""How cells of one state would look in another: generate their images by a trained model."""
+"""Generate images of cells as they would look in another state, by a trained model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,30 +17,42 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Key, Where
 from spatiaflow._settings import logger, progress, resolve_seed, settings
-from spatiaflow.tl import _cells
-from spatiaflow.tl._images import LEVELS, CellImages, model_of, unscaled
-from spatiaflow.tl._transitions import sources_of
+from spatiaflow.datasets._weights import resolve
+from spatiaflow.models.slide import Slide
+from spatiaflow.tl._images import (
+    LEVELS,
+    cells_with_images,
+    channels_of,
+    is_tiles,
+    model_of,
+    placed,
+    unscaled,
+    with_channels,
+)
+from spatiaflow.tl._transitions import state_shares
+
+if TYPE_CHECKING:
+    from spatiaflow.models.morphology import MorphologyFlow
+    from spatiaflow.train.pairs import Pairs
 
 DEFAULT_WEIGHTS = "morphology-pancreas-small"
-UNLIKE = 5  # times as bright or as dark: no stain varies so much, bits do
+BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
+@_io.each_object
 def generate_morphology(
     data: AnnData | SpatialData,
     *,
     source: str,
     target: str,
-    model=None,
-    level: str = "cell",
+    model: MorphologyFlow | str | Path | None = None,
     groupby: str | None = None,
-    cells: list[str] | None = None,
-    n_variants: int = 1,
-    n_steps: int = 10,
-    method: str = "heun",
-    guidance: float = 0.0,
+    cells: Sequence[str] | None = None,
+    n_samples: int = 1,
+    n_steps: int = 5,
     trajectory: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
@@ -51,56 +66,53 @@ def generate_morphology(
     random_state: int | None = None,
     key_added: str | None = None,
 ) -> AnnData:
-    """Generate how cells of one state would look in another, where they are.
+    """Generate images of cells of one state as they would look in another state, in their place in the tissue.
 
-    The target-state morphology under observed transitions: what cells of the target state, matched by expression, look like in
-    such surroundings. It is no forecast of what an intervention would do.
+    The images show what cells of the target state, matched by expression, look like in such surroundings. They are no forecast
+    of what an intervention would do.
 
     Parameters
     ----------
     data
-        Cells with an image, and with the embeddings that the model was trained with.
+        Cells with an image, and with the embeddings that the model was trained with; or a list or dict of such objects. With a
+        model of niches, a table of tiles.
     source, target
-        States; the model must know the transition.
+        States. The model must know the transition.
     model
         :class:`spatiaflow.models.MorphologyFlow`, the path of one, or the name of weights that
-        :func:`spatiaflow.datasets.weights` lists; ``"morphology-pancreas-small"`` when None, whose transitions are those of
-        one pancreas.
-    level
-        ``"cell"``, or ``"niche"`` with a model that was trained on tiles; then ``table_key`` names them.
+        :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-small"``, with the transitions of one pancreas.
+        Set ``model.config.guidance`` for classifier-free guidance.
     groupby
-        Column of ``.obs`` with the states; when None the one the model was trained with, or where there is none the model's own
-        rule, if it has one (``model.states``).
+        Column of ``.obs`` with the states. None: the column that the model was trained with; where it is missing, the model's
+        own rule, if it has one (``model.states``).
     cells
-        Names of the source cells; all of the state when None.
-    n_variants
-        Images a cell, from as many draws of noise.
+        Names of the source cells. None: all cells of the state.
+    n_samples
+        Images of each cell, from as many draws of noise.
     n_steps
-        Evaluations of the network a cell.
-    method
-        ``"heun"``, ``"midpoint"`` or ``"euler"``.
-    guidance
-        Strength of classifier-free guidance; 0 is none.
+        Steps of Heun's method. Each evaluates the network twice.
     trajectory
-        Also keep the images on the way.
-    table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
-        As everywhere.
+        Also keep the images at the steps in between.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key, spatial_key, mpp
+        Column of ``.obs`` with the slides, slot of the positions, and µm per unit of them.
     batch_size
-        Images generated at a time, 256 by default.
+        Images that are generated at a time, 256 when None.
     device
-        Overrides ``settings.device``.
+        Where to compute; ``settings.device`` when None.
     random_state
-        Seed; ``settings.seed`` when None. The noise belongs to the cell's name, not to its row.
+        Seed; ``settings.seed`` when None. The noise depends on the cell's name, not on its row.
     key_added
-        Also keep the result in a SpatialData: as a table of this name, on points at the source cells
+        Also keep the result in the SpatialData: as a table of this name, on points at the source cells
         (``f"{key_added}_points"``), so that spatial queries find it.
 
     Returns
     -------
-    AnnData, a row a generated cell: ``X``, its profile by :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x
-    pixels x pixels, in the type and scale of the image, ``.obsm["source"]``, the source cells' alike, and with ``trajectory``
-    ``.obsm["trajectory"]``, n x steps + 1 x channels x pixels x pixels; ``.obsm["spatial"]``, µm; ``.obs`` with
-    ``source_cell``, ``transition``, ``niche``, ``variant`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp``,
+    AnnData with one row a generated cell: ``X``, its profile by :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x
+    channels x pixels x pixels, in the type and scale of the image, and ``.obsm["source"]``, the same of the source cells; with
+    ``trajectory`` ``.obsm["trajectory"]``, n x n_steps + 1 x channels x pixels x pixels; ``.obsm["spatial"]``, µm; ``.obs``
+    with ``source_cell``, ``transition``, ``niche``, ``sample`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp``,
     ``intensity`` (background and bright end of each channel), ``times`` (of the trajectory) and ``params``.
 
     With ``key_added`` a SpatialData is also written into. Sets:
@@ -115,8 +127,9 @@ def generate_morphology(
     TypeError
         ``model`` is a model of another kind.
     ValueError
-        The embeddings were made by another model, the model does not know the transition, no cell is of the source state,
-        channels differ, or ``key_added`` is given with an AnnData or taken by another element.
+        The embeddings were made by another model, the model does not know the transition, it was trained on tiles and these are
+        cells (or the reverse), no cell is of the source state, channels differ, or ``key_added`` is given with an AnnData or is
+        the name of another element.
 
     Examples
     --------
@@ -126,128 +139,161 @@ def generate_morphology(
     >>> made.obsm["image"].shape
     (46, 4, 32, 32)
     """
-    from spatiaflow import models
-    from spatiaflow.models.flow import times_of
-    from spatiaflow.models.morphology import MorphologyFlow
     from spatiaflow.pp import image_profile
-    from spatiaflow.train.pairs import Pairs, conditions
 
-    started, seed, where = time.perf_counter(), resolve_seed(random_state), settings.torch_device(device)
-    _io.at_least_one(n_variants=n_variants, n_steps=n_steps, batch_size=batch_size)
+    where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
+    started, seed = time.perf_counter(), resolve_seed(random_state)
+    _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
-    _io.one_of(("cell", "niche"), level=level)
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
-    if not isinstance(model, MorphologyFlow):
-        model = models.load(_cells.file_of(model or DEFAULT_WEIGHTS))
-    if not isinstance(model, MorphologyFlow):
-        raise TypeError(
-            f"model must be what sf.tl.train_morphology(...) returned or saved, not a {type(model).__name__}."
-        )
-    if level != model.card["level"]:
-        raise ValueError(f"the model was trained on {model.card['level']}s: give level={model.card['level']!r}.")
-    c, name = model.config, f"{source} -> {target}"
-    if name not in c.transitions:
-        near = difflib.get_close_matches(name, c.transitions, 3, 0.3) or c.transitions
-        raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
-    found = CellImages.of(
-        data, model.card["use_rep"], c.crop_um, c.crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
-        labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
+    model, name = resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS), f"{source} -> {target}"
+    table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
+    _check_table(table, table_key, model, name)
+    use_rep = model.card["use_rep"]
+    slides = cells_with_images(data, where, use_rep, crop_um=c.crop_um, crop_pixels=c.crop_pixels)
+    _check_embeddings(table, slides, model)
+    slides = _as_in_training(slides, model)
+    place, inside = placed(table, slides)
+    rows = _sources(table, groupby, model, source, target, cells, inside)
+    pairs, niche = _conditions(table, rows, place, model, name)
+    made = _generated(
+        model, slides, pairs, table.obs_names[rows], n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
+        batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device),
     )  # fmt: skip
-    if sorted(found.channels) != sorted(c.channels):
+    own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
+    channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
+    profile = image_profile(made["image"], channels=channels, mpp=scale, whole=level == "niche")
+    repeated, sample = np.repeat(np.arange(len(rows)), n_samples), np.tile(np.arange(n_samples), len(rows))
+    names = table.obs_names[rows[repeated]]
+    obs = pd.DataFrame(
+        {"source_cell": names.to_numpy(), "transition": name, "niche": niche[repeated], "sample": sample, "seed": seed},
+        index=[f"{cell}_{i}" for cell, i in zip(names, sample)],
+    )
+    out = AnnData(profile.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=profile.columns), obsm=made)
+    at = place[rows[repeated]]
+    out.obsm[Key.obsm.spatial] = np.concatenate([slide.xy for slide in slides])[at]
+    out.uns["morphology"] = {
+        "channels": channels, "mpp": scale,
+        "intensity": {own[channel]: ends for channel, ends in model.intensity.items()},
+        "times": [i / n_steps for i in range(n_steps + 1)],
+        "params": _io.provenance(
+            started, model=model, random_state=seed, source=source, target=target, level=level, n_samples=n_samples,
+            n_steps=n_steps, guidance=c.guidance,
+        ),
+    }  # fmt: skip
+    if key_added is not None:
+        which = np.repeat(np.arange(len(slides)), [len(slide) for slide in slides])[at]
+        _io.keep(data, key_added, out, slides, which, out.obsm[Key.obsm.spatial])
+    return out
+
+
+def _check_table(table: AnnData, table_key: str, model: MorphologyFlow, name: str) -> None:
+    """Refuse a transition that the model does not know, and cells for a model of tiles or tiles for a model of cells."""
+    known = model.config.transitions
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3) or known
+        raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
+    if is_tiles(table) != (model.card["level"] == "niche"):
+        have, need = ("tiles", "cells") if is_tiles(table) else ("cells", "tiles of sf.pp.tiles")
         raise ValueError(
-            f"the image has channels {', '.join(found.channels)}; the model generates {', '.join(c.channels)}. Rename them "
-            "with sdata.set_channel_names(...), or train a model on yours."
+            f"the table {table_key!r} holds {have}; the model was trained on {need}. Give table_key= of them."
         )
-    _check_brightness(found.intensity, model.intensity)
-    found.channels = tuple(c.channels)
-    table, use_rep = found.table, model.card["use_rep"]
+
+
+def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: MorphologyFlow) -> None:
+    """Refuse embeddings of another model than the one whose embeddings the generator was trained with."""
+    use_rep, width = model.card["use_rep"], slides[0].features.shape[1] // 3
     made_by, known_by = model_of(table, use_rep), model.card["embedding_sha256"]
-    width = found.embedding["cell"].shape[1]
-    if width != c.n_embedding or (made_by and known_by and made_by != known_by):
+    if width != model.config.n_embedding or (made_by and known_by and made_by != known_by):
         raise ValueError(
             f"obsm['{use_rep}_cell'] ({width} columns) was made by another model than the one that the generator was trained "
-            f"with ({c.n_embedding} columns); run sf.tl.embed_spatia(data, model=...) with that one."
+            f"with ({model.config.n_embedding} columns). Run sf.tl.embed_spatia(data, model=...) with that one."
         )
-    rows = _sources(table, groupby, model, source, target, cells, found.inside)
+
+
+def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slide]:
+    """Return the slides with crops in the channels and scale of the training slides."""
+    from spatiaflow.models.spatia import intensity_of
+
+    found, channels = channels_of(slides), model.config.channels
+    if sorted(found) != sorted(channels):
+        raise ValueError(
+            f"the image has channels {', '.join(found)}; the model generates {', '.join(channels)}. Rename them with "
+            "sdata.set_channel_names(...), or train a model on yours."
+        )
+    _check_brightness(intensity_of(with_channels(slides, channels), channels), model.intensity)
+    return with_channels(slides, channels, model.intensity)
+
+
+def _conditions(
+    table: AnnData, rows: np.ndarray, place: np.ndarray, model: MorphologyFlow, name: str
+) -> tuple[Pairs, np.ndarray]:
+    """Return the sources as pairs with themselves and with the shifts of their niche, and the niche of each."""
+    from spatiaflow.train.pairs import Pairs
+
     shifts, niche_key = model.shifts[name], model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
-    known = np.where(np.isin(niche, [*shifts]), niche, "")  # else the mean over all
+    known = np.where(np.isin(niche, [*shifts]), niche, "")  # "": the mean over all niches
     if unknown := sorted(set(niche) - set(shifts)):
         warnings.warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
-            "niches stands for its own there.",
+            "niches is used there.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
-    shift = {kind: np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")}
-    one = np.ones(len(rows))
-    place = np.full(len(rows), c.transitions.index(name))
-    pairs = Pairs(
-        rows, rows[:, None], one[:, None], one, place, shift["genes"], shift["profile"], place, LEVELS.index(level)
+    genes, profile = (
+        np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")
     )
-    around = found.surroundings(c.n_neighbors)
-    size, modules = batch_size or 256, (model.network.to(where), model.autoencoder.to(where))
-    made, bar = {}, progress(None, "generating", total=len(rows) * n_variants, unit="cell")
-    order = np.full(table.n_obs, -1)
-    order[rows] = np.arange(len(rows))
-    for part in found.parts:
-        which = np.flatnonzero((order[part.slide.rows] >= 0) & part.inside)
-        for some, crops in part.crops.batches(size, which):
-            control = torch.from_numpy(found.scaled(crops, part, model.intensity)).to(where)
-            here = order[part.slide.rows[some]]
-            given = conditions(pairs, here, around).to(where)
-            for variant in range(n_variants):
-                noise = _noise(table.obs_names[rows[here]], seed, variant, c.n_latent).to(where)
-                states = model.generate(
-                    control, given, noise, n_steps=n_steps, method=method, guidance=guidance, trajectory=trajectory
-                ).cpu()
-                found_here = {"image": states[-1] if trajectory else states, "source": control.cpu()}
+    one, which, at = np.ones(len(rows)), np.full(len(rows), model.config.transitions.index(name)), place[rows]
+    level = LEVELS.index(model.card["level"])
+    return Pairs(at, at[:, None], one[:, None], one, which, genes, profile, which, level), niche
+
+
+def _generated(
+    model: MorphologyFlow, slides: Sequence[Slide], pairs: Pairs, names: Sequence[str], *, n_samples: int, n_steps: int,
+    trajectory: bool, batch_size: int, seed: int, device: torch.device,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return images of all pairs' sources, ``n_samples`` rows each: generated, of the source, and on the way."""
+    from spatiaflow.models.spatia import scaled
+    from spatiaflow.train.pairs import Context, conditions
+
+    c, n = model.config, len(pairs)
+    around = Context.of(slides, c.n_neighbors, c.crop_um)
+    modules = model.network.to(device), model.autoencoder.to(device)
+    order, first = np.full(len(around.cell), -1), 0
+    order[pairs.source] = np.arange(n)
+    made: dict[str, np.ndarray] = {}
+    bar = progress(None, "generating", total=n * n_samples, unit="cell")
+    for slide in slides:
+        row_of, crops = order[first : first + len(slide)], slide.crops
+        first += len(slide)
+        for some, found in crops.batches(batch_size, np.flatnonzero((row_of >= 0) & crops.inside)):
+            control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
+            here = row_of[some]
+            given = conditions(pairs, here, around).to(device)
+            for sample in range(n_samples):
+                noise = _noise([names[i] for i in here], seed, sample, c.n_latent).to(device)
+                states = model.generate(control, given, noise, n_steps=n_steps, trajectory=trajectory).cpu()
+                images = {"image": states[-1] if trajectory else states, "source": control.cpu()}
                 if trajectory:
-                    found_here["trajectory"] = states.transpose(0, 1)
-                for slot, values in found_here.items():
-                    values = unscaled(values, model.intensity, c.channels, crops.numpy().dtype)
-                    made.setdefault(slot, np.zeros((len(rows), n_variants, *values.shape[1:]), values.dtype))
-                    made[slot][here, variant] = values
+                    images["trajectory"] = states.transpose(0, 1)
+                for slot, values in images.items():
+                    values = unscaled(values, model.intensity, c.channels, found.numpy().dtype)
+                    made.setdefault(slot, np.zeros((n, n_samples, *values.shape[1:]), values.dtype))
+                    made[slot][here, sample] = values
                 bar.update(len(here))
     bar.close()
     for module in modules:
         module.cpu()
-    made = {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
-    own = {str(name).lower(): str(name) for part in found.parts for name in part.crops.channels}
-    channels = [own[name] for name in c.channels]  # as the image calls them
-    profile = image_profile(made["image"], channels=channels, mpp=c.crop_um / c.crop_pixels, whole=level == "niche")
-    repeated = np.repeat(np.arange(len(rows)), n_variants)
-    variant = np.tile(np.arange(n_variants), len(rows))
-    obs = pd.DataFrame(
-        {"source_cell": table.obs_names[rows[repeated]].to_numpy(), "transition": name, "niche": niche[repeated],
-         "variant": variant, "seed": seed},
-        index=[f"{n}_{v}" for n, v in zip(table.obs_names[rows[repeated]], variant)],
-    )  # fmt: skip
-    out = AnnData(profile.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=profile.columns))
-    for slot, values in made.items():
-        out.obsm[slot] = values
-    out.obsm["spatial"] = found.positions[rows[repeated]]
-    out.uns["morphology"] = {
-        "channels": channels, "mpp": c.crop_um / c.crop_pixels,
-        "intensity": {own[name]: ends for name, ends in model.intensity.items()},
-        "times": times_of(n_steps, method),
-        "params": {
-            "source": source, "target": target, "level": level, "n_steps": n_steps, "method": method, "guidance": guidance,
-            "random_state": seed, "spatiaflow": spatiaflow.__version__, "seconds": time.perf_counter() - started,
-        },
-    }  # fmt: skip
-    if key_added is not None:
-        slides = [part.slide for part in found.parts]
-        _io.keep(data, key_added, out, slides, found.slide_of[rows[repeated]], out.obsm["spatial"])
-    return out
+    return {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
 
 
 def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]) -> None:
-    """Warn where the crops, scaled as those of the training slides, can only come out white or black."""
+    """Warn where the crops, scaled as those of the training slides, would be white or black all over."""
     ratio = {name: (own[name][1] - own[name][0]) / max(known[name][1] - known[name][0], 1e-9) for name in known}
     name = max(ratio, key=lambda name: abs(np.log(max(ratio[name], 1e-9))))
-    if not 1 / UNLIKE < np.median([*ratio.values()]) < UNLIKE:
+    if not 1 / BRIGHTNESS < np.median([*ratio.values()]) < BRIGHTNESS:
         warnings.warn(
             f"the bright end of channel {name!r} is {own[name][1]:.4g}; in the training slides it was {known[name][1]:.4g}. "
             "Crops are scaled as they were there and come out white or black (8 bits against 16?). Bring the image to the "
@@ -258,12 +304,16 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
 
 
 def _sources(
-    table: AnnData, groupby: str | None, model, source: str, target: str, cells, inside: np.ndarray
-) -> np.ndarray:
-    """Rows to start from; by the model's own rule for states where no column names them."""
+    table: AnnData, groupby: str | None, model: MorphologyFlow, source: str, target: str, cells: Sequence[str] | None,
+    inside: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Return the rows of the source cells; by the model's own rule for states where no column names them."""
     column = groupby or model.card["groupby"]
     if model.card["level"] == "niche":
-        where, chosen = f"obsm[{column!r}]", sources_of(table, column, model.card["min_share"], source, target)
+        where, chosen = (
+            f"obsm[{column!r}]",
+            state_shares(table, column, model.card["min_share"]).is_source(source, target),
+        )
     elif groupby is None and column not in table.obs and model.states is not None:
         counts, _ = _io.counts(table, model.states.genes)
         logger.info("obs has no %r: states by the rule that comes with the model", column)
@@ -288,10 +338,10 @@ def _sources(
     return rows
 
 
-def _noise(names, seed: int, variant: int, n: int) -> torch.Tensor:
-    """Standard normal noise (cells x n) that belongs to the name of a cell."""
+def _noise(names: Sequence[str], seed: int, sample: int, n: int) -> torch.Tensor:
+    """Return standard normal noise (cells x n) that depends on the name of each cell."""
     draws = [
-        np.random.default_rng([seed, variant, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
+        np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
         for name in names
     ]
     return torch.from_numpy(np.stack(draws))

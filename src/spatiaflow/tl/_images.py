@@ -1,133 +1,90 @@
-"""Cells as the generator of morphology sees them: images, embeddings and neighbours of a whole table."""
+"""Cells as the generator of morphology sees them: slides with crops and the embeddings of three levels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from anndata import AnnData
 
 from spatiaflow import _io
-from spatiaflow.models.spatia import scaled
-from spatiaflow.models.spatial import far_band, spatial_graph
-from spatiaflow.tl import _cells
-from spatiaflow.train.pairs import Context
+from spatiaflow._io import Key, Where
+from spatiaflow._slides import gather
+from spatiaflow._slides.crops import check_inside, share_memory
+from spatiaflow.models.slide import Slide
 
 LEVELS = ("cell", "niche", "tissue")
 
 
-@dataclass
-class CellImages:
-    """All cells of a table: images, embeddings, positions."""
+def cells_with_images(
+    data,
+    where: Where,
+    use_rep: str,
+    *,
+    crop_um: float,
+    crop_pixels: int,
+    counts: bool = False,
+    layer: str | None = None,
+) -> list[Slide]:
+    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side."""
+    slots = [Key.obsm.level(use_rep, level) for level in LEVELS]
+    for one in _io.objects_of(data).values():
+        table = _io.unpack(one, where.table_key)[1]
+        for slot in slots:
+            _io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
+    need = ("features", "crops", *(["counts"] if counts else []))
+    slides = gather(
+        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer
+    )  # fmt: skip
+    for slide in slides:
+        check_inside(slide.crops, slide.name)
+    share_memory(slides)
+    return slides
 
-    table: AnnData
-    parts: list
-    embedding: dict[str, np.ndarray]
-    channels: tuple[str, ...]
-    intensity: dict[str, list[float]]
-    crop_um: float
 
-    @classmethod
-    def of(
-        cls, data, use_rep, crop_um, crop_pixels, *, table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp,
-    ):  # fmt: skip
-        _, table = _io.unpack(data, table_key)
-        embedding = {
-            level: _io.features(table, f"{use_rep}_{level}", "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
-            for level in LEVELS
-        }
-        slides = _io.slides(
-            data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-            spatial_key=spatial_key, mpp=mpp,
-        )  # fmt: skip
-        parts = _cells.parts(
-            data, table, slides, modalities=("image",), crop_um=crop_um, crop_pixels=crop_pixels, layer=None,
-            image_key=image_key,
-        )  # fmt: skip
-        _cells.share_memory(parts)
-        channels = tuple(dict.fromkeys(str(c).lower() for part in parts for c in part.crops.channels))
-        ready = [_cells.cell_slide(part, [], list(channels), None, part.slide.name) for part in parts]
-        return cls(table, parts, embedding, channels, _cells.intensity_of(ready, list(channels)), crop_um)
+def channels_of(slides: Sequence[Slide]) -> list[str]:
+    """Return the names of the channels of all slides, in lower case."""
+    return list(dict.fromkeys(str(channel).lower() for slide in slides for channel in slide.crops.channels))
 
-    @property
-    def boxes(self) -> dict:
-        return {
-            p.slide.name: {"n_obs": len(p.slide.rows), "box_um": [*p.slide.xy.min(0), *p.slide.xy.max(0)]}
-            for p in self.parts
-        }
 
-    @property
-    def slide_of(self) -> np.ndarray:
-        """Place of each row's slide among the slides; -1 for rows that stand on none."""
-        out = np.full(self.table.n_obs, -1)
-        for i, part in enumerate(self.parts):
-            out[part.slide.rows] = i
-        return out
+def with_channels(slides: Sequence[Slide], channels: list[str], intensity: dict | None = None) -> list[Slide]:
+    """Return the slides with crops matched with ``channels``, and scaled by ``intensity`` or by their own range."""
+    out = []
+    for slide in slides:
+        crops = slide.crops
+        if intensity is not None:
+            crops = replace(crops, range=np.array([intensity[str(name).lower()] for name in crops.channels]))
+        out.append(replace(slide, crops=crops.matched(channels, None, slide.name)))
+    return out
 
-    @property
-    def positions(self) -> np.ndarray:
-        """µm, n x 2; rows of the table that stand on no slide are NaN."""
-        out = np.full((self.table.n_obs, 2), np.nan)
-        for part in self.parts:
-            out[part.slide.rows] = part.slide.xy
-        return out
 
-    @property
-    def inside(self) -> np.ndarray:
-        """Rows of the table whose cell lies in its image."""
-        out = np.zeros(self.table.n_obs, bool)
-        for part in self.parts:
-            out[part.slide.rows[part.inside]] = True
-        return out
+def placed(table: AnnData, slides: Sequence[Slide], first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the place of each row among the cells of all slides, or -1, and whether it lies inside its image.
 
-    def far(self, share: float) -> np.ndarray:
-        """Rows at the far end of each slide's longer side."""
-        out = np.zeros(self.table.n_obs, bool)
-        for part in self.parts:
-            along, edge = far_band(part.slide.xy, share)
-            out[part.slide.rows] = along > edge
-        return out
+    ``first`` counts the cells of the slides before these.
+    """
+    place, inside = np.full(table.n_obs, -1), np.zeros(table.n_obs, bool)
+    for slide in slides:
+        place[slide.rows] = first + np.arange(len(slide))
+        inside[slide.rows] = slide.crops.inside
+        first += len(slide)
+    return place, inside
 
-    def surroundings(self, k: int):
-        """Embeddings, and the ``k`` nearest cells of each."""
-        n = self.table.n_obs
-        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
-        for part in self.parts:
-            xy, rows = part.slide.xy, part.slide.rows
-            graph = spatial_graph(xy, k, ties="cut", scale=self.crop_um)
-            m = np.arange(graph.index.shape[1])
-            near[rows[:, None], m] = rows[graph.index.numpy()]
-            offset[rows[:, None], m] = graph.offset.numpy()
-        return Context(*(self.embedding[level] for level in LEVELS), near, offset)
 
-    def images(self, rows: np.ndarray, path: Path):
-        """Scaled images of some rows, from about -1 to 1, on disk as float16; and the place of each row, or -1."""
-        place = np.full(self.table.n_obs, -1)
-        place[rows] = np.arange(len(rows))
-        p = self.parts[0].crops.pixels
-        out = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), len(self.channels), p, p))
-        for part in self.parts:
-            which = np.flatnonzero((place[part.slide.rows] >= 0) & part.inside)
-            for some, crops in part.crops.batches(512, which):
-                out[place[part.slide.rows[some]]] = self.scaled(crops, part, self.intensity)
-        return out, place
-
-    def scaled(self, crops, part, intensity: dict) -> np.ndarray:
-        """Crops in the order of the channels: background -1, bright end 1."""
-        order = _cells.match_channels(part.crops.channels, list(self.channels), None, part.slide.name)
-        table = np.array([intensity[name.lower()] for name in map(str, part.crops.channels)])
-        return (2 * scaled(crops, table, order) - 1).numpy()
+def is_tiles(table: AnnData) -> bool:
+    """Whether the rows of a table are tiles of :func:`spatiaflow.pp.tiles`."""
+    return "tiles" in table.uns
 
 
 def model_of(table: AnnData, use_rep: str) -> str:
-    """Which model made the embeddings, where it is known."""
+    """Return the sha256 of the model that made the embeddings, "" where it is unknown."""
     return str(table.uns.get(use_rep, {}).get("params", {}).get("model_sha256", ""))
 
 
 def unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:
-    """Images in the scale of the slide's own, and in its type."""
+    """Return images in the scale and type of the slide."""
     low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
     values = (x.numpy() + 1) / 2 * (high - low) + low
     if np.issubdtype(dtype, np.integer):

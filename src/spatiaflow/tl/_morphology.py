@@ -1,10 +1,11 @@
-"""How cells of one state would look in another: train the generator on pairs."""
+"""Train a generator of cell images on pairs of cells of two states."""
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,36 +13,29 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-import spatiaflow
 from spatiaflow import _io
+from spatiaflow._io import Key, Where
 from spatiaflow._settings import resolve_seed, settings
-from spatiaflow.tl._images import LEVELS, CellImages, model_of
-from spatiaflow.tl._transitions import targets_of
+from spatiaflow.models.slide import Slide
+from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, model_of, placed, with_channels
+from spatiaflow.tl._transitions import standardised, targets_of
 
-MORE_IMAGES = 20_000  # of any cells, that the autoencoder also sees
+if TYPE_CHECKING:
+    from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
+    from spatiaflow.train.pairs import Pairs
 
 
 def train_morphology(
-    data: AnnData | SpatialData,
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
     pairs_key: str = "transition",
     use_rep: str = "X_spatia",
-    level: str = "cell",
     profile_key: str | None = "morphology",
-    spatial: bool = True,
-    start: str = "control",
-    weighted: bool = True,
-    exchange: bool = True,
-    losses: dict[str, float] | None = None,
-    preset: dict | None = None,
-    crop_um: float = 20.4,
-    crop_pixels: int = 48,
+    config: MorphologyConfig | str | None = None,
     validation: float = 0.1,
     max_epochs: int = 10,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
-    devices: int | str = 1,
-    precision: str = "32-true",
     layer: str | None = None,
     table_key: str = "table",
     image_key: str | None = None,
@@ -50,59 +44,46 @@ def train_morphology(
     library_key: str | None = None,
     spatial_key: str = "spatial",
     mpp: float | None = None,
-    batch_size: int | None = None,
     device: str | None = None,
     random_state: int | None = None,
-):
+) -> MorphologyFlow:
     """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
 
-    A flow from the image of a source cell (with noise, so that it has more than one outcome) to the image of its target, between
-    latents of an autoencoder that is fitted to the same images, all laid upright; under what is known of the source: its
-    embedding, those of its niche and tissue, its neighbours and where they lie, the transition, and the mean shift of genes and
+    The model is a flow from the image of a source cell, with noise, to the image of its target. It runs between latents of an
+    autoencoder that is fitted to the same images, all in a canonical orientation. It is conditioned on the embeddings of the
+    cell, its niche and its tissue, on the neighbours and their offsets, on the transition, and on the mean shift of genes and
     morphology in it. Each pair counts by its confidence.
 
     Parameters
     ----------
     data
-        Cells with an image, with pairs, embeddings and morphology.
+        Cells with an image, pairs, embeddings and morphology: one object, or a list or dict of them, on which one model is
+        trained. A table of :func:`spatiaflow.pp.tiles` trains a model of niches: make it with
+        ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, and give ``table_key="tiles"`` and a config whose
+        ``crop_um`` is the side of a tile.
     pairs_key
         ``key_added`` of :func:`pair_transitions`.
     use_rep
         Embeddings of the levels: ``.obsm[f"{use_rep}_cell"]``, ``_niche`` and ``_tissue``.
-    level
-        ``"cell"``, or ``"niche"`` for a table of tiles: ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, then
-        ``table_key="tiles"`` and ``crop_um`` the side of a tile.
     profile_key
-        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``; None does without the alignment loss and the
-        shift of morphology.
-    spatial
-        Condition on niche, tissue and neighbours.
-    start
-        ``"control"``, the image of the source cell with noise added, or ``"noise"``: where the flow begins.
-    weighted
-        Weigh pairs by their confidence.
-    exchange
-        Let sources of one niche that are alike exchange their targets in each batch, so that images lie near each other
-        (minibatch optimal transport): paths are shorter, and more of the source is kept.
-    losses
-        Weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
-        generated and real images) and ``"contrast"`` (another transition's conditions must fit worse); 0 switches one off.
-    preset
-        Other hyper-parameters by name, see :class:`spatiaflow.models.MorphologyConfig`.
-    crop_um, crop_pixels
-        Side of the images on the tissue and in pixels.
+        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``. None trains without the alignment loss and without
+        the shift of morphology.
+    config
+        Sizes and training settings: a :class:`spatiaflow.models.MorphologyConfig`. None: the defaults.
     validation
-        Share of each slide held out as a band, to choose the epoch.
-    max_epochs, checkpoint_dir, resume, devices, precision
-        As in :func:`train_spatia`; an epoch is 200 steps at least, and 300 of the autoencoder, up to 3,000.
+        Share of each slide that is held out as a band, to choose the epoch.
+    max_epochs
+        Epochs. One is at least 200 steps of the flow, and 300 of the autoencoder up to 3,000 in all.
+    checkpoint_dir, resume
+        Folder for checkpoints, and whether to continue the run that it holds.
     layer
-        Layer with raw counts, for the shift of genes.
-    table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp
-        As everywhere.
-    batch_size
-        Pairs a step, 128 by default.
+        Layer with raw counts, for the shift of genes. None reads ``X``.
+    table_key, image_key, shapes_key, labels_key
+        Elements of a SpatialData.
+    library_key, spatial_key, mpp
+        Column of ``.obs`` with the slides, slot of the positions, and µm per unit of them.
     device
-        Overrides ``settings.device``.
+        Where to train; ``settings.device`` when None.
     random_state
         Seed; ``settings.seed`` when None.
 
@@ -115,150 +96,110 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, no pair lies in the image, none is left by ``validation``, or ``losses`` or ``preset``
-        hold an unknown name.
+        A transition has no pairs, no pair lies in the image, or ``validation`` leaves none.
 
     Examples
     --------
     A small network for one epoch, so that it takes seconds:
 
+    >>> config = sf.models.MorphologyConfig(crop_um=16, crop_pixels=16, width=32, n_layers=2)
     >>> model = sf.tl.train_morphology(
-    ...     sdata, image_key="fluorescence", crop_um=16, crop_pixels=16, preset={"width": 32, "n_layers": 2},
-    ...     validation=0.2, max_epochs=1,
+    ...     sdata, image_key="fluorescence", config=config, validation=0.2, max_epochs=1
     ... )
     >>> model
     MorphologyFlow: A -> B; channels dapi, bound, rna, prot
     """
-    from spatiaflow.models.morphology import SCALE, MorphologyConfig, MorphologyFlow
-    from spatiaflow.train import morphology as train
+    from spatiaflow.models.morphology import MorphologyConfig
+    from spatiaflow.train import morphology, pairs
 
-    seed, target = resolve_seed(random_state), settings.torch_device(device)
+    where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
+    seed, config = resolve_seed(random_state), MorphologyConfig.of(config)
     if resume and checkpoint_dir is None:
-        raise ValueError("resume=True needs the checkpoint_dir of the run to go on with.")
-    _io.at_least_one(max_epochs=max_epochs, batch_size=batch_size, crop_pixels=crop_pixels)
-    _io.positive(crop_um=crop_um)
-    _io.one_of(("control", "noise"), start=start)
-    _io.one_of(("cell", "niche"), level=level)
-    _io.known_names(train.LOSSES, losses=losses)
-    _io.known_names(("n_neighbors", "noise", "n_latent", "width", "n_layers", "n_heads", "drop"), preset=preset)
-    if crop_pixels % SCALE:
-        raise ValueError(f"crop_pixels={crop_pixels} must be a multiple of {SCALE}.")
-    cells = CellImages.of(
-        data, use_rep, crop_um, crop_pixels, table_key=table_key, image_key=image_key, shapes_key=shapes_key,
-        labels_key=labels_key, library_key=library_key, spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
-    table = cells.table
-    if f"{pairs_key}s" not in table.uns or f"{pairs_key}_plan" not in table.obsp:
-        raise KeyError(
-            f"uns has no {pairs_key + 's'!r}; run sf.tl.pair_transitions(data, transitions=..., groupby=...) first."
-        )
-    found = table.uns[f"{pairs_key}s"]
-    params = table.uns[f"{pairs_key}_plan"]["params"]
-    names = [*params["transitions"]]
-    profile, features = _profile(table, profile_key)
-    pairs, shifts = _pairs(table, found, table.obsp[f"{pairs_key}_plan"], params, profile, layer, cells.inside)
-    pairs.level = LEVELS.index(level)
-    config = MorphologyConfig(
-        channels=list(cells.channels), transitions=names, profile=features, crop_um=crop_um, crop_pixels=crop_pixels,
-        n_embedding=cells.embedding["cell"].shape[1], n_genes=pairs.genes.shape[1], spatial=spatial, start=start,
-        **(preset or {}),
-    )  # fmt: skip
-    around = cells.surroundings(config.n_neighbors)
-    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
-    with where as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        others = np.random.default_rng(seed).permutation(np.flatnonzero(cells.inside))[:MORE_IMAGES]
-        used = np.union1d(np.union1d(pairs.source, pairs.target), others)
-        images, place = cells.images(used, Path(folder) / "images.npy")
-        band = cells.far(validation)
-        training, held_out = pairs.within(~band), pairs.within(band)
-        if not len(training) or not len(held_out):
-            raise ValueError(
-                f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
-                f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
-            )
-        autoencoder, rebuilt = train.fit_autoencoder(
-            images,
-            ~band[used],
-            band[used],
-            config.n_latent,
-            n_steps=min(3000, 300 * max_epochs),
-            seed=seed,
-            device=target,
-        )
-        latents, turns = train.encoded(images, autoencoder)
-        around.turn(used, turns)
-        surrogate, r2 = None, []
-        if features:
-            known = np.isfinite(profile[used]).all(1)
-            surrogate, r2 = train.fit_surrogate(
-                latents, profile[used], known & ~band[used], known & band[used], seed=seed, device=target
-            )
-        network, history = train.fit_morphology(
-            training, held_out, latents, place, around, config, surrogate, losses=losses,
-            weighted=weighted, exchange=exchange, max_epochs=max_epochs, batch_size=batch_size or 128,
-            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
-            accelerator={"cuda": "gpu"}.get(target.type, target.type), devices=devices, precision=precision, seed=seed,
-        )  # fmt: skip
-        del images
-        (Path(folder) / "images.npy").unlink()
-    card = {
-        "data": cells.boxes, "use_rep": use_rep, "embedding_sha256": model_of(table, use_rep), "level": level,
-        "pairs": {n: int((found["transition"] == n).sum()) for n in names},
-        "autoencoder_r2": dict(zip(cells.channels, map(float, rebuilt))),
-        "surrogate_r2": dict(zip(features, map(float, r2))), "weighted": weighted, "exchange": exchange,
-        "groupby": params["groupby"], "niche_key": params["niche_key"], "min_share": params["min_share"],
-        "spatiaflow": spatiaflow.__version__,
-    }  # fmt: skip
-    return MorphologyFlow(
-        network=network, autoencoder=autoencoder, surrogate=surrogate, shifts=shifts, intensity=cells.intensity,
-        history=history, card=card,
-    )  # fmt: skip
+        raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
+    _io.at_least_one(max_epochs=max_epochs)
+    objects, slides, tables, rows = _io.objects_of(data), [], [], []
+    options = {"crop_um": config.crop_um, "crop_pixels": config.crop_pixels, "counts": True, "layer": layer}
+    for label, one in objects.items():
+        own = cells_with_images({label: one} if len(objects) > 1 else one, where, use_rep, **options)
+        table = _io.unpack(one, table_key)[1]
+        rows.append((own, sum(map(len, slides))))
+        tables.append(table)
+        slides += own
+    params = _same_params(tables, pairs_key)
+    level = "niche" if is_tiles(tables[0]) else "cell"
+    profile, features = _profile(tables, [own for own, _ in rows], profile_key)
+    found = [
+        _pairs(table, pairs_key, params["transitions"], *placed(table, *own), LEVELS.index(level))
+        for table, own in zip(tables, rows)
+    ]
+    channels = channels_of(slides)
+    return morphology.train_morphology(
+        with_channels(slides, channels),
+        pairs.stacked([one for one, _ in found]),
+        np.concatenate([niche for _, niche in found]),
+        replace(config, channels=channels, transitions=params["transitions"], profile=features),
+        profile=profile,
+        validation=validation,
+        max_epochs=max_epochs,
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+        resume=resume,
+        device=settings.torch_device(device),
+        seed=seed,
+        about={"use_rep": use_rep, "embedding_sha256": model_of(tables[0], use_rep), "level": level}
+        | {name: params[name] for name in ("pairs", "groupby", "niche_key", "min_share")},
+    )
 
 
-def _profile(table: AnnData, key: str | None) -> tuple[np.ndarray, list[str]]:
-    """Standardised morphology (n x features) and its names."""
+def _same_params(tables: Sequence[AnnData], key: str) -> dict:
+    """Return what the pairs of all tables have in common: how states are told apart, and pairs of each transition."""
+    out: dict = {}
+    for table in tables:
+        if Key.uns.pairs(key) not in table.uns or Key.obsp.plan(key) not in table.obsp:
+            raise KeyError(
+                f"uns has no {Key.uns.pairs(key)!r}; run sf.tl.pair_transitions(data, transitions=..., groupby=...) first."
+            )
+        found, params = table.uns[Key.uns.pairs(key)], table.uns[Key.uns.plan(key)]["params"]
+        own = {name: params[name] for name in ("groupby", "niche_key", "min_share")}
+        if out and own != {name: out[name] for name in own}:
+            raise ValueError(f"the pairs of the objects were made in different ways: {own} and others. Pair all alike.")
+        out = out or own | {"pairs": {}}
+        for name in map(str, params["transitions"]):
+            out["pairs"][name] = out["pairs"].get(name, 0) + int((found["transition"] == name).sum())
+    return out | {"transitions": list(out["pairs"])}
+
+
+def _profile(
+    tables: Sequence[AnnData], slides: Sequence[Sequence[Slide]], key: str | None
+) -> tuple[np.ndarray, list[str]]:
+    """Return the standardised morphology of all cells, one slide after the other, and the names of its columns."""
     if key is None:
-        return np.zeros((table.n_obs, 0)), []
-    frame = _io.morphology(table, key)
-    values = frame.to_numpy(float)
-    spread = np.nanstd(values, 0)
-    return (values - np.nanmean(values, 0)) / np.where(spread > 0, spread, 1), [*map(str, frame.columns)]
+        return np.zeros((sum(len(slide) for own in slides for slide in own), 0)), []
+    frames = [_io.morphology(table, key) for table in tables]
+    names = [name for name in frames[0].columns if all(name in frame for frame in frames)]
+    parts = [frame[names].iloc[slide.rows] for frame, own in zip(frames, slides) for slide in own]
+    return standardised(pd.concat(parts)), [*map(str, names)]
 
 
-def _pairs(table, found: pd.DataFrame, plan, params: dict, profile, layer, inside):
-    """Sources with the rows of their plan, and the mean shift of each transition and niche."""
-    from spatiaflow.train.pairs import Pairs, mean_shift, shares
+def _pairs(
+    table: AnnData, key: str, names: list[str], place: np.ndarray, inside: np.ndarray, level: int
+) -> tuple[Pairs, np.ndarray]:
+    """Return the pairs of a table whose cells lie inside the image, and the niche of each."""
+    from spatiaflow.train.pairs import Pairs, shares
 
-    counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
-    total = np.asarray(counts.sum(1)).ravel().clip(1)
-    log = sparse.csr_matrix(sparse.diags(float(np.median(total)) / total) @ counts).log1p()
-    measured = np.nan_to_num(profile)
+    found, params = table.uns[Key.uns.pairs(key)], table.uns[Key.uns.plan(key)]["params"]
     source = table.obs_names.get_indexer(found["source"])
     if (source < 0).any():
         raise KeyError(f"uns names a source that is no row: {found['source'].iloc[int(np.argmax(source < 0))]!r}.")
-    names = [*params["transitions"]]
     transition = pd.Index(names).get_indexer(found["transition"])
     allowed = np.zeros((len(names), table.n_obs), bool)
-    for i, rows in enumerate(targets_of(table, params).values()):
-        allowed[i, rows] = inside[rows]
+    for name, rows in targets_of(table, params).items():
+        allowed[names.index(name), rows] = inside[rows]
     # a cell may be the source of several transitions, whose targets stand in one row of the plan
-    target, share = shares(sparse.csr_matrix(plan)[source], allowed[transition])
+    target, share = shares(sparse.csr_matrix(table.obsp[Key.obsp.plan(key)])[source], allowed[transition])
+    kept = np.flatnonzero(inside[source] & (share.sum(1) > 0))
+    n = len(source)
     pairs = Pairs(
-        source, target, share, found["confidence"].to_numpy(float), transition, np.zeros((len(source), log.shape[1])),
-        np.zeros((len(source), measured.shape[1])), np.zeros(len(source), int),
+        place[source], place[target].clip(0), share, found["confidence"].to_numpy(float), transition, np.zeros((n, 0)),
+        np.zeros((n, 0)), np.zeros(n, int), level,
     )  # fmt: skip
-    kept = inside[source] & (share.sum(1) > 0)
-    shifts = {}
-    for i, name in enumerate(names):
-        if not (here := kept & (transition == i)).any():
-            raise ValueError(f"{name} has no pair whose cells lie in the image.")
-        shifts[name] = {}
-        for niche in ["", *sorted({n for n in found["niche"][here] if n})]:  # "": all together
-            which = np.flatnonzero(here & ((found["niche"] == niche).to_numpy() if niche else True))
-            pairs.group[which] = pairs.group.max() + 1
-            pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (log, measured))
-            shifts[name][niche] = {
-                kind: np.round(getattr(pairs, kind)[which[0]], 5).tolist() for kind in ("genes", "profile")
-            }
-    return pairs.rows(np.flatnonzero(kept)), shifts
+    return pairs.rows(kept), found["niche"].astype(str).to_numpy()[kept]

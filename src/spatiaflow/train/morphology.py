@@ -1,63 +1,168 @@
-"""Training the generator of morphology: an autoencoder of images, then a flow between latents, weighed by confidence."""
+"""Train the generator of morphology: an autoencoder of images, then a flow between latents, weighted by confidence."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from spatiaflow._settings import progress
+from spatiaflow.models import _base
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
     Autoencoder,
     Conditions,
     MorphologyConfig,
+    MorphologyFlow,
     MorphologyNetwork,
     Surrogate,
     sliced_wasserstein,
     start,
 )
-from spatiaflow.models.orientation import turned, upright
+from spatiaflow.models.orientation import canonical, turned
+from spatiaflow.models.slide import Slide
+from spatiaflow.models.spatia import intensity_of, scaled
+from spatiaflow.models.spatial import far_band
+from spatiaflow.models.transport import per_unit
 from spatiaflow.train.fit import claim, fit
-from spatiaflow.train.pairs import Context, PairBatches, Pairs
+from spatiaflow.train.pairs import Context, PairBatches, Pairs, with_shifts
 
-LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
 MARGIN, ALIGNED_FROM = 0.1, 0.75
-MAX_STEPS, EPOCH = (
-    3000,
-    200,
-)  # steps of the autoencoder; batches of an epoch, which a few pairs fill by drawing targets anew
+MAX_STEPS = 3000  # of the autoencoder
+MIN_BATCHES = 200  # of an epoch; a few pairs fill it by drawing targets anew
+MORE_IMAGES = 20_000  # of any cells, which the autoencoder also sees
+
+
+def train_morphology(
+    slides: Sequence[Slide],
+    pairs: Pairs,
+    niche: np.ndarray,
+    config: MorphologyConfig,
+    *,
+    profile: np.ndarray,
+    validation: float = 0.1,
+    max_epochs: int = 10,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+) -> MorphologyFlow:
+    """Train a generator of images on pairs of cells.
+
+    Parameters
+    ----------
+    slides
+        Cells with counts, with crops that are matched with ``config.channels``, and with features: the embeddings of cell, niche
+        and tissue side by side. A row of the pairs is a place among the cells of all slides, one slide after the other.
+    pairs
+        Sources and targets, all inside the image.
+    niche
+        Niche of each pair, "" where there is none.
+    config
+        Settings, with the names of channels, transitions and features of the profile.
+    profile
+        Standardised morphology of all cells, n x features.
+    validation
+        Share of each slide that is held out as a band, to choose the epoch.
+    about
+        What else the card says.
+    """
+    genes = [gene for gene in slides[0].genes if all(gene in set(slide.genes) for slide in slides)]
+    counts = sparse.vstack([slide.align(genes).counts for slide in slides], format="csr")
+    expression = per_unit(counts, float(np.median(np.asarray(counts.sum(1)).ravel().clip(1))))
+    pairs, shifts = with_shifts(pairs, niche, config.transitions, expression, np.nan_to_num(profile))
+    config = replace(config, n_embedding=slides[0].features.shape[1] // 3, n_genes=pairs.genes.shape[1])
+    around = Context.of(slides, config.n_neighbors, config.crop_um)
+    inside = np.concatenate([slide.crops.inside for slide in slides])
+    others = np.random.default_rng(seed).permutation(np.flatnonzero(inside))[:MORE_IMAGES]
+    used = np.union1d(np.union1d(pairs.source, pairs.target), others)
+    band = np.concatenate([along > edge for along, edge in (far_band(slide.xy, validation) for slide in slides)])
+    training, held_out = pairs.within(~band), pairs.within(band)
+    if not len(training) or not len(held_out):
+        raise ValueError(
+            f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
+            f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
+        )
+    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
+    options = {"seed": seed, "device": device}
+    with where as folder:
+        file = Path(folder) / "images.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images, place = scaled_images(slides, used, file)
+        autoencoder, rebuilt = fit_autoencoder(
+            images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), **options
+        )
+        latents, turns = encoded(images, autoencoder)
+        around.turn(used, turns)
+        surrogate, r2 = None, []
+        if config.profile:
+            known = np.isfinite(profile[used]).all(1)
+            surrogate, r2 = fit_surrogate(latents, profile[used], known & ~band[used], known & band[used], **options)
+        network, history = fit_morphology(
+            training, held_out, latents, place, around, config, surrogate, max_epochs=max_epochs,
+            checkpoint_dir=checkpoint_dir, resume=resume, device=device, seed=seed,
+        )  # fmt: skip
+        del images
+        file.unlink()
+    card = _base.model_card(
+        slides, config=asdict(config), seed=seed, epochs=max_epochs,
+        scores={name: values[-1] for name, values in history.items() if name.startswith("val_") and len(values)},
+        autoencoder_r2=dict(zip(config.channels, map(float, rebuilt))),
+        surrogate_r2=dict(zip(config.profile, map(float, r2))), **(about or {}),
+    )  # fmt: skip
+    return MorphologyFlow(
+        network=network, autoencoder=autoencoder, surrogate=surrogate, shifts=shifts,
+        intensity=intensity_of(slides, config.channels), history=history, card=card,
+    )  # fmt: skip
+
+
+def scaled_images(slides: Sequence[Slide], rows: np.ndarray, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write the images of some rows to disk as float16, background -1 and bright end 1.
+
+    Returns them (n x C x p x p) and the place of each row of the slides among them, or -1.
+    """
+    place, first = np.full(sum(map(len, slides)), -1), 0
+    place[rows] = np.arange(len(rows))
+    crops = slides[0].crops
+    shape = (len(rows), len(crops.places), crops.pixels, crops.pixels)
+    out = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+    for slide in slides:
+        here, crops = place[first : first + len(slide)], slide.crops
+        first += len(slide)
+        for some, found in crops.batches(512, np.flatnonzero((here >= 0) & crops.inside)):
+            out[here[some]] = 2 * scaled(found, crops.range, crops.places).numpy() - 1
+    return out, place
 
 
 @torch.no_grad()
 def _moving_average(average: list[Tensor], current: list[Tensor], n: Tensor, decay: float = 0.999) -> None:
-    """Exponential moving average whose memory grows with the steps taken, so that a short training is not lost in it."""
+    """Exponential moving average whose memory grows with the steps, so that it also follows a short training."""
     torch._foreach_lerp_(average, current, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
 
 
 class MorphologyTraining(L.LightningModule):
-    """Confidence-weighted flow matching, alignment of morphology, contrast of conditions; every loss has a name and a weight."""
+    """Confidence-weighted flow matching, alignment of morphology, contrast of conditions."""
 
-    def __init__(
-        self,
-        network: MorphologyNetwork,
-        surrogate: Surrogate | None,
-        weights: dict[str, float],
-        *,
-        weighted=True,
-        learning_rate=1e-3,
-    ):
+    def __init__(self, network: MorphologyNetwork, surrogate: Surrogate | None, *, learning_rate: float = 1e-3) -> None:
         super().__init__()
-        self.network, self.surrogate, self.weighted, self.learning_rate = network, surrogate, weighted, learning_rate
+        self.network, self.surrogate, self.learning_rate = network, surrogate, learning_rate
         self.average = AveragedModel(network, multi_avg_fn=_moving_average)
         if surrogate is not None:
             surrogate.requires_grad_(False)
-        self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}
+        self.history: dict[str, list[float]] = {}
+        self.weights = {name: weight for name, weight in network.config.losses.items() if weight > 0}
         if surrogate is None:
             self.weights.pop("alignment", None)
 
@@ -68,7 +173,7 @@ class MorphologyTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def losses(self, network: MorphologyNetwork, b: dict) -> dict[str, Tensor]:
-        """Every loss whose weight is not 0."""
+        """Return every loss whose weight is not 0."""
         c, control, target = network.config, b["source"], b["target"]
         g = torch.Generator().manual_seed(b["seed"])
         n = len(control)
@@ -78,22 +183,21 @@ class MorphologyTraining(L.LightningModule):
         x_t, u = interpolate(x0, target, t[:, None]), target - x0
         v = network(x_t, t, control, network.condition(b["conditions"], kept.to(control.device)))
         misfit = ((v - u) ** 2).mean(1)
-        weight = b["confidence"] / b["confidence"].mean().clamp_min(1e-8) if self.weighted else torch.ones_like(misfit)
+        weight = b["confidence"] / b["confidence"].mean().clamp_min(1e-8) if c.weighted else torch.ones_like(misfit)
         out = {"flow": (weight * misfit).mean()}
         if "alignment" in self.weights:
-            # early the endpoint is a mean over many targets, whose morphology is not to be spread as theirs is
+            # early on the endpoint is a mean over many targets, whose morphology varies less than theirs
             late = (t >= ALIGNED_FROM).nonzero()[:, 0]
             endpoint = x_t[late] + (1 - t[late])[:, None] * v[late]
-            read = (
-                self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late])
-            )  # no more than it can tell
+            # a feature counts as far as the surrogate can read it
+            read = (self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late]))
             out["alignment"] = sliced_wasserstein(*read, g) if len(late) else misfit.sum() * 0
         if "contrast" in self.weights:
             out["contrast"] = self._contrast(network, b, control, x_t, t, u, misfit, g)
         return out
 
     def _contrast(self, network, b, control, x_t, t, u, misfit, g) -> Tensor:
-        """A velocity under the conditions of another transition should fit worse, by a margin."""
+        """Return by how much the conditions of another transition do not fit worse by a margin."""
         transition = b["conditions"].transition.cpu()
         other = torch.randperm(len(transition), generator=g)
         which = (transition != transition[other]).nonzero()[:, 0][: len(transition) // 4]
@@ -134,9 +238,9 @@ def fit_autoencoder(
     seed: int = 0,
     device="cpu",
 ) -> tuple[Autoencoder, np.ndarray]:
-    """Fit an autoencoder to images (n x C x p x p); returns it and, for each channel, R2 on those held out.
+    """Fit an autoencoder to images (n x C x p x p). Return it, and R2 of each channel on the held-out images.
 
-    ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
+    ``training`` and ``held_out`` (n, bool) choose images; some may be in neither.
     """
     train, test = np.flatnonzero(training), np.flatnonzero(held_out)
     rng = np.random.default_rng(seed)
@@ -150,7 +254,7 @@ def fit_autoencoder(
 
     def read(rows):
         x = torch.from_numpy(np.asarray(images[rows], np.float32))
-        return turned(x, upright(x)).to(device, memory_format=torch.channels_last)
+        return turned(x, canonical(x)).to(device, memory_format=torch.channels_last)
 
     def moments(x, over):
         mean, std = (getattr(x, name)(over, keepdim=True) for name in ("mean", "std"))
@@ -180,12 +284,12 @@ def fit_autoencoder(
 
 @torch.no_grad()
 def encoded(images, autoencoder: Autoencoder) -> tuple[Tensor, np.ndarray]:
-    """Latents (n x d) of images (n x C x p x p), and the turn that lays each upright."""
+    """Return latents (n x d) of images (n x C x p x p), and the turn of each into its canonical orientation."""
     latents, turns = [], []
     device = autoencoder.latent_mean.device
     for start_row in range(0, len(images), 512):
         x = torch.from_numpy(np.asarray(images[start_row : start_row + 512], np.float32))
-        turns.append(upright(x))
+        turns.append(canonical(x))
         latents.append(autoencoder.encode(turned(x, turns[-1]).to(device)).cpu())
     return torch.cat(latents), np.concatenate(turns)
 
@@ -194,9 +298,9 @@ def fit_surrogate(
     latents: Tensor, profile: np.ndarray, training: np.ndarray, held_out: np.ndarray, *, max_epochs: int = 30,
     batch_size: int = 128, seed: int = 0, device="cpu",
 ) -> tuple[Surrogate, np.ndarray]:  # fmt: skip
-    """Fit a network that reads standardised morphology (n x features) off latents; returns it and R2 on those held out.
+    """Fit a network that reads standardised morphology (n x features) off latents. Return it, and R2 on held-out cells.
 
-    ``training`` and ``held_out`` (n, bool) say which images are which; some may be neither.
+    ``training`` and ``held_out`` (n, bool) choose cells; some may be in neither.
     """
     train, test = np.flatnonzero(training), np.flatnonzero(held_out)
     rng = np.random.default_rng(seed)
@@ -224,29 +328,27 @@ def fit_surrogate(
 
 def fit_morphology(
     training: Pairs, validation: Pairs, latents: Tensor, place: np.ndarray, around: Context, config: MorphologyConfig,
-    surrogate: Surrogate | None, *, losses: dict[str, float] | None = None, weighted: bool = True, exchange=True,
-    max_epochs: int = 10, batch_size: int = 128, learning_rate: float = 1e-3, checkpoint_dir: Path | None = None, resume=False,
-    accelerator="cpu", devices=1, precision="32-true", seed: int = 0,
+    surrogate: Surrogate | None, *, max_epochs: int = 10, learning_rate: float = 1e-3, checkpoint_dir: Path | None = None,
+    resume: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
-    """Fit a generator to pairs, whose rows' latents are at ``place``; returns its averaged network and the history."""
+    """Fit the flow to pairs, whose rows' latents are at ``place``. Return its averaged network and the history."""
     if checkpoint_dir is not None:
         claim(
-            checkpoint_dir, resume, config=config, losses=losses, weighted=weighted, exchange=exchange, seed=seed,
-            max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate,
+            checkpoint_dir, resume, config=config, seed=seed, max_epochs=max_epochs, learning_rate=learning_rate,
             pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
             around=[around.cell, around.offset],
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)
-    module = MorphologyTraining(
-        network, surrogate, LOSSES | (losses or {}), weighted=weighted, learning_rate=learning_rate
-    )
-    n, arguments = max(EPOCH, -(-len(training) // batch_size)), (latents, place, around)
+    module = MorphologyTraining(network, surrogate, learning_rate=learning_rate)
+    size, kind = config.batch_size, torch.device(device).type
+    n, arguments = max(MIN_BATCHES, -(-len(training) // size)), (latents, place, around)
     fit(
-        module, PairBatches(training, *arguments, n, batch_size, seed, exchange=exchange),
-        PairBatches(validation, *arguments, 8, batch_size, seed + 1, exchange=exchange),
+        module, PairBatches(training, *arguments, n, size, seed, exchange=config.exchange),
+        PairBatches(validation, *arguments, 8, size, seed + 1, exchange=config.exchange),
         description="morphology", checkpoint_dir=checkpoint_dir, max_epochs=max_epochs, patience=max_epochs, monitor="val_loss",
-        seed=seed, resume=resume, accelerator=accelerator, devices=devices, precision=precision,
+        seed=seed, resume=resume, accelerator={"cuda": "gpu"}.get(kind, kind), devices=config.devices,
+        precision=config.precision,
     )  # fmt: skip
     return module.average.module, module.history

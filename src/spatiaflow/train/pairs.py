@@ -1,35 +1,125 @@
-"""Pairs of cells as training sees them: what each is conditioned on, and batches of both images' latents."""
+"""Pairs of cells: found between two states, and as training sees them, in batches of latents under conditions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from spatiaflow._settings import logger, progress
 from spatiaflow.models.morphology import Conditions
 from spatiaflow.models.orientation import turned_offsets
+from spatiaflow.models.slide import Slide
+from spatiaflow.models.spatial import spatial_graph
+from spatiaflow.models.transport import Coordinates, PairingConfig, matched
 
 POOL = 4  # batches among which targets are exchanged
-ALIKE = 0.3  # about half of the sources exchange theirs then; a tenth: nearly all, 1: hardly any
+ALIKE = 0.3  # weight of the sources' own distance: about half of the sources exchange targets; at .1 nearly all, at 1 hardly any
+PROBLEMS = ("transition", "niche", "n_source", "n_target", "mass", "dropped", "marginal_error")
+
+
+def pair_states(
+    sides: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    niches: np.ndarray | None,
+    coordinates: Coordinates,
+    config: PairingConfig,
+    *,
+    batch: int,
+    seed: int,
+    device,
+) -> tuple[pd.DataFrame, tuple[np.ndarray, np.ndarray, np.ndarray], pd.DataFrame]:
+    """Pair the sources and targets of every transition within their niche.
+
+    Parameters
+    ----------
+    sides
+        Sources and targets of each transition, rows of ``coordinates``.
+    niches
+        Niche of each row, "" where it is missing; None pairs over all rows.
+
+    Returns
+    -------
+    Pairs (``source`` and ``target`` are rows), entries of the plans (row, column, share of the row's prescribed mass), and one
+    row a problem that was solved.
+    """
+    groups = [
+        (name, niche, rows, columns)
+        for name, pair in sides.items()
+        for niche, rows, columns in _by_niche(name, *pair, niches, config.min_cells)
+    ]
+    found, notes, entries = [], [], []
+    for i, (name, niche, rows, columns) in enumerate(progress(groups, "pairing", unit="group")):
+        rng = np.random.default_rng([seed, 2, i])
+        options = {"batch": batch, "seed": int(rng.integers(2**31)), "device": device}
+        plan, confidence = matched(coordinates, rows, columns, config, **options)
+        chosen = plan.draw(rng) if config.pairs == "sample" else plan.index[:, 0]
+        pair = {"source": rows, "target": columns[chosen], "transition": name, "niche": niche}
+        found.append(pd.DataFrame(pair | {"confidence": confidence}))
+        share = (plan.share * np.minimum(1, plan.mass)[:, None]).ravel()
+        entries.append((np.repeat(rows, plan.index.shape[1]), columns[plan.index].ravel(), share))
+        notes.append((name, niche, len(rows), len(columns), plan.mass.mean(), plan.dropped.mean(), plan.marginal_error))
+    row, column, share = (np.concatenate(v) for v in zip(*entries))
+    problems = pd.DataFrame(notes, columns=list(PROBLEMS))
+    return pd.concat(found, ignore_index=True), (row, column, share), problems
+
+
+def _by_niche(
+    name: str, rows: np.ndarray, columns: np.ndarray, niches: np.ndarray | None, min_cells: int
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return (niche, sources, targets) of every niche that holds both states; of the whole table where none does."""
+    if niches is None:
+        return [("", rows, columns)]
+    both = [n for n in np.intersect1d(niches[rows], niches[columns]) if n]
+    parts = [(n, rows[niches[rows] == n], columns[niches[columns] == n]) for n in both]
+    parts = [part for part in parts if min(len(part[1]), len(part[2])) >= min_cells]
+    if not parts:
+        warnings.warn(
+            f"{name}: no niche holds {min_cells} cells of both states; they are paired over the whole table.",
+            UserWarning,
+            stacklevel=5,
+        )
+        return [("", rows, columns)]
+    if left := len(rows) - sum(len(part[1]) for part in parts):
+        logger.warning(
+            "%s: %d of %d sources are in niches without %d targets and stay unpaired", name, left, len(rows), min_cells
+        )
+    return parts
 
 
 @dataclass
 class Context:
-    """Embeddings of all cells, and who lies where around each; rows are those of the table."""
+    """Embeddings of all cells of all slides, one slide after the other, and which cells lie where around each."""
 
     cell: np.ndarray  # n x d
     niche: np.ndarray  # n x d
     tissue: np.ndarray  # n x d
-    neighbors: np.ndarray  # n x k, rows; a cell that has fewer repeats itself
+    neighbors: np.ndarray  # n x k, rows; a cell with fewer repeats itself
     offset: np.ndarray  # n x k x 2 (x, y), in crops
 
+    @classmethod
+    def of(cls, slides: Sequence[Slide], k: int, crop_um: float) -> Context:
+        """Return the context of slides whose features are the embeddings of cell, niche and tissue side by side."""
+        embeddings = np.concatenate([slide.features for slide in slides])
+        n, first = len(embeddings), 0
+        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
+        for slide in slides:
+            graph = spatial_graph(slide.xy, k, ties="cut", scale=crop_um)
+            m, here = graph.index.shape[1], slice(first, first + len(slide))
+            near[here, :m] = first + graph.index.numpy()
+            offset[here, :m] = graph.offset.numpy()
+            first += len(slide)
+        return cls(*np.split(embeddings, 3, axis=1), near, offset)
+
     def turn(self, rows: np.ndarray, turns: np.ndarray) -> None:
-        """Turn what lies around some cells as their images were."""
+        """Turn what lies around some cells as their images were turned."""
         self.offset[rows] = turned_offsets(torch.from_numpy(self.offset[rows]), turns).numpy()
 
 
@@ -37,26 +127,26 @@ class Context:
 class Pairs:
     """Sources with their rows of the transport plan."""
 
-    source: np.ndarray  # n, rows of the table
-    target: np.ndarray  # n x k, rows of the table
+    source: np.ndarray  # n, rows of the context
+    target: np.ndarray  # n x k, rows of the context
     share: np.ndarray  # n x k, sums to 1
     confidence: np.ndarray  # n
-    transition: np.ndarray  # n
-    genes: np.ndarray  # n x genes, shift of its transition and niche
-    profile: np.ndarray  # n x features
+    transition: np.ndarray  # n, place in the vocabulary
+    genes: np.ndarray  # n x genes, mean shift of the transition in the niche
+    profile: np.ndarray  # n x features, mean shift of the transition in the niche
     group: np.ndarray  # n, one number for each transition and niche
-    level: int = 0
+    level: int = 0  # 0 cells, 1 tiles
 
     def __len__(self) -> int:
         return len(self.source)
 
     def rows(self, which) -> Pairs:
-        """Some of the pairs."""
+        """Return some of the pairs."""
         fields = (getattr(self, name)[which] for name in self.__dataclass_fields__ if name != "level")
         return Pairs(*fields, self.level)
 
     def within(self, rows: np.ndarray) -> Pairs:
-        """Pairs whose source is among ``rows`` (bool by row of the table), with those of their targets that are."""
+        """Return the pairs whose source is among ``rows`` (bool), with those of their targets that are among them."""
         share = self.share * rows[self.target]
         kept = rows[self.source] & (share.sum(1) > 0)
         out = self.rows(kept)
@@ -65,7 +155,7 @@ class Pairs:
 
 
 def conditions(pairs: Pairs, which: np.ndarray, around: Context) -> Conditions:
-    """Conditions of some pairs."""
+    """Return the conditions of some pairs."""
     source = pairs.source[which]
     arrays = (
         around.cell[source], around.niche[source], around.tissue[source],
@@ -77,12 +167,12 @@ def conditions(pairs: Pairs, which: np.ndarray, around: Context) -> Conditions:
 
 
 def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """For each source the place of a target, so that images lie near each other: minibatch optimal transport.
+    """Return for each source the place of a target, so that their images are close: minibatch optimal transport.
 
-    Sources exchange targets within their group; what an exchange costs is the squared distance of the latents (n x d), and
-    ``ALIKE`` times that of the sources' ``context`` (n x c), each over its mean, so that targets stay with sources that are
-    alike (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same, and
-    so does what a flow learns of them as a whole; shorter, straighter paths are learned faster and keep more of the source.
+    Sources exchange targets within their group. The cost of an exchange is the squared distance of the latents (n x d), and
+    ``ALIKE`` times that of the sources' ``context`` (n x c), each over its mean, so that targets stay with similar sources
+    (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same, and so does
+    what a flow learns of them together. Shorter, straighter paths are learned faster and keep more of the source.
     """
     place = np.arange(len(source))
     for g in np.unique(group):
@@ -99,7 +189,7 @@ def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.nda
 class PairBatches(Dataset):
     """Item b of an epoch depends on the seed, the epoch and b alone.
 
-    Targets are drawn anew from the plan each time, so that a source is shown the variety of its targets. Batches are slices of
+    Targets are drawn anew from the plan each time, so that a source meets the variety of its targets. Batches are slices of
     pools, in which sources have :func:`exchanged` their targets unless ``exchange`` is off.
     """
 
@@ -128,7 +218,7 @@ class PairBatches(Dataset):
         }
 
     def _drawn(self, pool: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of a pool, and the row of each one's target."""
+        """Return the pairs of a pool, and the row of the target of each."""
         if self._pool[0] != (self.epoch, pool):
             rng, p = np.random.default_rng([self.seed, self.epoch, pool, 1]), self.pairs
             which = rng.permutation(len(p))[: self.per_pool * self.size]
@@ -148,9 +238,9 @@ class PairBatches(Dataset):
 
 
 def shares(plan: sparse.csr_matrix, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries of each row of a plan side by side: columns and shares (n x k), which sum to 1, or to 0 where none is left.
+    """Return the entries of each row of a plan: columns and shares (n x k), which sum to 1, or to 0 where none is left.
 
-    ``allowed`` (n x columns, bool) says which may be taken.
+    Only the columns in ``allowed`` (n x columns, bool) count.
     """
     length = np.diff(plan.indptr)
     row = np.repeat(np.arange(len(length)), length)
@@ -162,9 +252,60 @@ def shares(plan: sparse.csr_matrix, allowed: np.ndarray) -> tuple[np.ndarray, np
 
 
 def mean_shift(pairs: Pairs, values) -> np.ndarray:
-    """Mean of the targets less mean of the sources, in ``values`` (n x d, dense or sparse); pairs weigh by confidence."""
+    """Return the mean of the targets less that of the sources in ``values`` (n x d), weighted by confidence."""
     weight = pairs.confidence / max(pairs.confidence.sum(), 1e-12)
     change = np.zeros(values.shape[0])
     np.add.at(change, pairs.target.ravel(), (pairs.share * weight[:, None]).ravel())
     np.add.at(change, pairs.source, -weight)
     return change @ values
+
+
+def stacked(parts: Sequence[Pairs]) -> Pairs:
+    """Return the pairs of several tables as one."""
+    if len(parts) == 1:
+        return parts[0]
+    k = max(part.target.shape[1] for part in parts)
+    wide = [
+        replace(
+            part,
+            target=np.pad(part.target, ((0, 0), (0, k - part.target.shape[1]))),
+            share=np.pad(part.share, ((0, 0), (0, k - part.share.shape[1]))),
+        )
+        for part in parts
+    ]
+    fields = (name for name in Pairs.__dataclass_fields__ if name != "level")
+    return Pairs(*(np.concatenate([getattr(part, name) for part in wide]) for name in fields), parts[0].level)
+
+
+def with_shifts(
+    pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression, profile: np.ndarray
+) -> tuple[Pairs, dict[str, dict[str, dict[str, list[float]]]]]:
+    """Return the pairs with the mean shifts of their transition and niche, and all shifts by name and niche.
+
+    Parameters
+    ----------
+    niche
+        Niche of each pair, "" where there is none.
+    names
+        Transitions.
+    expression, profile
+        Log counts (n x genes) and standardised morphology (n x features) of all rows.
+    """
+    n = len(pairs)
+    pairs = replace(
+        pairs, genes=np.zeros((n, expression.shape[1])), profile=np.zeros((n, profile.shape[1])), group=np.zeros(n, int)
+    )
+    shifts: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for i, name in enumerate(names):
+        here = pairs.transition == i
+        if not here.any():
+            raise ValueError(f"{name} has no pair whose cells lie in the image.")
+        shifts[name] = {}
+        for one in ["", *sorted(set(niche[here]) - {""})]:  # "": all together
+            which = np.flatnonzero(here & (niche == one) if one else here)
+            pairs.group[which] = pairs.group.max() + 1
+            pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (expression, profile))
+            shifts[name][one] = {
+                kind: np.round(getattr(pairs, kind)[which[0]], 5).tolist() for kind in ("genes", "profile")
+            }
+    return pairs, shifts

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from spatiaflow.models.pairing import Plan, agreement, transport
+from spatiaflow.models.transport import PairingConfig, Plan, StateShares, agreement, composition, transport
 
 
 def slow_plan(x, y, epsilon, rho, n_iterations=3000):
@@ -75,3 +75,32 @@ def test_agreement_is_one_for_equal_plans_and_about_none_for_unrelated_ones():
     one, other = (transport(rng.normal(size=(300, 10)), y) for _ in range(2))
     np.testing.assert_allclose(agreement(one, one, y), 1)
     assert agreement(one, other, y).mean() < 0.2
+
+
+def test_sides_do_not_depend_on_the_order_of_rows():
+    names = np.array([f"c{i:02}" for i in range(40)])
+    share = np.eye(2)[np.arange(40) % 2]
+    shuffled = np.random.default_rng(5).permutation(40)
+
+    def chosen(order):
+        states = StateShares("state", ["A", "B"], share[order], 0.5, np.argsort(names[order]))
+        return [[list(names[order][rows]) for rows in states.sides("A", b, [0, 1])] for b in "AB"]
+
+    assert chosen(np.arange(40)) == chosen(shuffled)
+    halves = chosen(shuffled)[0]
+    assert not set(halves[0]) & set(halves[1]) and len(halves[0]) == len(halves[1]) == 10
+
+
+def test_composition_is_the_mean_over_the_nearest_cells():
+    rng = np.random.default_rng(6)
+    xy, share = rng.uniform(0, 100, (200, 2)), np.eye(3)[rng.integers(0, 3, 200)]
+    near = np.argsort(((xy[:, None] - xy) ** 2).sum(-1), 1)[:, 1:31]
+    np.testing.assert_allclose(composition(share, xy), share[near].mean(1), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epsilon": 0}, {"unbalanced": -1}, {"top_k": 0}, {"pairs": "best"}, {"confidence": ""}]
+)
+def test_settings_that_cannot_be_meant_are_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        PairingConfig(**bad)
