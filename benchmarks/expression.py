@@ -303,7 +303,8 @@ def show() -> None:
             + results.pivot(networks, ["method", "split"]).round(3).reset_index().to_markdown(index=False)
         )
         differences = part[part["metric"].str.contains(" minus ")]
-        print("\npaired differences\n\n" + results.pivot(differences, ["split", "metric"], "method").to_markdown())
+        if len(differences):
+            print(f"\npaired differences\n\n{differences[['split', 'metric', 'value']].to_markdown(index=False)}")
 
 
 def paired() -> None:
