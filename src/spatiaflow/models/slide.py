@@ -86,6 +86,14 @@ class Slide:
     rows, mpp, element, coordinate_system
         Where the slide comes from: rows of the table, µm per unit of the stored positions, and the SpatialData element and
         coordinate system of the positions.
+
+    Examples
+    --------
+    >>> slide = sf.models.Slide("a", ["c1", "c2"], xy=[[0, 0], [30, 0]])
+    >>> slide
+    Slide 'a': 2 rows, 0 genes; xy
+    >>> slide.pitch
+    30.0
     """
 
     name: str
