@@ -32,9 +32,9 @@ import spatiaflow as sf
 from flow_head import fit_head
 from imputation_trust import DRAWS, conformal, differential, uncertainty
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.design import CellTable, left_out
-from spatiaflow.models.imputation import Imputer
 from spatiaflow.models.regression import gene_pearson
+from spatiaflow.models.slide import Slide
+from spatiaflow.train.imputer import fit_imputer, held_out_blocks
 
 N_FOLDS, DETECTED, SCORED = 5, 0.02, 3000
 PENALTIES = np.geomspace(10, 1e5, 9)
@@ -49,18 +49,20 @@ class Task:
         self.genes, self.target_sum, self.image = list(query.var_names), target_sum, image
         self.reference, self.query = reference, query
         everything = np.arange(query.n_vars)
-        self.blocks = left_out([self.cells(a, everything, everything, False) for a in reference])
+        self.blocks = held_out_blocks([self.cells(a, everything, everything, False) for a in reference])
         self.block = sf.metrics.spatial_blocks(query.obsm["spatial"], block)
 
     def folds(self, seed: int) -> list[np.ndarray]:
         seen = np.asarray((self.query.X > 0).mean(0)).ravel()
         return np.array_split(np.random.default_rng(seed).permutation(np.flatnonzero(seen > DETECTED)), N_FOLDS)
 
-    def cells(self, one: ad.AnnData, shown: np.ndarray, hidden: np.ndarray, targets: bool) -> CellTable:
+    def cells(self, one: ad.AnnData, shown: np.ndarray, hidden: np.ndarray, targets: bool) -> Slide:
         x = sparse.csr_matrix(one.X, dtype=np.float32)
         image = None if self.image is None else np.hstack([np.asarray(one.obsm[key]) for key in self.image])
         library = np.asarray(x[:, shown].sum(1), dtype=np.float64).ravel()
-        return CellTable(x[:, shown], library, one.obsm["spatial"], image, x[:, hidden] if targets else None)
+        columns = np.r_[shown, hidden] if targets else shown
+        genes = [self.genes[i] for i in columns]
+        return Slide("", one.obs_names, one.obsm["spatial"], x[:, columns], library, genes, features=image)
 
 
 def ridge(x: list, y: list, groups: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -84,10 +86,10 @@ def ridge(x: list, y: list, groups: np.ndarray, query: np.ndarray) -> np.ndarray
     return np.maximum(np.hstack([query, np.ones((len(query), 1))]) @ weights + centre, 0)
 
 
-def inputs(task: Task, train: list[CellTable], query: CellTable, seed: int) -> dict[str, list[np.ndarray]]:
+def inputs(task: Task, train: list[Slide], query: Slide, seed: int) -> dict[str, list[np.ndarray]]:
     """What baselines read of every reference table and the query, standardised."""
     rng, own = np.random.default_rng(seed), {}
-    everyone = [*train, query]
+    everyone = [one.align(query.genes) for one in [*train, query]]
     log = [log_normalize(c.counts, c.library, task.target_sum).toarray() for c in everyone]
     pca = PCA(min(50, log[0].shape[1] - 1), random_state=seed).fit(np.concatenate(log[:-1]))
     near = [cKDTree(c.xy).query(c.xy, k=min(16, len(c)))[1][:, 1:] for c in everyone]
@@ -98,7 +100,7 @@ def inputs(task: Task, train: list[CellTable], query: CellTable, seed: int) -> d
     own["near genes"] = [np.stack([v[i].mean(0) for i in n]) for v, n in zip(log, near)]
     own["depth"] = [np.log(np.maximum(c.library, 1))[:, None] for c in everyone]
     if task.image:
-        own["image"] = [c.image for c in everyone]
+        own["image"] = [c.features for c in everyone]
     for name, parts in own.items():
         joint = np.concatenate(parts[:-1])
         mean, std = joint.mean(0), np.maximum(joint.std(0), 1e-3)
@@ -160,7 +162,8 @@ def evaluate(table: results.Table, name: str, tasks: dict[str, Task], a) -> None
                 seconds = {}
                 start = time.perf_counter()
                 own = inputs(task, train, query, seed)
-                targets = [log_normalize(c.targets, c.library, task.target_sum).toarray() for c in train]
+                names = [[task.genes[i] for i in rows] for rows in (shown, hidden)]
+                targets = [c.align(names[1]).log_normalized(task.target_sum).toarray() for c in train]
                 here = baselines(task, own, targets)
                 seconds["baselines"] = time.perf_counter() - start
                 start = time.perf_counter()
@@ -174,10 +177,10 @@ def evaluate(table: results.Table, name: str, tasks: dict[str, Task], a) -> None
                     drawn |= {key: head.draws(last[scored], 50)} if flow else {}
                 seconds["heads"] = time.perf_counter() - start
                 start = time.perf_counter()
-                names = [[task.genes[i] for i in rows] for rows in (shown, hidden)]
-                model = Imputer(train, task.blocks, *names, target_sum=task.target_sum, seed=seed)
+                options = {"target_sum": task.target_sum, "blocks": task.blocks, "seed": seed}
+                model, e = fit_imputer(train, *names, **options)
                 taken, penalty = model.branches, model.alpha
-                sets = [b for b in model.judged if b != taken]
+                sets = [b for b in model.validation_scores if b != taken]
                 for branches in sets:
                     model.branches, model.alpha = branches, model.penalties[branches]
                     here[f"ours, {' + '.join(branches)}"] = np.concatenate([m for m, _ in model.predict(query)])
@@ -190,9 +193,8 @@ def evaluate(table: results.Table, name: str, tasks: dict[str, Task], a) -> None
                 for key, value in here.items():
                     found.setdefault(key, []).append(value.astype(np.float32))
                 truth.append(y)
-                e = model.evidence
-                held_out = np.maximum(model.held_out(model.branches, model.alpha, np.arange(len(hidden))), 0)
-                pieces["conformal"].append(conformal(y, mean, std, model, held_out))
+                held_out = np.maximum(e.predict(model, model.branches, model.alpha, np.arange(len(hidden))), 0)
+                pieces["conformal"].append(conformal(y, mean, std, model, e, held_out))
                 laws = uncertainty(
                     y[scored], mean[scored], e.y, e.y - held_out,
                     lambda g, m=model, v=mean[scored], q=query.library[scored], r=rng: m.draws(v[:, g], q, g, DRAWS, r),
@@ -263,7 +265,7 @@ def known(a, table: results.Table) -> None:
     model = sf.models.load(a.weights) if a.weights else sf.tl.train_imputation(tables["train"], target_sum=100)
     spatia = sf.models.load(sf.datasets.weights("spatia-pancreas-small"))
     if a.save:
-        print(model.save(a.save), model.judged, flush=True)
+        print(model.save(a.save), model.validation_scores, flush=True)
     query, whole = tables["test"], parts["test"]["table"].copy()
     task, found, truth = Task([tables["train"]], query, 100, 500.0), {}, []
     for hidden in task.folds(0):
@@ -361,7 +363,8 @@ def others(a, table: results.Table) -> None:
                 for hidden in task.folds(seed):
                     shown = np.setdiff1d(np.arange(len(task.genes)), hidden)
                     query = task.cells(task.query, shown, hidden, True)
-                    truth.append(log_normalize(query.targets, query.library, task.target_sum).toarray())
+                    names = [task.genes[i] for i in hidden]
+                    truth.append(query.align(names).log_normalized(task.target_sum).toarray())
                     left = task.query[:, shown].copy()
                     found.append(method(ad.concat(task.reference), left, hidden, task.target_sum, seed))
                 r = np.nanmean(gene_pearson(np.hstack(truth), np.hstack(found)))

@@ -60,16 +60,16 @@ def test_heads_find_a_planted_mean_and_the_flow_its_spread(flow):
 def test_conformal_coverage_is_counted_in_the_query():
     import imputation_trust
 
-    class Model:
-        class evidence:
-            y, library, block = np.random.default_rng(0).normal(5, 2, (1000, 4)), np.ones(1000), np.arange(1000) % 5
+    class Evidence:
+        y, library, block = np.random.default_rng(0).normal(5, 2, (1000, 4)), np.ones(1000), np.arange(1000) % 5
 
+    class Model:
         @staticmethod
         def std(mean, library):
             return np.ones_like(mean)
 
     y = np.random.default_rng(1).normal(5, 2, (800, 4))
-    found = imputation_trust.conformal(y, np.full_like(y, 5), np.ones_like(y), Model, np.full((1000, 4), 5.0))
+    found = imputation_trust.conformal(y, np.full_like(y, 5), np.ones_like(y), Model, Evidence, np.full((1000, 4), 5.0))
     assert (
         found["80 %, conformal"] > 0.75 > 0.55 > found["80 %, normal law"]
     )  # the stated deviation is half the true one
