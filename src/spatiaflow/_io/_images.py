@@ -16,7 +16,7 @@ from spatiaflow._io._slides import _listing, image_scales
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import Slide
 
-MAX_PICTURE = 2_000_000_000  # values of an image that is worth reading for the background of a figure
+MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
 
 
 @dataclass
@@ -32,7 +32,7 @@ class SlideImage:
     affine: np.ndarray | None = None  # 3 x 3, SpatialData: from pixels (x, y) to the slide's coordinate system
 
     def is_rgb(self, n_channels: int) -> bool:
-        """Tell a picture (H&E) from channels that were measured apart: by its names, or three without a name."""
+        """Whether it is a picture (H&E) and not separate channels: by the names of its channels, or three without names."""
         names = [name.lower() for name in self.channels]
         if names in ([], ["0", "1", "2"]):
             return n_channels == 3 or (n_channels == 4 and not self.channels_first)
@@ -78,11 +78,11 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
     where = f"{slot}['metadata']['source_image_path']"
     if path:
         raise FileNotFoundError(
-            f"{where} is {str(path)!r}, and there is no such file; set it to where the image is now.{coarse}"
+            f"{where} is {str(path)!r}, and there is no such file. Set it to the image's path.{coarse}"
         )
     raise KeyError(
-        f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or give "
-        f"features made elsewhere (any obsm key works as features_key).{coarse}"
+        f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or pass the "
+        f"obsm key of features made elsewhere with use_rep=.{coarse}"
     )
 
 
@@ -127,7 +127,7 @@ def _pictures(sdata: SpatialData, slide: Slide) -> list[str]:
     return found
 
 
-def _holds(image, slide: Slide) -> bool:
+def _holds(image: Any, slide: Slide) -> bool:
     """Whether most of the slide's positions lie in the image."""
     from spatialdata.transformations import get_transformation
 
@@ -156,10 +156,12 @@ def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:
         )
 
 
-def background(data: AnnData | SpatialData, table: AnnData, slide: Slide, pixels: int = 600):
+def background(
+    data: AnnData | SpatialData, table: AnnData, slide: Slide, pixels: int = 600
+) -> tuple[np.ndarray, float, tuple[float, float]] | None:
     """Return a small picture of the slide's tissue, its µm per pixel and its corner (µm); None where there is none.
 
-    An AnnData's is its "hires" image; of a SpatialData's H&E every n-th pixel is taken.
+    For an AnnData it is the "hires" image, for a SpatialData every n-th pixel of the H&E.
     """
     if isinstance(data, AnnData):
         library = table.uns.get("spatial", {}).get(slide.name, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ class PolygonMasks:
 class LabelMasks:
     """Pixels whose centre lies in a pixel of the cell's label; labels may have another grid than the image."""
 
-    def __init__(self, element, instances: np.ndarray, slide: Slide, image: SlideImage):
+    def __init__(self, element: Any, instances: np.ndarray, slide: Slide, image: SlideImage):
         levels = [(level, _affine(level, slide.coordinate_system)) for level in image_scales(element)]
         wanted = np.linalg.det(image.affine[:2, :2])
         level, affine = min(levels, key=lambda found: abs(np.log(abs(np.linalg.det(found[1][:2, :2]) / wanted))))
@@ -101,7 +102,7 @@ class LabelMasks:
             yield known & (block[at[..., 1], at[..., 0]] == instance)
 
 
-def _extents(labels, instances: np.ndarray) -> np.ndarray:
+def _extents(labels: Any, instances: np.ndarray) -> np.ndarray:
     """Bounding box (n x 4: x0, y0, x1, y1) of each instance in pixels of the labels, read chunk by chunk; 0 if absent."""
     wanted, back = np.unique(instances, return_inverse=True)
     index = pd.Index(wanted)
@@ -117,4 +118,5 @@ def _extents(labels, instances: np.ndarray) -> np.ndarray:
 
 
 def _apply(affine: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Points (n x 2) under an affine map (3 x 3)."""
     return xy @ affine[:2, :2].T + affine[:2, 2]

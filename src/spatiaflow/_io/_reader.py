@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,20 +14,23 @@ CACHE_BYTES = 512 * 2**20  # decoded chunks that neighbouring tiles share
 
 
 class Decoded:
-    """Decoded chunks of one or several images, the least recently used forgotten first."""
+    """Decoded chunks of one or several images. The least recently used are dropped first."""
 
     def __init__(self, budget: int):
-        self.budget, self.used, self.chunks = budget, 0, OrderedDict()
+        self.budget, self.used = budget, 0
+        self.chunks: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
-    def __getstate__(self):  # another process decodes for itself
+    def __getstate__(self) -> dict:  # another process decodes for itself
         return {"budget": self.budget, "used": 0, "chunks": OrderedDict()}
 
-    def get(self, key):
+    def get(self, key: tuple) -> np.ndarray | None:
+        """Return a chunk, or None."""
         if key in self.chunks:
             self.chunks.move_to_end(key)
         return self.chunks.get(key)
 
-    def put(self, key, chunk: np.ndarray) -> None:
+    def put(self, key: tuple, chunk: np.ndarray) -> None:
+        """Keep a chunk, and drop others that do not fit any more."""
         self.chunks[key] = chunk
         self.used += chunk.nbytes
         while self.used > self.budget and len(self.chunks) > 1:
@@ -34,15 +38,15 @@ class Decoded:
 
 
 class Chunks:
-    """A chunked array (dask, Zarr) that decodes each chunk once while it stays in the cache; sliced like the array."""
+    """A chunked array (dask, Zarr) whose decoded chunks are cached. It is sliced like the array."""
 
-    def __init__(self, array, channels_first: bool):
+    def __init__(self, array: Any, channels_first: bool):
         self.array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, array.dtype
         self.axes = (1, 2) if channels_first else (0, 1)
         self.edges = [_edges(array.chunks[axis], array.shape[axis]) for axis in self.axes]
         self.decoded = Decoded(CACHE_BYTES)
 
-    def __getitem__(self, key) -> np.ndarray:
+    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
         wanted = [key[axis] for axis in self.axes]
         spans = [
             range(np.searchsorted(edges, s.start, "right") - 1, np.searchsorted(edges, s.stop, "left"))
@@ -71,12 +75,12 @@ class Chunks:
             where = " and ".join(
                 f"{name} {s.start}-{s.stop}" for name, s in zip("yx", (key[axis] for axis in self.axes))
             )
-            raise OSError(f"the pixels {where} of an image could not be read, its file is damaged: {error}") from error
+            raise OSError(f"the pixels {where} of an image could not be read; its file is damaged: {error}") from error
         self.decoded.put((self, i, j), chunk)
         return chunk
 
 
-def parts(image) -> Iterator[tuple[int, int, np.ndarray]]:
+def parts(image: Any) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield an image (c x y x x) chunk by chunk: x and y of the chunk's corner, and its values."""
     edges = getattr(image, "edges", [(0, length) for length in image.shape[1:]])
     for y0, y1 in pairwise(edges[0]):
@@ -84,7 +88,7 @@ def parts(image) -> Iterator[tuple[int, int, np.ndarray]]:
             yield int(x0), int(y0), np.asarray(image[:, y0:y1, x0:x1])
 
 
-def _edges(chunks, size: int) -> np.ndarray:
+def _edges(chunks: int | tuple[int, ...], size: int) -> np.ndarray:
     """Borders of the chunks along an axis; small ones are read several at a time."""
     edges = np.arange(0, size, chunks) if np.isscalar(chunks) else np.cumsum([0, *chunks])[:-1]
     kept = [0]
@@ -94,7 +98,7 @@ def _edges(chunks, size: int) -> np.ndarray:
     return np.array([*kept, size])
 
 
-def open_image(source, channels_first: bool, shrink: float = 1.0):
+def open_image(source: Any, channels_first: bool, shrink: float = 1.0) -> tuple[Any, bool, float]:
     """Open an image lazily where its format allows.
 
     Parameters
@@ -104,8 +108,8 @@ def open_image(source, channels_first: bool, shrink: float = 1.0):
     channels_first
         Of an array-like.
     shrink
-        How much coarser the image may be: a lower level of a pyramidal TIFF and the coarser decodings of a JPEG, down to
-        1/8, are smaller to read.
+        How much coarser the image may be. A lower level of a pyramidal TIFF, or a coarser decoding of a JPEG (down to 1/8),
+        is faster to read.
 
     Returns
     -------
@@ -122,14 +126,14 @@ def open_image(source, channels_first: bool, shrink: float = 1.0):
     return (Chunks(source, channels_first) if hasattr(source, "chunks") else source), channels_first, factor
 
 
-def _as_stored(array):
-    """The Zarr array that a dask array reads as it is, if it is such: without dask's planning it is read three times faster."""
+def _as_stored(array: Any) -> Any:
+    """Return the Zarr array behind a dask array that reads it unchanged: without dask it is read three times faster."""
     name = str(getattr(array, "name", ""))
     found = [*array.dask.layers.get(f"original-{name}", {}).values()] if name.startswith("from-zarr") else []
     return found[0] if len(found) == 1 and getattr(found[0], "shape", None) == array.shape else array
 
 
-def _open_tiff(path: Path, shrink: float):
+def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
     import dask.array as da
     import tifffile
     import zarr
@@ -148,7 +152,7 @@ def _open_tiff(path: Path, shrink: float):
     return array, axes.index("Y") > 0, widths[0] / widths[level]
 
 
-def _open_picture(path: Path, shrink: float):
+def _open_picture(path: Path, shrink: float) -> tuple[np.ndarray, bool, float]:
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than Pillow's guard

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
+
+if TYPE_CHECKING:
+    import zarr
 
 CACHE_CHUNKS = 64
 
 
 class StoredCounts:
-    """Rows of a CSR matrix in a Zarr store, with a column for each gene of a vocabulary; each chunk is decoded once.
+    """Rows of a CSR matrix in a Zarr store, with one column for each gene of a vocabulary. Each chunk is decoded once.
 
-    Cheap to keep and to send to another process: only the row pointers are held (4 or 8 bytes a row), the arrays are opened
-    where they are first read. Cells that are near each other in the table share chunks: a table sorted by place reads
-    fastest.
+    Only the row pointers are held in memory (4 or 8 bytes per row), and the arrays are opened at the first read, so it is
+    cheap to keep and to send to another process. Cells that are close in the table share chunks: a table sorted by position
+    is read fastest.
     """
 
     def __init__(self, store: str | Path, group: str):
-        self.store, self.group, self.columns, self.n_genes = str(store), group, None, None
+        self.store, self.group = str(store), group
+        self.columns: np.ndarray | None = None  # place of each stored gene in the vocabulary, or -1
+        self.n_genes: int | None = None
         encoding = self._open().attrs.get("encoding-type")
         if encoding != "csr_matrix":
             raise ValueError(
-                f"{self.store}/{group} is stored as {encoding!r}; rows are read from a CSR matrix: "
-                "table.X = scipy.sparse.csr_matrix(table.X) before it is written."
+                f"{self.store}/{group} is stored as {encoding!r}; a CSR matrix is needed. Set table.X = "
+                "scipy.sparse.csr_matrix(table.X) and write the store again."
             )
         pointers = self._open()["indptr"][:]
         small = pointers[-1] < 2**31
         self.pointers = pointers.astype(np.int32 if small else np.int64)
-        self.rows, self._cache = None, OrderedDict()
+        self.rows: np.ndarray | None = None
+        self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.pointers) - 1 if self.rows is None else len(self.rows)
 
     def take(self, rows: np.ndarray) -> StoredCounts:
-        """The same counts with some of the rows."""
+        """Return some of the rows."""
         out = object.__new__(type(self))
         out.__dict__ = self.__getstate__()
         rows = np.asarray(rows, np.int32)
@@ -44,7 +51,7 @@ class StoredCounts:
         return out
 
     def named(self, columns: np.ndarray, n_genes: int) -> StoredCounts:
-        """The same counts with the columns of a vocabulary: ``columns`` gives the new place of each column, or -1."""
+        """Return the counts with the columns of a vocabulary; ``columns`` holds the new place of each column, or -1."""
         out = self.take(np.arange(len(self)))
         columns = np.asarray(columns, np.int32)
         if self.columns is not None:  # they were renamed before
@@ -53,6 +60,7 @@ class StoredCounts:
         return out
 
     def __getitem__(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Counts of some rows, rows x genes, float32."""
         rows = np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
         start, stop = self.pointers[rows].astype(np.int64), self.pointers[rows + 1].astype(np.int64)
         length = stop - start
@@ -85,15 +93,15 @@ class StoredCounts:
             out[here] = self._cache[name, c][at[here] - c * size]
         return out
 
-    def _open(self):
+    def _open(self) -> zarr.Group:
         import zarr
 
         return zarr.open_group(self.store, mode="r")[self.group]
 
-    def _arrays(self):
+    def _arrays(self) -> zarr.Group:
         if "opened" not in self.__dict__:
             self.opened = self._open()
         return self.opened
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "opened"} | {"_cache": OrderedDict()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ COLUMNS = ("store", "tissue", "platform", *WHERE)
 
 
 def read_corpus(
-    manifest: str | Path, *, need: Collection[str] = (), layer: str | None = None, **options
+    manifest: str | Path, *, need: Collection[str] = (), layer: str | None = None, **options: Any
 ) -> list[Slide]:
     """Return the slides of every store of a manifest.
 
@@ -44,7 +45,9 @@ def read_corpus(
     out: list[Slide] = []
     for row in read_manifest(Path(manifest)):
         store, tissue = Path(manifest).parent / row["store"], row.get("tissue", "")
-        given = {name: float(row[name]) if name == "mpp" else row[name] for name in WHERE if row.get(name)}
+        given: dict[str, Any] = {name: row[name] for name in WHERE if row.get(name)}
+        if "mpp" in given:
+            given["mpp"] = float(given["mpp"])
         where = _io.Where(**given)
         data = read_zarr(store)
         genes, counts = tuple(map(str, _io.unpack(data, where.table_key)[1].var_names)), None
@@ -52,7 +55,12 @@ def read_corpus(
             group = f"tables/{where.table_key}/" + (f"layers/{layer}" if layer else "X")
             counts = _io.StoredCounts(store, group)
         for slide in gather(data, where, need=[name for name in need if name != "counts"], **options):
-            parts = {"crops": slide.crops, "rows": None, "obs_names": slide.rows.astype(np.int32), "tissue": tissue}
+            parts: dict[str, Any] = {
+                "crops": slide.crops,
+                "rows": None,
+                "obs_names": slide.rows.astype(np.int32),
+                "tissue": tissue,
+            }
             if counts is not None:
                 parts |= {"counts": counts.take(slide.rows), "genes": genes, "measured": None}
             if slide.crops is not None:

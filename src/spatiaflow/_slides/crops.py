@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from anndata import AnnData
+from spatialdata import SpatialData
 from torch.nn import functional as F
 
 from spatiaflow import _io
@@ -57,14 +59,14 @@ class Crops:
     [100, 100, 100]
     """
 
-    image: object
+    image: Any
     xy: np.ndarray
     width: float | np.ndarray
     pixels: int
     channels_first: bool
     channels: tuple[str, ...]
     mpp: float = 1.0
-    masks: object | None = None
+    masks: Any = None
     members: np.ndarray | None = None
     places: np.ndarray | None = None
     range: np.ndarray | None = None
@@ -226,7 +228,14 @@ def share_memory(slides: Sequence[Slide]) -> None:
 
 
 def slide_crops(
-    data, slide: Slide, table=None, *, crop_um: float | None, pixels: int, own_pixels=False, image_key=None
+    data: AnnData | SpatialData,
+    slide: Slide,
+    table: AnnData | None = None,
+    *,
+    crop_um: float | None,
+    pixels: int,
+    own_pixels: bool = False,
+    image_key: str | None = None,
 ) -> Crops:
     """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell."""
     found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)

@@ -1,4 +1,4 @@
-"""Cut patches around points out of images of any size, holding only a part of the image at a time."""
+"""Cut patches around points from images of any size. Only a part of the image is in memory at a time."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def cut(
     batch_size
         Patches yielded at a time.
 
-    Patches are cut at whole pixels, so that all are resampled alike: centres move by at most half a pixel of the image.
-    Points near a border see the border's colour repeated, as glass goes on beyond the picture.
+    Patches are cut at whole pixels, so that all are resampled in the same way: centres move by at most half a pixel of the
+    image. Beyond the border of the image its last pixels are repeated.
     """
     height, breadth = image.shape[1:] if channels_first else image.shape[:2]
     size = max(1, round(width))
@@ -61,8 +61,8 @@ def cut(
         for s in range(0, len(rows), batch_size):
             part = rows[s : s + batch_size]
             found = windows[start[part, 1] - y0, start[part, 0] - x0]  # n x C x size x size
-            # uint8 stays, and is resampled as it is, many times faster than as float32; wider integers become float32,
-            # which holds each of 16 bits exactly
+            # uint8 is kept: it is resampled many times faster than float32. Wider integers become float32, which holds 16
+            # bits exactly.
             patches = torch.from_numpy(found if found.dtype == np.uint8 else found.astype(np.float32, copy=False))
             if size != pixels:
                 patches = F.interpolate(patches, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)

@@ -35,6 +35,7 @@ class StoredRows(Protocol):
 class CropReader(Protocol):
     """Crops that are cut when they are read, as :class:`spatiaflow.pp.Crops`."""
 
+    channels: tuple[str, ...]
     places: np.ndarray | None
     range: np.ndarray | None
 

@@ -544,7 +544,12 @@ class Spatia(_base.Model):
         return found
 
     def _cells(
-        self, slide: Slide, standard: np.ndarray | None, rows: np.ndarray, crops: Tensor | None, device
+        self,
+        slide: Slide,
+        standard: np.ndarray | None,
+        rows: np.ndarray,
+        crops: Tensor | None,
+        device: torch.device | str,
     ) -> Tensor:
         """Cell embeddings of some rows, n x d; ``crops`` None: without their images."""
         image = genes = None

@@ -184,7 +184,7 @@ class _Batches(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, b])
         return self.batch(b, rng) | {"seed": int(rng.integers(2**31))}
 
-    def place(self, rng) -> tuple[int, int]:
+    def place(self, rng: np.random.Generator) -> tuple[int, int]:
         """A slide and one of its cells."""
         which = int(rng.choice(len(self.slides), p=self.share))
         return which, int(rng.integers(len(self.slides[which])))
@@ -205,7 +205,8 @@ class ScatteredCells(_Batches):
         self.cells, self.places, self.stretch, self.radius_um, self.augment = cells, places, stretch, radius_um, augment
         self._known = None, None
 
-    def batch(self, b: int, rng) -> dict[str, Tensor]:
+    def batch(self, b: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Crops, counts and positions of cells, and what is known of their slides."""
         which, rows = self._pool(b // self.stretch)
         chosen = rng.choice(len(rows), min(self.cells, len(rows)), replace=False)
         parts = [self._read(k, np.sort(rows[chosen[which[chosen] == k]]), rng) for k in np.unique(which[chosen])]
@@ -223,7 +224,7 @@ class ScatteredCells(_Batches):
             self._known = key, (which, np.concatenate([*pool.values()]))
         return self._known[1]
 
-    def _read(self, which: int, rows: np.ndarray, rng) -> dict[str, Tensor]:
+    def _read(self, which: int, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         slide, n = self.slides[which], len(rows)
         part = {"xy": torch.from_numpy(slide.xy[rows]), "measured": torch.from_numpy(np.tile(slide.measured, (n, 1)))}
         if slide.counts is not None:
@@ -250,7 +251,8 @@ class Fields(_Batches):
         super().__init__(slides, standards, config, n_batches, seed)
         self.views, self.cells = views, cells
 
-    def batch(self, b: int, rng) -> dict:
+    def batch(self, b: int, rng: np.random.Generator) -> dict:
+        """Embeddings and counts of the cells of one field, and their surroundings."""
         which, first = self.place(rng)
         slide, views = self.slides[which], self.views[which]
         k = min(self.cells, len(slide))
@@ -267,7 +269,7 @@ class Fields(_Batches):
 
 
 class _Training(L.LightningModule):
-    """One training step; every loss has a name, a weight that may be 0, and a line in the history."""
+    """One training step. Every loss has a name, a weight that may be 0, and an entry in the history."""
 
     def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=5e-4):
         super().__init__()
@@ -365,10 +367,10 @@ def nearest_hidden(absent: Tensor, around: Graph) -> tuple[Tensor, Tensor]:
 
 
 class ContextTraining(_Training):
-    """Counts of cells that are hidden altogether, from what is around them: trains the niche and tissue levels.
+    """Counts of hidden cells from their surroundings: trains the niche and tissue levels.
 
-    A hidden cell is asked for its own counts, any other for those of the hidden cell nearest to it: so the levels learn
-    what cells hereabouts are like, and how much a cell says of its own surroundings.
+    A hidden cell predicts its own counts, any other cell those of the nearest hidden cell. So the levels learn what the
+    cells around are like, and how much a cell tells about its surroundings.
     """
 
     NAMES = ("niche", "tissue")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from spatiaflow.models.spatia import SpatiaConfig
 
 
 class ImageEncoder(nn.Module):
     """ViT-MAE of transformers over crops with any number of channels.
 
-    Crops are n x C x p x p in units where 0 is a channel's background and 1 its bright end. A channel that a slide lacks
-    is filled with a learned value. With ``stem_width`` convolutions stand in for the linear patch embedding, which learns
-    more from few cells (Xiao et al. 2021, arXiv 2106.14881).
+    Crops are n x C x p x p, where 0 is a channel's background and 1 its bright end. A channel that a slide lacks is filled
+    with a learned value. With ``stem_width`` convolutions replace the linear patch embedding and learn more from few cells
+    (Xiao et al. 2021, arXiv 2106.14881).
     """
 
-    MASK_RATIO = 0.5  # of some nine patches; with fewer left there is little to go by
+    MASK_RATIO = 0.5  # of nine patches: fewer visible patches would not determine the others
 
-    def __init__(self, c):
+    def __init__(self, c: SpatiaConfig):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -50,7 +55,7 @@ class ImageEncoder(nn.Module):
         return x if present is None else torch.where(present[..., None, None], x, self.missing[:, None, None])
 
     def pictures(self, crops: Tensor, present: Tensor | None) -> Tensor:
-        """What the vision transformer sees, n x its channels x its pixels twice."""
+        """Input of the vision transformer, n x its channels x its pixels twice."""
         x = self.mix(self.fill(crops, present))
         if x.shape[-1] != self.pixels:
             x = F.interpolate(x, (self.pixels, self.pixels), mode="bilinear", antialias=True, align_corners=False)
@@ -122,16 +127,16 @@ def stem(n_channels: int, width: int, out: int, patch: int) -> nn.Sequential:
 
 
 class GeneEncoder(nn.Module):
-    """Transformer over gene tokens; a token is a gene's identity plus its value times a direction of the gene's own.
+    """Transformer over gene tokens. A token is a gene's identity plus its value times a direction of the gene's own.
 
     A few learned queries gather the measured genes by cross-attention, then attend to one another. Keys and values are
-    linear in the token and the queries are the same for all cells, so they are projected once per gene and never per
-    cell: logits are ``a_g + x_g b_g``. Cost is linear in the genes. Genes that are not measured, or hidden, are left out.
-    Values come centred and scaled, gene by gene: a mean over hundreds of genes would else be the same for all cells but
-    for a trace. ``standard`` holds what does it for the training data.
+    linear in the token and the queries are the same for all cells, so keys and values are projected once per gene and not
+    per cell: logits are ``a_g + x_g b_g``. Cost is linear in the number of genes. Genes that are not measured, or hidden,
+    are left out. Values must be centred and scaled per gene, otherwise a mean over hundreds of genes would be nearly the
+    same for all cells. ``standard`` holds the centre and scale of the training data.
     """
 
-    def __init__(self, c):
+    def __init__(self, c: SpatiaConfig):
         super().__init__()
         d = c.width
         self.n_heads = c.n_heads

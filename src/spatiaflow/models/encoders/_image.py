@@ -1,13 +1,14 @@
-"""Image encoders by name, path or function; one object says what each needs and what it is."""
+"""Image encoders by name, path or function."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass
 class Encoder:
-    """A function from patches to features, with what it needs and what it is.
+    """A function from patches to features, with the input that it needs.
 
     Attributes
     ----------
@@ -88,7 +89,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Published:
-    """A pathology model that must be asked for at its page."""
+    """A pathology model whose weights need access granted at its page."""
 
     hub: str
     license: str
@@ -156,7 +157,7 @@ def load_encoder(
     ImportError
         The model needs a package.
     OSError
-        The weights cannot be had; the message says where and how.
+        The weights cannot be loaded; the message says how to get them.
 
     Examples
     --------
@@ -192,7 +193,9 @@ def load_encoder(
     return _transformers(str(encoder), device)
 
 
-def _prepare(size: int, mean, std) -> Callable[[Tensor], Tensor]:
+def _prepare(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 patches to an encoder's input: its size, scaled by mean and standard deviation."""
+
     def prepare(patches: Tensor) -> Tensor:
         x = patches.float() / 255
         if x.shape[-2:] != (size, size):
@@ -202,7 +205,7 @@ def _prepare(size: int, mean, std) -> Callable[[Tensor], Tensor]:
     return prepare
 
 
-def _transformers(name: str, device) -> Encoder:
+def _transformers(name: str, device: torch.device | str) -> Encoder:
     from transformers import AutoModel
     from transformers.utils import cached_file
 
@@ -243,7 +246,7 @@ def _transformers(name: str, device) -> Encoder:
     return Encoder(name, encode, mpp=None, pixels=size, sha256=_base.tensors_sha256(weights))
 
 
-def _input_size(settings: dict, config) -> int:
+def _input_size(settings: dict, config: Any) -> int:
     """Side of the input in pixels: what the preprocessor crops or resizes to, else what the model was built for."""
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     for given in (crop, settings.get("size"), getattr(config, "image_size", None)):
@@ -252,7 +255,8 @@ def _input_size(settings: dict, config) -> int:
     return 224
 
 
-def _side(size) -> int | None:
+def _side(size: Any) -> int | None:
+    """Side in pixels of a size as configurations state it."""
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
     if isinstance(size, list | tuple):
@@ -265,7 +269,7 @@ def _vector(hidden: Tensor) -> Tensor:
     return hidden.mean((-2, -1)) if hidden.ndim == 4 else hidden[:, 0]
 
 
-def _timm(name: str, checkpoint, device) -> Encoder:
+def _timm(name: str, checkpoint: str | Path | None, device: torch.device | str) -> Encoder:
     published = TIMM[name]
     try:
         import timm
@@ -290,7 +294,7 @@ def _timm(name: str, checkpoint, device) -> Encoder:
     return Encoder(f"hf-hub:{published.hub}", encode, pixels=224, sha256=_base.tensors_sha256(model.state_dict()))
 
 
-def _conch(checkpoint, device) -> Encoder:
+def _conch(checkpoint: str | Path | None, device: torch.device | str) -> Encoder:
     try:
         from conch.open_clip_custom import create_model_from_pretrained
     except ImportError as error:
@@ -321,7 +325,7 @@ def _existing(checkpoint: str | Path) -> str:
 
 def _refused(name: str, hub: str, license: str, error: Exception) -> str:
     return (
-        f"the weights of {name!r} could not be had: {error}\nAsk for access at https://huggingface.co/{hub} (license: "
+        f"the weights of {name!r} could not be loaded: {error}\nAsk for access at https://huggingface.co/{hub} (license: "
         f"{license}), then `hf auth login`. Without network, copy the files of that page here and give "
         f"encoder=spatiaflow.models.encoders.load_encoder({name!r}, checkpoint=path)."
     )

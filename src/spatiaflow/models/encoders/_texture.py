@@ -68,7 +68,7 @@ def _features(patches: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _colour(density, hematoxylin, eosin, smooth) -> dict[str, Tensor]:
+def _colour(density: Tensor, hematoxylin: Tensor, eosin: Tensor, smooth: _Smoother) -> dict[str, Tensor]:
     red, green, blue = density.unbind(1)
     out = {}
     for name, plane in zip(("red", "green", "blue", "hematoxylin", "eosin"), (red, green, blue, hematoxylin, eosin)):
@@ -82,7 +82,7 @@ def _colour(density, hematoxylin, eosin, smooth) -> dict[str, Tensor]:
     return out
 
 
-def _scales(name, bands, smooth) -> dict[str, Tensor]:
+def _scales(name: str, bands: list[Tensor], smooth: _Smoother) -> dict[str, Tensor]:
     """Energy of each band, and energy of the bands of its envelope: how fine texture is clustered at coarser scales."""
     out = {}
     for scale, band in zip(_SCALES, bands):
@@ -96,8 +96,10 @@ def _scales(name, bands, smooth) -> dict[str, Tensor]:
     return out
 
 
-def _nuclear_area(fine, nuclear, density, hematoxylin, eosin, smooth) -> dict[str, Tensor]:
-    """Where hematoxylin is dense: how much, its colour, its outline, its clumps, and the colour of the rest."""
+def _nuclear_area(
+    fine: Tensor, nuclear: Tensor, density: Tensor, hematoxylin: Tensor, eosin: Tensor, smooth: _Smoother
+) -> dict[str, Tensor]:
+    """Area where hematoxylin is dense, its colour, outline and clumps, and the colour of the rest."""
     out = {}
     for threshold in (0.1, 0.15, 0.2, 0.3, 0.4):
         out[f"nuclear_fraction_{threshold:g}"] = _mean(torch.sigmoid((fine - threshold) / 0.02))
@@ -113,8 +115,10 @@ def _nuclear_area(fine, nuclear, density, hematoxylin, eosin, smooth) -> dict[st
     return out
 
 
-def _nuclei(levels, bands, eosin, residual, smooth) -> dict[str, Tensor]:
-    """Nuclei as maxima of the hematoxylin bands: how many, and what is found at the mean nucleus."""
+def _nuclei(
+    levels: list[Tensor], bands: list[Tensor], eosin: Tensor, residual: Tensor, smooth: _Smoother
+) -> dict[str, Tensor]:
+    """Nuclei as maxima of the hematoxylin bands: their density, and means over them."""
     contrast = torch.stack(bands[:_NUCLEAR]).amax(0)
     highest = F.max_pool2d(F.max_pool2d(contrast, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2))
     nuclei = (contrast >= highest) * torch.sigmoid((contrast - 0.03) / 0.006)
@@ -139,7 +143,9 @@ def _nuclei(levels, bands, eosin, residual, smooth) -> dict[str, Tensor]:
     return out
 
 
-def _centre(fine, nuclear, hematoxylin, eosin, bands) -> dict[str, Tensor]:
+def _centre(
+    fine: Tensor, nuclear: Tensor, hematoxylin: Tensor, eosin: Tensor, bands: list[Tensor]
+) -> dict[str, Tensor]:
     """The cell at the centre against the patch."""
     dense = torch.sigmoid((fine - 0.4) / 0.02)
     planes = {"hematoxylin": hematoxylin, "eosin": eosin, "nuclear": nuclear, "dense": dense}
@@ -155,7 +161,7 @@ def _centre(fine, nuclear, hematoxylin, eosin, bands) -> dict[str, Tensor]:
     return out
 
 
-def _orientation(name, plane, smooth) -> dict[str, Tensor]:
+def _orientation(name: str, plane: Tensor, smooth: _Smoother) -> dict[str, Tensor]:
     """Energy of the gradient, and whether gradients agree in direction over 6 and 20 µm, as in fibres."""
     dx, dy = _gradient(plane)
     out = {f"{name}_gradient": torch.log(_mean(dx**2 + dy**2) + 1e-6)}
@@ -164,10 +170,10 @@ def _orientation(name, plane, smooth) -> dict[str, Tensor]:
     return out
 
 
-def _patterns(patches) -> dict[str, Tensor]:
+def _patterns(patches: Tensor) -> dict[str, Tensor]:
     """Histograms of rotation-invariant uniform local binary patterns of the optical density, at radius 2 and 4 µm.
 
-    In integers, so that no comparison hangs on the last bit of a float.
+    In integers, so that no comparison depends on the last bit of a float.
     """
     thousandths = torch.round(-1000 / 3 * torch.log10((torch.arange(256, device=patches.device) + 1) / 256))
     grey = F.pad(thousandths[patches.long()].sum(1)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
