@@ -79,7 +79,8 @@ def train_morphology(
     about
         What else the card says.
     """
-    genes = [gene for gene in slides[0].genes if all(gene in set(slide.genes) for slide in slides)]
+    shared = set.intersection(*(set(slide.genes) for slide in slides))
+    genes = [gene for gene in slides[0].genes if gene in shared]
     counts = sparse.vstack([slide.align(genes).counts for slide in slides], format="csr")
     expression = per_unit(counts, float(np.median(np.asarray(counts.sum(1)).ravel().clip(1))))
     pairs, shifts = with_shifts(pairs, niche, config.transitions, expression, np.nan_to_num(profile))
