@@ -13,6 +13,7 @@ test: lint
 lint: $(BIN)/.ready
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
 
 docs: $(BIN)/.ready
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html

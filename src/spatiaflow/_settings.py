@@ -168,7 +168,7 @@ def _parse(name: str, value: Any) -> Any:
 
 
 def _from_environment() -> Settings:
-    found = {
+    found: dict[str, Any] = {
         name: os.environ[f"SPATIAFLOW_{name.upper()}"] for name in _FIELDS if f"SPATIAFLOW_{name.upper()}" in os.environ
     }
     return Settings(**found)

@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._slides import _listing, image_scales
 from spatiaflow._settings import logger
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
 
@@ -29,7 +29,7 @@ class SlideImage:
     channels_first: bool
     name: str
     channels: tuple[str, ...] = ()  # names, where there are any
-    affine: np.ndarray | None = None  # 3 x 3, SpatialData: from pixels (x, y) to the slide's coordinate system
+    affine: np.ndarray = ABSENT  # 3 x 3, SpatialData: from pixels (x, y) to the slide's coordinate system
 
     def is_rgb(self, n_channels: int) -> bool:
         """Whether it is a picture (H&E) and not separate channels: by the names of its channels, or three without names."""
@@ -143,7 +143,7 @@ def _pixels(slide: Slide, affine: np.ndarray) -> np.ndarray:
     return (homogeneous @ np.linalg.inv(affine).T)[:, :2]
 
 
-def _check_square(linear: np.ndarray, image_key: str, system: str) -> None:
+def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> None:
     """Warn where a square of pixels is no square of tissue: patches are cut along the axes of the image."""
     wide, high = np.linalg.norm(linear, axis=0)
     skew = abs(linear[:, 0] @ linear[:, 1]) / (wide * high)

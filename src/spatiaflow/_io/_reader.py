@@ -90,7 +90,7 @@ def parts(image: Any) -> Iterator[tuple[int, int, np.ndarray]]:
 
 def _edges(chunks: int | tuple[int, ...], size: int) -> np.ndarray:
     """Borders of the chunks along an axis; small ones are read several at a time."""
-    edges = np.arange(0, size, chunks) if np.isscalar(chunks) else np.cumsum([0, *chunks])[:-1]
+    edges = np.arange(0, size, chunks) if isinstance(chunks, int | np.integer) else np.cumsum([0, *chunks])[:-1]
     kept = [0]
     for edge in edges[1:]:
         if edge - kept[-1] >= 256:

@@ -279,7 +279,7 @@ def _label_centroids(labels: Any) -> pd.DataFrame:
     return total[["x", "y"]].div(total["n"], axis=0)
 
 
-def _affine(element: Any, system: str) -> np.ndarray:
+def _affine(element: Any, system: str | None) -> np.ndarray:
     """3 x 3, from an element's own x and y to the coordinate system."""
     from spatialdata.transformations import get_transformation
 
@@ -445,9 +445,7 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
     return bool((high > low).all() and (high - low).prod() > 0.5 * area)
 
 
-def unpack(
-    data: AnnData | SpatialData, table_key: str = "table", *, copy: bool = False, name: str = "data"
-) -> tuple[AnnData | SpatialData, AnnData]:
+def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str = "data") -> tuple[Any, AnnData]:
     """Return ``(data, table)``; with ``copy=True`` a copy whose table can be written without touching the original.
 
     ``name``: the argument that holds the data, for errors.

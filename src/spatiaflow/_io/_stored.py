@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from scipy import sparse
-
-if TYPE_CHECKING:
-    import zarr
 
 CACHE_CHUNKS = 64
 
@@ -33,9 +30,9 @@ class StoredCounts:
                 f"{self.store}/{group} is stored as {encoding!r}; a CSR matrix is needed. Set table.X = "
                 "scipy.sparse.csr_matrix(table.X) and write the store again."
             )
-        pointers = self._open()["indptr"][:]
+        pointers: Any = self._open()["indptr"][:]
         small = pointers[-1] < 2**31
-        self.pointers = pointers.astype(np.int32 if small else np.int64)
+        self.pointers: np.ndarray = pointers.astype(np.int32 if small else np.int64)
         self.rows: np.ndarray | None = None
         self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
@@ -93,12 +90,12 @@ class StoredCounts:
             out[here] = self._cache[name, c][at[here] - c * size]
         return out
 
-    def _open(self) -> zarr.Group:
+    def _open(self) -> Any:
         import zarr
 
         return zarr.open_group(self.store, mode="r")[self.group]
 
-    def _arrays(self) -> zarr.Group:
+    def _arrays(self) -> Any:
         if "opened" not in self.__dict__:
             self.opened = self._open()
         return self.opened

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -110,7 +111,7 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
     return total
 
 
-def dense(values) -> np.ndarray:
+def dense(values: Any) -> np.ndarray:
     """Return counts as a float64 array."""
     return np.ascontiguousarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
 
@@ -167,7 +168,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
 def counts(
     table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None, *,
     argument: str = "layer",
-):  # fmt: skip
+) -> tuple[Any, list[str]]:  # fmt: skip
     """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names.
 
     ``argument``: what the caller of the verb gives the layer by.
@@ -196,7 +197,7 @@ def counts(
         values = chosen.to_memory()
         values = values.X if layer is None else values.layers[layer]
     values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
-    flat = values.data if sparse.issparse(values) else values
+    flat: Any = values.data if sparse.issparse(values) else values
     if not np.isfinite(flat).all():
         raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
     if flat.size and flat.min() < 0:
@@ -229,14 +230,14 @@ def write(
     logger.info("wrote %s", ", ".join(_written(key, arrays, obs, uns)))
 
 
-def _written(key, arrays, obs, uns):
+def _written(key: str, arrays: dict | None, obs: dict | None, uns: dict | None) -> Iterator[str]:
     yield from (f"obsm[{key + suffix!r}]" for suffix in arrays or {})
     yield from (f"obs[{key + suffix!r}]" for suffix in obs or {})
     if uns is not None:
         yield f"uns[{key!r}]"
 
 
-def storable(value):
+def storable(value: Any) -> Any:
     """Return ``value`` as what h5ad and Zarr keep: dict, str, int, float, bool, list of str, array. None becomes ""."""
     if isinstance(value, dict):
         return {str(name): storable(item) for name, item in value.items()}
@@ -294,11 +295,11 @@ def target_sum(table: AnnData, key: str) -> float | None:
     return None if value == "raw" else float(value)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def keep(data, key: str, table: AnnData, slides: Sequence[Slide], which: np.ndarray, xy: np.ndarray) -> None:
+def keep(data: Any, key: str, table: AnnData, slides: Sequence[Slide], which: np.ndarray, xy: np.ndarray) -> None:
     """Write new observations into a SpatialData, as a table on points of their own, so that spatial queries find them.
 
     Parameters

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from spatiaflow import _io
 from spatiaflow._settings import logger
 from spatiaflow._slides.patches import corners, cut
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import intensity_of  # noqa: F401  it is here until tl/_images.py imports it from models.spatia
 
 MARGIN = 1.25  # width of a crop that fits its cell, over the longer side of the cell's box
@@ -67,9 +67,9 @@ class Crops:
     channels: tuple[str, ...]
     mpp: float = 1.0
     masks: Any = None
-    members: np.ndarray | None = None
-    places: np.ndarray | None = None
-    range: np.ndarray | None = None
+    members: np.ndarray = ABSENT
+    places: np.ndarray = ABSENT
+    range: np.ndarray = ABSENT
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -88,7 +88,7 @@ class Crops:
     @property
     def inside(self) -> np.ndarray:
         """Which crops have their centre in the image, n, bool."""
-        return ((self.xy >= 0) & (self.xy < np.array(self._sides)[::-1])).all(1)
+        return np.asarray(((self.xy >= 0) & (self.xy < np.array(self._sides)[::-1])).all(1))
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -97,7 +97,7 @@ class Crops:
 
     def take(self, rows: np.ndarray) -> Crops:
         """Return the crops of some rows (indices or bool)."""
-        width = self.width if np.isscalar(self.width) else self.width[rows]
+        width = self.width[rows] if isinstance(self.width, np.ndarray) else self.width
         members = None if self.members is None else self.members[rows]
         return replace(self, xy=self.xy[rows], width=width, members=members)
 
@@ -137,10 +137,10 @@ class Crops:
     def _cut(self, rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield (places in ``rows``, crops), one width after the other."""
         sizes = np.round(np.broadcast_to(self.width, len(self))[rows]).astype(int)
-        arguments = {"channels_first": self.channels_first, "batch_size": batch_size}
+        arguments: dict[str, Any] = {"channels_first": self.channels_first, "batch_size": batch_size}
         for size in np.unique(sizes):
             same = np.flatnonzero(sizes == size)
-            width = self.width if np.isscalar(self.width) else size
+            width = size if isinstance(self.width, np.ndarray) else self.width
             for part, found in cut(self.image, self.xy[rows[same]], width, self.pixels, **arguments):
                 if self.masks is not None:
                     found = found * self._own(rows[same[part]], size).to(found.dtype)
@@ -196,7 +196,7 @@ def match_channels(
     return places
 
 
-def check_inside(crops: Crops, name: str) -> np.ndarray:
+def check_inside(crops: Any, name: str) -> np.ndarray:
     """Return ``crops.inside``. Refuse an image smaller than a crop or without any cell; warn of cells outside."""
     height, width = crops._sides
     if min(height, width) < np.median(crops.width):
@@ -239,7 +239,7 @@ def slide_crops(
 ) -> Crops:
     """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell."""
     found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)
-    masks = None
+    masks: Any = None
     if own_pixels or crop_um is None:
         if isinstance(data, AnnData):
             raise ValueError(
@@ -258,7 +258,7 @@ def slide_crops(
     width, xy = width / factor, found.xy / factor
     if crop_um is not None and abs(width / pixels - 1) < 0.02:  # close enough: resampling would only blur
         width = pixels
-    members = np.arange(len(xy)) if own_pixels else None
+    members = np.arange(len(xy)) if own_pixels else ABSENT
     return Crops(
         image,
         xy,

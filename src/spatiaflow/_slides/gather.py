@@ -19,7 +19,7 @@ NEEDS = ("counts", "features", "crops")
 
 
 def gather(
-    data,
+    data: Any,
     where: Where | None = None,
     *,
     need: Collection[str] = (),
@@ -82,7 +82,7 @@ def gather(
             counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
         features = None
         if "features" in need:
-            slots = [use_rep] if isinstance(use_rep, str) else use_rep
+            slots: Any = [use_rep] if isinstance(use_rep, str) else use_rep
             features = np.hstack([_io.features(table, slot) for slot in slots])
         for slide in found:
             rows = slide.rows
@@ -97,7 +97,7 @@ def gather(
             if "crops" in need:
                 from spatiaflow._slides.crops import slide_crops
 
-                options = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
+                options: dict[str, Any] = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
                 parts["crops"] = slide_crops(one, slide, table, **options)
             name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, dict))
             out.append(replace(slide, name=name, **parts))

@@ -118,7 +118,7 @@ def _mirror() -> str | None:
 
 
 def _fetch_one(dataset: str, file: str, source: Source, path: Path, mirror: str | None) -> None:
-    attempts = [(source.url, _download)]
+    attempts: list[tuple[str, Callable]] = [(source.url, _download)]
     if mirror is not None and "://" in mirror:
         attempts.insert(0, (f"{mirror.rstrip('/')}/{quote(f'{dataset}/{file}')}", _download))
     elif mirror is not None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-Table = (
-    ArrayLike | sparse.spmatrix | sparse.sparray
-)  # n x genes: an array, nested lists, a DataFrame or a sparse matrix
+# n x genes: an array, nested lists, a DataFrame or a sparse matrix
+Table: TypeAlias = ArrayLike | sparse.spmatrix | sparse.sparray
 
 
 def table(values: Table, name: str) -> np.ndarray:
     """Return ``values`` as a finite float64 array (n, genes)."""
     if type(values).__name__ == "AnnData":
         raise TypeError(f"{name} must be an array: give .X, a layer or an obsm of the AnnData.")
-    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    given: Any = values
+    values = np.asarray(given.toarray() if sparse.issparse(given) else given, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"{name} must be an (n, genes) array; its shape is {values.shape}.")
     if len(values) == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -94,4 +94,4 @@ def image_features(
 def _network() -> ImageFeatures:
     from spatiaflow import datasets
 
-    return datasets.resolve(NETWORK, "ImageFeatures")
+    return cast("ImageFeatures", datasets.resolve(NETWORK, "ImageFeatures"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
@@ -97,7 +99,7 @@ def morans_agreement(
     }
 
 
-def _weights(n: int, xy: ArrayLike, k: int, graph: Table | None) -> sparse.csr_matrix:
+def _weights(n: int, xy: ArrayLike, k: int, graph: Any) -> sparse.csr_matrix:
     if graph is not None:
         graph = sparse.csr_matrix(graph)
         if graph.shape != (n, n):

@@ -7,6 +7,7 @@ Parametrisation throughout: mean and inverse dispersion ``theta`` (variance mean
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 MAX_THETA = 1e4  # above it a negative binomial is a Poisson to any precision that matters here
 
 
-def log_normalize(counts, library: np.ndarray, target_sum: float | None = 1e4):
+def log_normalize(counts: Any, library: np.ndarray, target_sum: float | None = 1e4) -> Any:
     """Return log1p of counts per ``target_sum`` of each row's library, or log1p of raw counts when it is None.
 
     Sparse counts stay sparse (CSR).
@@ -67,14 +68,14 @@ def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.
         parameters = torch.stack([start_rate, torch.zeros_like(start_rate), torch.full_like(start_rate, -2.0)])
         parameters = parameters[: 3 if inflated else 2].clone().requires_grad_()
 
-        def loss_per_gene(p=parameters, inflated=inflated):
+        def loss_per_gene(p: Tensor = parameters, inflated: bool = inflated) -> Tensor:
             theta = torch.exp(p[1]).clamp(1e-3, MAX_THETA)
             pi = torch.sigmoid(p[2].clamp(-12, 12)) if inflated else None
             return -log_likelihood(c, size * torch.exp(p[0]), theta, pi).mean(0)
 
         optimizer = torch.optim.LBFGS([parameters], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
-        def closure(optimizer=optimizer, loss_per_gene=loss_per_gene):
+        def closure(optimizer: Any = optimizer, loss_per_gene: Any = loss_per_gene) -> Any:
             optimizer.zero_grad()
             total = loss_per_gene().sum()
             total.backward()
@@ -91,7 +92,9 @@ def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.
     return rate.numpy(), theta.numpy(), pi.numpy()
 
 
-def draw_counts(mean: np.ndarray, theta, pi, rng: np.random.Generator) -> np.ndarray:
+def draw_counts(
+    mean: np.ndarray, theta: float | np.ndarray, pi: float | np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Draw zero-inflated negative binomial counts, elementwise, as a Poisson with a gamma-distributed mean."""
     counts = rng.poisson(rng.gamma(np.broadcast_to(theta, mean.shape), mean / theta))
     return np.where(rng.random(mean.shape) < pi, 0, counts) if np.any(pi) else counts
@@ -103,7 +106,7 @@ class ZeroPrior:
 
     deterministic = True
 
-    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base=None) -> np.ndarray:
+    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
         return np.zeros((n, n_genes), np.float32)
 
 
@@ -113,7 +116,7 @@ class GaussianPrior:
 
     deterministic = False
 
-    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base=None) -> np.ndarray:
+    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
         return rng.standard_normal((n, n_genes), dtype=np.float32)
 
 
@@ -135,7 +138,7 @@ class ScalarZINB:
         """Make the prior from scvi-tools' parameters."""
         return cls(total_count * float(np.exp(logits)), total_count, 1 / (1 + float(np.exp(-zi_logits))))
 
-    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base=None) -> np.ndarray:
+    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
         return np.log1p(draw_counts(np.full((n, n_genes), self.mean), self.theta, self.pi, rng)).astype(np.float32)
 
 
@@ -159,7 +162,7 @@ class CountPrior:
         chosen = np.random.default_rng(0).permutation(len(counts))[:20_000]
         return cls(*fit_counts(counts[chosen], library[chosen]), library_quantiles(library), target_sum)
 
-    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base=None) -> np.ndarray:
+    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
         library = rng.choice(self.libraries, n)
         counts = draw_counts(library[:, None] * self.rate, self.theta, self.pi, rng)
         return log_normalize(counts, library, self.target_sum)
@@ -175,7 +178,7 @@ class ImagePrior:
     def deterministic(self) -> bool:
         return not np.any(self.noise)
 
-    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base=None) -> np.ndarray:
+    def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
         noise = rng.standard_normal((n, n_genes), dtype=np.float32) * self.noise.astype(np.float32)
         return np.maximum(base + noise, 0).astype(np.float32)
 

@@ -49,6 +49,8 @@ class ImageFeatures(_base.Model, nn.Module):
     """
 
     verb = "sf.metrics.image_features"
+    low: Tensor
+    span: Tensor
 
     def __init__(self, config: FeaturesConfig, card: dict | None = None) -> None:
         super().__init__()

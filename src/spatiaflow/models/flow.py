@@ -89,8 +89,8 @@ def integrate(
     x: Tensor,
     n_evaluations: int,
     *,
-    method="heun",
-    trajectory=False,
+    method: str = "heun",
+    trajectory: bool = False,
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in even steps.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,11 +125,11 @@ class Conditions:
     profile: Tensor  # n x features: mean shift of the transition
     level: Tensor  # n: 0 a cell, 1 a tile
 
-    def rows(self, which) -> Conditions:
+    def rows(self, which: Any) -> Conditions:
         """Return some of the cells."""
         return Conditions(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
-    def to(self, device) -> Conditions:
+    def to(self, device: str | torch.device) -> Conditions:
         """Return the conditions on a device."""
         return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
@@ -158,6 +159,11 @@ class Autoencoder(nn.Module):
     draw the edges of the image it came from. Images must be in their canonical orientation.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, n_channels: int, n_latent: int = 128, pixels: int = 32, width: int = 32):
         super().__init__()
         n, a, b, side = n_channels, width, 2 * width, pixels // SCALE
@@ -176,7 +182,7 @@ class Autoencoder(nn.Module):
         for name, shape in (("pixel", (1, n, 1, 1)), ("latent", (1, n_latent))):  # of training images
             self.register_buffer(f"{name}_mean", torch.zeros(shape))
             self.register_buffer(f"{name}_std", torch.ones(shape))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of the raw latents of images (n x C x p x p)."""
@@ -257,8 +263,8 @@ class MorphologyNetwork(nn.Module):
         })  # fmt: skip
         self.transition, self.level = nn.Embedding(len(c.transitions), d), nn.Embedding(2, d)
         self.nothing = nn.Parameter(0.02 * torch.randn(d))  # stands for conditions that are dropped
-        self.neighbor = GatedMLP(c.n_embedding + 2, 2 * d, d) if c.spatial else None
-        self.around = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
+        self.neighbor: Any = GatedMLP(c.n_embedding + 2, 2 * d, d) if c.spatial else None
+        self.around: Any = nn.MultiheadAttention(d, c.n_heads, batch_first=True) if c.spatial else None
 
     def condition(self, c: Conditions, kept: Tensor | None = None) -> Tensor:
         """Return the vector of conditions of each sample (n x c); ``nothing`` where not ``kept`` (n, bool)."""
@@ -281,6 +287,8 @@ class MorphologyNetwork(nn.Module):
 
 class Surrogate(nn.Sequential):
     """Morphology of a cell (n x f, standardised) from its latents (n x d): differentiable, fitted to measured profiles."""
+
+    reliability: Tensor
 
     def __init__(self, n_latent: int, n_features: int, width: int = 256):
         super().__init__(
@@ -325,7 +333,7 @@ class States:
     def __repr__(self) -> str:
         return f"States: {', '.join(self.names)}; from {len(self.genes)} genes"
 
-    def __call__(self, counts) -> list[str | None]:
+    def __call__(self, counts: Any) -> list[str | None]:
         """Return the states of cells from their counts (n x genes, CSR, in the order of ``genes``)."""
         total = np.asarray(counts.sum(1)).ravel()
         log = sparse.csr_matrix(sparse.diags(self.unit / total.clip(1)) @ counts).log1p()
@@ -398,7 +406,7 @@ class MorphologyFlow(_base.Model):
         if guidance:
             free = network.condition(conditions, torch.zeros(len(given), dtype=torch.bool, device=given.device))
 
-        def velocity(z, t):
+        def velocity(z: Tensor, t: float) -> Tensor:
             times = torch.full((len(z),), t, device=z.device)
             v = network(z, times, given, condition)
             if guidance:
@@ -408,7 +416,7 @@ class MorphologyFlow(_base.Model):
         z = integrate(velocity, start(given, noise, c), 2 * n_steps, method="heun", trajectory=trajectory)
         grain = self.autoencoder.grain(control, given)
 
-        def image(z):
+        def image(z: Tensor) -> Tensor:
             return turned(self.autoencoder.decode(z, grain), inverse(turns))
 
         return torch.stack([image(one) for one in z]) if trajectory else image(z)
@@ -432,7 +440,7 @@ class MorphologyFlow(_base.Model):
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
         d, config = description, MorphologyConfig(**description["config"])
-        parts = {
+        parts: dict[str, Any] = {
             "network": MorphologyNetwork(config),
             "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
             "surrogate": None,

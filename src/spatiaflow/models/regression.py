@@ -5,7 +5,9 @@ All functions work on parts: a part is the features (n x F) and the expression (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from scipy.optimize import nnls
@@ -61,10 +63,10 @@ class Moments:
             sums.append(cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y))
         return sum(sums[1:], sums[0])
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: Moments) -> Self:
         return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
-    def __sub__(self, other: Moments) -> Moments:
+    def __sub__(self, other: Moments) -> Self:
         return type(self)(*(a - b for a, b in zip(vars(self).values(), vars(other).values())))
 
     def ridges(self, alphas: tuple[float, ...]) -> list[Ridge]:
@@ -178,7 +180,7 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
         level_target.append((y[r].mean(0) - mean[r][0]) / scale)
     level, _ = nnls(np.concatenate(level_inputs), np.concatenate(level_target))
 
-    def solve(which, shrinkage):
+    def solve(which: Sequence[int], shrinkage: float) -> np.ndarray:
         x, z = np.concatenate([inputs[i] for i in which], 1), np.concatenate([target[i] for i in which])
         common, _ = nnls(x.reshape(n_parts, -1).T, z.reshape(-1))
         if np.isinf(shrinkage):

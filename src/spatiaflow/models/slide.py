@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -35,9 +35,13 @@ class StoredRows(Protocol):
 class CropReader(Protocol):
     """Crops that are cut when they are read, as :class:`spatiaflow.pp.Crops`."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     channels: tuple[str, ...]
-    places: np.ndarray | None
-    range: np.ndarray | None
+    image: Any
+    xy: np.ndarray
+    pixels: int
+    places: np.ndarray
+    range: np.ndarray
 
     def __len__(self) -> int: ...
 

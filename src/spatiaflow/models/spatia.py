@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -164,8 +164,9 @@ class Residual(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        nn.init.zeros_(self.layers[2].weight)
+        first, last = nn.Linear(d, d), nn.Linear(d, d)
+        self.layers = nn.Sequential(first, nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -197,7 +198,7 @@ class ContextLayer(nn.Module):
             for x, key, _, index, mask, geometry in self._parts(h, others, graph, rows)
         ])  # fmt: skip
 
-    def _parts(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None):
+    def _parts(self, h: Tensor, others: Tensor, graph: Graph, rows: int | None) -> Iterator[tuple[Tensor, ...]]:
         rows = rows or max(len(h), len(others), 1)
         none = h.new_zeros(len(others), 0)  # the flow's noisy signal: there is none here
         projected = [self.attention.keys(o, y) for o, y in zip(others.split(rows), none.split(rows))]
@@ -233,17 +234,19 @@ class Surroundings:
 class SpatiaNetwork(nn.Module):
     """Encoders, fusion, and the two levels of context."""
 
+    niche_layers: Any  # ModuleList of ContextLayer
+
     def __init__(self, c: SpatiaConfig):
         super().__init__()
         self.config = c
         d = c.width
-        self.image = ImageEncoder(c) if c.channels else None
-        self.gene = GeneEncoder(c) if c.genes else None
+        self.image: Any = ImageEncoder(c) if c.channels else None
+        self.gene: Any = GeneEncoder(c) if c.genes else None
         self.no_image, self.no_genes = (nn.Parameter(0.02 * torch.randn(1, 1, d)) for _ in range(2))
         self.to_gene, self.to_image = CrossAttention(c, c.image_to_gene), CrossAttention(c, c.genes_to_image)
         self.cell = nn.Sequential(nn.LayerNorm(2 * d), nn.Linear(2 * d, d))
         # starts as the sum of both: a random square matrix would bury what little variance many directions have
-        self.cell[1].weight.data.copy_(torch.eye(d).repeat(1, 2))
+        cast("Any", self.cell[1]).weight.data.copy_(torch.eye(d).repeat(1, 2))
         self.hidden_cell = nn.Parameter(0.02 * torch.randn(d))  # stands for a cell that is to be predicted
         self.niche_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.niche_layers))
         self.tissue_layers = nn.ModuleList(ContextLayer(c) for _ in range(c.tissue_layers))
@@ -267,7 +270,7 @@ class SpatiaNetwork(nn.Module):
         Normalised by what is seen, so that hidden counts leave no trace, then centred and scaled by ``standard`` (3 x genes
         or n x 3 x genes, see :func:`gene_standard`), by default the training data's.
         """
-        standard = self.gene.standard if standard is None else standard
+        standard = cast("Tensor", self.gene.standard) if standard is None else standard
         visible = (counts * seen).sum(1)
         scale = target_sum / visible.clamp_min(1) * (seen.sum(1) / measured.sum(1).clamp_min(1))
         values = torch.log1p(counts * seen * scale[:, None])
@@ -301,7 +304,8 @@ class SpatiaNetwork(nn.Module):
 
     def niche_attention(self, cells: Tensor, around: Surroundings, rows: int | None = None) -> Tensor:
         """How much each cell and its neighbours weigh in its niche, mean of heads and layers, n x k."""
-        h, others, total = self.hidden_cell.expand(len(cells), -1), cells, 0.0
+        h, others = self.hidden_cell.expand(len(cells), -1), cells
+        total: Any = 0.0
         for layer in self.niche_layers:
             total = total + layer.weights(h, others, around.neighbors, rows)
             h = layer(h, others, around.neighbors, rows)
@@ -530,13 +534,13 @@ class Spatia(_base.Model):
             cells[rows] = self._cells(slide, standard, rows, crops, device).cpu()
             update(len(rows))
         out = {"cell": cells}
-        rows = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
+        size = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
         if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
-            out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, rows))
+            out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, size))
         found = {level: out[level].numpy() for level in levels}
         if attention:
-            weight = network.niche_attention(cells.to(device), around, rows).cpu()
+            weight = network.niche_attention(cells.to(device), around, size).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
             index = around.neighbors.index.numpy()[row, column]
             entries = weight.numpy()[row, column], (row, index)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImageP
 from spatiaflow.models.flow import sample, schedule, time_features
 from spatiaflow.models.ood import OutOfDomain, inflation
 from spatiaflow.models.regression import Ridge, combine, smooth
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, degenerate_share, spatial_graph
 
 
@@ -62,7 +63,9 @@ class Layer(nn.Module):
         """Update all tokens."""
         return self.update(h, y, *self.attention.keys(h, y), graph.index, graph.mask, geometry)
 
-    def forward_in_place(self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, scratch, rows: int) -> None:
+    def forward_in_place(
+        self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, scratch: list[Tensor], rows: int
+    ) -> None:
         """Do the same ``rows`` tokens at a time, into ``h`` and ``y``; keys and values go into ``scratch``."""
         key, value = scratch
         parts = [slice(s, s + rows) for s in range(0, len(h), rows)]
@@ -71,7 +74,9 @@ class Layer(nn.Module):
         for p in parts:  # other tokens are seen through their keys and values only
             h[p], y[p] = self.update(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
 
-    def update(self, h, y, key, value, index, mask, geometry) -> tuple[Tensor, Tensor]:
+    def update(
+        self, h: Tensor, y: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, geometry: Tensor
+    ) -> tuple[Tensor, Tensor]:
         h = h + self.dropout(self.context(self.attention.attend(h, y, key, value, index, mask, geometry)))
         h = h + self.dropout(self.feed_forward(h))
         return h, self.head(h)
@@ -79,6 +84,8 @@ class Layer(nn.Module):
 
 class Denoiser(nn.Module):
     """Predict the endpoint y_1 of the flow from histology features, noisy expression y_t and time t."""
+
+    layers: Any  # ModuleList of Layer
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
@@ -256,7 +263,7 @@ class STFlow(_base.Model):
 
     def __init__(
         self, *, config: STFlowConfig, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
-        prior, ridge: Ridge, arrays: dict[str, np.ndarray], standardize: str, pitch: float, history: dict, card: dict,
+        prior: Any, ridge: Ridge, arrays: dict[str, np.ndarray], standardize: str, pitch: float, history: dict, card: dict,
     ):  # fmt: skip
         self.config, self.genes, self.encoder, self.target_sum = config, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.ridge, self.standardize, self.pitch = networks, prior, ridge, standardize, pitch
@@ -412,7 +419,9 @@ class STFlow(_base.Model):
 class SlideTokens:
     """One slide made ready for the networks: image tokens, graph and embedded geometry are computed once for all steps."""
 
-    def __init__(self, x: np.ndarray, xy: np.ndarray, base: np.ndarray, model: STFlow, device, rows: int):
+    def __init__(
+        self, x: np.ndarray, xy: np.ndarray, base: np.ndarray, model: Any, device: str | torch.device, rows: int
+    ):
         p = model.config
         self.model, self.rows, self.n = model, rows, len(x)
         self.device = torch.device(device)
@@ -427,7 +436,7 @@ class SlideTokens:
             for network in model.networks:
                 network.to(self.device)
                 self.tokens.append(self._prepare(network, x))
-            self.graph = Graph(self.graph.index.to(self.device), self.graph.mask.to(self.device), None)
+            self.graph = Graph(self.graph.index.to(self.device), self.graph.mask.to(self.device), ABSENT)
 
     def _prepare(self, network: Denoiser, x: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         k, width = self.graph.index.shape[1], network.config.width
@@ -451,7 +460,13 @@ class SlideTokens:
             residual = torch.from_numpy(self.base[self.order]).to(self.device) if model.config.residual else 0
             for network, (image, geometry) in zip(model.networks, self.tokens):
 
-                def endpoint(y, t, network=network, image=image, geometry=geometry):
+                def endpoint(
+                    y: Tensor,
+                    t: float,
+                    network: Denoiser = network,
+                    image: Tensor = image,
+                    geometry: list[Tensor] = geometry,
+                ) -> Tensor:
                     time = torch.tensor([t], device=self.device)
                     h = image + network.time(time_features(time, scale=model.config.time_scale))
                     return network.decode(h, y, self.graph, geometry, self.rows) + residual

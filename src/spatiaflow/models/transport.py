@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def transport(
     batch: int = 5000,
     n_rounds: int = 1,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> Plan:
     """Entropic optimal transport from points ``x`` (n x d) to ``y`` (m x d), uniform masses.
 
@@ -139,13 +140,15 @@ def transport(
     return _merge(n, top_k, parts)
 
 
-def _median_cost(y: np.ndarray, rng, n: int = 1000) -> float:
+def _median_cost(y: np.ndarray, rng: np.random.Generator, n: int = 1000) -> float:
     """Median squared distance between different targets, from some of them."""
     distance = pdist(np.asarray(y[rng.permutation(len(y))[:n]], np.float64), "sqeuclidean")
     return max(float(np.median(distance)), 1e-12) if len(distance) else 1.0
 
 
-def _solve(x, y, at, unit, epsilon, rho, top_k, device) -> Plan:
+def _solve(
+    x: Any, y: Any, at: Any, unit: float, epsilon: float, rho: float | None, top_k: int, device: str | torch.device
+) -> Plan:
     """Solve one dense problem."""
     import ot
 
@@ -166,7 +169,8 @@ def _solve(x, y, at, unit, epsilon, rho, top_k, device) -> Plan:
     best = share.topk(min(top_k, m), dim=1)
     entropy = -torch.xlogy(share, share).sum(1) / max(np.log(m), 1e-12)
     rows = best.indices, best.values, mass * n, entropy, share @ at
-    return Plan(*(v.cpu().numpy() for v in rows), float(error))
+    index, mass_share, transported, spread, mean = (v.cpu().numpy() for v in rows)
+    return Plan(index, mass_share, transported, spread, mean, float(error))
 
 
 def _merge(n: int, top_k: int, parts: list[tuple[np.ndarray, np.ndarray, Plan]]) -> Plan:
@@ -302,11 +306,17 @@ def matched(
     *,
     batch: int,
     seed: int,
-    device,
+    device: str | torch.device,
 ) -> tuple[Plan, np.ndarray]:
     """Return the plan from sources to targets of one group, and the confidence of each source."""
     x, y = coordinates.between(rows, columns)
-    options = {"top_k": config.top_k, "batch": batch, "n_rounds": config.n_rounds, "device": device, "seed": seed}
+    options: dict[str, Any] = {
+        "top_k": config.top_k,
+        "batch": batch,
+        "n_rounds": config.n_rounds,
+        "device": device,
+        "seed": seed,
+    }
     plan = transport(x, y, epsilon=config.epsilon, rho=config.unbalanced, **options)
     if config.confidence == "entropy":
         return plan, np.clip(1 - plan.entropy, 0, 1)
@@ -319,5 +329,5 @@ def matched(
         for half in range(2):
             a, b = coordinates.between(rows, columns, half)
             halves.append(transport(a, b, at=y, **options))
-        confidence = confidence * agreement(*halves, y)
+        confidence = confidence * agreement(halves[0], halves[1], y)
     return plan, confidence

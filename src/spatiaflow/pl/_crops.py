@@ -137,7 +137,8 @@ def _choose(table, found, groupby, groups, n, rng) -> dict:
     owner, row_of = np.full(table.n_obs, -1), np.full(table.n_obs, -1)
     whole = np.zeros(table.n_obs, bool)
     for i, pictures in enumerate(found):
-        rows, inside, uncut = pictures.slide.rows, *pictures.inside()
+        rows = pictures.slide.rows
+        inside, uncut = pictures.inside()
         owner[rows[inside]], row_of[rows[inside]], whole[rows] = i, np.flatnonzero(inside), uncut
     if not (owner >= 0).any():
         raise ValueError("no cell lies in its image. Check the transformations of cells and image, or mpp=.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from anndata import AnnData
 from matplotlib.figure import Figure
@@ -87,7 +89,7 @@ def expression(
     columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
     per = _io.target_sum(table, key)
     unit = "log1p counts" if per is None else f"log1p per {per / 1000:g}k" if per >= 1000 else f"log1p per {per:g}"
-    truth = _io.log_expression(table, genes, layer, key)[slide.rows] if has_truth else None
+    truth: Any = _io.log_expression(table, genes, layer, key)[slide.rows] if has_truth else None
     background = _io.background(data, table, slide)
 
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import seaborn as sns
 from anndata import AnnData
@@ -100,7 +102,7 @@ def imputation(
     heights = [height + 0.3] * len(genes) + [1.8]
     figure = plt.figure(figsize=(sum(widths) + 0.3, sum(heights) + 0.1), layout="constrained")
     grid = figure.add_gridspec(len(heights), len(widths), height_ratios=heights, width_ratios=widths)
-    per = _io.target_sum(table, key)
+    per: Any = _io.target_sum(table, key)
     unit = f"log1p of counts per {per:.0f}" if per >= 100 else f"log1p of counts per {per:.2g}"
     for i, gene in enumerate(genes):
         known = measured[gene][slide.rows] if gene in measured else None
@@ -138,7 +140,7 @@ def _row(axes: list[Axes], slide: Slide, imputed: AnnData, gene: str, known: np.
     if len(panels) < 2:
         axes[1].remove()
     if len(axes) > 2:
-        _against(axes[2], found, known)
+        _against(axes[2], found, cast("np.ndarray", known))
 
 
 def _against(ax: Axes, found: np.ndarray, known: np.ndarray) -> None:
@@ -181,7 +183,7 @@ def _reliability(
         x, y = np.arange(len(order)), order.to_numpy()
         ax.set_ylabel("reliability", fontsize=6)
         ax.set_xlabel("genes, sorted", fontsize=6)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        cast("Any", ax.xaxis.get_major_locator()).set_params(integer=True)
         place = {g: (i, v) for i, (g, v) in enumerate(order.items())}
     ax.plot(x, y, "o", ms=3, color=colors[0], alpha=0.7, mew=0, rasterized=True)
     for gene in named:

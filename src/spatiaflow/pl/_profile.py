@@ -104,7 +104,8 @@ def _most_different(values: pd.DataFrame, group: pd.Series, n: int = 3) -> list[
     size = group.value_counts().reindex(mean.index)
     between = (mean - ranks.mean()).pow(2).mul(size, axis=0).sum() / len(ranks)
     explained = (between / ranks.var(ddof=0).replace(0, np.inf)).sort_values(ascending=False, kind="stable")
-    correlation, chosen = ranks.corr().abs(), []
+    correlation = ranks.corr().abs()
+    chosen: list[str] = []
     for name in explained.index:
         if len(chosen) < n and not (correlation.loc[name, chosen] > 0.8).any():
             chosen.append(name)

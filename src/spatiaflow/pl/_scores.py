@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -71,7 +73,9 @@ def gene_scores(
     position = np.arange(len(scores))
     ax.axhline(0, color="0.7", lw=0.6, zorder=0)
     if ceiling is not None:
-        ax.plot(position, ceiling.reindex(scores.index), "_", color="0.4", ms=5, label="noise ceiling")
+        ax.plot(
+            position, cast("pd.Series", ceiling).reindex(scores.index), "_", color="0.4", ms=5, label="noise ceiling"
+        )
     palette, markers = sns.color_palette("colorblind", scores.shape[1]), "osD^vPX*"
     for i, method in reversed(list(enumerate(scores.columns))):
         label = f"{method} ({scores[method].mean():.2f})"
@@ -81,8 +85,9 @@ def gene_scores(
     ax.set_ylabel(ylabel, fontsize=7)
     ax.set_xlim(-0.8, len(scores) - 0.2)
     handles, labels = ax.get_legend_handles_labels()
-    columns = max(1, int(ax.figure.get_figwidth() / 1.5))  # above the axes, where no mark is
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": columns}
+    figure = cast("Figure", ax.figure)
+    columns = max(1, int(figure.get_figwidth() / 1.5))  # above the axes, where no mark is
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": columns}
     ax.legend(handles[::-1], labels[::-1], fontsize=6, frameon=False, **place)
     sns.despine(ax=ax)
-    return finish(ax.figure, show, return_fig)
+    return finish(figure, show, return_fig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
@@ -58,7 +60,8 @@ def scale_bar(ax: Axes) -> float:
 def violin(ax: Axes, y: float, values: np.ndarray, colour="0.8") -> None:
     """Draw a lying violin at height ``y``, with median and quartiles."""
     if len(values) > 4 and np.ptp(values) > 0:
-        (body,) = ax.violinplot(values, [y], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]
+        found: Any = ax.violinplot(values, [y], orientation="horizontal", widths=0.85, showextrema=False)
+        (body,) = found["bodies"]
         body.set(facecolor=colour, edgecolor="none", alpha=1)
     if len(values):
         quartiles = np.quantile(values, [0.25, 0.5, 0.75])

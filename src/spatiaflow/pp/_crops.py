@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from anndata import AnnData
 from spatialdata import SpatialData
@@ -80,5 +81,10 @@ def crops(
         names = ", ".join(slide.name for slide in slides)
         raise ValueError(f"there are {len(slides)} slides ({names}): give library_id=.")
     slide = _io.one_slide(slides, library_id)
-    options = {"crop_um": crop_um, "pixels": crop_pixels, "own_pixels": own_pixels, "image_key": image_key}
+    options: dict[str, Any] = {
+        "crop_um": crop_um,
+        "pixels": crop_pixels,
+        "own_pixels": own_pixels,
+        "image_key": image_key,
+    }
     return slide_crops(data, slide, table, **options)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from anndata import AnnData
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spatiaflow.models import Slide
     from spatiaflow.models.encoders import Encoder
 
-Data = AnnData | SpatialData
+Data: TypeAlias = AnnData | SpatialData
 
 
 @_io.each_object
@@ -153,7 +153,7 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
     image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
     found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
     used = _check(image, found, slide, encoder, patch_um, pixels)
-    out = None
+    out: Any = None
     parts = cut(image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size)
     for rows, patches in parts:
         values = encoder(patches[:, :used].to(device)).numpy()

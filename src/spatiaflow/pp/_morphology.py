@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,9 @@ def morphology_profile(
         raise ValueError(f"texture_um is a distance in µm and must be positive, not {texture_um!r}.")
     data, table = _io.unpack(data, table_key, copy=copy)
     slides = _io.places(data, where, missing=True)
-    out, channels, images = None, None, []
+    out: Any = None
+    channels: list[str] | None = None
+    images = []
     bar = progress(None, "measuring cells", total=sum(len(slide.rows) for slide in slides), unit="cell")
     for slide in slides:
         found = _io.slide_image(data, slide, image_key=image_key)
@@ -222,13 +225,13 @@ def image_profile(
         bright = image[which].astype(np.float64)
         if np.ptp(bright) == 0:
             continue
-        parts = _nuclei(bright, mpp)
+        blobs = _nuclei(bright, mpp)
         if whole:
-            mask, first = np.ones(parts.shape, bool), _field(parts, mpp)
+            mask, first = np.ones(blobs.shape, bool), _field(blobs, mpp)
         else:
-            at = np.argwhere(parts)
-            nearest = at[((at - (np.array(parts.shape) - 1) / 2) ** 2).sum(1).argmin()]
-            mask = parts == parts[tuple(nearest)]
+            at = np.argwhere(blobs)
+            nearest = at[((at - (np.array(blobs.shape) - 1) / 2) ** 2).sum(1).argmin()]
+            mask = blobs == blobs[tuple(nearest)]
             first = _shape(mask, mpp)
         row[:] = np.concatenate([first, _intensity(image.astype(np.float64), mask, step).ravel()])
     return pd.DataFrame(out, columns=[*shape, *names])

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from anndata import AnnData
@@ -20,7 +20,7 @@ from spatiaflow._slides import gather
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
 
-Data = AnnData | SpatialData
+Data: TypeAlias = AnnData | SpatialData
 
 
 def train_stflow(
@@ -126,7 +126,7 @@ def train_stflow(
     _check_training(slides, shared, use_rep)
     slides = [slide.align(shared) for slide in slides]
     if names is None:
-        kept = _most_variable(slides, int(genes), target_sum)
+        kept = _most_variable(slides, int(cast("int", genes)), target_sum)
         slides = [slide.align(kept) for slide in slides]
     held_out = _io.held_out(validation, [slide.name for slide in slides], largest=0.5)
     logger.info("training STFlow on %d slide(s), %d spots, device %s", len(slides), sum(map(len, slides)), target)
@@ -265,7 +265,7 @@ def predict_expression(
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
-    model = datasets.resolve(model, "STFlow")
+    model = cast("STFlow", datasets.resolve(model, "STFlow"))
     where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     data, table = _io.unpack(data, table_key, copy=copy)
     use_rep = use_rep or model.encoder["key"]

@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
@@ -147,7 +147,8 @@ def generate_morphology(
     _io.slot_name(key_added)
     if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
         raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
-    model, name = resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS), f"{source} -> {target}"
+    model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS))
+    name = f"{source} -> {target}"
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
     _check_table(table, table_key, model, name)
     use_rep = model.card["use_rep"]
@@ -279,9 +280,9 @@ def _generated(
                 if trajectory:
                     images["trajectory"] = states.transpose(0, 1)
                 for slot, values in images.items():
-                    values = unscaled(values, model.intensity, c.channels, found.numpy().dtype)
-                    made.setdefault(slot, np.zeros((n, n_samples, *values.shape[1:]), values.dtype))
-                    made[slot][here, sample] = values
+                    pixels = unscaled(values, model.intensity, c.channels, found.numpy().dtype)
+                    made.setdefault(slot, np.zeros((n, n_samples, *pixels.shape[1:]), pixels.dtype))
+                    made[slot][here, sample] = pixels
                 bar.update(len(here))
     bar.close()
     for module in modules:

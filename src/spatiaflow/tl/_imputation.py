@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from spatiaflow import _io, datasets
 from spatiaflow._io import Key
 from spatiaflow._settings import logger, progress, resolve_seed
 from spatiaflow._slides import gather
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
@@ -223,7 +223,7 @@ def impute_genes(
                 "give a reference or a model, not both." if reference is not None else
                 "target_sum= is that of the model. Leave it out."
             )  # fmt: skip
-        trained = datasets.resolve(model, "Imputer")
+        trained = cast("Imputer", datasets.resolve(model, "Imputer"))
         shared, wanted = _genes(table, trained.inputs, genes, "the model")
         imputer = trained.restricted(shared, wanted)
         query = _slides(data, where, shared, layer, use_rep)
@@ -260,7 +260,7 @@ def _slides(
     out = []
     for slide in found:
         library = np.asarray(slide.align(shared).counts.sum(1), dtype=np.float64).ravel()
-        out.append(replace(slide, library=library, xy=slide.xy if spatial else None))
+        out.append(replace(slide, library=library, xy=slide.xy if spatial else ABSENT))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,7 +109,8 @@ def _mixture(
     x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
     x = x / max(x[:, 0].std(), 1e-12)
     sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]
-    best, bic = None, {}
+    best: Any = None
+    bic: dict[str, float] = {}
     for n in [n for n in tried if 2 * n <= len(x)]:
         mixture = GaussianMixture(n, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=seed).fit(x[sample])
         bic[str(n)] = float(mixture.bic(x[sample]))
@@ -280,7 +282,8 @@ def _probe(
     x: np.ndarray, y: np.ndarray, groups: np.ndarray, method: str, seed: int
 ) -> tuple[Callable, float, np.ndarray]:
     """Maker of the best probe, its temperature, and its probabilities (n x classes) of cells that it did not see."""
-    classes, folds, best, score = np.unique(y), _folds(y, groups, seed), None, -np.inf
+    classes, folds, score = np.unique(y), _folds(y, groups, seed), -np.inf
+    best: Any = None
     for make in _candidates(method, len(y)):
         held_out = np.zeros((len(y), len(classes)))
         for train, test in folds:

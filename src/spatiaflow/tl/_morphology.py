@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -117,8 +117,16 @@ def train_morphology(
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     _io.at_least_one(max_epochs=max_epochs)
-    objects, slides, tables, rows = _io.objects_of(data), [], [], []
-    options = {"crop_um": config.crop_um, "crop_pixels": config.crop_pixels, "counts": True, "layer": layer}
+    objects = _io.objects_of(data)
+    slides: list[Slide] = []
+    tables: list[AnnData] = []
+    rows: list[tuple[list[Slide], int]] = []
+    options: dict[str, Any] = {
+        "crop_um": config.crop_um,
+        "crop_pixels": config.crop_pixels,
+        "counts": True,
+        "layer": layer,
+    }
     for label, one in objects.items():
         own = cells_with_images({label: one} if len(objects) > 1 else one, where, use_rep, **options)
         table = _io.unpack(one, table_key)[1]

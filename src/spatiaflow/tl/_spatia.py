@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from anndata import AnnData
@@ -136,7 +136,7 @@ def train_spatia(
         raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     config = models.SpatiaConfig.of(config)
     if init is not None:
-        init = resolve(init, "Spatia", argument="init")
+        init = cast("Spatia", resolve(init, "Spatia", argument="init"))
         config = config.with_sizes_of(init.config)
     slides = cells(data, where, modalities, config, layer)
     share_memory(slides)
@@ -146,7 +146,7 @@ def train_spatia(
     target = settings.torch_device(device)
     return train(
         slides, config, genes=genes, channels=channels, init=init,
-        validation=_io.held_out(validation, [slide.name for slide in slides]), max_epochs=max_epochs,
+        validation=cast("Any", _io.held_out(validation, [slide.name for slide in slides])), max_epochs=max_epochs,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume,
         accelerator={"cuda": "gpu"}.get(target.type, target.type), seed=resolve_seed(random_state),
     )  # fmt: skip
@@ -249,7 +249,7 @@ def embed_spatia(
     _io.at_least_one(batch_size=batch_size)
     _io.slot_name(key_added)
     _io.one_of(("slide", "training"), scaling=scaling)
-    model = resolve(model, "Spatia", default=DEFAULT_WEIGHTS)
+    model = cast("Spatia", resolve(model, "Spatia", default=DEFAULT_WEIGHTS))
     check_trained(model, modalities)
     data, table = _io.unpack(data, table_key, copy=copy)
     slides = cells(data, where, modalities, model.config, layer)
@@ -295,7 +295,7 @@ def _embedded(
     for slide, standard in ready:
         found = model.embed(slide, standard, levels=levels, attention=attention, update=bar.update, **options)
         if attention:
-            weight = found.pop("attention").tocoo()
+            weight = cast("Any", found.pop("attention")).tocoo()
             weights.append((slide.rows[weight.row], slide.rows[weight.col], weight.data))
         for level, values in found.items():
             out[level][slide.rows] = values

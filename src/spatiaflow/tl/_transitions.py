@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -168,7 +168,7 @@ def targets_of(table: AnnData, params: Mapping) -> dict[str, np.ndarray]:
     """Return the rows of the targets of each transition of a call of :func:`pair_transitions`."""
     states = state_shares(table, params["groupby"], params["min_share"])
     seed = [params["random_state"], 1]
-    return {name: states.sides(*name.split(" -> "), seed)[1] for name in params["transitions"]}
+    return {name: states.sides(*name.split(" -> "), seed)[1] for name in params["transitions"]}  # type: ignore[call-arg]
 
 
 def state_shares(table: AnnData, groupby: str, min_share: float) -> StateShares:
@@ -194,7 +194,9 @@ def _transitions(given) -> list[tuple[str, str]]:
     """Return transitions as a list of pairs, after a check."""
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(v, str) for v in given):
         given = [given]
-    wanted = [tuple(map(str, one)) if isinstance(one, tuple | list) and len(one) == 2 else None for one in given]
+    wanted: list[Any] = [
+        tuple(map(str, one)) if isinstance(one, tuple | list) and len(one) == 2 else None for one in given
+    ]
     if not wanted or None in wanted:
         raise ValueError(f'transitions must be pairs of states, such as [("A", "B")], not {given!r}.')
     if len(set(wanted)) < len(wanted):
@@ -271,7 +273,7 @@ def _coordinates(
     if "genes" not in cost:
         return Coordinates(fixed)
     counts = sparse.csr_matrix(_io.counts(table[used], None, layer)[0])
-    options = {"n_components": config.n_components, "halved": config.confidence == "mass", "seed": seed}
+    options: dict[str, Any] = {"n_components": config.n_components, "halved": config.confidence == "mass", "seed": seed}
     return Coordinates(fixed, *expression(counts, cost["genes"], **options))
 
 

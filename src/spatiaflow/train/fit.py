@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -62,7 +63,7 @@ def _digest(value) -> str:
 
 
 def fit(
-    module: L.LightningModule,
+    module: Any,  # LightningModule with a history
     training: Dataset,
     validation: Dataset,
     *,
@@ -74,7 +75,7 @@ def fit(
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     devices: int | str = 1,
-    precision: str = "32-true",
+    precision: Any = "32-true",
     accelerator: str = "cpu",
     workers: int = 0,
 ) -> None:
@@ -130,7 +131,9 @@ class _Epochs(Callback):
     """Seeds every epoch by its number, collects the history, and shows one progress bar."""
 
     def __init__(self, training: Dataset, seed: int, description: str):
-        self.training, self.seed, self.description, self.history, self.bar = training, seed, description, {}, None
+        self.training, self.seed, self.description = training, seed, description
+        self.history: dict[str, list[float]] = {}
+        self.bar: Any = None
 
     def on_train_start(self, trainer, module):
         self.bar = progress(None, self.description, total=trainer.max_epochs, unit="epoch")

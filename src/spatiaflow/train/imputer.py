@@ -200,9 +200,9 @@ def collect(
                 into.xy += u.T @ v
             some = np.flatnonzero(rng.random(len(rows)) < share)
             kept.append((x[some], y[some], counts[rows[some]], slide.library[rows[some]], block[rows[some]]))
-    x, y, counts, library, block = zip(*kept)
-    sample = (np.concatenate(x), np.concatenate(y), sparse.vstack(counts, format="csr"))
-    return Evidence(sums, *sample, np.concatenate(library), np.concatenate(block))
+    xs, ys, counts, library, numbers = zip(*kept)
+    sample = (np.concatenate(xs), np.concatenate(ys), sparse.vstack(counts, format="csr"))
+    return Evidence(sums, *sample, np.concatenate(library), np.concatenate(numbers))
 
 
 def mean_pearson(y: np.ndarray, prediction: np.ndarray, block: np.ndarray) -> np.ndarray:

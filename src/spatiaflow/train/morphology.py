@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -97,7 +97,7 @@ def train_morphology(
             f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
         )
     where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
-    options = {"seed": seed, "device": device}
+    options: dict[str, Any] = {"seed": seed, "device": device}
     with where as folder:
         file = Path(folder) / "images.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def train_morphology(
         )
         latents, turns = encoded(images, autoencoder)
         around.turn(used, turns)
-        surrogate, r2 = None, []
+        surrogate, r2 = None, np.zeros(0)
         if config.profile:
             known = np.isfinite(profile[used]).all(1)
             surrogate, r2 = fit_surrogate(latents, profile[used], known & ~band[used], known & band[used], **options)
@@ -158,8 +158,9 @@ class MorphologyTraining(L.LightningModule):
 
     def __init__(self, network: MorphologyNetwork, surrogate: Surrogate | None, *, learning_rate: float = 1e-3) -> None:
         super().__init__()
-        self.network, self.surrogate, self.learning_rate = network, surrogate, learning_rate
-        self.average = AveragedModel(network, multi_avg_fn=_moving_average)
+        self.network, self.learning_rate = network, learning_rate
+        self.surrogate: Any = surrogate
+        self.average = AveragedModel(network, multi_avg_fn=cast("Any", _moving_average))
         if surrogate is not None:
             surrogate.requires_grad_(False)
         self.history: dict[str, list[float]] = {}
@@ -191,8 +192,8 @@ class MorphologyTraining(L.LightningModule):
             late = (t >= ALIGNED_FROM).nonzero()[:, 0]
             endpoint = x_t[late] + (1 - t[late])[:, None] * v[late]
             # a feature counts as far as the surrogate can read it
-            read = (self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late]))
-            out["alignment"] = sliced_wasserstein(*read, g) if len(late) else misfit.sum() * 0
+            ours, theirs = (self.surrogate.reliability * self.surrogate(x) for x in (endpoint, target[late]))
+            out["alignment"] = sliced_wasserstein(ours, theirs, g) if len(late) else misfit.sum() * 0
         if "contrast" in self.weights:
             out["contrast"] = self._contrast(network, b, control, x_t, t, u, misfit, g)
         return out
@@ -210,7 +211,7 @@ class MorphologyTraining(L.LightningModule):
 
     def _step(self, network, b: dict, stage: str) -> Tensor:
         losses = self.losses(network, b)
-        total = sum(self.weights.get(name, 0.0) * value for name, value in losses.items())
+        total: Any = sum(self.weights.get(name, 0.0) * value for name, value in losses.items())
         for name, value in {"loss": total, **losses}.items():
             self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=len(b["source"]))
         return total
@@ -352,4 +353,4 @@ def fit_morphology(
         seed=seed, resume=resume, accelerator={"cuda": "gpu"}.get(kind, kind), devices=config.devices,
         precision=config.precision,
     )  # fmt: skip
-    return module.average.module, module.history
+    return cast("MorphologyNetwork", module.average.module), module.history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +117,7 @@ class Context:
             near[here, :m] = first + graph.index.numpy()
             offset[here, :m] = graph.offset.numpy()
             first += len(slide)
-        return cls(*np.split(embeddings, 3, axis=1), near, offset)
+        return cls(*np.split(embeddings, 3, axis=1), near, offset)  # type: ignore[call-arg]
 
     def turn(self, rows: np.ndarray, turns: np.ndarray) -> None:
         """Turn what lies around some cells as their images were turned."""
@@ -142,8 +143,8 @@ class Pairs:
 
     def rows(self, which) -> Pairs:
         """Return some of the pairs."""
-        fields = (getattr(self, name)[which] for name in self.__dataclass_fields__ if name != "level")
-        return Pairs(*fields, self.level)
+        fields = {name: getattr(self, name)[which] for name in self.__dataclass_fields__ if name != "level"}
+        return Pairs(**fields, level=self.level)
 
     def within(self, rows: np.ndarray) -> Pairs:
         """Return the pairs whose source is among ``rows`` (bool), with those of their targets that are among them."""
@@ -199,7 +200,8 @@ class PairBatches(Dataset):
     ):  # fmt: skip
         self.pairs, self.latents, self.place, self.around = pairs, latents, place, around  # place: of a row's latents
         self.n_batches, self.size, self.seed, self.epoch = n_batches, min(size, len(pairs)), seed, 0
-        self.exchange, self.per_pool, self._pool = exchange, max(1, min(POOL, len(pairs) // size)), (None, None)
+        self.exchange, self.per_pool = exchange, max(1, min(POOL, len(pairs) // size))
+        self._pool: Any = (None, None)  # which pool was drawn last, and what was drawn
 
     def __len__(self) -> int:
         return self.n_batches
@@ -274,7 +276,8 @@ def stacked(parts: Sequence[Pairs]) -> Pairs:
         for part in parts
     ]
     fields = (name for name in Pairs.__dataclass_fields__ if name != "level")
-    return Pairs(*(np.concatenate([getattr(part, name) for part in wide]) for name in fields), parts[0].level)
+    whole = {name: np.concatenate([getattr(part, name) for part in wide]) for name in fields}
+    return Pairs(**whole, level=parts[0].level)
 
 
 def with_shifts(

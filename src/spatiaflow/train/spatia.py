@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -20,7 +21,7 @@ from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.encoders._cell import published_mae
 from spatiaflow.models.orientation import turned
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import (
     TRAINING,
     Spatia,
@@ -184,6 +185,10 @@ class _Batches(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, b])
         return self.batch(b, rng) | {"seed": int(rng.integers(2**31))}
 
+    def batch(self, b: int, rng: np.random.Generator) -> dict:
+        """One batch."""
+        raise NotImplementedError
+
     def place(self, rng: np.random.Generator) -> tuple[int, int]:
         """A slide and one of its cells."""
         which = int(rng.choice(len(self.slides), p=self.share))
@@ -203,7 +208,7 @@ class ScatteredCells(_Batches):
     ):  # fmt: skip
         super().__init__(slides, standards, config, n_batches, seed)
         self.cells, self.places, self.stretch, self.radius_um, self.augment = cells, places, stretch, radius_um, augment
-        self._known = None, None
+        self._known: Any = None, None  # of the last stretch
 
     def batch(self, b: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Crops, counts and positions of cells, and what is known of their slides."""
@@ -216,12 +221,13 @@ class ScatteredCells(_Batches):
         """Slide and row of all cells of the regions of one stretch."""
         key = self.epoch, stretch
         if self._known[0] != key:
-            rng, pool = np.random.default_rng([self.seed, *key, 1]), {}
+            rng = np.random.default_rng([self.seed, *key, 1])
+            pool: dict[int, np.ndarray] = {}
             for which, first in (self.place(rng) for _ in range(self.places)):
                 around = self.trees[which].query_ball_point(self.slides[which].xy[first], self.radius_um)
                 pool[which] = np.union1d(pool.get(which, []), around).astype(int)
-            which = np.repeat([*pool], [len(rows) for rows in pool.values()])
-            self._known = key, (which, np.concatenate([*pool.values()]))
+            slides = np.repeat([*pool], [len(rows) for rows in pool.values()])
+            self._known = key, (slides, np.concatenate([*pool.values()]))
         return self._known[1]
 
     def _read(self, which: int, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -274,7 +280,8 @@ class _Training(L.LightningModule):
     def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=5e-4):
         super().__init__()
         self.network, self.target_sum, self.learning_rate = network, target_sum, learning_rate
-        self.weights, self.history = {name: weight for name, weight in weights.items() if weight > 0}, {}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.history: dict[str, list[float]] = {}
 
     def configure_optimizers(self):
         net, rate = self.network, self.learning_rate
@@ -302,10 +309,14 @@ class _Training(L.LightningModule):
         log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
         return -(log_p * which).sum() / which.sum().clamp_min(1)
 
+    def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
+        """Every loss whose weight is not 0."""
+        raise NotImplementedError
+
     def _step(self, b: dict, stage: str) -> Tensor:
         torch.manual_seed(b["seed"])  # dropout and masks belong to the batch, so that a resumed run repeats them
         losses = self.losses(b, torch.Generator().manual_seed(b["seed"]))
-        total = sum(self.weights[name] * value for name, value in losses.items())
+        total: Any = sum(self.weights[name] * value for name, value in losses.items())
         for name, value in {"loss": total, **losses}.items():
             self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=len(b["measured"]))
         return total
@@ -413,11 +424,14 @@ def start_genes(
     if network.gene is None or not slides:
         return
     n_genes = len(network.config.genes)
-    cells, excess, expected, mean_standard, z = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), 0.0, []
+    cells, excess, expected = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
+    mean_standard: Any = 0.0
+    parts = []
     for s in slides:
-        counts, standard = s.counts[spread(len(s), n)].toarray(), standards[s.name]
+        counts = s.counts[spread(len(s), n)].toarray()
+        standard: Any = standards[s.name]
         values = np.log1p(counts * (target_sum / np.maximum(counts.sum(1, keepdims=True), 1)))
-        z.append(((values - standard[0]) / standard[1] * s.measured).clip(-5, 5))
+        parts.append(((values - standard[0]) / standard[1] * s.measured).clip(-5, 5))
         cells += len(counts) * s.measured
         mean_standard = mean_standard + len(counts) * s.measured * standard
         rate = counts.sum(1, keepdims=True) * counts.sum(0) / max(counts.sum(), 1)
@@ -426,8 +440,8 @@ def start_genes(
     mean_standard = np.where(cells > 0, mean_standard / np.maximum(cells, 1), [[0.0], [1.0], [0.0]])
     # the model will explain differences between cells, so the remaining dispersion is smaller
     theta = np.clip(3 * expected / np.maximum(excess, 1e-3 * expected + 1e-12), 0.3, 30)
-    z = np.concatenate(z)
-    axes = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
+    z = np.concatenate(parts)
+    axes: Any = np.linalg.svd(z[np.random.default_rng(0).permutation(len(z))[:n]], full_matrices=False)[2]
     d = min(network.config.width, len(axes))
     # rotated, so that no dimension is one component: scaling every dimension to unit variance, as linear probes do, would
     # otherwise whiten the components and drown the first in the last
@@ -457,7 +471,12 @@ def fit_spatia(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Train the encoders, then the context on their embeddings. Return the history, and each loss at the best epochs."""
     config, everything, n_cells = network.config, [*slides, *validation], sum(map(len, slides))
-    weights, history, scores = config.loss_weights, {}, {}
+    weights = config.loss_weights
+    history: dict[str, list[float]] = {}
+    scores: dict[str, float] = {}
+
+    held_out: _Batches
+    batches: _Batches
 
     def stage(name, training, batches, held_out, max_epochs, **more):
         module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, config.learning_rate)
@@ -504,7 +523,7 @@ def cell_views(
     model = Spatia(network=network, target_sum=target_sum, history={}, card={})
     views = [slide]
     if slide.crops is not None and slide.counts is not None:
-        views += [replace(slide, counts=None), replace(slide, crops=None)]
+        views += [replace(slide, counts=ABSENT), replace(slide, crops=ABSENT)]
     out = []
     for i, view in enumerate(views):
         device = next(network.parameters()).device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -27,7 +28,7 @@ from spatiaflow.models.regression import (
     gene_pearson,
     smooth,
 )
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
 from spatiaflow.models.stflow import (
     PRIORS,
@@ -50,7 +51,8 @@ class FlowMatching(L.LightningModule):
 
     def __init__(self, denoiser: Denoiser, config: STFlowConfig, weight: np.ndarray):
         super().__init__()
-        self.denoiser, self.config, self.history = denoiser, config, {}
+        self.denoiser, self.config = denoiser, config
+        self.history: dict[str, list[float]] = {}
         self.register_buffer("weight", torch.as_tensor(weight, dtype=torch.float32))  # genes, mean 1
 
     def configure_optimizers(self):
@@ -58,7 +60,7 @@ class FlowMatching(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=p.learning_rate, weight_decay=p.weight_decay, fused=True)
 
     def endpoint(self, b: dict, y_t, t):
-        graph = Graph(b["index"], b["mask"], None)
+        graph = Graph(b["index"], b["mask"], ABSENT)
         out = self.denoiser(b["features"], y_t, t, graph, b["edges"])
         return out + b["base"] if self.config.residual else out
 
@@ -138,7 +140,9 @@ def train_stflow(
     residual_std = np.sqrt(np.mean((np.concatenate(sum(cross_fitted(parts, alpha), [])) - truth) ** 2, 0))
     prior = _prior(config, full_counts, residual_std)
 
-    networks, folds, history = [], [], {}
+    networks: list[Denoiser] = []
+    folds: list[dict] = []
+    history: dict[str, Any] = {}
     for f in held_out:
         rest = [group for i, group in enumerate(groups) if i != f]
         fold = _Fold(rest, groups[f], alpha, config, target_sum, residual_std)
@@ -263,7 +267,7 @@ class _Fold:
         self.mean = np.concatenate(self.training_y).mean(0)
         self.training_base = sum(cross_fitted(groups, alpha), [])
         self.held_out_base = [self.ridge.predict(s.features) for s in held_out]
-        counts = None
+        counts: Any = None
         if config.prior == "counts":
             counts = CountPrior.fit(
                 np.concatenate([_counts(s) for s in self.training]),

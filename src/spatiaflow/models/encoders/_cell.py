@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ class ImageEncoder(nn.Module):
     (Xiao et al. 2021, arXiv 2106.14881).
     """
 
+    order: Tensor
     MASK_RATIO = 0.5  # of nine patches: fewer visible patches would not determine the others
 
     def __init__(self, c: SpatiaConfig):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+        config: Any
+        self.mix: nn.Module
+        self.narrow: nn.Module
         if c.backbone:  # a published model: channels are mixed into its own, crops resized, tokens narrowed
-            config = ViTMAEConfig(**c.backbone)
+            config = ViTMAEConfig(**cast("dict", c.backbone))
             self.mix = nn.Conv2d(len(c.channels), config.num_channels, 1)
             self.narrow = nn.Linear(config.hidden_size, c.width)
             config.mask_ratio = self.MASK_RATIO
@@ -39,9 +43,10 @@ class ImageEncoder(nn.Module):
                 decoder_num_attention_heads=c.n_heads, decoder_intermediate_size=2 * c.width, mask_ratio=self.MASK_RATIO,
             )  # fmt: skip
             self.mix = self.narrow = nn.Identity()
-        self.mae, self.published = ViTMAEForPreTraining(config), bool(c.backbone)
+        self.mae: Any = ViTMAEForPreTraining(config)
+        self.published = bool(c.backbone)
         if c.stem_width and not c.backbone:
-            self.mae.vit.embeddings.patch_embeddings.projection = stem(
+            cast("Any", self.mae).vit.embeddings.patch_embeddings.projection = stem(
                 len(c.channels), c.stem_width, c.width, c.patch_pixels
             )
         self.patch, self.pixels = config.patch_size, config.image_size
@@ -69,7 +74,7 @@ class ImageEncoder(nn.Module):
         self.mae.config.mask_ratio = 0.0  # constant noise keeps the patches in their order
         noise = self.order.expand(len(crops), -1)
         tokens = self.narrow(self.mae.vit(self.pictures(crops, present), noise=noise).last_hidden_state)
-        return tokens if self.size is None else tokens + self.size(torch.log(scale)[:, None])[:, None]
+        return tokens if self.size is None else tokens + self.size(torch.log(cast("Tensor", scale))[:, None])[:, None]
 
     def reconstruction(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
         """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation."""
@@ -105,7 +110,8 @@ def published_mae(name: str) -> tuple[dict, dict]:
     from transformers import ViTMAEForPreTraining
 
     try:
-        model, loading = ViTMAEForPreTraining.from_pretrained(name, output_loading_info=True)
+        found: Any = ViTMAEForPreTraining.from_pretrained(name, output_loading_info=True)
+        model, loading = found
     except (OSError, ValueError) as error:
         raise OSError(
             f"the ViT-MAE {name!r} could not be loaded: {error}\nWithout network, copy its folder (config.json, "
@@ -118,7 +124,8 @@ def published_mae(name: str) -> tuple[dict, dict]:
 
 def stem(n_channels: int, width: int, out: int, patch: int) -> nn.Sequential:
     """Convolutions from crops to one vector a patch, as a patch embedding gives (n x out x p/patch x p/patch)."""
-    layers, channels = [], n_channels
+    layers: list[nn.Module] = []
+    channels = n_channels
     while patch % 2 == 0 and len(layers) < 18:
         for i, stride in ((channels, 2), (width, 1)):
             layers += [nn.Conv2d(i, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -135,6 +142,9 @@ class GeneEncoder(nn.Module):
     are left out. Values must be centred and scaled per gene, otherwise a mean over hundreds of genes would be nearly the
     same for all cells. ``standard`` holds the centre and scale of the training data.
     """
+
+    usual_size: Tensor
+    standard: Tensor
 
     def __init__(self, c: SpatiaConfig):
         super().__init__()

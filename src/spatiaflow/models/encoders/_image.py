@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Encoder:
         """Pixels of a patch that is ``patch_um`` wide."""
         if self.pixels:
             return self.pixels
-        return max(-(-8 // self.multiple), round(patch_um / self.mpp / self.multiple)) * self.multiple
+        return max(-(-8 // self.multiple), round(patch_um / cast("float", self.mpp) / self.multiple)) * self.multiple
 
     @torch.inference_mode()
     def __call__(self, patches: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def load_encoder(
         return encoder
     if callable(encoder):
         name = getattr(encoder, "__name__", type(encoder).__name__)
-        needs = {
+        needs: dict[str, Any] = {
             key: getattr(encoder, key, default) for key, default in (("mpp", 0.5), ("pixels", None), ("channels", None))
         }
         return Encoder(name, encoder, **needs)
@@ -227,7 +227,7 @@ def _transformers(name: str, device: torch.device | str) -> Encoder:
     settings = json.loads(Path(found).read_text()) if found else {}
     size = _input_size(settings, model.config)
     prepare = _prepare(size, settings.get("image_mean") or IMAGENET[0], settings.get("image_std") or IMAGENET[1])
-    options = {}
+    options: dict[str, Any] = {}
     takes = inspect.signature(model.forward).parameters
     if "interpolate_pos_encoding" in takes and size != _side(getattr(model.config, "image_size", size)):
         options["interpolate_pos_encoding"] = True

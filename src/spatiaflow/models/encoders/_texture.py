@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,8 +187,8 @@ def _patterns(patches: Tensor) -> dict[str, Tensor]:
         padded = F.pad(plane[:, None], (2, 2, 2, 2), mode="replicate")[:, 0]
         ring = ((-2, 0), (-2, 2), (0, 2), (2, 2), (2, 0), (2, -2), (0, -2), (-2, -2))
         denser = [padded[:, 2 + dy : 2 + dy + h, 2 + dx : 2 + dx + w] > plane + margin for dy, dx in ring]
-        count = sum(bit.to(torch.uint8) for bit in denser)
-        changes = sum((a ^ b).to(torch.uint8) for a, b in zip(denser, denser[1:] + denser[:1]))
+        count: Any = sum(bit.to(torch.uint8) for bit in denser)
+        changes: Any = sum((a ^ b).to(torch.uint8) for a, b in zip(denser, denser[1:] + denser[:1]))
         code = torch.where(changes <= 2, count, torch.full_like(count, 9))  # 9: denser neighbours in several runs
         for value in range(10):
             out[f"pattern_{radius}um_{value}"] = _mean((code == value).float()).sqrt()
