@@ -1,5 +1,6 @@
 """The runners read folders laid out as the two public benchmarks are; the test writes tiny ones."""
 
+import dataclasses
 import json
 
 import anndata as ad
@@ -11,6 +12,8 @@ from PIL import Image
 
 import hest
 import results
+import spatiaflow as sf
+from scored import Scored
 
 
 def tissue(rng, n=36):
@@ -52,14 +55,9 @@ def hest_root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    import dataclasses
-
-    from spatiaflow.models import PRESETS
-
-    for name in ("default", "paper"):
-        monkeypatch.setitem(
-            PRESETS, name, dataclasses.replace(PRESETS[name], width=16, n_heads=2, max_epochs=1, regions=2)
-        )
+    for name, config in sf.models.STFlowConfig.named.items():
+        small = dataclasses.replace(config, width=16, n_heads=2, max_epochs=1, regions=2)
+        monkeypatch.setitem(sf.models.STFlowConfig.named, name, small)
 
 
 @pytest.fixture
@@ -100,11 +98,9 @@ def test_selection_on_test_is_labelled_loudly(hest_root, run, capsys):
 
 
 def test_pooled_and_per_slide_differ_as_they_should():
-    from spatiaflow.models.regression import SlideData
-
     rng = np.random.default_rng(0)
     y = [rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 10]
-    slides = [SlideData(str(i), np.zeros((50, 2)), np.zeros((50, 1)), v, v, np.ones(50)) for i, v in enumerate(y)]
+    slides = [Scored(sf.models.Slide(str(i), np.arange(50)), v) for i, v in enumerate(y)]
     guess = [np.zeros((50, 3)) + rng.normal(0, 0.1, (50, 3)), np.full((50, 3), 10.0) + rng.normal(0, 0.1, (50, 3))]
     found = hest.scores(slides, guess)
     assert found["pearson_pooled"] > 0.9
