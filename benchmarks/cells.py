@@ -36,7 +36,7 @@ def crops(a, table: results.Table) -> None:
     import squidpy as sq
 
     sdata = sd.read_zarr(a.store)
-    found = sf.pp.crops(sdata, mpp=1, crop_um=PIXELS * MPP, pixels=PIXELS)
+    found = sf.pp.crops(sdata, mpp=1, crop_um=PIXELS * MPP, crop_pixels=PIXELS)
     n = len(found)
     start = time.perf_counter()
     first = found.read(np.arange(n))
@@ -97,9 +97,10 @@ def embed(a, table: results.Table) -> None:
 
 
 def corpus(a, table: results.Table) -> None:
-    from spatiaflow.models.spatia import SpatiaConfig
-    from spatiaflow.tl import _cells
-    from spatiaflow.train.spatia import ScatteredCells
+    from spatiaflow._slides import gather
+    from spatiaflow._slides.crops import share_memory
+    from spatiaflow.models.spatia import SpatiaConfig, in_vocabulary, standard_of
+    from spatiaflow.train.spatia import ScatteredCells, with_vocabulary
 
     data = ", ".join(Path(given.split(",")[0]).stem for given in a.stores)
     if not table.lacks(data, "", "", ["corpus", "0 workers", "2 workers"]):
@@ -111,21 +112,22 @@ def corpus(a, table: results.Table) -> None:
             store, image_key, mpp = (given.split(",") + ["", ""])[:3]
             rows.append(f"{Path(store).resolve()},{Path(store).stem},{image_key},{mpp}")
         manifest.write_text("\n".join(["store,tissue,image_key,mpp", *rows]))
-        options = {"modalities": ("image", "genes"), "crop_um": 20.4, "crop_pixels": 48, "layer": None}
-        parts = _cells.read_corpus(manifest, **options)
-    _cells.share_memory(parts)
-    genes = list(dict.fromkeys(g for p in parts for g in p.genes))
-    channels = list(dict.fromkeys(str(c).lower() for p in parts for c in p.crops.channels))
-    slides = [_cells.cell_slide(p, genes, channels, None, p.slide.library_id).standardised(100.0) for p in parts]
-    slides = [s.take(np.flatnonzero(p.inside)) for s, p in zip(slides, parts)]
-    batches = ScatteredCells(slides, SpatiaConfig(genes, channels), 64)
+        slides = gather(manifest, need=("counts", "crops"), crop_um=20.4, crop_pixels=48)
+    share_memory(slides)
+    config = with_vocabulary(SpatiaConfig(), slides)
+    slides = [in_vocabulary(slide, config) for slide in slides]
+    standards = {slide.name: standard_of(slide, 100.0) for slide in slides}
+    slides = [slide.take(slide.crops.inside) for slide in slides]
+    batches = ScatteredCells(slides, standards, config, 64)
     n = sum(map(len, slides))
     held = sum(
-        s.xy.nbytes + s.crops.xy.nbytes + s.counts.pointers.nbytes + s.counts.rows.nbytes + tree.data.nbytes
+        s.xy.nbytes + s.obs_names.nbytes + s.crops.xy.nbytes + s.counts.pointers.nbytes + s.counts.rows.nbytes + tree.data.nbytes
         + tree.indices.nbytes + tree.size * 80
         for s, tree in zip(slides, batches.trees)
     )  # fmt: skip
-    size = {"slides": len(slides), "cells": n, "genes": len(genes), "channels": len(channels), "bytes a cell": held / n}
+    size = {
+        "slides": len(slides), "cells": n, "genes": len(config.genes), "channels": len(config.channels), "bytes a cell": held / n,
+    }  # fmt: skip
     table.add(data, "", "", "corpus", size)
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)

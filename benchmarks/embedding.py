@@ -25,7 +25,7 @@ import spatiaflow as sf
 from probes import MIN_COUNTS, Classifier, Probe, around, banksy, expression, folds, scvi_latent, supervised_cnn
 from spatiaflow import _io
 from spatiaflow.models.regression import gene_pearson
-from spatiaflow.models.spatia import Spatia, SpatiaNetwork, scaled
+from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, scaled
 
 MPP = 0.2125
 PARTS = {"train": (0, 16500), "validation": (17000, 19000), "test": (19500, 99999)}  # px
@@ -43,7 +43,7 @@ def pancreas_parts(store: str) -> dict:
 
     whole = sd.read_zarr(store)
     table = whole["table"]
-    (slide,) = _io.slides(whole, mpp=1)
+    (slide,) = _io.places(whole, _io.Where(mpp=1))
     genes = ~table.var["control"].to_numpy(bool) if "control" in table.var else np.ones(table.n_vars, bool)
     enough = np.asarray(table[:, genes].X.sum(1)).ravel() >= 5
     out = {}
@@ -73,7 +73,7 @@ def join(*features: dict) -> dict:
 def retrieval(parts: dict, model: Spatia, seed: int, n: int = 1000) -> dict:
     """How often the image of a cell is the first (or among ten) that its genes find among 1,000 test cells."""
     part, c = parts["test"], model.config
-    table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=c.crop_um, pixels=c.crop_pixels)
+    table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=c.crop_um, crop_pixels=c.crop_pixels)
     counts, rng = sparse.csr_matrix(table[:, c.genes].X), np.random.default_rng(seed)
     chosen = np.sort(rng.choice(np.flatnonzero(np.asarray(counts.sum(1)).ravel() >= MIN_COUNTS), n, replace=False))
     order = np.array([[ch.lower() for ch in crops.channels].index(name) for name in c.channels])
@@ -122,7 +122,7 @@ def annotation(a, table: results.Table, parts: dict, tables: dict, features: dic
     rng = np.random.default_rng(a.seed)
     some = np.sort(rng.choice(use["train"], min(10_000, len(use["train"])), replace=False))
     seen = np.sort(rng.choice(use["test"], min(6_000, len(use["test"])), replace=False))
-    band = folds(_io.slides(parts["train"], mpp=1)[0].xy)[some]
+    band = folds(_io.places(parts["train"], _io.Where(mpp=1))[0].xy)[some]
     for name, x in sets.items():
         if not table.lacks("pancreas", "test", a.seed, name, "macro F1"):
             continue
@@ -165,7 +165,7 @@ def pancreas(a, table: results.Table) -> None:
     y, use = {}, {}
     for name, cells in tables.items():
         y[name], use[name] = expression(cells, top)
-    xy = {name: _io.slides(part, mpp=1)[0].xy for name, part in parts.items()}
+    xy = {name: _io.places(part, _io.Where(mpp=1))[0].xy for name, part in parts.items()}
     blocks = sf.metrics.spatial_blocks(xy["test"][use["test"]], BLOCK_UM)
     fold = folds(xy["train"][use["train"]])
     features, seconds, epochs = {}, {}, {}
@@ -410,10 +410,8 @@ def simulated(a, table: results.Table) -> None:
         if not table.lacks("simulated", "test", seed, [f"SPATIA {level}" for level in levels]):
             continue
         slides = [sf.datasets.simulated_tissue(1500, seed=10 * seed + i) for i in range(4)]
-        preset = {"crop_pixels": 24, "patch_pixels": 8}
-        model = sf.tl.train_spatia(
-            slides[:3], crop_um=12.0, preset=preset, max_epochs=a.epochs, random_state=seed, **options
-        )
+        config = SpatiaConfig(crop_um=12.0, crop_pixels=24, patch_pixels=8)
+        model = sf.tl.train_spatia(slides[:3], config=config, max_epochs=a.epochs, random_state=seed, **options)
         for slide in slides:
             sf.tl.embed_spatia(slide, model=model, **options)
             sf.tl.embed_spatia(slide, model=model, modalities="image", key_added="image", **options)

@@ -23,20 +23,13 @@ import torch
 import results
 import spatiaflow as sf
 from position import position_only
+from scored import Scored, chosen_ridge, fitted_ridge, scaled
 from spatiaflow import _io
-from spatiaflow.models import PRESETS
+from spatiaflow._slides import gather
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.regression import (
-    SMOOTHING,
-    SlideData,
-    choose_ridge,
-    fit_ridge,
-    gene_pearson,
-    slide_graph,
-    smooth,
-)  # fmt: skip
-from spatiaflow.models.stflow import standardize
-from spatiaflow.train.stflow import fit_stflow
+from spatiaflow.models.regression import SMOOTHING, gene_pearson, smooth
+from spatiaflow.models.stflow import STFlowConfig
+from spatiaflow.train.stflow import train_stflow
 
 SECTIONS = {"her2st": ("B4", "C2", "C3", "C4", "C5"), "mouse_olfactory_bulb": ("MOB1", "MOB2", "MOB3")}
 LAST_SIMPLE = "kNN retrieval"  # of simple_rows: where it is there, all are
@@ -45,10 +38,10 @@ IMAGE_ONLY = [
     "MLP + smoothing", LAST_SIMPLE,
 ]  # fmt: skip
 MARKERS = ("GATA3", "ERBB2", "UBE2C", "VWF")  # of the papers
-DEFAULT = PRESETS["default"]
+DEFAULT = STFlowConfig.of("default")
 NETWORKS = {
     "STFlow default": DEFAULT,
-    "STFlow paper preset": PRESETS["paper"],
+    "STFlow paper preset": STFlowConfig.of("paper"),
     "deterministic twin": dataclasses.replace(DEFAULT, flow=False, prior="zero"),
     "no context (k=0)": dataclasses.replace(DEFAULT, n_neighbors=0),
     "features shuffled": DEFAULT,
@@ -65,7 +58,7 @@ def load(data: str, patch_um: float) -> dict:
     return out
 
 
-def problem(sections: dict, held_out: str, convention: str) -> tuple[list[SlideData], SlideData, list[str]]:
+def problem(sections: dict, held_out: str, convention: str) -> tuple[list[Scored], Scored, list[str]]:
     """Training slides and the test slide as arrays; genes are chosen on training slides, or as HEST does ("raw")."""
     names = [s for s in sections if s != held_out]
     tables = {s: sections[s] for s in sections}
@@ -89,20 +82,11 @@ def problem(sections: dict, held_out: str, convention: str) -> tuple[list[SlideD
         top = np.flatnonzero(keep)[pooled.var["highly_variable"].to_numpy()]
 
     def make(s):
-        xy = _io.slides(tables[s])[0].xy
-        features = _io.features(tables[s], "X_texture")
-        return SlideData(s, xy, features, y[s][:, top], counts[s][:, top], library[s])
+        (slide,) = gather(tables[s], need=["features"], use_rep="X_texture")
+        return Scored.of(s, slide.obs_names, slide.xy, slide.features, counts[s][:, top], library[s], genes, target)
 
-    return [make(s) for s in names], make(held_out), [shared[i] for i in top]
-
-
-def scaled(train, test, mode):
-    features = np.concatenate([s.features for s in train]).astype(np.float64)
-    mean, std = features.mean(0), features.std(0)
-    std = np.where(std < 1e-6, 1, std)
-    return [
-        dataclasses.replace(s, features=standardize(s.features, mean, std, mode)) for s in train
-    ], dataclasses.replace(test, features=standardize(test.features, mean, std, mode))
+    genes = [shared[i] for i in top]
+    return [make(s) for s in names], make(held_out), genes
 
 
 def simple_rows(train, test, seed, sections):
@@ -111,16 +95,18 @@ def simple_rows(train, test, seed, sections):
     from sklearn.neural_network import MLPRegressor
 
     yield "training mean", np.tile(np.concatenate([s.y for s in train]).mean(0), (len(test), 1))
-    depth = np.log(test.library)[:, None]
-    slope = [np.polyfit(np.log(np.concatenate([s.library for s in train])), np.concatenate([s.y for s in train]), 1)][0]
+    depth = np.log(test.slide.library)[:, None]
+    slope = [
+        np.polyfit(np.log(np.concatenate([s.slide.library for s in train])), np.concatenate([s.y for s in train]), 1)
+    ][0]
     yield "depth only (true counts)", depth * slope[0] + slope[1]
-    if test.library_id in SECTIONS["her2st"] and any(s.library_id[0] == test.library_id[0] for s in train):
+    if test.name in SECTIONS["her2st"] and any(s.name[0] == test.name[0] for s in train):
         yield "position only (siblings registered)", position_only(sections, train, test)
-    graph, best = slide_graph(test), {}
+    graph, best = test.graph, {}
     for mode in ("global", "slide"):
-        a, b = scaled(train, test, mode)
-        alpha, weight, inner = choose_ridge([[s] for s in a])
-        raw = fit_ridge(a, alpha).predict(b.features)
+        a, (b,) = scaled(train, [test], mode)
+        alpha, weight, inner = chosen_ridge(a)
+        raw = fitted_ridge(a, alpha).predict(b.features)
         label = "ridge" if mode == "global" else "ridge, z-scores per section"
         yield label, raw
         yield label + " + smoothing", smooth(raw, graph, weight)
@@ -134,7 +120,7 @@ def simple_rows(train, test, seed, sections):
             rest = [s for j, s in enumerate(a) if j != i]
             fitted = make().fit(np.concatenate([s.features for s in rest]), np.concatenate([s.y for s in rest]))
             p = fitted.predict(held_out.features)
-            g = slide_graph(held_out)
+            g = held_out.graph
             score += [np.nanmean(gene_pearson(held_out.y, smooth(p, g, w))) for w in weights]
         return score
 
@@ -155,23 +141,18 @@ def simple_rows(train, test, seed, sections):
     yield "kNN retrieval", knns[best_k]().fit(x, y).predict(b.features)
 
 
-def network_row(name, train, test, genes, seed, epochs=None):
-    """Fit one STFlow variant; return (prediction, std, model)."""
+def network_row(name, train, test, target_sum, seed, epochs=None):
+    """Fit one STFlow variant; return (prediction, model)."""
     train, test = list(train), test
     if name == "features shuffled":
         rng = np.random.default_rng(seed)
-        train = [dataclasses.replace(s, features=rng.permutation(s.features)) for s in train]
-        test = dataclasses.replace(test, features=rng.permutation(test.features))
-    target = None if np.array_equal(train[0].y, np.log1p(train[0].counts).astype(np.float32)) else 1e4
-    model = fit_stflow(
-        train, genes=genes, encoder={"id": "texture"}, target_sum=target, preset=NETWORKS[name], pitch=200.0, card={},
-        seed=seed, **({"max_epochs": epochs} if epochs else {}),
+        train = [s.having(rng.permutation(s.features)) for s in train]
+        test = test.having(rng.permutation(test.features))
+    model = train_stflow(
+        [s.slide for s in train], NETWORKS[name], encoder={"id": "texture"}, target_sum=target_sum, max_epochs=epochs, seed=seed
     )  # fmt: skip
-    noisy = model.preset.flow and not model.prior.deterministic
-    out = model.predict(
-        test.features, [(test.library_id, np.arange(len(test)), test.xy)], n_samples=10 if noisy else 1, seed=seed
-    )
-    return out, model
+    noisy = model.config.flow and not model.prior.deterministic
+    return model.predict([test.slide], n_samples=10 if noisy else 1, seed=seed), model
 
 
 def uncertainty(test, out, model, train) -> dict:
@@ -180,15 +161,15 @@ def uncertainty(test, out, model, train) -> dict:
     lower, upper = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")  # unbiased for few draws
     y = np.concatenate([s.y for s in train])
     marginal = np.quantile(y, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(test), 1))
-    a, b = scaled(train, test, model.standardize)
-    alpha, weight, _ = choose_ridge([[s] for s in a])
-    mean = smooth(fit_ridge(a, alpha).predict(b.features), slide_graph(b), weight)
+    a, (b,) = scaled(train, [test], model.standardize)
+    alpha, weight, _ = chosen_ridge(a)
+    mean = smooth(fitted_ridge(a, alpha).predict(b.features), b.graph, weight)
     residual = []
     for i, s in enumerate(a):
-        p = fit_ridge([t for j, t in enumerate(a) if j != i], alpha).predict(s.features)
-        residual.append(s.y - smooth(p, slide_graph(s), weight))
+        p = fitted_ridge([t for j, t in enumerate(a) if j != i], alpha).predict(s.features)
+        residual.append(s.y - smooth(p, s.graph, weight))
     std = np.concatenate(residual).std(0) * np.ones_like(mean)
-    detected = np.concatenate([s.counts > 0 for s in train]).mean(0)
+    detected = np.concatenate([s.slide.counts.toarray() > 0 for s in train]).mean(0)
     inside = (test.y >= lower) & (test.y <= upper)
     pit = np.sort(sf.metrics.pit(test.y, draws, seed=0).ravel())
     bins = {
@@ -219,7 +200,7 @@ def uncertainty(test, out, model, train) -> dict:
 
 def inner_scores(model) -> dict:
     """Scores on held-out training slides, the only ones that choices are made by."""
-    scores = {f"inner {name}": value for name, value in model.card["scores"].items()}
+    scores = {f"inner {name}": value for name, value in model.card["validation_scores"].items()}
     return scores | {"scaled by section": model.standardize == "slide"}
 
 
@@ -260,7 +241,7 @@ def run(args) -> None:
             kept = {
                 "prediction": prediction.astype(np.float32),
                 "truth": test.y,
-                "xy": test.xy,
+                "xy": test.slide.xy,
                 "genes": np.array(genes),
             }
             np.savez_compressed(predictions(data, held_out, seed, method), **kept)
@@ -277,7 +258,7 @@ def run(args) -> None:
                 if not table.lacks(data, held_out, seed, method):
                     continue
                 started = time.perf_counter()
-                out, model = network_row(method, train, test, genes, seed, args.epochs)
+                out, model = network_row(method, train, test, target, seed, args.epochs)
                 record(seed, method, out.mean, started, uncertainty(test, out, model, train) | inner_scores(model))
 
 

@@ -24,7 +24,7 @@ from weights import WHERE, training_part
 
 def train(store: str, *, epochs: int, crop_um: float, pixels: int, seed: int) -> ImageFeatures:
     part = training_part(store)
-    table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=crop_um, pixels=pixels)
+    table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=crop_um, crop_pixels=pixels)
     sf.pp.morphology_profile(part, mpp=1)
     profile = table.obsm["morphology"].to_numpy(np.float32)
     profile = torch.from_numpy((profile - np.nanmean(profile, 0)) / np.nanstd(profile, 0))

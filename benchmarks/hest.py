@@ -25,21 +25,22 @@ import torch
 
 import results
 import spatiaflow as sf
+from scored import Scored, chosen_ridge, fitted_ridge, scaled
 from spatiaflow import _io
 from spatiaflow._settings import progress
-from spatiaflow.models import PRESETS
-from spatiaflow.models.counts import log_normalize
+from spatiaflow._slides import gather
 from spatiaflow.models.encoders import load_encoder
-from spatiaflow.models.regression import SlideData, choose_ridge, fit_ridge, gene_pearson, slide_graph, smooth
-from spatiaflow.models.stflow import standardize
-from spatiaflow.train.stflow import fit_stflow
+from spatiaflow.models.regression import gene_pearson, smooth
+from spatiaflow.models.slide import pitch as pitch_of
+from spatiaflow.models.stflow import STFlowConfig
+from spatiaflow.train.stflow import train_stflow
 
 BANNER = (
     "TEST-SELECTED (published protocol: the epoch was chosen on the test slides; not comparable with honest numbers)"
 )
 
 
-def hest_slide(task: Path, row: pd.Series, genes: list[str], encoder, cache: Path) -> SlideData:
+def hest_slide(task: Path, row: pd.Series, genes: list[str], encoder, cache: Path) -> Scored:
     """One sample of a HEST task: features of its patches, counts of the task's genes, matched by barcode."""
     adata = ad.read_h5ad(task / row["expr_path"])
     adata.obs_names = adata.obs_names.astype(str)
@@ -53,8 +54,8 @@ def hest_slide(task: Path, row: pd.Series, genes: list[str], encoder, cache: Pat
     adata = adata[[barcodes[i] for i in keep]]
     counts = _io.dense(_io.counts(adata, genes)[0])
     library = _io.library_sizes(adata)
-    return SlideData(
-        row["sample_id"], coords[keep], features[keep], log_normalize(counts, library, None), counts, library
+    return Scored.of(
+        row["sample_id"], adata.obs_names, coords[keep], features[keep], counts, library, genes, target_sum=None
     )
 
 
@@ -72,14 +73,14 @@ def _features(images, encoder, cache: Path) -> np.ndarray:
 
 
 def hest_folds(root: Path, task: str, encoder, cache: Path):
-    """Yield (fold, training slides, test slides, genes) of a task."""
+    """Yield (fold, training slides, test slides) of a task."""
     folder = root / task
     genes = json.loads((folder / "var_50genes.json").read_text())["genes"]
     for path in sorted((folder / "splits").glob("train_*.csv"), key=lambda p: int(p.stem.split("_")[1])):
         fold = int(path.stem.split("_")[1])
         tables = [pd.read_csv(path), pd.read_csv(path.with_name(f"test_{fold}.csv"))]
         train, test = ([hest_slide(folder, row, genes, encoder, cache) for _, row in t.iterrows()] for t in tables)
-        yield fold, train, test, genes
+        yield fold, train, test
 
 
 def stimage_folds(root: Path, platform: str, n_genes: int, encoder, seed: int):
@@ -102,7 +103,7 @@ def stimage_folds(root: Path, platform: str, n_genes: int, encoder, seed: int):
         adata.var_names = counts.columns.astype(str)
         adata.var_names_make_unique()
         adata.obsm["spatial"] = coord.loc[shared, [x, y]].to_numpy(float)
-        mpp = pitch / _io.pitch(adata.obsm["spatial"])
+        mpp = pitch / pitch_of(adata.obsm["spatial"])
         image = folder / "image" / f"{name}.png"
         adata.uns["spatial"] = {name: {"metadata": {"microns_per_pixel": mpp, "source_image_path": str(image)}}}
         sf.pp.encode_patches(adata, encoder=encoder, key_added="X")
@@ -114,15 +115,15 @@ def stimage_folds(root: Path, platform: str, n_genes: int, encoder, seed: int):
 
     def make(name, genes):
         counts, library = _io.dense(_io.counts(tables[name], genes)[0]), _io.library_sizes(tables[name])
-        y = log_normalize(counts, library, None)
-        return SlideData(name, _io.slides(tables[name])[0].xy, _io.features(tables[name], "X"), y, counts, library)
+        (slide,) = gather(tables[name], need=["features"], use_rep="X")
+        return Scored.of(name, slide.obs_names, slide.xy, slide.features, counts, library, genes, target_sum=None)
 
     variance = np.concatenate([make(name, shared).y for name in train_names]).var(0)
     genes = [shared[i] for i in np.argsort(-variance, kind="stable")[:n_genes]]
-    yield 0, [make(name, genes) for name in train_names], [make(name, genes) for name in test_names], genes
+    yield 0, [make(name, genes) for name in train_names], [make(name, genes) for name in test_names]
 
 
-def scores(test: list[SlideData], predictions: list[np.ndarray]) -> dict[str, float]:
+def scores(test: list[Scored], predictions: list[np.ndarray]) -> dict[str, float]:
     """Mean per-gene Pearson over pooled spots and as the mean of per-slide values."""
     pooled = np.nanmean(gene_pearson(np.concatenate([s.y for s in test]), np.concatenate(predictions)))
     return {
@@ -135,38 +136,24 @@ def stflow_name(preset: str, selection: str) -> str:
     return f"STFlow {preset}" + (" TEST-SELECTED" if selection == "test" else "")
 
 
-def run_fold(train, test, genes, preset: str, selection: str, seed: int) -> dict[str, dict]:
+def run_fold(train: list[Scored], test: list[Scored], preset: str, selection: str, seed: int) -> dict[str, dict]:
     """Score ridge, smoothed ridge and STFlow on one fold."""
-    features = np.concatenate([s.features for s in train]).astype(np.float64)
-    mean, std = features.mean(0), np.where(features.std(0) < 1e-6, 1, features.std(0))
-    scaled = [
-        [SlideData(**(vars(s) | {"features": standardize(s.features, mean, std, "global")})) for s in part]
-        for part in (train, test)
-    ]
-    if len(train) > 1:
-        alpha, weight, _ = choose_ridge([[s] for s in scaled[0]])
-    else:
-        alpha, weight = 1e3, 0.25
-    ridge = fit_ridge(scaled[0], alpha)
-    raw = [ridge.predict(s.features) for s in scaled[1]]
+    a, b = scaled(train, test, "global")
+    alpha, weight = chosen_ridge(a)[:2] if len(train) > 1 else (1e3, 0.25)
+    ridge = fitted_ridge(a, alpha)
+    raw = [ridge.predict(s.features) for s in b]
     out = {
         "ridge": scores(test, raw),
-        "ridge + smoothing": scores(test, [smooth(p, slide_graph(s), weight) for p, s in zip(raw, test)]),
+        "ridge + smoothing": scores(test, [smooth(p, s.graph, weight) for p, s in zip(raw, test)]),
     }
-    options = {
-        "genes": genes,
-        "encoder": {"id": "benchmark"},
-        "target_sum": None,
-        "pitch": 1.0,
-        "card": {},
-        "seed": seed,
-    }
-    started = time.perf_counter()
+    options = {"encoder": {"id": "benchmark"}, "target_sum": None, "seed": seed}
+    config, started = STFlowConfig.of(preset), time.perf_counter()
     if selection == "test":
-        model = fit_stflow([*train, *test], preset=PRESETS[preset], validation=[s.library_id for s in test], **options)
+        seen, names = [*train, *test], [s.name for s in test]
+        model = train_stflow([s.slide for s in seen], config, validation=names, **options)
     else:
-        model = fit_stflow(train, preset=PRESETS[preset], **options)
-    predictions = [model.predict(s.features, [(s.library_id, np.arange(len(s)), s.xy)], seed=seed).mean for s in test]
+        model = train_stflow([s.slide for s in train], config, **options)
+    predictions = [model.predict([s.slide], seed=seed).mean for s in test]
     out[stflow_name(preset, selection)] = scores(test, predictions) | {"seconds": time.perf_counter() - started}
     return out
 
@@ -179,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--platform", choices=("ST", "Visium", "VisiumHD"), default="Visium")
     out.add_argument("--genes", type=int, default=50)
     out.add_argument("--encoder", default="texture")
-    out.add_argument("--preset", choices=PRESETS, default="default")
+    out.add_argument("--preset", choices=list(STFlowConfig.named), default="default")
     out.add_argument("--selection", choices=("inner", "test"), default="inner")
     out.add_argument("--seeds", type=int, default=1)
     out.add_argument("--cache", type=Path, default=Path("features"), help="folder that keeps features of patches")
@@ -200,9 +187,9 @@ def main(argv: list[str] | None = None) -> None:
                 folds = hest_folds(args.root, task, encoder, args.cache)
             else:
                 folds = stimage_folds(args.root, task, args.genes, args.encoder, seed)
-            for fold, train, test, genes in folds:
+            for fold, train, test in folds:
                 if table.lacks(data, f"fold {fold}", seed, stflow_name(args.preset, args.selection)):
-                    found = run_fold(train, test, genes, args.preset, args.selection, seed)
+                    found = run_fold(train, test, args.preset, args.selection, seed)
                     table.add_all(data, f"fold {fold}", seed, found)
     rows = results.select(results.read("hest"), metric=["pearson_pooled", "pearson_per_slide"])
     by_fold = rows.groupby(["method", "data", "metric", "split"])["value"].mean()

@@ -20,16 +20,15 @@ import numpy as np
 import pandas as pd
 
 import spatiaflow as sf
-from spatiaflow.tl import _morphology
 from spatiaflow.train import morphology as train
 from transitions import MIN_COUNTS, candidates, embedded, fit_states
 from weights import WHERE
 
 WIDTH = 256  # half of the default: files of 7 MB, held-out loss 1.32 against 1.31 on simulated tissue
-VARIANTS = {  # what differs from ours
+VARIANTS = {  # settings that differ from ours; spoiled: share of added sources
     "ours": {},
     "noise": {"start": "noise"},
-    **{f"n{100 * noise:.0f}": {"preset": {"noise": noise}} for noise in (0.1, 0.25, 1.0)},  # ours: .5
+    **{f"n{100 * noise:.0f}": {"noise": noise} for noise in (0.1, 0.25, 1.0)},  # ours: .5
     "unexchanged": {"exchange": False},
     "unweighted": {"weighted": False},
     "unaligned": {"losses": {"alignment": 0.0}},
@@ -66,17 +65,15 @@ def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0):
         spoil(parts["train"]["table"], transitions, spoiled, seed)
     sf.tl.pair_transitions(
         parts["train"], transitions=[*transitions, (control, control)], groupby="state", niche_key="niche", mpp=1,
-        unbalanced=None,
+        config=sf.models.PairingConfig(unbalanced=None),
     )  # fmt: skip
     return parts["train"], states
 
 
-def pancreas(part, states, seed: int, a, losses=None, spoiled=None, preset=None, **options):
+def pancreas(part, states, seed: int, a, **settings):
     """A generator of cells of the pancreas slide."""
-    model = sf.tl.train_morphology(
-        part, crop_um=a.crop_um, crop_pixels=a.pixels, max_epochs=a.epochs, validation=0.05, mpp=1, random_state=seed,
-        losses=losses, preset={"width": WIDTH} | (preset or {}), **options,
-    )  # fmt: skip
+    config = sf.models.MorphologyConfig(crop_um=a.crop_um, crop_pixels=a.pixels, width=WIDTH, **settings)
+    model = sf.tl.train_morphology(part, config=config, max_epochs=a.epochs, validation=0.05, mpp=1, random_state=seed)
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}
     model.states = sf.models.States(**names, **rule, min_counts=MIN_COUNTS)
@@ -89,9 +86,8 @@ def simulated(epochs: int, seed: int):
     sf.tl.embed_spatia(sdata, modalities="image", **image)
     sf.pp.morphology_profile(sdata, **image)
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    return sf.tl.train_morphology(
-        sdata, crop_um=16.0, crop_pixels=32, max_epochs=epochs, random_state=seed, preset={"width": WIDTH}, **image
-    )
+    config = sf.models.MorphologyConfig(crop_um=16.0, crop_pixels=32, width=WIDTH)
+    return sf.tl.train_morphology(sdata, config=config, max_epochs=epochs, random_state=seed, **image)
 
 
 def share(model) -> None:
@@ -99,7 +95,7 @@ def share(model) -> None:
     rebuilt, read = (np.array([*model.card[f"{name}_r2"].values()]) for name in ("autoencoder", "surrogate"))
     train.fit_autoencoder = lambda *_, **__: (model.autoencoder, rebuilt)
     train.fit_surrogate = lambda *_, **__: (model.surrogate, read)
-    _morphology.MORE_IMAGES = 0  # only an autoencoder needs them
+    train.MORE_IMAGES = 0  # only an autoencoder needs them
 
 
 def report(model, path: Path) -> None:
@@ -134,10 +130,11 @@ if __name__ == "__main__":
             )
             if a.folder and path.exists():
                 continue
-            spoiled = VARIANTS[name].get("spoiled", 0.0)
+            settings = dict(VARIANTS[name])
+            spoiled = settings.pop("spoiled", 0.0)
             if (key := (spoiled, seed if spoiled else 0)) not in pairs:
                 pairs = {key: paired(a.store, a.cache, spoiled=spoiled, seed=seed)}
                 print(pairs[key][0]["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
-            model = pancreas(*pairs[key], seed, a, **VARIANTS[name])
+            model = pancreas(*pairs[key], seed, a, **settings)
             report(model, path)
             share(model)

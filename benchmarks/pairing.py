@@ -46,8 +46,9 @@ def planted(n_a, n_b, *, seed, unmatched=0.0, depth=DEPTH, twins=False):
     return ad.AnnData(sparse.vstack(parts, format="csr"), obs=obs), latent
 
 
-def pair(adata, **options):
-    sf.tl.pair_transitions(adata, **({"transitions": [("A", "B")], "groupby": "state"} | options))
+def pair(adata, niche_key=None, **settings):
+    config = sf.models.PairingConfig(**settings)
+    sf.tl.pair_transitions(adata, transitions=[("A", "B")], groupby="state", niche_key=niche_key, config=config)
     return adata.uns["transitions"]
 
 

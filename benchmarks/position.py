@@ -17,7 +17,7 @@ BANDWIDTHS = (75.0, 100.0, 150.0, 200.0, 300.0, 450.0)  # µm
 
 def density_map(adata) -> np.ndarray:
     """Optical density of the H&E image, square, PIXEL µm a pixel, the bounding box of the spots in the middle."""
-    slide = _io.slides(adata)[0]
+    slide = _io.places(adata, _io.Where())[0]
     image = _io.slide_image(adata, slide, image_key="hires")
     size = int(np.ptp(slide.xy, axis=0).max() / PIXEL * 1.4) | 1
     grid = (np.arange(size) - size // 2) * PIXEL / image.mpp
@@ -57,16 +57,16 @@ def carried_over(xy: np.ndarray, angle: float, shift: np.ndarray) -> np.ndarray:
 
 def position_only(sections: dict, train: list, test) -> np.ndarray:
     """Predict ``test`` from the sections of its donor (same first letter) in ``train``; bandwidth by inner sections."""
-    donor = [s for s in train if s.library_id[0] == test.library_id[0]]
+    donor = [s for s in train if s.name[0] == test.name[0]]
     if not donor:
-        raise ValueError(f"section {test.library_id} has no sibling among the training sections.")
-    maps = {s.library_id: density_map(sections[s.library_id]) for s in [*donor, test]}
-    middle = {s.library_id: s.xy - (s.xy.min(0) + s.xy.max(0)) / 2 for s in [*donor, test]}
+        raise ValueError(f"section {test.name} has no sibling among the training sections.")
+    maps = {s.name: density_map(sections[s.name]) for s in [*donor, test]}
+    middle = {s.name: s.slide.xy - (s.slide.xy.min(0) + s.slide.xy.max(0)) / 2 for s in [*donor, test]}
 
     def predict(others, target, bandwidth):
         total, mass = 0.0, 1e-12
         for other in others:
-            pair = other.library_id, target.library_id
+            pair = other.name, target.name
             if pair not in moved:
                 moved[pair] = register(maps[pair[0]], maps[pair[1]])
             at = carried_over(middle[pair[0]], *moved[pair][:2])

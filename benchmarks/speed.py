@@ -13,16 +13,15 @@ import numpy as np
 import torch
 
 import results
-from spatiaflow.models import PRESETS
 from spatiaflow.models.counts import ScalarZINB
 from spatiaflow.models.flow import schedule
-from spatiaflow.models.regression import SlideData
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import LocalAttention, frames, spatial_graph
-from spatiaflow.models.stflow import Denoiser, SlideTokens
+from spatiaflow.models.stflow import Denoiser, SlideTokens, STFlowConfig
 from spatiaflow.train.batches import Regions
 from spatiaflow.train.stflow import FlowMatching
 
-PAPER = PRESETS["paper"]
+PAPER = STFlowConfig.of("paper")
 
 
 def lattice(n: int, seed: int = 0) -> np.ndarray:
@@ -35,15 +34,14 @@ def epoch(repeats: int = 4) -> list[float]:
     """Seconds of training epochs: 900 spots in 5 sections, 10 regions a section, 2 a batch; without Lightning's share."""
     rng = np.random.default_rng(0)
     slides = [
-        SlideData(
-            str(s), lattice(180, s), rng.normal(size=(180, 1024)).astype(np.float32),
-            rng.random((180, 50)).astype(np.float32), np.zeros((180, 50)), np.ones(180),
-        )
+        Slide(str(s), np.arange(180), lattice(180, s), features=rng.normal(size=(180, 1024)).astype(np.float32))
         for s in range(5)
-    ]  # fmt: skip
+    ]
+    expression = [rng.random((180, 50)).astype(np.float32) for _ in slides]
     module = FlowMatching(Denoiser(PAPER.denoiser(1024, 50)), PAPER, np.ones(50)).train()
     module.log = lambda *args, **kwargs: None
-    optimizer, data, seconds = module.configure_optimizers(), Regions(slides, PAPER, ScalarZINB(), 0), []
+    data = Regions(slides, expression, None, PAPER, ScalarZINB(), 0)
+    optimizer, seconds = module.configure_optimizers(), []
     for number in range(repeats):
         data.epoch, started = number, time.perf_counter()
         for b in range(len(data)):
@@ -61,7 +59,7 @@ def predict(n: int, n_steps: int = 5) -> tuple[float, float]:
 
     torch.manual_seed(0)
     model = SimpleNamespace(
-        preset=PAPER, networks=[Denoiser(PAPER.denoiser(1024, 50)).eval()], prior=ScalarZINB(), genes=range(50)
+        config=PAPER, networks=[Denoiser(PAPER.denoiser(1024, 50)).eval()], prior=ScalarZINB(), genes=range(50)
     )
     rng, xy = np.random.default_rng(0), lattice(n)
     x = rng.standard_normal((n, 1024), dtype=np.float32)

@@ -98,7 +98,7 @@ def candidates(parts: dict, states: dict) -> pd.DataFrame:
 
     table, likeness, rows = parts["train"]["table"], np.corrcoef(states["mean"]), []
     state, image = table.obs["state"].astype(object).to_numpy(), np.asarray(table.obsm["image_cell"])
-    band = folds(_io.slides(parts["train"], mpp=1)[0].xy)
+    band = folds(_io.places(parts["train"], _io.Where(mpp=1))[0].xy)
     for i, j in combinations(range(len(likeness)), 2):
         one, other = states["names"][[i, j]]
         both = np.flatnonzero((state == one) | (state == other))

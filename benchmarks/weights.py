@@ -24,7 +24,7 @@ def training_part(path: str):
     """Cells of the training part with at least 5 counts, and genes without controls."""
     sdata = sd.read_zarr(path)
     table = sdata["table"]
-    (slide,) = _io.slides(sdata, mpp=1)
+    (slide,) = _io.places(sdata, _io.Where(mpp=1))
     enough = np.asarray(table.X.sum(1)).ravel() >= 5
     genes = ~table.var["control"].to_numpy(bool) if "control" in table.var else np.ones(table.n_vars, bool)
     kept = enough & (slide.xy[:, 0] < TRAINING_EDGE * MPP)
@@ -49,8 +49,9 @@ if __name__ == "__main__":
     a = parser.parse_args()
     losses = {"genes": 0, "image_to_genes": 0, "reconstruction": 0, "contrast": 0} if a.context_only else None
     model = sf.tl.train_spatia(
-        training_part(a.store), mpp=1, losses=losses, modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs,
-        checkpoint_dir=a.checkpoints, resume=a.resume, init=a.init, precision=a.precision, random_state=a.seed,
+        training_part(a.store), mpp=1, config=sf.models.SpatiaConfig(losses=losses, precision=a.precision),
+        modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs, checkpoint_dir=a.checkpoints, resume=a.resume,
+        init=a.init, random_state=a.seed,
     )  # fmt: skip
     print(model.save(a.out))
     for name, values in model.history.items():

@@ -14,6 +14,14 @@ matplotlib.use("Agg")
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say how many of the tests that ran are slow ones."""
+    ran = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "keywords")]
+    called = [report for report in ran if getattr(report, "when", "") == "call"]
+    slow = sum("slow" in report.keywords for report in called)
+    terminalreporter.write_line(f"{len(called)} tests ran, {slow} of them slow")
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     from spatiaflow import settings

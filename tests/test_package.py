@@ -17,21 +17,12 @@ ORDER = (
 ).split()
 
 
-# What modules under reconstruction do not meet yet; to be empty in the release.
-OPEN: dict[str, str] = {}
-
-
 def public_functions(*modules: str):
     for module in modules or ("datasets", "get", "metrics", "pl", "pp", "tl"):
         namespace = getattr(spatiaflow, module)
         for name in namespace.__all__:
             if inspect.isfunction(one := getattr(namespace, name)):
                 yield pytest.param(module, one, id=f"{module}.{name}")
-
-
-def is_open(function, what: str) -> bool:
-    module = inspect.unwrap(function).__module__.removeprefix("spatiaflow.")
-    return what in OPEN.get(module, "").split()
 
 
 def loaded_by(code: str) -> set[str]:
@@ -56,8 +47,6 @@ HEAVY = {
 @pytest.mark.parametrize("namespace", HEAVY)
 def test_import_is_light(namespace):
     """Nothing that takes a second to import is loaded before it is needed."""
-    if namespace == "sf.tl" and "tl" in OPEN:
-        pytest.xfail(OPEN["tl"])
     assert not loaded_by(namespace) & set(HEAVY[namespace].split())
 
 
@@ -149,8 +138,6 @@ def untyped(function) -> list[str]:
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))
 def test_every_argument_has_a_type(module, function):
-    if is_open(function, "types"):
-        pytest.xfail("open")
     assert not untyped(function)
 
 
@@ -164,15 +151,11 @@ def test_every_argument_of_a_public_class_has_a_type():
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))
 def test_names_of_arguments_are_the_shared_ones(module, function):
-    if is_open(function, "names"):
-        pytest.xfail("open")
     assert not OLD_NAMES & set(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions("get", "pl", "pp", "tl")))
 def test_verbs_are_thin(module, function):
-    if is_open(function, "size"):
-        pytest.xfail("open")
     (node,) = ast.parse(inspect.getsource(inspect.unwrap(function))).body
     body = node.body[1:]  # without the docstring
     n_arguments, n_lines = len(inspect.signature(function).parameters), body[-1].end_lineno - body[0].lineno + 1

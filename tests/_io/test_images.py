@@ -29,7 +29,7 @@ def legacy(tmp_path, *, hires_scale=0.5):
 
 
 def found_in(data, **options):
-    (slide,) = _io.slides(data)
+    (slide,) = _io.places(data)
     return _io.slide_image(data, slide, **options)
 
 

@@ -237,7 +237,7 @@ def test_positions_scale_and_patch_are_right_as_it_comes(name, tmp_path, recwarn
     build, options, mpp, expected = STORES[name]
     sdata = stored(build(), tmp_path)
     recwarn.clear()
-    (slide,) = _io.slides(sdata, **options)
+    (slide,) = _io.places(sdata, _io.Where(**options))
     np.testing.assert_allclose(slide.xy, expected[SHUFFLED], atol=1e-4)
     assert slide.mpp == pytest.approx(mpp, rel=1e-4)
     found = _io.slide_image(sdata, slide, mpp=mpp)
@@ -251,7 +251,7 @@ def test_positions_scale_and_patch_are_right_as_it_comes(name, tmp_path, recwarn
 
 def test_xenium_channels_keep_their_names(tmp_path):
     sdata = stored(xenium(), tmp_path)
-    (slide,) = _io.slides(sdata)
+    (slide,) = _io.places(sdata)
     assert _io.slide_image(sdata, slide).channels == ("DAPI", "ATP1A1/CD45/E-Cadherin", "18S", "AlphaSMA/Vimentin")
 
 
@@ -259,7 +259,7 @@ def test_xenium_channels_keep_their_names(tmp_path):
 def test_outlines_that_the_table_does_not_annotate_are_those_of_its_cells(key, half):
     """A Xenium's table annotates labels by number; its polygons go by the cells' names, in another order."""
     sdata = xenium()
-    (slide,) = _io.slides(sdata, shapes_key=key)
+    (slide,) = _io.places(sdata, _io.Where(shapes_key=key))
     image = _io.slide_image(sdata, slide)
     masks = _io.masks(sdata, sdata["table"], slide, image)
     expected = np.hstack([CENTRES - half, CENTRES + half])[SHUFFLED]
@@ -285,29 +285,29 @@ def test_a_cell_of_two_nuclei_is_measured_over_both():
 
 def test_a_scale_that_contradicts_the_instrument_is_a_warning():
     with pytest.warns(UserWarning, match="mpp=1 was given, but coordinate system 'global' has 0.2125 µm per unit"):
-        (slide,) = _io.slides(xenium(), mpp=1.0)
+        (slide,) = _io.places(xenium(), _io.Where(mpp=1.0))
     assert slide.mpp == 1.0
 
 
 @pytest.mark.filterwarnings("error:mpp=")
 def test_a_scale_that_agrees_or_is_of_no_interest_is_none():
-    assert _io.slides(xenium(), mpp=0.21)[0].mpp == 0.21
-    _io.sections(xenium())
+    assert _io.places(xenium(), _io.Where(mpp=0.21))[0].mpp == 0.21
+    _io.places(xenium(), scaled=False)
 
 
 def test_xenium_nuclei_are_not_numbered_as_its_cells():
     with pytest.raises(ValueError, match="give shapes_key='nucleus_boundaries'"):
-        _io.slides(xenium(), labels_key="nucleus_labels")
+        _io.places(xenium(), _io.Where(labels_key="nucleus_labels"))
 
 
 def test_a_missing_element_is_named_with_what_there_is():
     with pytest.raises(KeyError, match="holds no 'cells'; it has .*'nucleus_boundaries'"):
-        _io.slides(xenium(), shapes_key="cells")
+        _io.places(xenium(), _io.Where(shapes_key="cells"))
 
 
 def test_cosmx_fields_of_view_are_slides_with_their_own_image(tmp_path):
     sdata = stored(cosmx(), tmp_path)
-    slides = {slide.name: slide for slide in _io.slides(sdata)}
+    slides = {slide.name: slide for slide in _io.places(sdata)}
     assert set(slides) == {"1_labels", "2_labels"}
     for fov, cells in FOVS.items():
         slide = slides[f"{fov}_labels"]
@@ -325,18 +325,18 @@ def test_cosmx_fields_of_view_are_slides_with_their_own_image(tmp_path):
 def test_cosmx_without_areas_is_known_by_its_field_of_view():
     sdata = cosmx(areas=False)
     with pytest.raises(ValueError, match="the scale of coordinate system 'global' is unknown: give mpp="):
-        _io.slides(sdata)
-    assert {slide.mpp for slide in _io.slides(sdata, mpp=0.18)} == {0.18}
+        _io.places(sdata)
+    assert {slide.mpp for slide in _io.places(sdata, _io.Where(mpp=0.18))} == {0.18}
     sdata["1_labels"] = Labels2DModel.parse(np.zeros((4256, 4256), np.uint8), dims=("y", "x"))
     assert _io.microns_per_unit(sdata, "global") == 0.12028
 
 
 def test_visium_hd_reads_the_resolution_that_the_encoder_needs(tmp_path):
     sdata = stored(visium_hd(), tmp_path)
-    (slide,) = _io.slides(sdata, table_key="square_008um")
+    (slide,) = _io.places(sdata, _io.Where(table_key="square_008um"))
     names = {mpp: _io.slide_image(sdata, slide, mpp=mpp).name for mpp in (0.5, 4.0)}
     assert names == {0.5: "HD_full_image", 4.0: "HD_lowres_image"}
-    (slide,) = _io.slides(visium_hd(full=False), table_key="square_008um")
+    (slide,) = _io.places(visium_hd(full=False), _io.Where(table_key="square_008um"))
     assert _io.slide_image(visium_hd(full=False), slide, mpp=0.5).mpp == pytest.approx(2.0)
 
 
@@ -360,7 +360,7 @@ def test_an_image_that_lies_over_the_others_is_to_be_chosen(tmp_path):
         marked(3), dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations={"global": to_global}
     )
     sdata = stored(sdata, tmp_path)
-    (slide,) = _io.slides(sdata)
+    (slide,) = _io.places(sdata)
     with pytest.raises(KeyError, match="'morphology_focus'.*Give image_key="):
         _io.slide_image(sdata, slide)
     found = _io.slide_image(sdata, slide, image_key="he_image")

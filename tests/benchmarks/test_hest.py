@@ -1,5 +1,6 @@
 """The runners read folders laid out as the two public benchmarks are; the test writes tiny ones."""
 
+import dataclasses
 import json
 
 import anndata as ad
@@ -11,6 +12,8 @@ from PIL import Image
 
 import hest
 import results
+import spatiaflow as sf
+from scored import Scored
 
 
 def tissue(rng, n=36):
@@ -50,32 +53,33 @@ def hest_root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    import dataclasses
-
-    from spatiaflow.models import PRESETS
-
-    for name in ("default", "paper"):
-        monkeypatch.setitem(
-            PRESETS, name, dataclasses.replace(PRESETS[name], width=16, n_heads=2, max_epochs=1, regions=2)
-        )
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    named = sf.models.STFlowConfig.named
+    with pytest.MonkeyPatch.context() as patch:
+        for name, config in list(named.items()):
+            small = dataclasses.replace(config, width=16, n_heads=2, max_epochs=1, regions=2)
+            patch.setitem(named, name, small)
+        yield
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the script into a folder of its own; returns the scores, wide."""
-    monkeypatch.setenv("SPATIAFLOW_RESULTS", str(tmp_path / "results"))
-
-    def runs(*words):
-        hest.main([*map(str, words), "--cache", str(tmp_path)])
+def measured(folder, *words) -> pd.DataFrame:
+    """Run the script into a folder; returns all scores there, wide."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPATIAFLOW_RESULTS", str(folder))
+        hest.main([*map(str, words), "--cache", str(folder / "features")])
         return results.pivot(results.read("hest"), ["data", "split", "method"]).reset_index()
 
-    return runs
+
+@pytest.fixture(scope="module")
+def once(hest_root, quick, tmp_path_factory):
+    """The folder of a run, and its scores."""
+    folder = tmp_path_factory.mktemp("results")
+    return folder, measured(folder, "--root", hest_root)
 
 
-def test_hest_folder_is_matched_by_barcode(hest_root, run):
-    table = run("--root", hest_root)
+def test_hest_folder_is_matched_by_barcode(once):
+    table = once[1]
     assert set(table["data"]) == {"hest:IDC, texture"}
     assert set(table["split"]) == {"fold 0", "fold 1"}
     assert set(table["method"]) == {"ridge", "ridge + smoothing", "STFlow default"}
@@ -83,35 +87,32 @@ def test_hest_folder_is_matched_by_barcode(hest_root, run):
     assert (ridge > 0.2).all()  # half of the genes follow the patch; 0 if rows were mismatched
 
 
-def test_a_fold_that_is_held_is_not_fitted_again(hest_root, run, monkeypatch):
-    run("--root", hest_root)
+def test_a_fold_that_is_held_is_not_fitted_again(once, hest_root, monkeypatch):
     fitted = []
     monkeypatch.setattr(hest, "run_fold", lambda *_: fitted.append(0) or {})
-    run("--root", hest_root)
+    measured(once[0], "--root", hest_root)
     assert not fitted
-    run("--root", hest_root, "--again")
+    measured(once[0], "--root", hest_root, "--again")
     assert len(fitted) == 2
 
 
-def test_selection_on_test_is_labelled_loudly(hest_root, run, capsys):
-    table = run("--root", hest_root, "--selection", "test", "--preset", "paper")
+def test_selection_on_test_is_labelled_loudly(hest_root, tmp_path, capsys):
+    table = measured(tmp_path, "--root", hest_root, "--selection", "test", "--preset", "paper")
     assert "TEST-SELECTED" in capsys.readouterr().err
     assert "STFlow paper TEST-SELECTED" in set(table["method"])
 
 
 def test_pooled_and_per_slide_differ_as_they_should():
-    from spatiaflow.models.regression import SlideData
-
     rng = np.random.default_rng(0)
     y = [rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 10]
-    slides = [SlideData(str(i), np.zeros((50, 2)), np.zeros((50, 1)), v, v, np.ones(50)) for i, v in enumerate(y)]
+    slides = [Scored(sf.models.Slide(str(i), np.arange(50)), v) for i, v in enumerate(y)]
     guess = [np.zeros((50, 3)) + rng.normal(0, 0.1, (50, 3)), np.full((50, 3), 10.0) + rng.normal(0, 0.1, (50, 3))]
     found = hest.scores(slides, guess)
     assert found["pearson_pooled"] > 0.9
     assert abs(found["pearson_per_slide"]) < 0.3
 
 
-def test_stimage_folder(tmp_path, run):
+def test_stimage_folder(tmp_path):
     rng, folder = np.random.default_rng(1), tmp_path / "root" / "Visium"
     for name in ("image", "coord", "gene_exp"):
         (folder / name).mkdir(parents=True)
@@ -129,6 +130,6 @@ def test_stimage_folder(tmp_path, run):
         pd.DataFrame(counts, index=spots, columns=[f"G{i}" for i in range(60)]).to_csv(
             folder / "gene_exp" / f"{sample}_count.csv"
         )
-    table = run("--layout", "stimage", "--root", tmp_path / "root", "--genes", "20")
+    table = measured(tmp_path, "--layout", "stimage", "--root", tmp_path / "root", "--genes", "20")
     assert (table["pearson_pooled"] > 0.1).any()
     assert len(table) == 3

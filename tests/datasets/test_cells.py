@@ -52,7 +52,7 @@ def test_every_cell_has_a_valid_polygon_in_the_image_and_counts(stores, name):
     assert controls.X.sum() < 0.01 * table.X.sum()
     assert controls.var_names.str.startswith(("Blank", "NegControl", "Unassigned")).all()
 
-    (slide,) = _io.slides(sdata)
+    (slide,) = _io.places(sdata)
     found = _io.slide_image(sdata, slide)
     np.testing.assert_allclose(slide.xy, table.obsm["spatial"], atol=1e-6)
     assert ((found.xy >= 0) & (found.xy <= found.source.shape[:0:-1])).all()
@@ -68,7 +68,7 @@ def test_every_cell_has_a_valid_polygon_in_the_image_and_counts(stores, name):
 def test_nuclei_are_bright_inside_the_polygons(stores, name, mpp, stains):
     """Polygons lie on the image: DAPI is bright inside, and less so where they are moved by 10 µm."""
     sdata = stores[name]
-    (slide,) = _io.slides(sdata)
+    (slide,) = _io.places(sdata)
     found = _io.slide_image(sdata, slide)
     assert found.mpp == pytest.approx(mpp, rel=1e-4)
     assert found.channels == stains
@@ -87,7 +87,7 @@ def test_nuclei_are_bright_inside_the_polygons(stores, name, mpp, stains):
 
 def test_xenium_lies_where_the_slide_has_it(stores):
     """Positions are those of the whole slide: pixels 18432-22528 and 0-4096, in µm."""
-    (slide,) = _io.slides(stores["xenium_pancreas"])
+    (slide,) = _io.places(stores["xenium_pancreas"])
     assert (slide.xy >= np.array([18432, 0]) * 0.2125).all()
     assert (slide.xy < np.array([22528, 4096]) * 0.2125).all()
     assert slide.xy[:, 0].max() > 22500 * 0.2125
@@ -173,9 +173,9 @@ def test_starmap_has_three_mice_with_the_layers_in_order(cortex, cache):
             info = raw["starmap_info"][name].loc[cell]
             assert mine.obsm["spatial"][0].tolist() == [info["x"], info["y"]]
             assert mine.obs["cell_type"].iloc[0] == info["c"]
-    assert len(_io.slides(cortex, library_key="mouse", mpp=1)) == 3
+    assert len(_io.places(cortex, _io.Where(library_key="mouse", mpp=1))) == 3
     with pytest.raises(ValueError, match="the scale of slide 'BZ5' is unknown: give mpp="):
-        _io.slides(cortex, library_key="mouse")
+        _io.places(cortex, _io.Where(library_key="mouse"))
 
 
 def test_starmap_says_what_to_install(cache, monkeypatch, tmp_path):

@@ -81,7 +81,7 @@ def test_images_show_the_polygons(tissue):
 
 
 def test_positions_are_micrometres(tissue):
-    (slide,) = _io.slides(tissue)
+    (slide,) = _io.places(tissue)
     np.testing.assert_allclose(slide.xy, tissue["table"].obsm["spatial"], atol=0.3)
     assert slide.mpp == 1.0
 
@@ -92,7 +92,7 @@ def test_zarr_round_trip(tmp_path):
     again = sd.read_zarr(tmp_path / "t.zarr")
     np.testing.assert_array_equal(again["table"].X.toarray(), tissue["table"].X.toarray())
     assert again["table"].uns["planted"]["theta"] == tissue["table"].uns["planted"]["theta"]
-    assert _io.slides(again)[0].mpp == 1.0
+    assert _io.places(again)[0].mpp == 1.0
 
 
 def test_too_small_is_refused():

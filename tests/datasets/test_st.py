@@ -27,7 +27,7 @@ def test_positions_lie_on_tissue_in_the_image(sections, i):
 @pytest.mark.parametrize("i", [0, 1])
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_scale_agrees_with_the_pitch(sections, i):
-    (slide,) = _io.slides(sections[i])
+    (slide,) = _io.places(sections[i])
     assert slide.pitch == pytest.approx((200, 141)[i], rel=0.1)
 
 

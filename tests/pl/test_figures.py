@@ -92,7 +92,7 @@ def test_he_lies_behind_the_spots_of_a_spatialdata():
     from spatiaflow import _io
 
     sdata = sf.datasets.simulated_tissue(200, seed=0)
-    (slide,) = _io.slides(sdata)
+    (slide,) = _io.places(sdata)
     picture, scale, corner = _io.background(sdata, sdata["table"], slide, pixels=100)
     image = np.asarray(sdata["he"].data)
     found = _io.slide_image(sdata, slide, image_key="he")

@@ -45,7 +45,7 @@ def test_pixels_of_other_cells_are_left_out():
 def test_tiles_are_the_sums_of_their_cells():
     sdata = sf.datasets.simulated_tissue(300, seed=0)
     tiles, table = sf.pp.tiles(sdata, tile_um=40), sdata["table"]
-    members, (slide,) = tiles.uns["tiles"]["members"], _io.slides(sdata)
+    members, (slide,) = tiles.uns["tiles"]["members"], _io.places(sdata)
     assert (members >= 0).all() and tiles.n_obs > 4
     for t in range(tiles.n_obs):
         mine = members == t
@@ -102,7 +102,7 @@ def test_tiles_pool_slots_and_stand_in_the_spatialdata(tmp_path):
             expected = np.nanmean(frame[members == t], 0)
         np.testing.assert_allclose(tiles.obsm["morphology"].iloc[t], expected, rtol=1e-5)
     assert tiles.uns["E"] == table.uns["E"]
-    (slide,) = _io.slides(sdata, table_key="tiles")
+    (slide,) = _io.places(sdata, _io.Where(table_key="tiles"))
     np.testing.assert_allclose(slide.xy, tiles.obsm["spatial"], rtol=1e-6)
     sdata.write(tmp_path / "a.zarr")
     again = sd.read_zarr(tmp_path / "a.zarr")["tiles"]

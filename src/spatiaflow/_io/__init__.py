@@ -6,7 +6,7 @@ from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._reader import Chunks, Decoded, open_image
-from spatiaflow._io._slides import collect, microns_per_unit, one_slide, places, sections, slides, unpack
+from spatiaflow._io._slides import microns_per_unit, one_slide, places, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
@@ -37,7 +37,6 @@ __all__ = [
     "at_least_one",
     "background",
     "check_encoder",
-    "collect",
     "counts",
     "dense",
     "each_object",
@@ -59,10 +58,8 @@ __all__ = [
     "positive",
     "provenance",
     "same_encoder",
-    "sections",
     "shared_genes",
     "slide_image",
-    "slides",
     "slot_name",
     "slot_as_anndata",
     "storable",

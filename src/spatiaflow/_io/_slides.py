@@ -37,7 +37,9 @@ XENIUM_MPP = 0.2125
 COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
 
 
-def places(data: AnnData | SpatialData, where: Where, *, missing: bool = False, scaled: bool = True) -> list[Slide]:
+def places(
+    data: AnnData | SpatialData, where: Where | None = None, *, missing: bool = False, scaled: bool = True
+) -> list[Slide]:
     """Return every slide of ``data`` with its positions in µm, and nothing else yet.
 
     AnnData: ``obsm[spatial_key]`` times the µm per pixel. SpatialData: the centroids of the elements that the table
@@ -50,6 +52,7 @@ def places(data: AnnData | SpatialData, where: Where, *, missing: bool = False, 
     scaled
         False: only the order of positions matters, so their scale may be unknown, and an AnnData may have none.
     """
+    where = where or Where()
     _, table = unpack(data, where.table_key)
     if not scaled:
         return _unscaled(data, table, where)
@@ -60,11 +63,6 @@ def places(data: AnnData | SpatialData, where: Where, *, missing: bool = False, 
     for slide in found:
         _check_positions(slide, table, where.library_key, missing)
     return found
-
-
-def slides(data: AnnData | SpatialData, *, missing: bool = False, **where: Any) -> list[Slide]:
-    """As :func:`places`, with flat arguments."""
-    return places(data, Where(**where), missing=missing)
 
 
 def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list[Slide]:
@@ -82,50 +80,6 @@ def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list
                 f"positions of slide {name!r} in obsm[{where.spatial_key!r}] are NaN or infinite; drop those rows."
             )
         out.append(Slide(name, table.obs_names.to_numpy()[rows], xy[rows] if there else ABSENT, rows=rows))
-    return out
-
-
-def sections(data: Any, **where: Any) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Return (name, rows, positions) of every slide where only order matters, not scale; None: no positions at all."""
-    return [(slide.name, slide.rows, slide.xy) for slide in places(data, Where(**where), scaled=False)]
-
-
-def collect(data: Any, **where: Any) -> list[tuple[AnnData | SpatialData, AnnData, dict[str, Slide]]]:
-    """Return (object, table, slides by name) for one object or a list of them; no two slides have one name.
-
-    Warns of a slide that comes twice, and of slides whose spots are not as far apart as the others'.
-    """
-    objects = list(data) if isinstance(data, list | tuple) else [data]
-    if not objects:
-        raise ValueError("data is an empty list; give at least one AnnData or SpatialData.")
-    out: list = []
-    names: dict[str, Slide] = {}
-    seen: dict[bytes, str] = {}
-    for one in objects:
-        found = {}
-        for slide in slides(one, **where):
-            name = slide.name
-            while name in names:  # two objects may call their slide alike
-                name += "'"
-            names[name] = slide
-            if (twin := seen.setdefault(slide.xy.tobytes(), name)) != name:
-                warnings.warn(
-                    f"slides {twin!r} and {name!r} have the same positions: is one slide given twice? What is held out "
-                    "would then have been trained on.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-            found[name] = slide
-        out.append((one, unpack(one, where.get("table_key", "table"))[1], found))
-    pitches = {name: slide.pitch for name, slide in names.items() if len(slide.rows) > 15}
-    usual = float(np.median(list(pitches.values()))) if pitches else 1.0
-    for name, step in pitches.items():
-        if abs(step / usual - 1) > 0.5:
-            warnings.warn(
-                f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=3,
-            )
     return out
 
 

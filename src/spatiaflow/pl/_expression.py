@@ -80,11 +80,8 @@ def expression(
     missing = [gene for gene in genes if gene not in predicted.var_names]
     if missing:
         raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(predicted.var_names[:8])}, ...")
-    slides = _io.slides(
-        data, table_key=table_key, shapes_key=shapes_key, labels_key=labels_key, library_key=library_key,
-        spatial_key=spatial_key, mpp=mpp,
-    )  # fmt: skip
-    slide = _io.one_slide(slides, library_id)
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
+    slide = _io.one_slide(_io.places(data, where), library_id)
     has_truth = all(gene in table.var_names for gene in genes)
     columns = ["measured"] * has_truth + ["predicted"] + ["std"] * ("std" in predicted.layers)
     per = _io.target_sum(table, key)

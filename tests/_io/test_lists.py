@@ -1,0 +1,25 @@
+import pytest
+
+from spatiaflow._io import each_object, objects_of
+
+
+@each_object
+def double(data, *, copy=True):
+    return 2 * data if copy else None
+
+
+def test_objects_by_name():
+    assert objects_of(3) == {"": 3}
+    assert objects_of([3, 4]) == {"0": 3, "1": 4}
+    assert objects_of({"a": 3}) == {"a": 3}
+    for empty in ([], {}):
+        with pytest.raises(ValueError, match="data is empty"):
+            objects_of(empty)
+
+
+def test_a_verb_returns_the_form_it_was_given():
+    assert double(2) == 4
+    assert double([1, 2]) == [2, 4]
+    assert double({"a": 1}) == {"a": 2}
+    assert double(data=[1]) == [2]
+    assert double([1, 2], copy=False) is None
