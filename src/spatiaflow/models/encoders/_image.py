@@ -124,7 +124,13 @@ TIMM = {
 # CONCH comes with a package of its own; 448 px of 20x tissue
 CONCH_HUB, CONCH_PIXELS = "MahmoodLab/CONCH", 448
 CONCH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SHORT_NAMES = ("texture", *TIMM, "conch")
+# encoders without weights: an entry here is all that a new one needs
+WEIGHT_FREE: dict[str, Callable[[], Encoder]] = {
+    "texture": lambda: Encoder(
+        "texture", _texture.texture, _texture.MPP, multiple=_texture.PIXEL_MULTIPLE, feature_names=_texture.names()
+    )
+}
+SHORT_NAMES = (*WEIGHT_FREE, *TIMM, "conch")
 
 
 def load_encoder(
@@ -180,10 +186,8 @@ def load_encoder(
         )
     if not isinstance(encoder, str | Path):
         raise TypeError(f"encoder must be a name, a path, a function or an Encoder, not {encoder!r}.")
-    if str(encoder) == "texture":
-        return Encoder(
-            "texture", _texture.texture, _texture.MPP, multiple=_texture.PIXEL_MULTIPLE, feature_names=_texture.names()
-        )
+    if str(encoder) in WEIGHT_FREE:
+        return WEIGHT_FREE[str(encoder)]()
     if str(encoder) == "conch":
         return _conch(checkpoint, device)
     if str(encoder) in TIMM:
