@@ -39,7 +39,7 @@ def transition(
         Result of :func:`spatiaflow.tl.generate_morphology`.
     targets
         Images of real cells of the target state, n x channels x pixels x pixels, such as
-        ``sf.pp.crops(sdata, crop_um=..., pixels=...).read(rows)``.
+        ``sf.pp.crops(sdata, crop_um=..., crop_pixels=...).read(rows)``.
     n
         Number of cells.
     channels
@@ -68,7 +68,7 @@ def transition(
     --------
     >>> images = {"image_key": "fluorescence"}
     >>> made = sf.tl.generate_morphology(sdata, source="A", target="B", model="morphology-simulated-small", **images)
-    >>> real = sf.pp.crops(sdata, crop_um=16, pixels=32, **images).read(np.flatnonzero(sdata["table"].obs["state"] == "B"))
+    >>> real = sf.pp.crops(sdata, crop_um=16, crop_pixels=32, **images).read(np.flatnonzero(sdata["table"].obs["state"] == "B"))
     >>> sf.pl.transition(made, real, n=4)
     """
     import matplotlib.pyplot as plt
@@ -163,7 +163,7 @@ def profile_shift(
     --------
     >>> images = {"image_key": "fluorescence"}
     >>> made = sf.tl.generate_morphology(sdata, source="A", target="B", model="morphology-simulated-small", **images)
-    >>> profile = sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16, pixels=32, **images))
+    >>> profile = sf.pp.image_profile(sf.pp.crops(sdata, crop_um=16, crop_pixels=32, **images))
     >>> state = sdata["table"].obs["state"].to_numpy()
     >>> sf.pl.profile_shift(made, source=profile[state == "A"], target=profile[state == "B"])
     """
