@@ -56,7 +56,7 @@ class Config:
                 f"give {argument}=sf.models.{cls.__name__}(...)."
             )
         if config not in cls.named:
-            raise ValueError(f"{argument} must be one of {', '.join(cls.named) or 'no names'}, not {config!r}.")
+            raise ValueError(f"{argument} must be one of {', '.join(map(repr, cls.named or ('default',)))}, not {config!r}.")
         return cls.named[config]
 
 
