@@ -248,7 +248,7 @@ def test_bad_arguments(slides, model, tmp_path):
         train(slides, genes=["Foo"])
     with pytest.raises(ValueError, match="config must be one of 'default', not 'huge'"):
         train(slides, config="huge")
-    with pytest.raises(TypeError, match="config must be a name or a SpatiaConfig, not dict"):
+    with pytest.raises(TypeError, match="config must be a name or a models.SpatiaConfig, not dict"):
         train(slides, config={"width": 32})
 
 
