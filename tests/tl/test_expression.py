@@ -285,6 +285,7 @@ def test_a_name_to_hold_out_is_one_name(slide):
     assert one.sha256 == same.sha256
 
 
+@pytest.mark.slow
 def test_printed_arrays_are_arrays(mirror):
     """Spots of her2st are jittered: a wrong scale and slides mixed in one table are noticed all the same."""
     with sf.settings.override(mirror=str(mirror)):
