@@ -56,7 +56,9 @@ class Config:
                 f"give {argument}=sf.models.{cls.__name__}(...)."
             )
         if config not in cls.named:
-            raise ValueError(f"{argument} must be one of {', '.join(map(repr, cls.named or ('default',)))}, not {config!r}.")
+            raise ValueError(
+                f"{argument} must be one of {', '.join(map(repr, cls.named or ('default',)))}, not {config!r}."
+            )
         return cls.named[config]
 
 
