@@ -27,6 +27,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
 def test_tutorial_runs(path, mirror, tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIAFLOW_MIRROR", str(mirror))

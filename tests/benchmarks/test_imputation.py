@@ -39,6 +39,7 @@ def test_uncertain_values_are_called_different_less_often():
     assert (sure < 0.05).mean() > 0.5 > 0.05 > (unsure < 0.05).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [True, False])
 def test_heads_find_a_planted_mean_and_the_flow_its_spread(flow):
     from flow_head import fit_head

@@ -153,6 +153,7 @@ def test_figures(slide, model):
         sf.pl.transition(made, np.zeros((3, 4, 8, 8)))
 
 
+@pytest.mark.slow
 def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
     again = train(slide)
     assert all(
@@ -166,6 +167,7 @@ def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
     assert model.card["surrogate_r2"]["rna_mean"] > 0.5
 
 
+@pytest.mark.slow
 def test_another_run_is_not_resumed(slide, tmp_path):
     options = {"max_epochs": 1, "profile_key": None, "checkpoint_dir": tmp_path}
     whole = train(slide, **options)
@@ -177,6 +179,7 @@ def test_another_run_is_not_resumed(slide, tmp_path):
         train(slide, **options, resume=True, random_state=7)
 
 
+@pytest.mark.slow
 def test_one_model_is_trained_on_several_objects(slide, model):
     """Two copies of a slide hold the same pairs twice: shifts stay, and each copy has its cells and pairs in the card."""
     both = train({"one": slide, "two": slide}, max_epochs=1)
@@ -196,6 +199,7 @@ def test_shift_is_the_mean_difference_of_pairs(slide, model):
     assert abs(model.shifts["A -> A"][""]["profile"][place]) < 0.35
 
 
+@pytest.mark.slow
 def test_losses_can_be_switched_off(slide):
     model = train(
         slide,
@@ -281,6 +285,7 @@ def test_a_niche_that_training_did_not_see_is_named(slide, model):
         generate(other, model, n_steps=1)
 
 
+@pytest.mark.slow
 def test_tiles(slide, tmp_path):
     """Tiles go the same way: from pictures of 40 um with some of A to such with some of B."""
     sdata = tissue(4, 1500)

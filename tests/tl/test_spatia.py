@@ -260,6 +260,7 @@ def test_every_loss_is_logged_and_can_be_switched_off(slides, model):
     assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
 
 
+@pytest.mark.slow
 def test_training_lowers_every_loss(slides):
     history = train(slides, max_epochs=6).history
     for name in ("genes", "image_to_genes", "reconstruction", "niche", "tissue"):
@@ -280,6 +281,7 @@ def test_the_context_is_trained_with_dropout(slides, monkeypatch):
     assert modes == {(True, True), (False, False)}
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
     whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
     assert train(slides, max_epochs=3).sha256 == whole.sha256
@@ -376,6 +378,7 @@ def corpus(slides, tmp_path_factory):
     return manifest
 
 
+@pytest.mark.slow
 def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
     on_disk = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
     objects = [sd.read_zarr(corpus.parent / name) for name in ("a.zarr", "b.zarr")]
@@ -388,6 +391,7 @@ def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
     assert set(on_disk.card["data"]) == {"a:nuclei", "b:nuclei"}
 
 
+@pytest.mark.slow
 def test_batches_may_be_read_by_other_processes(corpus):
     alone = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
     helped = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny(num_workers=2))
