@@ -56,7 +56,7 @@ def test_an_image_of_more_bits_than_the_training_slides_is_a_warning(model):
     )  # fmt: skip
     cells = list(sdata["table"].obs_names[sdata["table"].obs["state"] == "A"][:2])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         generate(sdata, model, cells=cells, n_steps=1)
     sdata["fluorescence"] = pixels
     with pytest.warns(UserWarning, match="bright end of channel .* come out white or black"):
