@@ -1,5 +1,6 @@
 import pytest
 
+import spatiaflow as sf
 from spatiaflow._io import each_object, objects_of
 
 
@@ -23,3 +24,10 @@ def test_a_verb_returns_the_form_it_was_given():
     assert double({"a": 1}) == {"a": 2}
     assert double(data=[1]) == [2]
     assert double([1, 2], copy=False) is None
+
+
+def test_a_verb_without_data_says_so():
+    with pytest.raises(TypeError, match="data"):
+        sf.tl.cluster_niches()
+    with pytest.raises(TypeError, match="data"):
+        sf.tl.embed_spatia()

@@ -28,9 +28,11 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(verb)
     def run(*args: Any, **arguments: Any) -> Any:
-        data, *rest = args or (arguments.pop("data"),)
+        data = args[0] if args else arguments.get("data")
         if not isinstance(data, list | tuple | Mapping):
-            return verb(data, *rest, **arguments)
+            return verb(*args, **arguments)
+        rest = args[1:]
+        arguments.pop("data", None)
         found = {name: verb(one, *rest, **arguments) for name, one in objects_of(data).items()}
         if all(one is None for one in found.values()):
             return None

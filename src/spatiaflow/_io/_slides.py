@@ -57,7 +57,7 @@ def places(
     if not scaled:
         return _unscaled(data, table, where)
     if isinstance(data, SpatialData):
-        found = _slides_of_spatialdata(data, table, where.shapes_key or where.labels_key, where.library_key, where.mpp)
+        found = _slides_of_spatialdata(data, table, where)
     else:
         found = _slides_of_anndata(table, where.library_key, where.spatial_key, where.mpp)
     for slide in found:
@@ -123,10 +123,10 @@ def _slides_of_anndata(table: AnnData, library_key: str | None, spatial_key: str
     return out
 
 
-def _slides_of_spatialdata(
-    sdata: SpatialData, table: AnnData, element_key: str | None, library_key: str | None, mpp: float | None
-) -> list[Slide]:
+def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where) -> list[Slide]:
     from spatialdata.transformations import get_transformation
+
+    element_key, library_key, mpp = where.shapes_key or where.labels_key, where.library_key, where.mpp
 
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
@@ -145,7 +145,11 @@ def _slides_of_spatialdata(
     common = set.intersection(*(set(get_transformation(sdata[name], get_all=True)) for name in regions))
     if not common:
         raise ValueError(f"elements {_listing(regions)} share no coordinate system; align them first.")
-    system = next(
+    if where.coordinate_system is not None and where.coordinate_system not in common:
+        raise KeyError(
+            f"elements {_listing(regions)} have no coordinate system {where.coordinate_system!r}; they share {_listing(common)}."
+        )
+    system = where.coordinate_system or next(
         (name for name in MICRON_SYSTEMS if name in common), "global" if "global" in common else sorted(common)[0]
     )
     scale = microns_per_unit(sdata, system) if mpp is None else mpp

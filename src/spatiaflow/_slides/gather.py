@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def gather(
 
                 options: dict[str, Any] = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
                 parts["crops"] = slide_crops(one, slide, table, **options)
-            name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, dict))
+            name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
             out.append(replace(slide, name=name, **parts))
     if scaled and len(out) > 1:
         _check_together(out)

@@ -34,7 +34,6 @@ def __getattr__(name: str) -> _Any:
         return _import_module("spatiaflow.models._base").load
     if name in _WHERE:
         return getattr(_import_module(f"spatiaflow.models.{_WHERE[name]}"), name)
-    try:
-        return _import_module(f"spatiaflow.models.{name}")
-    except ModuleNotFoundError:
-        raise AttributeError(f"module 'spatiaflow.models' has no attribute {name!r}") from None
+    if name == "encoders":
+        return _import_module("spatiaflow.models.encoders")
+    raise AttributeError(f"module 'spatiaflow.models' has no attribute {name!r}; it has {', '.join(__all__)}, encoders")

@@ -154,7 +154,8 @@ def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> 
     for slide in slides:
         if len(slide) < 2:
             raise ValueError(f"slide {slide.name!r} has a single spot; leave it out of the training.")
-        if missing := [gene for gene in genes if gene not in set(slide.genes)]:
+        measured = set(slide.genes)
+        if missing := [gene for gene in genes if gene not in measured]:
             listed = ", ".join(map(repr, missing[:3]))
             raise KeyError(
                 f"{len(missing)} of {len(genes)} genes are not in var_names of slide {slide.name!r} (first: {listed})."

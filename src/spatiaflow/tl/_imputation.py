@@ -83,7 +83,8 @@ def train_imputation(
     _io.positive(target_sum=target_sum)
     shared = _io.shared_genes([_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()])
     if genes is not None:
-        if unknown := [g for g in genes if g not in set(shared)]:
+        known = set(shared)
+        if unknown := [g for g in genes if g not in known]:
             raise KeyError(f"genes= names {len(unknown)} that not all slides measure, such as {unknown[0]!r}.")
         shared = [str(g) for g in genes]
     slides = _slides(data, where, shared, layer, use_rep)
@@ -280,7 +281,8 @@ def _genes(
     table: AnnData, known: Collection[str], genes: str | list[str] | None, where: str
 ) -> tuple[list[str], list[str]]:
     """Genes that table and source both measure, and genes that are wanted."""
-    shared = [str(g) for g in table.var_names if g in set(known)]
+    names = set(known)
+    shared = [str(g) for g in table.var_names if g in names]
     if len(shared) < MIN_SHARED:
         raise ValueError(
             f"data and {where} share {len(shared)} of {table.n_vars} genes; at least {MIN_SHARED} are needed. Data have e.g. "
@@ -288,12 +290,13 @@ def _genes(
             "(symbols or Ensembl, human or mouse)?"
         )
     if genes is None:
-        wanted = shared if known is table.var_names else [str(g) for g in known if g not in set(shared)]
+        both = set(shared)
+        wanted = shared if known is table.var_names else [str(g) for g in known if g not in both]
         if not wanted:
             raise ValueError(f"{where} has no gene that data lack. Name the genes to denoise in genes=.")
         return shared, wanted
     wanted = [genes] if isinstance(genes, str) else [str(g) for g in genes]
-    if unknown := [g for g in wanted if g not in set(known)]:
+    if unknown := [g for g in wanted if g not in names]:
         alike = {str(g).lower(): str(g) for g in known}.get(str(unknown[0]).lower())
         hint = f" Is it {alike!r}?" if alike else ""
         raise KeyError(f"genes= names {len(unknown)} that are not in {where}, such as {unknown[0]!r}.{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,9 +186,9 @@ class _Batches(Dataset):
         rng = np.random.default_rng([self.seed, self.epoch, b])
         return self.batch(b, rng) | {"seed": int(rng.integers(2**31))}
 
+    @abstractmethod
     def batch(self, b: int, rng: np.random.Generator) -> dict:
         """One batch."""
-        raise NotImplementedError
 
     def place(self, rng: np.random.Generator) -> tuple[int, int]:
         """A slide and one of its cells."""
@@ -309,9 +310,9 @@ class _Training(L.LightningModule):
         log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
         return -(log_p * which).sum() / which.sum().clamp_min(1)
 
+    @abstractmethod
     def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
         """Every loss whose weight is not 0."""
-        raise NotImplementedError
 
     def _step(self, b: dict, stage: str) -> Tensor:
         torch.manual_seed(b["seed"])  # dropout and masks belong to the batch, so that a resumed run repeats them
