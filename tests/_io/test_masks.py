@@ -7,7 +7,7 @@ from spatialdata import get_centroids
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine
 
-from spatiaflow._io import _slides
+from spatiaflow._io import _elements
 
 
 @pytest.mark.parametrize("scale_factors", [None, [2]])
@@ -19,6 +19,6 @@ def test_centroids_of_labels_equal_those_of_spatialdata(scale_factors):
         da.from_array(pixels, chunks=300), dims=("y", "x"), transformations={"um": turn}, scale_factors=scale_factors
     )
     expected = get_centroids(labels, coordinate_system="um").compute()
-    found = _slides._centroids(labels, "um")
+    found = _elements.centroids_of(labels, "labels", "um")
     np.testing.assert_array_equal(found.index, expected.index)
     np.testing.assert_allclose(found[["x", "y"]], expected[["x", "y"]])

@@ -375,6 +375,6 @@ def test_centroids_of_labels_do_not_depend_on_chunks():
         for chunks in ((HEIGHT, WIDTH), (29, 19))
     )
     for labels in (one, many):
-        found = _io._slides._centroids(labels, "global")
+        found = _io._elements.centroids_of(labels, "labels", "global")
         assert list(found.index) == [1, 2, 3, 4, 5]
         np.testing.assert_allclose(found, CENTRES)

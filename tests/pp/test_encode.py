@@ -83,7 +83,11 @@ def test_every_slide_has_its_own_image_and_scale(tmp_path):
     assert (
         abs(adata.obsm["X_centre"][1::2] - values_at(there, other)).mean() > 1
     )  # resampled from 0.25 to 0.5 µm per pixel
-    with pytest.raises(ValueError, match="library_key="):
+    expected = adata.obsm.pop("X_centre")
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=4)  # one column holds the names of the slides
+    np.testing.assert_array_equal(adata.obsm["X_centre"], expected)
+    adata.obs["again"] = adata.obs["slide"]
+    with pytest.raises(ValueError, match="library_key=.*'slide', 'again'"):
         sf.pp.encode_patches(adata, encoder=centre)
 
 
@@ -131,21 +135,33 @@ def test_alpha_is_dropped_and_gray_refused(tmp_path):
         sf.pp.encode_patches(spots(tmp_path, "gray.png", PIXELS[..., 0]))
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.float32])
-def test_only_uint8_is_taken(tmp_path, kind):
-    with pytest.raises(ValueError, match=f"{np.dtype(kind)}.*Scale each channel to 0-255"):
-        sf.pp.encode_patches(spots(tmp_path, "deep.tif", PIXELS.astype(kind)), encoder=centre)
+@pytest.mark.parametrize(
+    ("kind", "white"), [(np.uint16, 255), (np.uint16, 65535), (np.float32, 255), (np.float32, 1), (np.int64, 255)]
+)
+def test_a_picture_of_any_depth_gives_the_same_features(tmp_path, kind, white):
+    adata, other = (
+        spots(tmp_path),
+        spots(tmp_path, "deep.tif", (PIXELS.astype(np.float64) * (white / 255)).astype(kind)),
+    )
+    for one in (adata, other):
+        sf.pp.encode_patches(one)
+    np.testing.assert_allclose(other.obsm["X_texture"], adata.obsm["X_texture"], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0, -1.0, np.nan])
+def test_a_picture_of_no_usual_range_is_refused(tmp_path, scale):
+    with pytest.raises(ValueError, match="Convert it to uint8"):
+        sf.pp.encode_patches(spots(tmp_path, "deep.tif", (PIXELS * scale).astype(np.float32)))
 
 
 def test_positions_outside_say_why(tmp_path):
     adata = spots(tmp_path)
     adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1]
-    with pytest.raises(
-        ValueError, match=r"1 of 3 spots of slide 's' lie outside .*130 x 90 px; first: '1'.*swapped all would"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 3 positions of slide 's' .33.3%. lie .*130 x 90 px.*swapped all would"):
         sf.pp.encode_patches(adata)
+    assert np.isnan(adata.obsm["X_texture"]).all(1).sum() == 1
     adata.obsm["spatial"] = adata.obsm["spatial"] * 2.0
-    with pytest.raises(ValueError, match="is mpp wrong"):
+    with pytest.raises(ValueError, match="wrong?"):
         sf.pp.encode_patches(adata)
 
 

@@ -178,7 +178,7 @@ def test_other_panels(slides, model):
 def test_cells_outside_the_image_and_without_counts(slides, model):
     image = slides[0]["fluorescence"]
     cut = edited(slides[0], fluorescence=image[:, : image.sizes["y"] // 2])
-    with pytest.warns(UserWarning, match="outside its image"):
+    with pytest.warns(UserWarning, match="outside of image"):
         table = embedded(cut, model)
     assert np.isfinite(table.obsm["X_spatia"]).all()
     empty = slides[0]["table"].copy()

@@ -1,12 +1,14 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
-from spatiaflow._io._arguments import at_least_one, held_out, known_names, one_of, positive, slot_name
+from spatiaflow._io._arguments import at_least_one, held_out, known_names, listing, one_of, positive, slot_name
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, objects_of
 from spatiaflow._io._masks import masks
+from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
-from spatiaflow._io._slides import microns_per_unit, one_slide, places, unpack
+from spatiaflow._io._scales import microns_per_unit, remember
+from spatiaflow._io._slides import one_slide, places, positions, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     check_encoder,
@@ -34,18 +36,22 @@ __all__ = [
     "SlideImage",
     "StoredCounts",
     "Where",
+    "as_uint8",
     "at_least_one",
     "background",
     "check_encoder",
+    "check_finite",
     "counts",
     "dense",
     "each_object",
     "features",
     "groups",
     "held_out",
+    "inside",
     "keep",
     "known_names",
     "library_sizes",
+    "listing",
     "log_expression",
     "masks",
     "microns_per_unit",
@@ -55,8 +61,10 @@ __all__ = [
     "one_slide",
     "open_image",
     "places",
+    "positions",
     "positive",
     "provenance",
+    "remember",
     "same_encoder",
     "shared_genes",
     "slide_image",

@@ -65,3 +65,9 @@ def held_out(validation: Any, names: Iterable[str], largest: float = 0.99) -> li
     if not set(names) - set(chosen):
         raise ValueError("validation names every slide; at least one must be left to train on.")
     return chosen
+
+
+def listing(names: Iterable) -> str:
+    """Quote names for an error, at most twelve."""
+    names = [repr(str(name)) for name in names]
+    return (", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")) or "nothing"

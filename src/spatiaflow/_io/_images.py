@@ -12,7 +12,8 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow._io._slides import _listing, image_scales
+from spatiaflow._io._arguments import listing
+from spatiaflow._io._elements import image_scales
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import ABSENT, Slide
 
@@ -58,7 +59,7 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
     if image_key is None and path and Path(path).is_file():
         return SlideImage(Path(path), xy, slide.mpp, False, str(path))
     if image_key is not None and image_key not in images:
-        raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {_listing(images)}.")
+        raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {listing(images)}.")
     key = image_key or "hires"
     scale = library.get("scalefactors", {}).get(f"tissue_{key}_scalef")
     if image_key is not None and scale is None:
@@ -90,10 +91,10 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     from spatialdata.transformations import get_transformation
 
     if image_key is not None and image_key not in sdata.images:
-        raise KeyError(f"this SpatialData has no image {image_key!r}; it has {_listing(sdata.images)}.")
+        raise KeyError(f"this SpatialData has no image {image_key!r}; it has {listing(sdata.images)}.")
     levels = []
     for name in [image_key] if image_key is not None else _pictures(sdata, slide):
-        for level in image_scales(sdata.images[name]):
+        for level in image_scales(sdata.images[name], name):
             transformations = get_transformation(level, get_all=True)
             if slide.coordinate_system not in transformations:
                 raise KeyError(
@@ -121,7 +122,7 @@ def _pictures(sdata: SpatialData, slide: Slide) -> list[str]:
     pictures = {re.sub("_(full|hires|lowres)_image$", "", name) for name in found}
     if len(pictures) != 1:
         raise KeyError(
-            f"{len(found)} images share the coordinate system {system!r} with {slide.element!r}: {_listing(found)}. "
+            f"{len(found)} images share the coordinate system {system!r} with {slide.element!r}: {listing(found)}. "
             "Give image_key=."
         )
     return found

@@ -13,9 +13,9 @@ from anndata import AnnData
 from scipy import ndimage
 from spatialdata import SpatialData
 
+from spatiaflow._io._elements import affine_of, image_scales, known_instances
 from spatiaflow._io._images import SlideImage
 from spatiaflow._io._reader import open_image, parts
-from spatiaflow._io._slides import _affine, image_scales, known_instances
 from spatiaflow.models.slide import Slide
 
 
@@ -37,7 +37,9 @@ def masks(sdata: SpatialData, table: AnnData, slide: Slide, image: SlideImage) -
     geometry = shapes.geometry.to_numpy()
     if "radius" in shapes:
         geometry = shapely.buffer(geometry, shapes["radius"].to_numpy())
-    return PolygonMasks(geometry, np.linalg.inv(image.affine) @ _affine(sdata[slide.element], slide.coordinate_system))
+    return PolygonMasks(
+        geometry, np.linalg.inv(image.affine) @ affine_of(sdata[slide.element], slide.coordinate_system)
+    )
 
 
 class PolygonMasks:
@@ -66,7 +68,7 @@ class LabelMasks:
     """Pixels whose centre lies in a pixel of the cell's label; labels may have another grid than the image."""
 
     def __init__(self, element: Any, instances: np.ndarray, slide: Slide, image: SlideImage):
-        levels = [(level, _affine(level, slide.coordinate_system)) for level in image_scales(element)]
+        levels = [(level, affine_of(level, slide.coordinate_system)) for level in image_scales(element)]
         wanted = np.linalg.det(image.affine[:2, :2])
         level, affine = min(levels, key=lambda found: abs(np.log(abs(np.linalg.det(found[1][:2, :2]) / wanted))))
         self.labels, _, _ = open_image(level.data, True)

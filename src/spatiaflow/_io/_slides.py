@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from geopandas import GeoDataFrame
-from scipy.spatial import cKDTree
+from scipy import sparse
 from spatialdata import SpatialData
 
+from spatiaflow._io._arguments import listing
+from spatiaflow._io._checks import check_positions
+from spatiaflow._io._elements import areas_of, centroids_of, instances_of, known_instances
+from spatiaflow._io._scales import (
+    MICRON_SYSTEMS,
+    anndata_scale,
+    array_scale,
+    contradiction,
+    libraries,
+    system_scale,
+    unknown_system,
+)
 from spatiaflow._io._where import Where
+from spatiaflow._settings import logger
 from spatiaflow.models.slide import ABSENT, Slide
 
-# pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
-KNOWN_PITCHES = (200.0, 141.0, 100.0, 16.0, 8.0, 2.0)
-SLIDE_COLUMNS = (
-    "library_id",
-    "library",
-    "sample",
-    "sample_id",
-    "section",
-    "slide",
-    "slide_id",
-    "mouse",
-    "donor",
-    "batch",
+# columns of a DataFrame of positions, x first
+XY_COLUMNS = (
+    ("x", "y"),
+    ("x_centroid", "y_centroid"),
+    ("center_x", "center_y"),
+    ("pxl_col_in_fullres", "pxl_row_in_fullres"),
+    ("pixel_x", "pixel_y"),
+    ("imagecol", "imagerow"),
+    ("x_location", "y_location"),
+    ("x_um", "y_um"),
+    ("centerx_global_px", "centery_global_px"),
+    ("spatial1", "spatial2"),
 )
-MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
-XENIUM_MPP = 0.2125
-COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
 
 
 def places(
-    data: AnnData | SpatialData, where: Where | None = None, *, missing: bool = False, scaled: bool = True
+    data: AnnData | SpatialData,
+    where: Where | None = None,
+    *,
+    missing: bool = False,
+    scaled: bool = True,
+    partial: bool = False,
 ) -> list[Slide]:
     """Return every slide of ``data`` with its positions in µm, and nothing else yet.
 
     AnnData: ``obsm[spatial_key]`` times the µm per pixel. SpatialData: the centroids of the elements that the table
-    annotates, in their common coordinate system. Slides come in order of first appearance.
+    annotates; a region is a slide. Regions that share no coordinate system lie in their own. Slides come in order of first
+    appearance.
 
     Parameters
     ----------
@@ -51,17 +64,23 @@ def places(
         Positions may be NaN (empty polygons).
     scaled
         False: only the order of positions matters, so their scale may be unknown, and an AnnData may have none.
+    partial
+        The element that the caller names may hold some of the regions only; the others are no slides then.
     """
     where = where or Where()
     _, table = unpack(data, where.table_key)
     if not scaled:
         return _unscaled(data, table, where)
-    if isinstance(data, SpatialData):
-        found = _slides_of_spatialdata(data, table, where)
+    if not isinstance(data, SpatialData):
+        found = _slides_of_anndata(table, where)
+        areas: list[Any] = [None] * len(found)
     else:
-        found = _slides_of_anndata(table, where.library_key, where.spatial_key, where.mpp)
-    for slide in found:
-        _check_positions(slide, table, where.library_key, missing)
+        found = _slides_of_spatialdata(data, table, where, partial)
+        instances = table.obs[table.uns["spatialdata_attrs"]["instance_key"]]
+        areas = [areas_of(data[s.element], instances.iloc[s.rows], s.coordinate_system) for s in found]
+        areas = [None if area is None else area * slide.mpp**2 for area, slide in zip(areas, found)]
+    for slide, area in zip(found, areas):
+        check_positions(slide, table, where.library_key, missing, area)
     return found
 
 
@@ -72,9 +91,9 @@ def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list
             warnings.filterwarnings("ignore", message=".*Check mpp")  # the scale is of no interest here
             return places(data, replace(where, mpp=1.0))
     there = where.spatial_key in table.obsm
-    xy: Any = np.asarray(table.obsm[where.spatial_key], dtype=np.float64)[:, :2] if there else None
+    xy = positions(table, where.spatial_key) if there else ABSENT
     out = []
-    for name, rows in _groups(table, where.library_key, list(table.uns.get("spatial", {})) if there else []):
+    for name, rows in _groups(table, where.library_key, there):
         if there and not np.isfinite(xy[rows]).all():
             raise ValueError(
                 f"positions of slide {name!r} in obsm[{where.spatial_key!r}] are NaN or infinite; drop those rows."
@@ -91,43 +110,50 @@ def one_slide(found: list[Slide], library_id: str | None) -> Slide:
     return found[0] if library_id is None else by_name[library_id]
 
 
-def _slides_of_anndata(table: AnnData, library_key: str | None, spatial_key: str, mpp: float | None) -> list[Slide]:
-    if spatial_key not in table.obsm:
+def positions(table: AnnData, key: str) -> np.ndarray:
+    """Return ``obsm[key]`` as x and y (n_obs x 2, float64); columns of a DataFrame are found by their names."""
+    if key not in table.obsm:
         raise KeyError(
-            f"obsm has no {spatial_key!r}; it has {_listing(table.obsm)}. Positions belong there as an (n_obs, 2) array: "
-            f"data.obsm[{spatial_key!r}] = coordinates, or give spatial_key=..."
+            f"obsm has no {key!r}; it has {listing(table.obsm)}. Positions belong there as an (n_obs, 2) array: "
+            f"data.obsm[{key!r}] = coordinates, or give spatial_key=..."
         )
-    xy = np.asarray(table.obsm[spatial_key], dtype=np.float64)
+    values = table.obsm[key]
+    if isinstance(values, pd.DataFrame):
+        values = _xy_columns(values, key)
+    elif sparse.issparse(values):
+        values = values.toarray()
+    try:
+        xy = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"obsm[{key!r}] must hold numbers, x and y of every row: {error}.") from error
     if xy.ndim != 2 or xy.shape[1] < 2:
-        raise ValueError(f"obsm[{spatial_key!r}] must have 2 columns, x and y; its shape is {xy.shape}.")
-    xy = xy[:, :2]
-    libraries = table.uns.get("spatial", {})
+        raise ValueError(f"obsm[{key!r}] must have 2 columns, x and y; its shape is {xy.shape}.")
+    return xy[:, :2]
+
+
+def _xy_columns(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    names = [str(name).lower() for name in frame.columns]
+    if names[:2] == ["0", "1"]:  # no names
+        return frame
+    found = [pair for pair in XY_COLUMNS if set(pair) <= set(names)]
+    if len(found) != 1:
+        raise ValueError(
+            f"obsm[{key!r}] is a DataFrame with the columns {listing(frame.columns)}; which are x and y? Give them in that "
+            f"order: data.obsm[{key!r}] = data.obsm[{key!r}][[x, y]].to_numpy()."
+        )
+    return frame.iloc[:, [names.index(name) for name in found[0]]]
+
+
+def _slides_of_anndata(table: AnnData, where: Where) -> list[Slide]:
+    xy = positions(table, where.spatial_key)
     out = []
-    for library, rows in _groups(table, library_key, list(libraries)):
-        metadata = libraries.get(library, {}).get("metadata", {}) if library in libraries else {}
-        scale = mpp if mpp is not None else metadata.get("microns_per_pixel")
-        if scale is None:
-            raise ValueError(
-                f"the scale of slide {library!r} is unknown: give mpp= (micrometres per pixel of obsm[{spatial_key!r}]; "
-                f"mpp=1 if it is in µm), or set data.uns['spatial'][{library!r}]['metadata']['microns_per_pixel']."
-            )
-        stored = metadata.get("microns_per_pixel")
-        if mpp is not None and stored is not None and abs(mpp / stored - 1) > 0.1:
-            warnings.warn(
-                f"mpp={mpp:g} was given, but uns['spatial'][{library!r}] says {stored:g} µm per pixel; {mpp:g} is used.",
-                UserWarning,
-                stacklevel=4,
-            )
-        names = table.obs_names.to_numpy()[rows]
-        out.append(Slide(library, names, xy[rows] * float(scale), rows=rows, mpp=float(scale)))
+    for library, rows in _groups(table, where.library_key, True):
+        scale = anndata_scale(table, rows, library, xy[rows], where.spatial_key, where.mpp)
+        out.append(Slide(library, table.obs_names.to_numpy()[rows], xy[rows] * scale, rows=rows, mpp=scale))
     return out
 
 
-def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where) -> list[Slide]:
-    from spatialdata.transformations import get_transformation
-
-    element_key, library_key, mpp = where.shapes_key or where.labels_key, where.library_key, where.mpp
-
+def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where, partial: bool) -> list[Slide]:
     attrs = table.uns.get("spatialdata_attrs")
     if attrs is None:
         raise ValueError(
@@ -135,32 +161,16 @@ def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where) -> 
             "link it with spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
         )
     region_of, instance_of = table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]]
-    regions = [element_key] if element_key else list(dict.fromkeys(region_of))
-    missing = [name for name in regions if name not in sdata]
-    if missing and element_key:
-        here = [*sdata.shapes, *sdata.labels, *sdata.points]
-        raise KeyError(f"this SpatialData holds no {element_key!r}; it has {_listing(here)}.")
-    if missing:
-        raise KeyError(f"the table annotates {_listing(missing)}, which this SpatialData does not hold.")
-    common = set.intersection(*(set(get_transformation(sdata[name], get_all=True)) for name in regions))
-    if not common:
-        raise ValueError(f"elements {_listing(regions)} share no coordinate system; align them first.")
-    if where.coordinate_system is not None and where.coordinate_system not in common:
-        raise KeyError(
-            f"elements {_listing(regions)} have no coordinate system {where.coordinate_system!r}; they share {_listing(common)}."
-        )
-    system = where.coordinate_system or next(
-        (name for name in MICRON_SYSTEMS if name in common), "global" if "global" in common else sorted(common)[0]
-    )
-    scale = microns_per_unit(sdata, system) if mpp is None else mpp
-    if mpp is not None:
-        _compare_scale(sdata, system, mpp)
+    regions = {name: np.flatnonzero(region_of == name) for name in dict.fromkeys(region_of)}
+    if (element := where.shapes_key or where.labels_key) is not None:
+        regions = _regions_of_element(sdata, element, regions, instance_of, partial)
+    if missing := [name for name in regions if name not in sdata]:
+        raise KeyError(f"the table annotates {listing(missing)}, which this SpatialData does not hold.")
+    systems = _systems(sdata, list(regions), where.coordinate_system)
     out = []
-    for name in regions:
-        rows = np.flatnonzero(region_of == name) if not element_key else np.arange(table.n_obs)
-        if isinstance(sdata[name], GeoDataFrame) and not sdata[name].index.is_unique:
-            raise ValueError(f"the index of {name!r} is not unique; every instance needs a name of its own.")
-        centroids, instances = _centroids(sdata[name], system), instance_of.iloc[rows]
+    for name, rows in regions.items():
+        system, instances = systems[name], instance_of.iloc[rows]
+        centroids = centroids_of(sdata[name], name, system)
         if name not in set(region_of):
             centroids, instances = _of_other_element(sdata, name, centroids, instances)
         if len(unknown := instances[~instances.isin(centroids.index)]):
@@ -168,18 +178,75 @@ def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where) -> 
                 f"{len(unknown)} rows of the table annotate no instance of {name!r} (first: {unknown.iloc[0]!r}); "
                 "spatialdata.match_table_to_element(sdata, ...) keeps those that match."
             )
-        xy = centroids.loc[instances, ["x", "y"]].to_numpy(np.float64) * scale
-        if library_key is None:
-            out.append(_place(table, name, rows, xy, scale, name, system))
-        else:
-            for library, members in _groups(table[rows], library_key, []):
-                out.append(_place(table, library, rows[members], xy[members], scale, name, system))
+        units = centroids.loc[instances, ["x", "y"]].to_numpy(np.float64)
+        known = system_scale(sdata, system) or array_scale(table.obs.iloc[rows], units)
+        if where.mpp is None and known is None:
+            raise unknown_system(system)
+        if where.mpp is not None and known is not None:
+            says = f"coordinate system {system!r} has {known[0]:.4g} µm per unit, by {known[1]}"
+            contradiction(where.mpp, known[0], says)
+        mpp = float(where.mpp if where.mpp is not None else known[0])  # type: ignore[index]
+        groups = (
+            [(name, np.arange(len(rows)))] if where.library_key is None else _groups(table[rows], where.library_key)
+        )
+        for library, members in groups:
+            names = table.obs_names.to_numpy()[rows[members]]
+            place = {"rows": rows[members], "mpp": mpp, "element": name, "coordinate_system": system}
+            out.append(Slide(library, names, units[members] * mpp, **place))
     return out
 
 
-def _place(table: AnnData, name: str, rows: np.ndarray, xy: np.ndarray, mpp: float, element: str, system: str) -> Slide:
-    names = table.obs_names.to_numpy()[rows]
-    return Slide(name, names, xy, rows=rows, mpp=mpp, element=element, coordinate_system=system)
+def _regions_of_element(
+    sdata: SpatialData, element: str, regions: dict[str, np.ndarray], instance_of: pd.Series, partial: bool
+) -> dict[str, np.ndarray]:
+    """Rows that lie on the element that the caller names: of its own region, or of the one whose instances it holds."""
+    if element not in sdata:
+        here = [*sdata.shapes, *sdata.labels, *sdata.points]
+        raise KeyError(f"this SpatialData holds no {element!r}; it has {listing(here)}.")
+    if element in regions:
+        mine = [element]
+    elif len(regions) == 1:
+        mine = list(regions)
+    else:
+        known = instances_of(sdata[element], element)
+        fits = {
+            name: known_instances(instance_of.iloc[rows], known).isin(known).all() for name, rows in regions.items()
+        }
+        mine = [name for name, fit in fits.items() if fit]
+        if len(mine) > 1:
+            raise ValueError(
+                f"{element!r} holds the instances of {listing(mine)} alike, so it cannot be told whose they are. Number the "
+                "instances of every region differently."
+            )
+        if not mine:
+            raise ValueError(f"{element!r} holds the instances of none of {listing(regions)}.")
+    if len(mine) < len(regions) and not partial:
+        others = [name for name in regions if name not in mine]
+        raise ValueError(
+            f"{element!r} belongs to {listing(mine)}, not to {listing(others)}, which the table annotates too. Leave it out, "
+            f"or take those rows alone: spatialdata.subset_sdata_by_table_mask(sdata, table_name, mask)."
+        )
+    return {element: regions[mine[0]]}
+
+
+def _systems(sdata: SpatialData, regions: list[str], wanted: str | None) -> dict[str, str]:
+    """The coordinate system of each region: one that all share, or of each its own."""
+    from spatialdata.transformations import get_transformation
+
+    own = {name: set(get_transformation(sdata[name], get_all=True)) for name in regions}
+    common = set.intersection(*own.values())
+    if wanted is not None and wanted not in common:
+        raise KeyError(
+            f"elements {listing(regions)} have no coordinate system {wanted!r}; they share {listing(sorted(common))}."
+        )
+    out = {}
+    for name in regions:
+        known = sorted(common or own[name])
+        usual = next(
+            (system for system in MICRON_SYSTEMS if system in known), "global" if "global" in known else known[0]
+        )
+        out[name] = wanted or usual
+    return out
 
 
 def _of_other_element(
@@ -196,132 +263,16 @@ def _of_other_element(
     return centroids, known_instances(instances, centroids.index)
 
 
-def known_instances(instances: pd.Series, known: pd.Index) -> pd.Series:
-    """Return the instances of rows as an element that the table does not annotate knows them: as they are, or by obs_names."""
-    by_name = instances.index.to_series()
-    return by_name if not instances.isin(known).all() and by_name.isin(known).all() else instances
-
-
-def _centroids(element: Any, system: str) -> pd.DataFrame:
-    """Return x and y of every instance of an element, in a coordinate system; labels are read chunk by chunk."""
-    if isinstance(element, GeoDataFrame):  # an empty polygon has none
-        centroids = element.geometry.centroid.get_coordinates().reindex(element.index)
-    elif hasattr(element, "divisions"):
-        centroids = element[["x", "y"]].compute()
-    else:
-        element = image_scales(element)[0]
-        centroids = _label_centroids(element.data)
-    affine = _affine(element, system)
-    return pd.DataFrame(centroids @ affine[:2, :2].T + affine[:2, 2], centroids.index).set_axis(["x", "y"], axis=1)
-
-
-def _label_centroids(labels: Any) -> pd.DataFrame:
-    from dask.array.core import slices_from_chunks
-
-    sums = []
-    for rows, columns in slices_from_chunks(labels.chunks):
-        block = np.asarray(labels[rows, columns])
-        y, x = np.nonzero(block)
-        which, ids = pd.factorize(block[y, x])
-        sums.append(
-            pd.DataFrame(
-                {
-                    "x": np.bincount(which, x + columns.start + 0.5, len(ids)),
-                    "y": np.bincount(which, y + rows.start + 0.5, len(ids)),
-                    "n": np.bincount(which, minlength=len(ids)),
-                },
-                index=ids,
-            )
-        )
-    total = pd.concat(sums).groupby(level=0).sum()
-    return total[["x", "y"]].div(total["n"], axis=0)
-
-
-def _affine(element: Any, system: str | None) -> np.ndarray:
-    """3 x 3, from an element's own x and y to the coordinate system."""
-    from spatialdata.transformations import get_transformation
-
-    return get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
-
-
-def image_scales(element: Any) -> list:
-    """Levels of an image or of labels, the finest first."""
-    if not hasattr(element, "children"):
-        return [element]
-    return [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
-
-
-def microns_per_unit(sdata: SpatialData, coordinate_system: str) -> float:
-    """Return the µm per unit of a coordinate system: by its name, ``attrs["microns_per_unit"]``, or a vendor's elements."""
-    if coordinate_system in MICRON_SYSTEMS:
-        return 1.0
-    known = sdata.attrs.get("microns_per_unit", {})
-    if coordinate_system in known:
-        return float(known[coordinate_system])
-    if (scale := _vendor_scale(sdata, coordinate_system)) is not None:
-        return scale
-    raise ValueError(
-        f"the scale of coordinate system {coordinate_system!r} is unknown: give mpp= (micrometres per unit; mpp=1 if its "
-        f"unit is the µm, 0.2125 for a Xenium's), or set sdata.attrs['microns_per_unit'] = {{{coordinate_system!r}: ...}}."
-    )
-
-
-def _compare_scale(sdata: SpatialData, system: str, mpp: float) -> None:
-    """Warn of a scale that contradicts what the data say of themselves."""
-    try:
-        known = microns_per_unit(sdata, system)
-    except ValueError:
-        return
-    if abs(mpp / known - 1) > 0.1:
-        warnings.warn(
-            f"mpp={mpp:g} was given, but coordinate system {system!r} has {known:g} µm per unit; {mpp:g} is used. Check mpp.",
-            UserWarning,
-            stacklevel=5,
-        )
-
-
-def _vendor_scale(sdata: SpatialData, system: str) -> float | None:
-    """µm per unit of the pixel systems that spatialdata-io's readers make, which state no scale; None for others."""
-    from spatialdata.transformations import get_transformation
-
-    reader = sdata.attrs.get("spatialdata_io_reader")  # absent in stores of its first versions
-    if reader == "xenium" and system == "global":
-        return XENIUM_MPP
-    for name, shapes in sdata.shapes.items():
-        transformations = get_transformation(shapes, get_all=True)
-        if system not in transformations:
-            continue
-        affine = transformations[system].to_affine_matrix(("x", "y"), ("x", "y"))
-        units = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))  # of the system, per unit of the shapes
-        if bins := re.search(r"square_(\d{3})um$", name):  # Visium HD: squares or circles as wide as their name says
-            width = 2 * shapes["radius"].iloc[0] if "radius" in shapes else np.sqrt(shapes.geometry.iloc[0].area)
-            return int(bins[1]) / float(width * units)
-        if reader == "merscope" and name.endswith("_polygons"):  # in µm, as a Xenium's
-            return 1 / units
-        if name in ("cell_boundaries", "nucleus_boundaries", "cell_circles") and abs(units * XENIUM_MPP - 1) < 0.01:
-            return XENIUM_MPP
-    if reader == "cosmx":
-        for table in sdata.tables.values():
-            if {"Area", "Area.um2"} <= set(table.obs):
-                return float(np.sqrt(np.median(table.obs["Area.um2"] / table.obs["Area"])))
-        for labels in sdata.labels.values():
-            if (width := image_scales(labels)[0].shape[1]) in COSMX_MPP:
-                return COSMX_MPP[width]
-    return None
-
-
-def _groups(table: AnnData, library_key: str | None, libraries: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (library id, rows) in order of first appearance."""
+def _groups(table: AnnData, library_key: str | None, by_uns: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (library id, rows) in order of first appearance; ``by_uns``: ``uns["spatial"]`` may name the slides."""
+    named = list(libraries(table)) if by_uns else []
+    if library_key is None and len(named) > 1:
+        library_key = _library_column(table, named)
     if library_key is None:
-        if len(libraries) > 1:
-            raise ValueError(
-                f"uns['spatial'] holds {len(libraries)} slides ({_listing(libraries)}): give library_key=, the obs column "
-                "that tells them apart."
-            )
-        yield (libraries[0] if libraries else "slide"), np.arange(table.n_obs)
+        yield (named[0] if named else "slide"), np.arange(table.n_obs)
         return
     if library_key not in table.obs:
-        raise KeyError(f"obs has no {library_key!r}; it has {_listing(table.obs.columns)}.")
+        raise KeyError(f"obs has no {library_key!r}; it has {listing(table.obs.columns)}.")
     column = table.obs[library_key]
     if column.isna().any():
         raise ValueError(
@@ -332,75 +283,17 @@ def _groups(table: AnnData, library_key: str | None, libraries: list[str]) -> It
         yield name, np.flatnonzero(names == name)
 
 
-def _check_positions(slide: Slide, table: AnnData, library_key: str | None, missing: bool) -> None:
-    bad = ~np.isfinite(slide.xy).all(1)
-    if bad.any() and not missing:
+def _library_column(table: AnnData, named: list[str]) -> str:
+    """The column of obs whose values are the slides of ``uns["spatial"]``, as squidpy and scanpy's concat leave it."""
+    fits = [name for name in table.obs if set(table.obs[name].dropna().astype(str).unique()) <= set(named)]
+    fits = [name for name in fits if not table.obs[name].isna().any()]
+    if len(fits) != 1:
         raise ValueError(
-            f"{int(bad.sum())} positions of slide {slide.name!r} are NaN or infinite "
-            f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
+            f"uns['spatial'] holds {len(named)} slides ({listing(named)}): give library_key=, the obs column "
+            f"that tells them apart{f' ({listing(fits)}?)' if fits else ''}."
         )
-    points = np.unique(slide.xy[~bad], axis=0)
-    distinct, known = len(points), int((~bad).sum())
-    if distinct < known:
-        hint = "" if library_key else "; if several slides share this table, give library_key="
-        warnings.warn(
-            f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.",
-            UserWarning,
-            stacklevel=3,
-        )
-    if library_key is None and (column := _column_of_slides(slide, table)) is not None:
-        warnings.warn(
-            f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
-            f"library_key={column!r}.",
-            UserWarning,
-            stacklevel=3,
-        )
-    if distinct >= 16:
-        is_lattice, step = _lattice(points)
-        closest = min(KNOWN_PITCHES, key=lambda known: abs(np.log(known / step)))
-        if is_lattice and abs(step / closest - 1) > 0.15:
-            warnings.warn(
-                f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
-                f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need "
-                f"mpp={slide.mpp * closest / step:.4g}). Check mpp.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
-def _lattice(points: np.ndarray) -> tuple[bool, float]:
-    """Whether distinct points form an array of spots, printed ones jittered, and their median distance."""
-    nearest = cKDTree(points).query(points, k=2)[0][:, 1]
-    step = float(np.median(nearest))
-    low, lower, upper, high = np.percentile(nearest, [10, 20, 80, 90])
-    return upper - lower < 0.17 * step and high - low < 0.25 * step, step
-
-
-def _column_of_slides(slide: Slide, table: AnnData) -> str | None:
-    """A column of obs that seems to tell slides apart: by its name, or because its groups alone are regular arrays."""
-    if len(slide.rows) < 32:
-        return None
-    regular = _lattice(np.unique(slide.xy, axis=0))[0]
-    for name in table.obs.columns:
-        column = table.obs[name].iloc[slide.rows]
-        if not (isinstance(column.dtype, pd.CategoricalDtype) or column.dtype == object):
-            continue
-        codes, groups = pd.factorize(column)
-        parts = [slide.xy[codes == i] for i in range(len(groups))] if 2 <= len(groups) <= 50 else []
-        if len(parts) < 2:
-            continue
-        if str(name).lower() in SLIDE_COLUMNS and _overlap(parts[0], parts[1]):
-            return name
-        if not regular and all(len(part) >= 16 and _lattice(np.unique(part, axis=0))[0] for part in parts):
-            return name
-    return None
-
-
-def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether the boxes of two sets of points share more than half of the smaller one."""
-    low, high = np.maximum(first.min(0), second.min(0)), np.minimum(first.max(0), second.max(0))
-    area = min(np.ptp(first, axis=0).prod(), np.ptp(second, axis=0).prod())
-    return bool((high > low).all() and (high - low).prod() > 0.5 * area)
+    logger.info("obs[%r] tells the slides of uns['spatial'] apart", fits[0])
+    return str(fits[0])
 
 
 def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str = "data") -> tuple[Any, AnnData]:
@@ -416,7 +309,7 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
     elif isinstance(data, SpatialData):
         if table_key not in data.tables:
             raise KeyError(
-                f"this SpatialData has no table {table_key!r}; it has {_listing(data.tables)}. Give table_key=..."
+                f"this SpatialData has no table {table_key!r}; it has {listing(data.tables)}. Give table_key=..."
             )
         table = data.tables[table_key]
         if copy:
@@ -428,13 +321,10 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
         raise TypeError(
             f"{name} must be an AnnData or a SpatialData (only training takes a list of them), not {type(data).__name__}."
         )
+    if not isinstance(table.obs, pd.DataFrame):
+        raise ValueError(f"{name} is a lazy AnnData; call {name}.to_memory() first.")
     if table.n_obs == 0:
         raise ValueError("the table has no rows: no spot or cell is left.")
     if not table.obs_names.is_unique:
         raise ValueError("obs_names are not unique; call .obs_names_make_unique() first.")
     return data, table
-
-
-def _listing(names: Iterable) -> str:
-    names = [repr(str(name)) for name in names]
-    return (", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")) or "nothing"

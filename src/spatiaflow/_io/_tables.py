@@ -11,8 +11,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from spatiaflow._io._arguments import slot_name
-from spatiaflow._io._slides import _listing
+from spatiaflow._io._arguments import listing, slot_name
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import Slide
 
@@ -24,7 +23,7 @@ FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pas
 def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
     """Return ``obsm[key]`` as a float32 array (n_obs x n_features), checked to be finite."""
     if key not in table.obsm:
-        raise KeyError(f"obsm has no {key!r}; it has {_listing(table.obsm)}. {hint}")
+        raise KeyError(f"obsm has no {key!r}; it has {listing(table.obsm)}. {hint}")
     values = table.obsm[key]
     values = values.toarray() if sparse.issparse(values) else np.asarray(values)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
@@ -69,7 +68,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
         how = f"the function that made the {expected['n_features']} features of the training slides"
     if key not in table.obsm:
         raise KeyError(
-            f"obsm has no {key!r}; it has {_listing(table.obsm)}. The model was trained on {expected['n_features']} "
+            f"obsm has no {key!r}; it has {listing(table.obsm)}. The model was trained on {expected['n_features']} "
             f"features. Run {how} first, or pass use_rep=..."
         )
     found = same_encoder([table], key)
@@ -120,7 +119,7 @@ def morphology(table: AnnData, key: str) -> pd.DataFrame:
     """Return the DataFrame of morphology at ``obsm[key]``."""
     if not isinstance(table.obsm.get(key), pd.DataFrame):
         raise KeyError(
-            f"obsm has no DataFrame {key!r}; it has {_listing(table.obsm)}. Run sf.pp.morphology_profile(data) first."
+            f"obsm has no DataFrame {key!r}; it has {listing(table.obsm)}. Run sf.pp.morphology_profile(data) first."
         )
     return table.obsm[key]
 
@@ -128,7 +127,7 @@ def morphology(table: AnnData, key: str) -> pd.DataFrame:
 def groups(table: AnnData, groupby: str) -> pd.Series:
     """Return ``obs[groupby]`` as a categorical of at most 50 groups, without empty groups."""
     if groupby not in table.obs:
-        raise KeyError(f"obs has no {groupby!r}; it has {_listing(table.obs.columns)}.")
+        raise KeyError(f"obs has no {groupby!r}; it has {listing(table.obs.columns)}.")
     column = table.obs[groupby]
     if column.nunique() > 50:
         raise ValueError(
@@ -142,9 +141,9 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     names = table.uns[key].get("genes") if isinstance(table.uns.get(key), Mapping) else None
     if key not in table.obsm or names is None:
         others = [k for k in table.obsm if isinstance(table.uns.get(k), Mapping) and "normalization" in table.uns[k]]
-        found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {_listing(table.obsm)}"
+        found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {listing(table.obsm)}"
         if others:
-            found = f"there is {_listing(others)}; give key={others[0]!r}"
+            found = f"there is {listing(others)}; give key={others[0]!r}"
         raise KeyError(
             f"no result {key!r}: {found}. "
             "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
@@ -178,7 +177,7 @@ def counts(
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
     if layer is not None and layer not in table.layers:
         raise KeyError(
-            f"layers has no {layer!r}; it has {_listing(table.layers)} (table of {table.n_obs} rows, first "
+            f"layers has no {layer!r}; it has {listing(table.layers)} (table of {table.n_obs} rows, first "
             f"{table.obs_names[0]!r})."
         )
     where = "X" if layer is None else f"layers[{layer!r}]"
@@ -186,7 +185,7 @@ def counts(
         missing = [gene for gene in genes if gene not in table.var_names]
         if missing:
             raise KeyError(
-                f"{len(missing)} of {len(genes)} genes are not in var_names (first: {_listing(missing[:3])})."
+                f"{len(missing)} of {len(genes)} genes are not in var_names (first: {listing(missing[:3])})."
             )
     chosen = table if genes is None else table[:, list(genes)]
     chosen = chosen if rows is None or len(rows) == table.n_obs else chosen[rows]

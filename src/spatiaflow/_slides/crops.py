@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +48,8 @@ class Crops:
         For each channel of a model its place among the image's channels, or -1; see :meth:`matched`.
     range
         Background and bright end of each channel of the image, channels x 2.
+    name
+        Name of the image, for errors.
 
     Examples
     --------
@@ -70,6 +71,7 @@ class Crops:
     members: np.ndarray = ABSENT
     places: np.ndarray = ABSENT
     range: np.ndarray = ABSENT
+    name: str = "image"
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -142,6 +144,7 @@ class Crops:
             same = np.flatnonzero(sizes == size)
             width = size if isinstance(self.width, np.ndarray) else self.width
             for part, found in cut(self.image, self.xy[rows[same]], width, self.pixels, **arguments):
+                _io.check_finite(found.numpy(), self.name, self.channels)
                 if self.masks is not None:
                     found = found * self._own(rows[same[part]], size).to(found.dtype)
                 yield same[part], found
@@ -197,26 +200,13 @@ def match_channels(
 
 
 def check_inside(crops: Any, name: str) -> np.ndarray:
-    """Return ``crops.inside``. Refuse an image smaller than a crop or without any cell; warn of cells outside."""
+    """Return ``crops.inside``. Refuse an image smaller than a crop, or without most of the cells; warn of cells outside."""
     height, width = crops._sides
     if min(height, width) < np.median(crops.width):
         raise ValueError(
             f"the image of slide {name!r} is {width} x {height} px, smaller than a crop ({np.median(crops.width):.0f} px)."
         )
-    inside = crops.inside
-    if not inside.any():
-        raise ValueError(
-            f"no cell of slide {name!r} lies in its image ({width} x {height} px; cells from {crops.xy.min(0).round()} to "
-            f"{crops.xy.max(0).round()}). Check the transformations, or give mpp=."
-        )
-    if not inside.all():
-        warnings.warn(
-            f"{int((~inside).sum())} of {len(inside)} cells of slide {name!r} lie outside its image; they are embedded "
-            "without it.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return inside
+    return _io.inside(crops.xy, (width, height), name, crops.name, "Those cells are used without it.")
 
 
 def share_memory(slides: Sequence[Slide]) -> None:
@@ -269,4 +259,5 @@ def slide_crops(
         found.mpp * factor,
         masks if own_pixels else None,
         members,
+        name=found.name,
     )

@@ -97,8 +97,8 @@ def encode_patches(
     KeyError
         No image, or several and no ``image_key``.
     ValueError
-        The scale is unknown, spots lie outside of the image, the image is not uint8, the encoder needs other channels or
-        returns values that are not finite.
+        The scale is unknown, most spots lie outside of the image, the range of the image's values is not that of a picture,
+        the encoder needs other channels or returns values that are not finite.
     FileNotFoundError
         The image is not where ``.uns`` says.
     ImportError, OSError
@@ -130,8 +130,8 @@ def encode_patches(
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
-            spread = found.std(0)
-            found = (found - found.mean(0)) / np.where(spread < 1e-6, 1, spread)
+            spread = np.nanstd(found, axis=0)
+            found = (found - np.nanmean(found, axis=0)) / np.where(spread < 1e-6, 1, spread)
         out[slide.rows] = found
     bar.close()
     _io.write(
@@ -152,9 +152,14 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
     found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
     image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
     found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
-    used = _check(image, found, slide, encoder, patch_um, pixels)
+    used = _check(image, found, encoder, patch_um, pixels)
+    sides = image.shape[:0:-1] if channels_first else image.shape[1::-1]
+    there = np.flatnonzero(_io.inside(found.xy, sides, slide.name, found.name, "Their features are NaN."))
+    image = _io.as_uint8(image, found.name)
     out: Any = None
-    parts = cut(image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size)
+    parts = cut(
+        image, found.xy[there], patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size
+    )
     for rows, patches in parts:
         values = encoder(patches[:, :used].to(device)).numpy()
         if out is None:
@@ -163,14 +168,14 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
             raise ValueError(
                 f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
             )
-        out[rows] = values
+        out[there[rows]] = values
         bar.update(len(rows))
-    if bad := int((~np.isfinite(out)).any(1).sum()):
+    if bad := int((~np.isfinite(out[there])).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
     return out
 
 
-def _check(image, found, slide: Slide, encoder, patch_um: float, pixels: int) -> int:
+def _check(image, found, encoder, patch_um: float, pixels: int) -> int:
     """Return how many of the image's channels are used; refuse what cannot be meant."""
     mpp = patch_um / pixels
     shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
@@ -183,19 +188,6 @@ def _check(image, found, slide: Slide, encoder, patch_um: float, pixels: int) ->
             f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {used}"
             f"{' (' + ', '.join(found.channels) + ')' if found.channels else ''}. Give another image_key= or encoder=, or "
             "choose channels: sdata[new_key] = sdata[image_key].sel(c=[...])."
-        )
-    if image.dtype != np.uint8:
-        raise ValueError(
-            f"image {found.name!r} is {image.dtype}; patches are encoded from uint8. Scale each channel to 0-255 first."
-        )
-    size = np.array([shape[2], shape[1]])
-    outside = ((found.xy < 0) | (found.xy > size)).any(1)
-    if outside.any():
-        swapped = ((found.xy[:, ::-1] >= 0) & (found.xy[:, ::-1] <= size)).all()
-        raise ValueError(
-            f"{int(outside.sum())} of {len(outside)} spots of slide {slide.name!r} lie outside of image "
-            f"{found.name!r} ({shape[2]} x {shape[1]} px; first: {str(slide.obs_names[np.argmax(outside)])!r}). "
-            + ("With x and y swapped all would lie inside." if swapped else "Are x and y swapped, or is mpp wrong?")
         )
     if patch_um > 4 * found.mpp * max(shape[1:]):
         raise ValueError(

@@ -122,6 +122,7 @@ def morphology_profile(
         found = _io.slide_image(data, slide, image_key=image_key)
         image, _, _ = _io.open_image(found.source, found.channels_first)
         is_rgb = found.is_rgb(image.shape[0])
+        image = _io.as_uint8(image, found.name) if is_rgb else image
         names = list(STAINS) if is_rgb else _column_names(found.channels)
         if channels is None:
             channels = names
@@ -132,7 +133,7 @@ def morphology_profile(
         if is_rgb:
             logger.info("image %r is measured as H&E: optical density of hematoxylin and eosin", found.name)
         masks = _io.masks(data, table, slide, found)
-        out[slide.rows] = _profiles(image, masks, found.mpp, texture_um, is_rgb, bar)
+        out[slide.rows] = _profiles(image, masks, found, texture_um, is_rgb, bar)
         images.append(found)
         _report(out[slide.rows], masks.bounds, image.shape, slide, found)
     bar.close()
@@ -265,11 +266,11 @@ def _column_names(channels: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
+def _profiles(image, masks, found: _io.SlideImage, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
     """Measure the cells, reading one tile of the image after the other; n x features, NaN where there is no pixel."""
     from spatiaflow._slides.patches import by_tile
 
-    step = max(1, round(texture_um / mpp))
+    step = max(1, round(texture_um / found.mpp))
     n_channels, height, width = image.shape
     n_features = len(SHAPE) + len(INTENSITY) * (len(STAINS) if is_rgb else n_channels)
     windows = np.clip(masks.bounds, 0, [width, height, width, height])
@@ -285,8 +286,9 @@ def _profiles(image, masks, mpp: float, texture_um: float, is_rgb: bool, bar) ->
             if mask.any():
                 x0, y0, x1, y1 = windows[row] - [left, top, left, top]
                 values = block[:, y0:y1, x0:x1]
+                _io.check_finite(np.where(mask, values, 0), found.name, found.channels)
                 values = _optical_density(values[:3]) if is_rgb else values.astype(np.float64)
-                out[row] = np.concatenate([_shape(mask, mpp), _intensity(values, mask, step).ravel()])
+                out[row] = np.concatenate([_shape(mask, found.mpp), _intensity(values, mask, step).ravel()])
         bar.update(len(rows))
     return out
 

@@ -1,0 +1,164 @@
+"""Checks of positions: what cannot be, and what hints at a wrong scale or at several slides taken for one."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.spatial import cKDTree
+
+from spatiaflow._io._scales import XENIUM_MPP
+from spatiaflow.models.slide import Slide
+
+SLIDE_COLUMNS = (
+    "library_id",
+    "library",
+    "sample",
+    "sample_id",
+    "section",
+    "slide",
+    "slide_id",
+    "mouse",
+    "donor",
+    "batch",
+    "fov",
+)
+HEXAGONAL = (100.0,)  # Visium
+# legacy ST and its denser array, DBiT-seq, Stereo-seq bins, Visium HD bins
+SQUARE = (200.0, 141.0, 100.0, 50.0, 25.0, 20.0, 16.0, 10.0, 8.0, 2.0)
+SPACING = (3.0, 60.0)  # µm between neighbouring cells
+AREA = (10.0, 3000.0)  # µm² of a cell
+
+
+def check_positions(
+    slide: Slide, table: AnnData, library_key: str | None, missing: bool, area: np.ndarray | None
+) -> None:
+    """Refuse positions that are not finite unless they may be ``missing``, and warn of what they hint at.
+
+    ``area``: µm² of the cells, where they are known.
+    """
+    bad = ~np.isfinite(slide.xy).all(1)
+    if bad.any() and not missing:
+        raise ValueError(
+            f"{int(bad.sum())} positions of slide {slide.name!r} are NaN or infinite "
+            f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
+        )
+    points = np.unique(slide.xy[~bad], axis=0)
+    distinct, known = len(points), int((~bad).sum())
+    if distinct < known:
+        hint = "" if library_key else "; if several slides share this table, give library_key="
+        warnings.warn(
+            f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if library_key is None and (column := _column_of_slides(slide, table, ~bad)) is not None:
+        warnings.warn(
+            f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
+            f"library_key={column!r}.",
+            UserWarning,
+            stacklevel=4,
+        )
+    check_scale(slide, points, area, "tiles" in table.uns)
+
+
+def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | None:
+    """A column of obs that seems to tell slides apart: by its name, or because its groups alone are regular arrays."""
+    xy, rows = slide.xy[known], slide.rows[known]
+    if len(rows) < 32:
+        return None
+    regular = Lattice(np.unique(xy, axis=0)).regular
+    for name in table.obs.columns:
+        column = table.obs[name].iloc[rows]
+        if pd.api.types.is_float_dtype(column.dtype):
+            continue
+        codes, groups = pd.factorize(column)
+        parts = [xy[codes == i] for i in range(len(groups))] if 2 <= len(groups) <= 50 else []
+        if len(parts) < 2:
+            continue
+        if str(name).lower() in SLIDE_COLUMNS and any(_overlap(one, parts[0]) for one in parts[1:]):
+            return name
+        named = not pd.api.types.is_numeric_dtype(column.dtype)
+        if (
+            named
+            and not regular
+            and all(len(part) >= 16 and Lattice(np.unique(part, axis=0)).regular for part in parts)
+        ):
+            return name
+    return None
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether the boxes of two sets of points share more than half of the smaller one."""
+    low, high = np.maximum(first.min(0), second.min(0)), np.minimum(first.max(0), second.max(0))
+    area = min(np.ptp(first, axis=0).prod(), np.ptp(second, axis=0).prod())
+    return bool((high > low).all() and (high - low).prod() > 0.5 * area)
+
+
+def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_tiles: bool) -> None:
+    """Warn of a scale that no cell and no array of spots can have.
+
+    Parameters
+    ----------
+    points
+        Distinct positions of the slide, µm, n x 2.
+    area
+        Areas of its cells, µm², where they are known.
+    is_tiles
+        The table holds tiles of :func:`spatiaflow.pp.tiles`, which know their size.
+    """
+    if len(points) < 16 or is_tiles:
+        return
+    advice, found = None, Lattice(points)
+    step = found.step
+    if found.regular:
+        pitches = HEXAGONAL if found.hexagonal else SQUARE
+        closest = min(pitches, key=lambda known: abs(np.log(known / step)))
+        if abs(step / closest - 1) > 0.15:
+            kind = "spots on a hexagonal array (Visium)" if found.hexagonal else "spots on a square array"
+            advice = (
+                f"its spots are {step:.4g} µm apart, but {kind} have a pitch of {', '.join(f'{p:g}' for p in pitches)} µm "
+                f"({closest:g} would need mpp={slide.mpp * closest / step:.4g})"
+            )
+    elif not SPACING[0] <= step <= SPACING[1]:
+        fits = _fitting(slide.mpp, step, SPACING, 1)
+        advice = f"neighbours are {step:.3g} µm apart, but cells lie {SPACING[0]:g} to {SPACING[1]:g} µm apart ({fits})"
+    elif area is not None and not AREA[0] <= (size := float(np.nanmedian(area))) <= AREA[1]:
+        fits = _fitting(slide.mpp, size, AREA, 2)
+        advice = f"its cells have {size:.3g} µm² (median), but cells have {AREA[0]:g} to {AREA[1]:,g} µm² ({fits})"
+    if advice:
+        warnings.warn(
+            f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel {advice}. Check mpp.", UserWarning, stacklevel=4
+        )
+
+
+def _fitting(mpp: float, found: float, limits: tuple[float, float], power: int) -> str:
+    """The scale that would fit, an instrument's before others."""
+    for known in (1.0, XENIUM_MPP, 0.12028, 0.18, 0.5, 0.25):
+        if limits[0] <= found * (known / mpp) ** power <= limits[1]:
+            return f"mpp={known:g} would fit"
+    return f"mpp={mpp * ((limits[0] * limits[1]) ** 0.5 / found) ** (1 / power):.2g} would fit"
+
+
+class Lattice:
+    """Whether distinct points (n x 2) form an array of spots, printed ones jittered, and which.
+
+    Attributes
+    ----------
+    step
+        Median distance of a point to its nearest neighbour.
+    regular
+        Whether they form an array.
+    hexagonal
+        Whether a point has six nearest neighbours; a square array has four.
+    """
+
+    def __init__(self, points: np.ndarray):
+        near = cKDTree(points).query(points, k=min(7, len(points)))[0][:, 1:]
+        nearest = near[:, 0]
+        self.step = float(np.median(nearest))
+        low, lower, upper, high = np.percentile(nearest, [10, 20, 80, 90])
+        self.regular = bool(upper - lower < 0.17 * self.step and high - low < 0.25 * self.step)
+        self.hexagonal = bool(near.shape[1] == 6 and np.median(near[:, 5]) < 1.2 * self.step)
