@@ -53,6 +53,7 @@ def test_hires_stands_in_where_it_is_fine_enough(tmp_path):
     del adata.uns["spatial"]["s"]["metadata"]["source_image_path"]
     with pytest.raises(KeyError, match="source_image_path'] is not set"):
         found_in(adata, mpp=0.5)
+    assert found_in(adata, mpp=0.5, coarsest=7.0).mpp == 1.0
 
 
 def test_an_array_in_uns_needs_its_scale(tmp_path):

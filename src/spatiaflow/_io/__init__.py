@@ -7,7 +7,7 @@ from spatiaflow._io._lists import each_object, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
-from spatiaflow._io._scales import microns_per_unit, remember
+from spatiaflow._io._scales import libraries, microns_per_unit, remember
 from spatiaflow._io._slides import one_slide, places, positions, unpack
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
@@ -50,6 +50,7 @@ __all__ = [
     "inside",
     "keep",
     "known_names",
+    "libraries",
     "library_sizes",
     "listing",
     "log_expression",

@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
+from spatiaflow._io._scales import libraries, stated
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import ABSENT, Slide
 
@@ -41,41 +42,55 @@ class SlideImage:
 
 
 def slide_image(
-    data: AnnData | SpatialData, slide: Slide, *, image_key: str | None = None, mpp: float | None = None
+    data: AnnData | SpatialData,
+    slide: Slide,
+    *,
+    image_key: str | None = None,
+    mpp: float | None = None,
+    coarsest: float | None = None,
 ) -> SlideImage:
-    """Return the image of a slide; of a multiscale image the coarsest scale that is not coarser than ``mpp``."""
+    """Return the image of a slide; of a multiscale image the coarsest scale that is not coarser than ``mpp``.
+
+    ``coarsest``: µm per pixel that a picture in ``uns`` may have at most where nobody asked for it by name; ``mpp`` if None.
+    """
     if isinstance(data, SpatialData):
         return _from_spatialdata(data, slide, image_key, mpp)
-    return _from_anndata(data, slide, image_key, mpp)
+    return _from_anndata(data, slide, image_key, coarsest or (1.05 * mpp if mpp else np.inf), mpp)
 
 
-def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
-    """The file of the full resolution, or an array in ``uns``: the one asked for, or a hires that is fine enough."""
-    library = adata.uns.get("spatial", {}).get(slide.name, {})
+def _from_anndata(
+    adata: AnnData, slide: Slide, image_key: str | None, coarsest: float, mpp: float | None
+) -> SlideImage:
+    """The file of the full resolution, or an array in ``uns``: the one asked for, or the finest if it is fine enough."""
+    library = libraries(adata).get(slide.name, {"images": {}, "scalefactors": {}, "metadata": {}})
     slot = f"uns['spatial'][{slide.name!r}]"
-    images, path = library.get("images", {}), library.get("metadata", {}).get("source_image_path")
+    images, path = library["images"], library["metadata"].get("source_image_path")
     # positions are indices of full-resolution pixels: an integer is the middle of a pixel
     xy = slide.xy / slide.mpp + 0.5
     if image_key is None and path and Path(path).is_file():
         return SlideImage(Path(path), xy, slide.mpp, False, str(path))
     if image_key is not None and image_key not in images:
         raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {listing(images)}.")
-    key = image_key or "hires"
-    scale = library.get("scalefactors", {}).get(f"tissue_{key}_scalef")
-    if image_key is not None and scale is None:
+    scales = {name: _scale_of(library["scalefactors"], name, slot) for name in images}
+    if image_key is not None and scales[image_key] is None:
         raise KeyError(
-            f"{slot}['scalefactors'] has no 'tissue_{key}_scalef': the pixels of this image over those of the full "
+            f"{slot}['scalefactors'] has no 'tissue_{image_key}_scalef': the pixels of this image over those of the full "
             "resolution (1.0 if it is the full resolution)."
         )
+    known = {name: scale for name, scale in scales.items() if scale is not None and np.ndim(images[name]) == 3}
     coarse = ""
-    if key in images and scale is not None:
-        found = SlideImage(np.asarray(images[key]), xy * scale, slide.mpp / scale, False, f"{slide.name}/{key}")
-        if image_key is not None or mpp is None or found.mpp <= mpp * 1.05:
+    if image_key is not None or known:
+        key = image_key or max(known, key=lambda name: (known[name], name == "hires"))
+        found = SlideImage(
+            np.asarray(images[key]), xy * scales[key], slide.mpp / scales[key], False, f"{slide.name}/{key}"
+        )
+        limit = (
+            1.05 * mpp if path and mpp else coarsest
+        )  # a picture stands in for a lost file only where nothing is lost
+        if image_key is not None or found.mpp <= limit:
             logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.name, key, found.mpp)
             return found
-        coarse = (
-            f" images['hires'] has {found.mpp:.3g} µm per pixel, too coarse for {mpp:.3g}; image_key='hires' takes it."
-        )
+        coarse = f" images[{key!r}] has {found.mpp:.3g} µm per pixel, too coarse for {limit / 1.05:.3g}; image_key={key!r} takes it."
     where = f"{slot}['metadata']['source_image_path']"
     if path:
         raise FileNotFoundError(
@@ -85,6 +100,14 @@ def _from_anndata(adata: AnnData, slide: Slide, image_key: str | None, mpp: floa
         f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or pass the "
         f"obsm key of features made elsewhere with use_rep=.{coarse}"
     )
+
+
+def _scale_of(scalefactors: dict, image: str, slot: str) -> Any:
+    """Pixels of an image over those of the full resolution; None where nothing says so."""
+    name = f"tissue_{image}_scalef"
+    if scalefactors.get(name) is None:
+        return 1.0 if image == "fullres" else None
+    return stated(scalefactors[name], f"{slot}['scalefactors'][{name!r}]")
 
 
 def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, mpp: float | None) -> SlideImage:
@@ -165,11 +188,11 @@ def background(
     For an AnnData it is the "hires" image, for a SpatialData every n-th pixel of the H&E.
     """
     if isinstance(data, AnnData):
-        library = table.uns.get("spatial", {}).get(slide.name, {})
+        library = libraries(table).get(slide.name, {})
         image = library.get("images", {}).get("hires")
-        if image is None:
+        if image is None or (scale := _scale_of(library["scalefactors"], "hires", "")) is None:
             return None
-        return np.asarray(image), slide.mpp / float(library["scalefactors"]["tissue_hires_scalef"]), (0.0, 0.0)
+        return np.asarray(image), slide.mpp / scale, (0.0, 0.0)
     extent = float(np.ptp(slide.xy, axis=0).max())
     for name in data.images:
         try:

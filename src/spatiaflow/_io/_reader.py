@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from spatiaflow._io._files import open_file
+
 CACHE_BYTES = 512 * 2**20  # decoded chunks that neighbouring tiles share
 
 
@@ -117,9 +119,7 @@ def open_image(source: Any, channels_first: bool, shrink: float = 1.0) -> tuple[
     """
     factor = 1.0
     if isinstance(source, str | Path):
-        path = Path(source)
-        is_tiff = path.suffix.lower() in (".tif", ".tiff", ".svs", ".btf", ".ndpi")
-        source, channels_first, factor = (_open_tiff if is_tiff else _open_picture)(path, shrink)
+        source, channels_first, factor = open_file(Path(source), shrink)
     if source.ndim == 2:
         source = source[None] if channels_first else source[..., None]
     source = _as_stored(source)
@@ -131,38 +131,3 @@ def _as_stored(array: Any) -> Any:
     name = str(getattr(array, "name", ""))
     found = [*array.dask.layers.get(f"original-{name}", {}).values()] if name.startswith("from-zarr") else []
     return found[0] if len(found) == 1 and getattr(found[0], "shape", None) == array.shape else array
-
-
-def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
-    import dask.array as da
-    import tifffile
-    import zarr
-
-    with tifffile.TiffFile(path) as tif:
-        axes, levels = tif.series[0].axes, tif.series[0].levels
-    widths = [level.shape[axes.index("X")] for level in levels]
-    level = max(i for i, width in enumerate(widths) if widths[0] <= width * shrink * 1.05)
-    array = da.from_zarr(zarr.open(tifffile.imread(path, aszarr=True, level=level), mode="r"))
-    if extra := [axis for axis, length in zip(axes, array.shape) if axis not in "YXSC" and length > 1]:
-        raise ValueError(
-            f"{path} has axes {axes}; an image has Y, X and channels (S or C), not {', '.join(extra)} as well."
-        )
-    array = array[tuple(slice(None) if axis in "YXSC" else 0 for axis in axes)]
-    axes = "".join(axis for axis in axes if axis in "YXSC")
-    return array, axes.index("Y") > 0, widths[0] / widths[level]
-
-
-def _open_picture(path: Path, shrink: float) -> tuple[np.ndarray, bool, float]:
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than Pillow's guard
-    try:
-        with Image.open(path) as image:
-            width = image.width
-            if shrink >= 2:
-                image.draft(image.mode, (int(image.width / shrink), int(image.height / shrink)))
-            factor = 2 ** round(np.log2(width / image.width))  # the sides of a coarser decoding are rounded up
-            is_plain = image.mode in ("L", "RGB", "RGBA") or image.mode.startswith("I")
-            return np.asarray(image if is_plain else image.convert("RGB")), False, float(factor)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -29,7 +29,7 @@ def stated(value: Any, slot: str) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if isinstance(value, str) or not (np.isfinite(number) and number > 0):
-        raise ValueError(f"{slot} must be a positive number (µm per pixel); it is {value!r}. Correct or delete it.")
+        raise ValueError(f"{slot} must be a positive number; it is {value!r}. Correct or delete it.")
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -152,15 +153,15 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     for name in ("skill", "trusted", "reliability", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
-    out = AnnData(np.asarray(table.obsm[key]), obs=table.obs.copy(), var=var)
+    out = AnnData(np.array(table.obsm[key]), obs=table.obs.copy(), var=var)
     if f"{key}_std" in table.obsm:
-        out.layers["std"] = np.asarray(table.obsm[f"{key}_std"])
+        out.layers["std"] = np.array(table.obsm[f"{key}_std"])
     where = table.uns[key].get("params", {}).get("spatial_key", "spatial")
     if where in table.obsm:
-        out.obsm[where] = np.asarray(table.obsm[where])
+        out.obsm[where] = np.array(table.obsm[where])
     for name in ("spatial", "spatialdata_attrs"):
         if name in table.uns:
-            out.uns[name] = table.uns[name]
+            out.uns[name] = deepcopy(table.uns[name])
     return out
 
 
@@ -195,7 +196,7 @@ def counts(
     if table.isbacked or not (sparse.issparse(values) or isinstance(values, np.ndarray)):
         values = chosen.to_memory()
         values = values.X if layer is None else values.layers[layer]
-    values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
+    values = _summable(values)
     flat: Any = values.data if sparse.issparse(values) else values
     if not np.isfinite(flat).all():
         raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
@@ -205,9 +206,19 @@ def counts(
         )
     if flat.size and (flat != np.round(flat)).any():
         raise ValueError(
-            f"{where} is not integer; raw counts are needed. If they are in a layer, give {argument}='counts'."
+            f"{where} is not integer; raw counts are needed. If they are in a layer, give {argument}='counts'"
+            f"{'; if data.raw holds them, pass data.raw.to_adata()' if table.raw is not None else ''}."
         )
     return values, list(chosen.var_names)
+
+
+def _summable(values: Any) -> Any:
+    """Return CSR or an array in a type whose sums do not overflow: narrow integers and floats become float32."""
+    values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"counts must be numbers; they are {values.dtype}.")
+    wide = np.float64 if values.dtype.itemsize > 4 or values.dtype in (np.int32, np.uint32) else np.float32
+    return values if values.dtype in (np.float32, np.float64) and values.dtype.isnative else values.astype(wide)
 
 
 def write(

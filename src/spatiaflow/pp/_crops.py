@@ -76,7 +76,7 @@ def crops(
     _io.positive(crop_um=crop_um)
     _io.at_least_one(crop_pixels=crop_pixels)
     _, table = _io.unpack(data, table_key)
-    slides = _io.places(data, where)
+    slides = _io.places(data, where, partial=True)
     if library_id is None and len(slides) > 1:
         names = ", ".join(slide.name for slide in slides)
         raise ValueError(f"there are {len(slides)} slides ({names}): give library_id=.")

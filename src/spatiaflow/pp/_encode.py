@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from spatiaflow.models import Slide
     from spatiaflow.models.encoders import Encoder
 
+MIN_PIXELS = 16  # of a patch, in a picture that stands in for the full resolution
+
 Data: TypeAlias = AnnData | SpatialData
 
 
@@ -149,7 +151,8 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
     """Features of all spots of one slide, n x F."""
     from spatiaflow._slides.patches import cut
 
-    found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
+    coarsest = max(patch_um / MIN_PIXELS, 1.05 * patch_um / pixels)
+    found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels, coarsest=coarsest)
     image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
     found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
     used = _check(image, found, encoder, patch_um, pixels)

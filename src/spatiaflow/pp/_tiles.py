@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,7 @@ def tiles(
     _io.positive(tile_um=tile_um)
     _io.slot_name(key_added)
     _, table = _io.unpack(data, table_key)
-    slides = _io.places(data, where)
+    slides = _io.places(data, where, partial=True)
     counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
     members, places = _grid(slides, tile_um, table.n_obs)
     names = [f"{slide.name}_{x}_{y}" for slide, place in zip(slides, places) for x, y in place]
@@ -118,7 +119,7 @@ def tiles(
         mean, columns = _mean(sums, np.asarray(table.obsm[key], np.float64)), getattr(table.obsm[key], "columns", None)
         out.obsm[key] = mean if columns is None else pd.DataFrame(mean, index=names, columns=columns)
         for name in {key, key.rsplit("_", 1)[0]} & set(table.uns):  # how it was made
-            out.uns[name] = table.uns[name]
+            out.uns[name] = deepcopy(table.uns[name])
     params = _io.provenance(started, tile_um=float(tile_um), groupby=groupby, pool=[*(pool or ())], layer=layer)
     out.uns["tiles"]["params"] = _io.storable(params)
     if key_added is not None:
@@ -143,11 +144,11 @@ def _grid(slides: Sequence[Slide], tile_um: float, n_obs: int) -> tuple[np.ndarr
 
 def _images(table: AnnData | None, slides: Sequence[Slide]) -> dict[str, dict]:
     """Return ``.uns["spatial"]`` with the scale of every slide, and with the images that a table holds."""
-    images, out = {} if table is None else table.uns.get(Key.uns.spatial, {}), {}
+    images, out = {} if table is None else _io.libraries(table), {}
     for slide in slides:
-        known = dict(images.get(slide.name, {}))
-        known["metadata"] = dict(known.get("metadata", {})) | {"microns_per_pixel": slide.mpp}
-        out[slide.name] = known
+        known = deepcopy(images.get(slide.name, {}))
+        known["metadata"] = known.get("metadata", {}) | {"microns_per_pixel": slide.mpp}
+        out[slide.name] = {part: value for part, value in known.items() if value}
     return out
 
 

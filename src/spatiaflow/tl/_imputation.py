@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -397,8 +398,8 @@ def _own_table(
     out.uns[key] = _io.storable(uns)
     if isinstance(data, AnnData):
         if uns["params"]["spatial_key"] in table.obsm:
-            out.obsm[uns["params"]["spatial_key"]] = np.asarray(table.obsm[uns["params"]["spatial_key"]])
+            out.obsm[uns["params"]["spatial_key"]] = np.array(table.obsm[uns["params"]["spatial_key"]])
         return out
-    out.uns["spatialdata_attrs"] = dict(table.uns["spatialdata_attrs"])
+    out.uns["spatialdata_attrs"] = deepcopy(table.uns["spatialdata_attrs"])
     data[key] = out
     return data if copy else None
