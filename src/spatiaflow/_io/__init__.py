@@ -1,6 +1,16 @@
 """AnnData and SpatialData to arrays, and back into slots: the only place that knows both, and every slot name."""
 
-from spatiaflow._io._arguments import at_least_one, held_out, known_names, listing, one_of, positive, slot_name
+from spatiaflow._io._arguments import (
+    at_least_one,
+    element_name,
+    held_out,
+    known_names,
+    listing,
+    names,
+    one_of,
+    positive,
+    slot_name,
+)
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, objects_of
@@ -8,9 +18,10 @@ from spatiaflow._io._masks import masks
 from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
 from spatiaflow._io._scales import libraries, microns_per_unit, remember
-from spatiaflow._io._slides import one_slide, places, positions, unpack
+from spatiaflow._io._slides import one_slide, places, positions, unpack, where_in_reference
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
+    check_counts,
     check_encoder,
     counts,
     dense,
@@ -39,11 +50,13 @@ __all__ = [
     "as_uint8",
     "at_least_one",
     "background",
+    "check_counts",
     "check_encoder",
     "check_finite",
     "counts",
     "dense",
     "each_object",
+    "element_name",
     "features",
     "groups",
     "held_out",
@@ -57,6 +70,7 @@ __all__ = [
     "masks",
     "microns_per_unit",
     "morphology",
+    "names",
     "objects_of",
     "one_of",
     "one_slide",
@@ -74,5 +88,6 @@ __all__ = [
     "storable",
     "target_sum",
     "unpack",
+    "where_in_reference",
     "write",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -39,10 +40,35 @@ def known_names(known: Iterable, **values: Any) -> None:
             raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(map(repr, known))}.")
 
 
-def slot_name(key_added: Any) -> None:
-    """Refuse a name that no slot can have; None passes."""
-    if key_added is not None and not (isinstance(key_added, str) and key_added and "/" not in key_added):
-        raise ValueError(f"key_added must be the name of a slot (text without '/'), not {key_added!r}.")
+def slot_name(value: Any, argument: str = "key_added") -> None:
+    """Refuse a name that no slot of a file can have; None passes."""
+    if value is not None and not (isinstance(value, str) and value and "/" not in value):
+        raise ValueError(
+            f"{argument} must be the name of a slot (text without '/', which files take for a folder), not {value!r}."
+        )
+
+
+def element_name(value: Any, argument: str = "key_added") -> None:
+    """Refuse a name that no element of a SpatialData can have; None passes."""
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", value)):
+        raise ValueError(
+            f"{argument} must be the name of an element (letters, digits, '_', '.' and '-'), not {value!r}."
+        )
+
+
+def names(value: Any, argument: str) -> list[str] | None:
+    """Return names as a list: of one text, a list, an Index or an array. None stays."""
+    if value is None:
+        return None
+    if not isinstance(value, str) and (isinstance(value, int | float | bool) or not isinstance(value, Iterable)):
+        raise ValueError(f"{argument} must be a name or a list of names, not {value!r}.")
+    found = [value] if isinstance(value, str) else [str(name) for name in value]
+    if not found:
+        raise ValueError(f"{argument} is empty; name at least one, or leave it out.")
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise ValueError(f"{argument} names {twice!r} twice.")
+    return found
 
 
 def held_out(validation: Any, names: Iterable[str], largest: float = 0.99) -> list[str] | float | None:

@@ -90,7 +90,8 @@ def _from_anndata(
         if image_key is not None or found.mpp <= limit:
             logger.info("slide %r: the image %r is used, %.3g µm per pixel", slide.name, key, found.mpp)
             return found
-        coarse = f" images[{key!r}] has {found.mpp:.3g} µm per pixel, too coarse for {limit / 1.05:.3g}; image_key={key!r} takes it."
+        coarse = f" images[{key!r}] has {found.mpp:.3g} µm per pixel, too coarse for {limit / 1.05:.3g}; "
+        coarse += f"image_key={key!r} takes it."
     where = f"{slot}['metadata']['source_image_path']"
     if path:
         raise FileNotFoundError(

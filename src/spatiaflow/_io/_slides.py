@@ -102,6 +102,18 @@ def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list
     return out
 
 
+def where_in_reference(reference: Any, where: Where) -> Where:
+    """Return the arguments that hold for a reference: those that name what it does not have concern the data alone."""
+    changes: dict[str, Any] = {}
+    if isinstance(reference, SpatialData):
+        if where.table_key not in reference.tables and len(reference.tables) == 1:
+            changes["table_key"] = next(iter(reference.tables))
+        changes |= {key: None for key in ("shapes_key", "labels_key") if getattr(where, key) not in reference}
+    where = replace(where, **changes)
+    table = unpack(reference, where.table_key, name="reference")[1]
+    return replace(where, library_key=where.library_key if where.library_key in table.obs else None)
+
+
 def one_slide(found: list[Slide], library_id: str | None) -> Slide:
     """Return the slide of a name, the first without one."""
     by_name = {slide.name: slide for slide in found}
@@ -302,6 +314,8 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
     ``name``: the argument that holds the data, for errors.
     """
     if isinstance(data, AnnData):
+        if data.isbacked and data.is_view:
+            raise ValueError(f"{name} is a view of a backed AnnData; call {name}.to_memory() first.")
         if data.isbacked and copy:
             raise ValueError("copy=True needs the data in memory; this AnnData is backed: call data.to_memory() first.")
         data = data.copy() if copy else data

@@ -165,14 +165,8 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     return out
 
 
-def counts(
-    table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None, *,
-    argument: str = "layer",
-) -> tuple[Any, list[str]]:  # fmt: skip
-    """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names.
-
-    ``argument``: what the caller of the verb gives the layer by.
-    """
+def check_counts(table: AnnData, layer: str | None) -> None:
+    """Refuse a table without the layer, or with a gene twice."""
     if not table.var_names.is_unique:
         duplicated = table.var_names[table.var_names.duplicated()][0]
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
@@ -181,6 +175,17 @@ def counts(
             f"layers has no {layer!r}; it has {listing(table.layers)} (table of {table.n_obs} rows, first "
             f"{table.obs_names[0]!r})."
         )
+
+
+def counts(
+    table: AnnData, genes: list[str] | None = None, layer: str | None = None, rows: np.ndarray | None = None, *,
+    argument: str = "layer",
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """Return raw counts (n_obs x n_genes; CSR or array) of ``genes``, checked to be non-negative integers, with names.
+
+    ``argument``: what the caller of the verb gives the layer by.
+    """
+    check_counts(table, layer)
     where = "X" if layer is None else f"layers[{layer!r}]"
     if genes is not None:
         missing = [gene for gene in genes if gene not in table.var_names]
@@ -250,6 +255,8 @@ def _written(key: str, arrays: dict | None, obs: dict | None, uns: dict | None) 
 def storable(value: Any) -> Any:
     """Return ``value`` as what h5ad and Zarr keep: dict, str, int, float, bool, list of str, array. None becomes ""."""
     if isinstance(value, dict):
+        for name in value:
+            slot_name(str(name), "a key of uns")
         return {str(name): storable(item) for name, item in value.items()}
     if value is None:
         return ""

@@ -50,8 +50,10 @@ def read_corpus(
             given["mpp"] = float(given["mpp"])
         where = _io.Where(**given)
         data = read_zarr(store)
-        genes, counts = tuple(map(str, _io.unpack(data, where.table_key)[1].var_names)), None
+        table = _io.unpack(data, where.table_key)[1]
+        genes, counts = tuple(map(str, table.var_names)), None
         if "counts" in need:
+            _io.check_counts(table, layer)
             group = f"tables/{where.table_key}/" + (f"layers/{layer}" if layer else "X")
             counts = _io.StoredCounts(store, group)
         for slide in gather(data, where, need=[name for name in need if name != "counts"], **options):
@@ -72,6 +74,12 @@ def read_corpus(
 
 def read_manifest(manifest: Path) -> list[dict[str, str]]:
     """Rows of a manifest, checked; empty cells are empty strings."""
+    if not manifest.is_file():
+        what = "is a store or folder, not a manifest" if manifest.is_dir() else "is no file"
+        raise FileNotFoundError(
+            f"data is the path {str(manifest)!r}, which {what}. Give the objects themselves (spatialdata.read_zarr(path), "
+            "anndata.read_h5ad(path)), or the path of a CSV with one store per row in its column 'store'."
+        )
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
     if "store" not in table or not len(table):
         raise ValueError(

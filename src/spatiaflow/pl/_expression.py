@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 def expression(
     data: AnnData | SpatialData,
-    genes: str | list[str],
+    genes: str | Sequence[str],
     *,
     key: str = "stflow",
     layer: str | None = None,
@@ -73,9 +74,7 @@ def expression(
     import matplotlib.pyplot as plt
 
     _, table = _io.unpack(data, table_key)
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    if not genes:
-        raise ValueError("genes is empty; name at least one gene.")
+    genes = list(_io.names(genes, "genes") or ())
     predicted = _io.slot_as_anndata(table, key)
     missing = [gene for gene in genes if gene not in predicted.var_names]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 def imputation(
     data: AnnData | SpatialData,
-    genes: str | list[str],
+    genes: str | Sequence[str],
     *,
     truth: AnnData | SpatialData | None = None,
     key: str = "imputed",
@@ -84,9 +85,7 @@ def imputation(
 
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     _, table = _io.unpack(data, table_key)
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    if not genes:
-        raise ValueError("genes is empty; name at least one gene.")
+    genes = list(_io.names(genes, "genes") or ())
     imputed = _io.slot_as_anndata(table, key)
     if missing := [gene for gene in genes if gene not in imputed.var_names]:
         raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(imputed.var_names[:8])}, ...")

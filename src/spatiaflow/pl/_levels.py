@@ -30,6 +30,7 @@ def levels(
     shapes_key: str | None = None,
     labels_key: str | None = None,
     library_key: str | None = None,
+    spatial_key: str = "spatial",
     mpp: float | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -55,6 +56,8 @@ def levels(
         Elements of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart.
+    spatial_key
+        Slot of the positions of an AnnData.
     mpp
         µm per unit of the positions, where the data do not state it.
     show
@@ -78,7 +81,7 @@ def levels(
     """
     import matplotlib.pyplot as plt
 
-    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, mpp=mpp)
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     _io.at_least_one(n_components=n_components)
     _, table = _io.unpack(data, table_key)
     levels = [levels] if isinstance(levels, str) else list(levels)
@@ -112,6 +115,7 @@ def attention(
     shapes_key: str | None = None,
     labels_key: str | None = None,
     library_key: str | None = None,
+    spatial_key: str = "spatial",
     mpp: float | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -137,6 +141,8 @@ def attention(
         Elements of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart.
+    spatial_key
+        Slot of the positions of an AnnData.
     mpp
         µm per unit of the positions, where the data do not state it.
     show
@@ -160,7 +166,7 @@ def attention(
     """
     import matplotlib.pyplot as plt
 
-    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, mpp=mpp)
+    where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     _io.positive(radius_um=radius_um)
     _, table = _io.unpack(data, table_key)
     slot = Key.obsp.attention(key)

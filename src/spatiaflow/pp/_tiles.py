@@ -23,7 +23,7 @@ def tiles(
     *,
     tile_um: float = 50.0,
     groupby: str | None = None,
-    pool: Sequence[str] | None = None,
+    pool: str | Sequence[str] | None = None,
     layer: str | None = None,
     table_key: str = "table",
     shapes_key: str | None = None,
@@ -90,9 +90,13 @@ def tiles(
     """
     where, started = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp), time.perf_counter()
     _io.positive(tile_um=tile_um)
-    _io.slot_name(key_added)
+    (_io.element_name if isinstance(data, SpatialData) else _io.slot_name)(key_added)
+    _io.slot_name(groupby, "groupby")
+    pool = _io.names(pool, "pool")
     _, table = _io.unpack(data, table_key)
     slides = _io.places(data, where, partial=True)
+    for slide in slides:  # they become keys of uns["spatial"], and names of points
+        (_io.slot_name if key_added is None else _io.element_name)(slide.name, f"the slide in {library_key or 'uns'}")
     counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
     members, places = _grid(slides, tile_um, table.n_obs)
     names = [f"{slide.name}_{x}_{y}" for slide, place in zip(slides, places) for x, y in place]

@@ -143,10 +143,7 @@ def _gene_names(genes: int | Sequence[str]) -> list[str] | None:
         raise ValueError(f"genes must be names, or how many genes (at least 1), not {genes!r}.")
     if isinstance(genes, int | np.integer):
         return None
-    names = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
-    if not names or len(set(names)) < len(names):
-        raise ValueError("genes names no gene, or one of them twice.")
-    return names
+    return _io.names(genes, "genes")
 
 
 def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> None:

@@ -33,7 +33,7 @@ MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 def train_imputation(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
-    genes: list[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     use_rep: str | None = None,
     target_sum: float | None = None,
     layer: str | None = None,
@@ -83,11 +83,11 @@ def train_imputation(
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key)
     _io.positive(target_sum=target_sum)
     shared = _io.shared_genes([_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()])
-    if genes is not None:
+    if (genes := _io.names(genes, "genes")) is not None:
         known = set(shared)
         if unknown := [g for g in genes if g not in known]:
             raise KeyError(f"genes= names {len(unknown)} that not all slides measure, such as {unknown[0]!r}.")
-        shared = [str(g) for g in genes]
+        shared = genes
     slides = _slides(data, where, shared, layer, use_rep)
     n_cells = sum(map(len, slides))
     if n_cells < MIN_CELLS or len(shared) < MIN_SHARED:
@@ -105,7 +105,7 @@ def train_imputation(
 def impute_genes(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
-    genes: str | list[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     reference: AnnData | SpatialData | None = None,
     model: Imputer | str | Path | None = None,
     use_rep: str | None = None,
@@ -214,7 +214,8 @@ def impute_genes(
     if model is None:
         source, shared, wanted = _source(data, table, reference, genes, where)
         argument = "layer" if reference is None else "reference_layer"
-        known = _slides(source, where, shared, layer if reference is None else reference_layer, use_rep, argument)
+        there = where if reference is None else _io.where_in_reference(reference, where)
+        known = _slides(source, there, shared, layer if reference is None else reference_layer, use_rep, argument)
         query = known if reference is None else _slides(data, where, shared, layer, use_rep)
         query, known = _comparable(query, known, spatial_key, use_rep)
         trained, imputer = None, _fitted(known, shared, wanted, target_sum, seed)
@@ -267,11 +268,13 @@ def _slides(
 
 
 def _source(
-    data: AnnData | SpatialData, table: AnnData, reference: AnnData | SpatialData | None, genes: str | list[str] | None,
+    data: AnnData | SpatialData, table: AnnData, reference: AnnData | SpatialData | None, genes: str | Sequence[str] | None,
     where: _io.Where,
 ) -> tuple[AnnData | SpatialData, list[str], list[str]]:  # fmt: skip
     """Object to learn from, genes that it shares with the table, and genes that are wanted."""
-    known = table if reference is None else _io.unpack(reference, where.table_key, name="reference")[1]
+    known = table
+    if reference is not None:
+        known = _io.unpack(reference, _io.where_in_reference(reference, where).table_key, name="reference")[1]
     if known.n_obs < MIN_CELLS:
         raise ValueError(f"the reference has {known.n_obs} cells; at least {MIN_CELLS} are needed.")
     name = "data, and there is neither reference= nor model=" if reference is None else "the reference"
@@ -279,7 +282,7 @@ def _source(
 
 
 def _genes(
-    table: AnnData, known: Collection[str], genes: str | list[str] | None, where: str
+    table: AnnData, known: Collection[str], genes: str | Sequence[str] | None, where: str
 ) -> tuple[list[str], list[str]]:
     """Genes that table and source both measure, and genes that are wanted."""
     names = set(known)
@@ -296,7 +299,7 @@ def _genes(
         if not wanted:
             raise ValueError(f"{where} has no gene that data lack. Name the genes to denoise in genes=.")
         return shared, wanted
-    wanted = [genes] if isinstance(genes, str) else [str(g) for g in genes]
+    wanted = list(_io.names(genes, "genes") or ())
     if unknown := [g for g in wanted if g not in names]:
         alike = {str(g).lower(): str(g) for g in known}.get(str(unknown[0]).lower())
         hint = f" Is it {alike!r}?" if alike else ""

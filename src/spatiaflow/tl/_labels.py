@@ -198,6 +198,9 @@ def annotate(
         raise ValueError(f"threshold is a confidence between 0 and 1, not {threshold!r}.")
     objects, tables = _unpacked(data, table_key, copy=copy)
     sources = tables if reference is None else _unpacked(reference, table_key)[1]
+    for table in tables if library_key is not None else ():
+        if library_key not in table.obs:
+            raise KeyError(f"obs has no {library_key!r}; it has {_io.listing(table.obs.columns)}.")
     x = known = _pooled(tables, use_rep)
     if reference is not None:
         known = _pooled(sources, use_rep)
@@ -267,13 +270,17 @@ def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.nd
     return rows, y
 
 
+def _as_dict(value: Any) -> Mapping:
+    """An entry of uns; one that is no dict holds nothing."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _groups(tables: Sequence[AnnData], library_key: str | None, rows: np.ndarray) -> np.ndarray:
-    """Slide of each of some rows: its table, or its table and library."""
+    """Slide of each of some rows: its table, or its table and library. A reference without the column is one slide."""
     names = []
     for i, table in enumerate(tables):
-        if library_key is not None and library_key not in table.obs:
-            raise KeyError(f"obs has no {library_key!r}; it has {', '.join(map(repr, table.obs.columns[:12]))}.")
-        own = [""] * table.n_obs if library_key is None else table.obs[library_key].astype(str)
+        there = library_key is not None and library_key in table.obs
+        own = table.obs[library_key].astype(str) if there else [""] * table.n_obs
         names += [f"{i}:{name}" for name in own]
     return np.array(names)[rows]
 
@@ -342,7 +349,7 @@ def _check_alike(tables: Sequence[AnnData], use_rep: str, values: Sequence[np.nd
     widths = [x.shape[1] for x in values]
     found = []
     for table in tables:
-        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in table.uns[k]), None)
+        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in _as_dict(table.uns[k])), None)
         params = table.uns[key]["params"] if key else {}
         if "model_sha256" in params:
             levels = [*map(str, params.get("levels", []))] if use_rep == key else []

@@ -32,7 +32,7 @@ def train_spatia(
     *,
     modalities: Sequence[str] | str = ("image", "genes"),
     init: Spatia | str | Path | None = None,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     channels: Mapping[str, str] | None = None,
     layer: str | None = None,
     config: SpatiaConfig | str | None = None,
@@ -138,6 +138,7 @@ def train_spatia(
     if init is not None:
         init = cast("Spatia", resolve(init, "Spatia", argument="init"))
         config = config.with_sizes_of(init.config)
+    genes = _io.names(genes, "genes")
     slides = cells(data, where, modalities, config, layer)
     share_memory(slides)
     if init is not None and "genes" in modalities:
@@ -324,7 +325,7 @@ def cells(
 
 def check_modalities(modalities: Sequence[str] | str) -> tuple[str, ...]:
     """Return modalities as a tuple, after a check of their names."""
-    chosen = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    chosen = tuple(_io.names(modalities, "modalities") or ())
     if not chosen or set(chosen) - set(MODALITIES):
         raise ValueError(f"modalities must be 'image', 'genes' or both, not {modalities!r}.")
     return chosen
@@ -332,7 +333,7 @@ def check_modalities(modalities: Sequence[str] | str) -> tuple[str, ...]:
 
 def check_levels(levels: Sequence[str] | str) -> tuple[str, ...]:
     """Return levels as a tuple, after a check of their names."""
-    chosen = (levels,) if isinstance(levels, str) else tuple(levels)
+    chosen = tuple(_io.names(levels, "levels") or ())
     if not chosen or set(chosen) - set(LEVELS):
         raise ValueError(f"levels must be among {', '.join(LEVELS)}, not {levels!r}.")
     return chosen
