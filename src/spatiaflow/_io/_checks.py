@@ -127,7 +127,7 @@ def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_ti
         advice = f"neighbours are {step:.3g} µm apart, but cells lie {SPACING[0]:g} to {SPACING[1]:g} µm apart ({fits})"
     elif area is not None and not AREA[0] <= (size := float(np.nanmedian(area))) <= AREA[1]:
         fits = _fitting(slide.mpp, size, AREA, 2)
-        advice = f"its cells have {size:.3g} µm² (median), but cells have {AREA[0]:g} to {AREA[1]:,g} µm² ({fits})"
+        advice = f"its cells have {size:,.4g} µm² (median), but cells have {AREA[0]:g} to {AREA[1]:,g} µm² ({fits})"
     if advice:
         warnings.warn(
             f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel {advice}. Check mpp.", UserWarning, stacklevel=4

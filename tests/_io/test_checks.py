@@ -1,0 +1,88 @@
+"""Warnings of scales and of slides taken for one."""
+
+import warnings
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import spatiaflow as sf
+from spatiaflow import _io
+from spatiaflow._io import Where
+from spatiaflow._io._checks import Lattice
+
+
+def messages(xy, mpp=1.0, obs=None, **uns):
+    obs = pd.DataFrame(index=map(str, range(len(xy)))) if obs is None else obs
+    table = ad.AnnData(np.ones((len(xy), 2), np.float32), obs=obs, obsm={"spatial": np.asarray(xy, float)}, uns=uns)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _io.places(table, Where(mpp=mpp))
+    return [str(one.message) for one in found if issubclass(one.category, UserWarning)]
+
+
+def grid(pitch, n=8):
+    return np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2) * float(pitch)
+
+
+def hexagonal(pitch, n=10):
+    i, j = (a.ravel() for a in np.meshgrid(np.arange(n), np.arange(n)))
+    return np.column_stack([(i + j % 2 / 2) * pitch, j * pitch * np.sqrt(3) / 2])
+
+
+@pytest.mark.parametrize("pitch", [200, 141, 100, 50, 25, 20, 16, 10, 8, 2])
+def test_pitches_that_arrays_have(pitch):
+    assert not messages(grid(pitch))
+
+
+@pytest.mark.parametrize("pitch", [70, 4, 500])
+def test_a_pitch_that_no_array_has(pitch):
+    (found,) = messages(grid(pitch))
+    assert f"{pitch} µm apart" in found
+    assert "Check mpp" in found
+
+
+def test_a_hexagonal_array_is_visium():
+    assert not messages(hexagonal(100))
+    (found,) = messages(hexagonal(50))  # a square array may have this pitch
+    assert "100 would need mpp=2" in found
+    assert Lattice(hexagonal(100)).hexagonal
+    assert not Lattice(grid(100)).hexagonal
+
+
+def test_tiles_know_their_size():
+    assert not messages(grid(70), tiles={"params": {}})
+
+
+@pytest.mark.parametrize(
+    ("mpp", "fits"), [(0.2125, None), (0.01, "mpp=0.2125 would fit"), (8.0, "mpp=0.2125 would fit")]
+)
+def test_cells_too_close_or_too_far_apart(mpp, fits):
+    cells = np.random.default_rng(0).uniform(0, 1000, (400, 2)) / 0.2125
+    found = messages(cells, mpp)
+    assert len(found) == (fits is not None)
+    if fits:
+        assert fits in found[0]
+
+
+def test_cells_too_large_or_too_small():
+    sdata = sf.datasets.simulated_tissue(100, seed=0)
+    circles = sdata["nuclei"].copy()
+    circles["geometry"] = circles.geometry.buffer(40)
+    sdata["nuclei"] = circles
+    with pytest.warns(UserWarning, match="its cells have .* µm² .median., but cells have 10 to 3,000 µm² .*would fit"):
+        _io.places(sdata)
+
+
+KINDS = ["object", "category", "string", "int"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["sample", "fov", "library_id"])
+def test_slides_that_lie_over_one_another_are_told_of(kind, name):
+    xy = np.random.default_rng(0).uniform(0, 300, (100, 2))
+    values = np.repeat([1, 2], 50) if kind == "int" else np.repeat(["a", "b"], 50)
+    obs = pd.DataFrame({name: pd.Series(values).astype(kind)})
+    obs.index = obs.index.astype(str)
+    assert f"give library_key={name!r}" in messages(xy, obs=obs)[0]
