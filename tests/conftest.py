@@ -1,6 +1,7 @@
 """Small tissue that every test can afford, and settings that leave no trace."""
 
 import os
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -11,6 +12,7 @@ import pytest
 from scipy import sparse
 
 matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
 
 
