@@ -69,7 +69,7 @@ def test_a_share_lies_between_0_and_1(verb, kind, name, value):
         outcome(verb, given(verb, kind), **{name: value})
 
 
-@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5)], ids=repr)
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5)], ids=repr)
 @pytest.mark.parametrize(("verb", "kind", "name"), each({"mpp"}, kinds=("AnnData", "SpatialData")))
 def test_a_scale_may_be_of_numpy(verb, kind, name, value):
     if VERBS[verb].slow or kind == "SpatialData":
@@ -79,7 +79,7 @@ def test_a_scale_may_be_of_numpy(verb, kind, name, value):
     found = outcome(verb, data, mpp=value)
     right = expected(verb, kind)
     same({k: v for k, v in found.items() if "mpp" not in k}, {k: v for k, v in right.items() if "mpp" not in k})
-    assert not [path for path in changed(before, fingerprint(data)) if "spatial" in path and "niche" not in path]
+    assert not [path for path in changed(before, fingerprint(data)) if path.startswith("uns['spatial']") and "microns" not in path]
 
 
 # names of what is not there

@@ -33,11 +33,8 @@ N, CROP = 80, {"crop_um": 16.0, "crop_pixels": 16}
 VOLATILE = re.compile(r"seconds$|model_sha256$|feature_names")
 DOCUMENTED = (ValueError, KeyError, TypeError, OSError)
 SOURCE = str(Path(sf.__file__).parent)
-# what an error must name: a slot, an element, or an argument
-NAMED = re.compile(
-    r"\bX\b|\bobs\b|obs_names|var_names|obsm|obsp|uns|layers|attrs|channel|image|table|element|slide|\w+=|SpatialData|AnnData|"
-    r"must be|transitions|genes|position|index"
-)
+# what an error must name: a slot, an element, or an argument of the verb
+NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest"
 
 
 @cache
@@ -344,7 +341,8 @@ def check_error(verb: str, error: Exception) -> None:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error.args[0]) if error.args else ""
     ours = frame.filename.startswith(SOURCE) and isinstance(error, DOCUMENTED)
-    if not (ours and len(text.split()) >= 4 and NAMED.search(text)):
+    named = re.search(rf"\b({NAMED}|{'|'.join(VERBS[verb].arguments)})\b", text)
+    if not (ours and len(text.split()) >= 4 and named):
         raise AssertionError(
             f"{verb}: raw {type(error).__name__}: {text[:300]} ({frame.filename}:{frame.lineno})"
         ) from error

@@ -9,6 +9,7 @@ from spatiaflow._io._arguments import (
     names,
     one_of,
     positive,
+    share,
     slot_name,
 )
 from spatiaflow._io._images import SlideImage, background, slide_image
@@ -81,6 +82,7 @@ __all__ = [
     "provenance",
     "remember",
     "same_encoder",
+    "share",
     "shared_genes",
     "slide_image",
     "slot_name",

@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
+from spatiaflow._io._pixels import as_uint8
 from spatiaflow._io._scales import libraries, stated
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import ABSENT, Slide
@@ -191,21 +192,33 @@ def background(
     if isinstance(data, AnnData):
         library = libraries(table).get(slide.name, {})
         image = library.get("images", {}).get("hires")
-        if image is None or (scale := _scale_of(library["scalefactors"], "hires", "")) is None:
-            return None
-        return np.asarray(image), slide.mpp / scale, (0.0, 0.0)
+        scale = None if image is None else _scale_of(library["scalefactors"], "hires", f"uns['spatial'][{slide.name!r}]")
+        picture = None if scale is None else _shown(image, f"{slide.name}/hires")
+        return None if picture is None else (picture, slide.mpp / scale, (0.0, 0.0))
     extent = float(np.ptp(slide.xy, axis=0).max())
     for name in data.images:
         try:
             found = _from_spatialdata(data, slide, name, extent / pixels)
-        except KeyError:  # of another coordinate system
+        except (KeyError, ValueError):  # of another coordinate system, or a stack of planes
             continue
         linear, image = found.affine[:2, :2], found.source
         upright = np.all(np.diag(linear) > 0) and np.abs(linear - np.diag(np.diag(linear))).max() < 1e-6 * linear[0, 0]
-        if upright and found.is_rgb(len(image)) and image.dtype == np.uint8 and image.size < MAX_PICTURE:
-            break
-    else:
+        if not upright or not found.is_rgb(len(image)) or image.size >= MAX_PICTURE:
+            continue
+        step = max(1, int(extent / pixels / found.mpp))
+        picture = _shown(np.asarray(image[:3, ::step, ::step]).transpose(1, 2, 0), name)
+        if picture is not None:
+            return picture, found.mpp * step, tuple(found.affine[:2, 2] * slide.mpp)
+    return None
+
+
+def _shown(image: Any, name: str) -> np.ndarray | None:
+    """Return a picture (y x x x c) as uint8; None where it cannot be drawn."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
         return None
-    step = max(1, int(extent / pixels / found.mpp))
-    picture = np.asarray(image[:3, ::step, ::step]).transpose(1, 2, 0)
-    return picture, found.mpp * step, tuple(found.affine[:2, 2] * slide.mpp)
+    try:
+        return np.asarray(as_uint8(image, name)[...])
+    except ValueError as error:
+        logger.warning("%s It is not drawn behind the tissue.", error)
+        return None
