@@ -154,7 +154,7 @@ def test_a_picture_of_another_type(verb, kind, depth):
         found = outcome(verb, data)
         assert found.keys() == expected(verb, kind).keys()
     elif verb == "tl.embed_spatia":  # crops are scaled by their own range
-        same(outcome(verb, data), expected(verb, kind), atol=1e-2)
+        same(outcome(verb, data), expected(verb, kind), atol=0.1)  # uint8 is resampled as uint8
     else:
         assert right_or_refused(verb, kind, data)
 
@@ -386,17 +386,18 @@ UNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", UNS)
 @over("positions", kinds=("AnnData",), training=False)
-def test_uns_of_any_shape(verb, kind, shape):
+def test_uns_of_any_shape(verb, kind):
     data = given(verb, kind)
-    data.uns["spatial"] = UNS[shape]
-    options = {} if "mpp" not in VERBS[verb].arguments else {"mpp": 0.5}
-    for one in ({}, options):
+    for number, (shape, value) in enumerate(UNS.items()):
+        data.uns["spatial"] = value
+        options = {"mpp": 0.5} if "mpp" in VERBS[verb].arguments and number % 2 else {}
         try:
-            outcome(verb, copied(data), **one)
+            outcome(verb, copied(data), **options)
         except (ValueError, KeyError, TypeError, OSError):
             continue
+        except AssertionError as error:
+            raise AssertionError(f"{shape}: {error}") from error
 
 
 @pytest.mark.parametrize("shape", ["none", "array", "CELLxGENE", "metadata None", "two slides", "scale '0.5'"])

@@ -34,7 +34,7 @@ VOLATILE = re.compile(r"seconds$|model_sha256$|feature_names")
 DOCUMENTED = (ValueError, KeyError, TypeError, OSError)
 SOURCE = str(Path(sf.__file__).parent)
 # what an error must name: a slot, an element, or an argument of the verb
-NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest"
+NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest|weights"
 
 
 @cache
@@ -334,6 +334,26 @@ def outcome(verb: str, data: Any, **options: Any) -> dict[str, Any]:
     new = changed(before, fingerprint(data))
     out |= {path: after.get(path, "removed") for path in new}
     return {path: value for path, value in out.items() if not VOLATILE.search(path.strip("']"))}
+
+
+def all_refused(verb: str, data: Any, calls: list[dict[str, Any]]) -> None:
+    """All calls are refused as they should be: with a documented error, and the data left alone."""
+    before, out = fingerprint(data), []
+    for options in calls:
+        try:
+            with sf.settings.override(progress=False, verbosity="error"):
+                VERBS[verb](data, trained(), **options)
+            out.append(f"{options} was taken")
+        except AssertionError:
+            raise
+        except Exception as error:
+            try:
+                check_error(verb, error)
+            except AssertionError as raw:
+                out.append(f"{options}: {raw}")
+        plt.close("all")
+    out += [f"changed: {path}" for path in changed(before, fingerprint(data))]
+    assert not out, "\n".join(["", *out])
 
 
 def check_error(verb: str, error: Exception) -> None:

@@ -9,8 +9,10 @@ from spatiaflow._io._arguments import (
     names,
     one_of,
     positive,
+    renames,
     share,
     slot_name,
+    text,
 )
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
@@ -26,6 +28,7 @@ from spatiaflow._io._tables import (
     check_encoder,
     counts,
     dense,
+    entry,
     features,
     groups,
     keep,
@@ -58,6 +61,7 @@ __all__ = [
     "dense",
     "each_object",
     "element_name",
+    "entry",
     "features",
     "groups",
     "held_out",
@@ -81,6 +85,7 @@ __all__ = [
     "positive",
     "provenance",
     "remember",
+    "renames",
     "same_encoder",
     "share",
     "shared_genes",
@@ -89,6 +94,7 @@ __all__ = [
     "slot_as_anndata",
     "storable",
     "target_sum",
+    "text",
     "unpack",
     "where_in_reference",
     "write",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,6 +46,21 @@ def known_names(known: Iterable, **values: Any) -> None:
     for name, given in values.items():
         if unknown := [key for key in given or {} if key not in known]:
             raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(map(repr, known))}.")
+
+
+def text(**values: Any) -> None:
+    """Refuse what is not a name; None passes."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError(f"{name} must be a name (text), not {value!r}.")
+
+
+def renames(**values: Any) -> None:
+    """Refuse what is not a dict of names to names; None passes."""
+    for name, value in values.items():
+        fits = isinstance(value, Mapping) and all(isinstance(one, str) for one in [*value, *value.values()])
+        if value is not None and not fits:
+            raise ValueError(f"{name} must be a dict of names, such as {{'DAPI': 'dapi'}}, not {value!r}.")
 
 
 def slot_name(value: Any, argument: str = "key_added") -> None:

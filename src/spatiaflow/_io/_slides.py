@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from spatiaflow._io._arguments import listing
+from spatiaflow._io._arguments import listing, text
 from spatiaflow._io._checks import check_positions
 from spatiaflow._io._elements import areas_of, centroids_of, copied, instances_of, known_instances
 from spatiaflow._io._scales import (
@@ -117,6 +117,7 @@ def where_in_reference(reference: Any, where: Where) -> Where:
 
 def one_slide(found: list[Slide], library_id: str | None) -> Slide:
     """Return the slide of a name, the first without one."""
+    text(library_id=library_id)
     by_name = {slide.name: slide for slide in found}
     if library_id is not None and library_id not in by_name:
         raise KeyError(f"no slide {library_id!r}; there are {', '.join(by_name)}.")
@@ -314,6 +315,7 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
 
     ``name``: the argument that holds the data, for errors.
     """
+    text(table_key=table_key)
     if isinstance(data, AnnData):
         if data.isbacked and data.is_view:
             raise ValueError(f"{name} is a view of a backed AnnData; call {name}.to_memory() first.")

@@ -12,7 +12,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from spatiaflow._io._arguments import listing, slot_name
+from spatiaflow._io._arguments import listing, slot_name, text
 from spatiaflow._settings import logger
 from spatiaflow.models.slide import Slide
 
@@ -23,6 +23,7 @@ FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pas
 
 def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
     """Return ``obsm[key]`` as a float32 array (n_obs x n_features), checked to be finite."""
+    text(use_rep=key)
     if key not in table.obsm:
         raise KeyError(f"obsm has no {key!r}; it has {listing(table.obsm)}. {hint}")
     values = table.obsm[key]
@@ -45,8 +46,8 @@ def same_encoder(tables: list[AnnData], key: str) -> dict:
     found = []
     for table in tables:
         width = features(table, key).shape[1]
-        stored = table.uns.get(key, {})
-        known = {name: stored[name] for name in ENCODER if name in stored} if isinstance(stored, Mapping) else {}
+        stored = entry(table, key)
+        known = {name: stored[name] for name in ENCODER if name in stored}
         found.append(
             {"key": key, "id": key, "sha256": ""} | {k: _plain(v) for k, v in known.items()} | {"n_features": width}
         )
@@ -58,6 +59,7 @@ def same_encoder(tables: list[AnnData], key: str) -> dict:
 
 def check_encoder(table: AnnData, key: str, expected: dict) -> None:
     """Refuse features that another encoder made than the one a model was trained with."""
+    text(use_rep=key)
     known = "id" in expected and expected["id"] != expected["key"]
     if known and "patch_um" in expected:
         how = (
@@ -116,8 +118,9 @@ def dense(values: Any) -> np.ndarray:
     return np.ascontiguousarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
 
 
-def morphology(table: AnnData, key: str) -> pd.DataFrame:
-    """Return the DataFrame of morphology at ``obsm[key]``."""
+def morphology(table: AnnData, key: str, argument: str = "key") -> pd.DataFrame:
+    """Return the DataFrame of morphology at ``obsm[key]``, which the caller's ``argument`` names."""
+    text(**{argument: key})
     if not isinstance(table.obsm.get(key), pd.DataFrame):
         raise KeyError(
             f"obsm has no DataFrame {key!r}; it has {listing(table.obsm)}. Run sf.pp.morphology_profile(data) first."
@@ -127,6 +130,7 @@ def morphology(table: AnnData, key: str) -> pd.DataFrame:
 
 def groups(table: AnnData, groupby: str) -> pd.Series:
     """Return ``obs[groupby]`` as a categorical of at most 50 groups, without empty groups."""
+    text(groupby=groupby)
     if groupby not in table.obs:
         raise KeyError(f"obs has no {groupby!r}; it has {listing(table.obs.columns)}.")
     column = table.obs[groupby]
@@ -139,9 +143,10 @@ def groups(table: AnnData, groupby: str) -> pd.Series:
 
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
-    names = table.uns[key].get("genes") if isinstance(table.uns.get(key), Mapping) else None
+    text(key=key)
+    names = entry(table, key).get("genes")
     if key not in table.obsm or names is None:
-        others = [k for k in table.obsm if isinstance(table.uns.get(k), Mapping) and "normalization" in table.uns[k]]
+        others = [k for k in table.obsm if "normalization" in entry(table, k)]
         found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {listing(table.obsm)}"
         if others:
             found = f"there is {listing(others)}; give key={others[0]!r}"
@@ -156,7 +161,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     out = AnnData(np.array(table.obsm[key]), obs=table.obs.copy(), var=var)
     if f"{key}_std" in table.obsm:
         out.layers["std"] = np.array(table.obsm[f"{key}_std"])
-    where = table.uns[key].get("params", {}).get("spatial_key", "spatial")
+    where = dict(entry(table, key).get("params", {})).get("spatial_key", "spatial")
     if where in table.obsm:
         out.obsm[where] = np.array(table.obsm[where])
     for name in ("spatial", "spatialdata_attrs"):
@@ -170,6 +175,7 @@ def check_counts(table: AnnData, layer: str | None) -> None:
     if not table.var_names.is_unique:
         duplicated = table.var_names[table.var_names.duplicated()][0]
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
+    text(layer=layer)
     if layer is not None and layer not in table.layers:
         raise KeyError(
             f"layers has no {layer!r}; it has {listing(table.layers)} (table of {table.n_obs} rows, first "
@@ -201,7 +207,7 @@ def counts(
     if table.isbacked or not (sparse.issparse(values) or isinstance(values, np.ndarray)):
         values = chosen.to_memory()
         values = values.X if layer is None else values.layers[layer]
-    values = _summable(values)
+    values = _summable(values, where)
     flat: Any = values.data if sparse.issparse(values) else values
     if not np.isfinite(flat).all():
         raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
@@ -217,11 +223,14 @@ def counts(
     return values, list(chosen.var_names)
 
 
-def _summable(values: Any) -> Any:
+def _summable(values: Any, where: str) -> Any:
     """Return CSR or an array in a type whose sums do not overflow: narrow integers and floats become float32."""
     values = sparse.csr_matrix(values) if sparse.issparse(values) else np.asarray(values)
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"counts must be numbers; they are {values.dtype}.")
+        raise ValueError(f"{where} must hold numbers, raw counts; it holds {values.dtype}.")
+    if sparse.issparse(values) and not values.has_canonical_format:  # an entry may stand there in parts
+        values = values.copy()
+        values.sum_duplicates()
     wide = np.float64 if values.dtype.itemsize > 4 or values.dtype in (np.int32, np.uint32) else np.float32
     return values if values.dtype in (np.float32, np.float64) and values.dtype.isnative else values.astype(wide)
 
@@ -314,6 +323,12 @@ def target_sum(table: AnnData, key: str) -> float | None:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
+
+
+def entry(table: AnnData, key: str) -> Mapping:
+    """Return ``uns[key]``; what is no dict is another's, and holds nothing of ours."""
+    found = table.uns.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def keep(data: Any, key: str, table: AnnData, slides: Sequence[Slide], which: np.ndarray, xy: np.ndarray) -> None:

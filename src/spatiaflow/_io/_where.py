@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spatiaflow._io._arguments import positive
+from spatiaflow._io._arguments import positive, text
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,4 @@ class Where:
 
     def __post_init__(self) -> None:
         positive(None, mpp=self.mpp)
+        text(**{name: value for name, value in vars(self).items() if name != "mpp"})

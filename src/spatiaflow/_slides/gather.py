@@ -82,7 +82,7 @@ def gather(
             counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
         features = None
         if "features" in need:
-            slots: Any = [use_rep] if isinstance(use_rep, str) else use_rep
+            slots = _io.names(use_rep, "use_rep") or []
             features = np.hstack([_io.features(table, slot) for slot in slots])
         for slide in found:
             rows = slide.rows

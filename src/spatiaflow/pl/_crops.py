@@ -174,6 +174,8 @@ class _Pictures:
         self.half = crop_um / 2 / self.mpp
         names = list(image.channels) or [str(c) for c in range(self.shape[0])]
         self.is_rgb = image.is_rgb(self.shape[0]) and channels is None
+        if self.is_rgb:
+            self.pixels = _io.as_uint8(self.pixels, image.name)
         channels = _io.names(channels, "channels") or names
         if missing := [name for name in channels if str(name) not in names]:
             raise KeyError(f"image {image.name!r} has no channel {missing[0]!r}; it has {', '.join(names)}.")
@@ -206,7 +208,9 @@ class _Pictures:
         x0, y0, x1, y1 = window
         key = (slice(None), slice(y0, y1), slice(x0, x1)) if self.first else (slice(y0, y1), slice(x0, x1), slice(None))
         part = np.asarray(self.pixels[key])
-        return part if self.first else part.transpose(2, 0, 1)
+        part = part if self.first else part.transpose(2, 0, 1)
+        _io.check_finite(part[self.used], self.source[3].name, tuple(self.names))
+        return part
 
     def legend(self) -> list[tuple[str, str]]:
         if self.is_rgb:
@@ -220,8 +224,7 @@ class _Pictures:
     def colour(self, part: np.ndarray) -> np.ndarray:
         """Picture (y x x x 3, in [0, 1]) of channels."""
         if self.is_rgb:
-            top = np.iinfo(part.dtype).max if np.issubdtype(part.dtype, np.integer) else 1.0
-            return np.clip(part[:3].transpose(1, 2, 0) / top, 0, 1)
+            return part[:3].transpose(1, 2, 0) / 255
         from matplotlib.colors import to_rgb
 
         palette = np.array([to_rgb(colour) for _, colour in self.legend()])

@@ -172,6 +172,7 @@ def attention(
     slot = Key.obsp.attention(key)
     if slot not in table.obsp:
         raise KeyError(f"obsp has no {slot!r}. Run sf.tl.embed_spatia(data, attention=True) first.")
+    _io.text(cell=cell, color=color)
     if cell not in table.obs_names:
         raise KeyError(f"obs_names has no {cell!r}; it has {', '.join(map(repr, table.obs_names[:3]))}, ...")
     if color is not None and color not in table.obs:

@@ -204,7 +204,11 @@ def image_profile(
                 parts.append(part.set_index(rows[same]))
         return pd.concat(parts).sort_index()
     if isinstance(data, AnnData):
-        known = data.uns["morphology"]
+        known = _io.entry(data, "morphology")
+        if "image" not in data.obsm or "channels" not in known:
+            raise KeyError(
+                "obsm has no 'image' with uns['morphology']. Give the result of sf.tl.generate_morphology(...)."
+            )
         images, channels, mpp = data.obsm["image"], channels or known["channels"], mpp or known["mpp"]
     else:
         images = np.asarray(data)

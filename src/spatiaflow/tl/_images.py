@@ -75,12 +75,12 @@ def placed(table: AnnData, slides: Sequence[Slide], first: int = 0) -> tuple[np.
 
 def is_tiles(table: AnnData) -> bool:
     """Whether the rows of a table are tiles of :func:`spatiaflow.pp.tiles`."""
-    return "tiles" in table.uns
+    return "members" in _io.entry(table, "tiles")
 
 
 def model_of(table: AnnData, use_rep: str) -> str:
     """Return the sha256 of the model that made the embeddings, "" where it is unknown."""
-    return str(table.uns.get(use_rep, {}).get("params", {}).get("model_sha256", ""))
+    return str(_io.entry(table, use_rep).get("params", {}).get("model_sha256", ""))
 
 
 def unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:

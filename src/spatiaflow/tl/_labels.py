@@ -198,6 +198,7 @@ def annotate(
     _io.share(threshold=threshold)
     objects, tables = _unpacked(data, table_key, copy=copy)
     sources = tables if reference is None else _unpacked(reference, table_key)[1]
+    _io.text(library_key=library_key)
     for table in tables if library_key is not None else ():
         if library_key not in table.obs:
             raise KeyError(f"obs has no {library_key!r}; it has {_io.listing(table.obs.columns)}.")
@@ -254,6 +255,7 @@ def _pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
 
 def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows with a label among the rows of all tables, and their labels."""
+    _io.text(labels=labels)
     if not any(labels in table.obs for table in tables):
         raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, tables[0].obs.columns[:12]))}.")
     columns = [table.obs[labels].astype(object) if labels in table.obs else [None] * table.n_obs for table in tables]
@@ -268,11 +270,6 @@ def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.nd
             "numbers are no classes."
         )
     return rows, y
-
-
-def _as_dict(value: Any) -> Mapping:
-    """An entry of uns; one that is no dict holds nothing."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def _groups(tables: Sequence[AnnData], library_key: str | None, rows: np.ndarray) -> np.ndarray:
@@ -349,7 +346,7 @@ def _check_alike(tables: Sequence[AnnData], use_rep: str, values: Sequence[np.nd
     widths = [x.shape[1] for x in values]
     found = []
     for table in tables:
-        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in _as_dict(table.uns[k])), None)
+        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in _io.entry(table, k)), None)
         params = table.uns[key]["params"] if key else {}
         if "model_sha256" in params:
             levels = [*map(str, params.get("levels", []))] if use_rep == key else []

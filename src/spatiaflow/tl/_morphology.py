@@ -183,7 +183,7 @@ def _profile(
     """Return the standardised morphology of all cells, one slide after the other, and the names of its columns."""
     if key is None:
         return np.zeros((sum(len(slide) for own in slides for slide in own), 0)), []
-    frames = [_io.morphology(table, key) for table in tables]
+    frames = [_io.morphology(table, key, "profile_key") for table in tables]
     names = [name for name in frames[0].columns if all(name in frame for frame in frames)]
     parts = [frame[names].iloc[slide.rows] for frame, own in zip(frames, slides) for slide in own]
     return standardised(pd.concat(parts)), [*map(str, names)]

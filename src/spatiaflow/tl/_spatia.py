@@ -139,6 +139,9 @@ def train_spatia(
         init = cast("Spatia", resolve(init, "Spatia", argument="init"))
         config = config.with_sizes_of(init.config)
     genes = _io.names(genes, "genes")
+    _io.renames(channels=channels)
+    if validation is None:
+        raise ValueError("validation must be a fraction, or names of slides, not None.")
     slides = cells(data, where, modalities, config, layer)
     share_memory(slides)
     if init is not None and "genes" in modalities:
@@ -250,6 +253,7 @@ def embed_spatia(
     _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     _io.one_of(("slide", "training"), scaling=scaling)
+    _io.renames(channels=channels)
     model = cast("Spatia", resolve(model, "Spatia", default=DEFAULT_WEIGHTS))
     check_trained(model, modalities)
     data, table = _io.unpack(data, table_key, copy=copy)

@@ -175,7 +175,8 @@ def state_shares(table: AnnData, groupby: str, min_share: float) -> StateShares:
     """Return the states of cells, or the shares of states in tiles."""
     from spatiaflow.models.transport import StateShares
 
-    if groupby not in table.obs and groupby in table.obsm and groupby in table.uns.get("tiles", {}):
+    _io.text(groupby=groupby)
+    if groupby not in table.obs and groupby in table.obsm and groupby in _io.entry(table, "tiles"):
         names, share = table.uns["tiles"][groupby], np.asarray(table.obsm[groupby])
     else:
         state, min_share = _io.groups(table, groupby), 0.5
@@ -195,7 +196,8 @@ def _transitions(given) -> list[tuple[str, str]]:
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(v, str) for v in given):
         given = [given]
     wanted: list[Any] = [
-        tuple(map(str, one)) if isinstance(one, tuple | list) and len(one) == 2 else None for one in given
+        tuple(map(str, one)) if isinstance(one, tuple | list) and len(one) == 2 else None
+        for one in (given if isinstance(given, list | tuple) else [given])
     ]
     if not wanted or None in wanted:
         raise ValueError(f'transitions must be pairs of states, such as [("A", "B")], not {given!r}.')
