@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from verbs import VERBS, expected, outcome, same, table_of
@@ -12,11 +12,13 @@ from verbs import given as clean
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REFUSED = (ValueError, KeyError, TypeError, OSError)
-KEYED = [name for name, verb in VERBS.items() if "copy" in verb.arguments]  # they write a row for every cell
+# they write a row for every cell; the folds of annotate follow the order of the rows
+KEYED = [name for name, verb in VERBS.items() if "copy" in verb.arguments and name != "tl.annotate"]
 
 
 def profile(n):
-    return settings(derandomize=True, deadline=None, max_examples=n, suppress_health_check=list(HealthCheck), database=None)
+    quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
+    return settings(derandomize=True, database=None, max_examples=n, **quick)
 
 
 def over(names=tuple(VERBS)):
@@ -43,6 +45,8 @@ HARMLESS = {
 
 
 def _counts(t, change):
+    if t.X is None:
+        return
     X = t.X.toarray() if sparse.issparse(t.X) else np.array(t.X)
     change(X)
     t.X = sparse.csr_matrix(X) if sparse.issparse(t.X) else X

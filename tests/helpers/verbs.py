@@ -34,7 +34,7 @@ VOLATILE = re.compile(r"seconds$|model_sha256$|feature_names")
 DOCUMENTED = (ValueError, KeyError, TypeError, OSError)
 SOURCE = str(Path(sf.__file__).parent)
 # what an error must name: a slot, an element, or an argument of the verb
-NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest|weights"
+NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest|weights|state"
 
 
 @cache
@@ -43,6 +43,7 @@ def _tissue() -> SpatialData:
     table, rng = sdata["table"], np.random.default_rng(0)
     del sdata.images["fluorescence"], table.uns["planted"], table.layers["rate"]
     types = table.obs["cell_type"].astype(str).to_numpy()
+    table.obs["cell_type"] = pd.Categorical(types)  # in the order that text has
     table.obs["label"] = pd.Categorical(np.where(np.arange(N) % 3, types, None), np.unique(types))
     table.obsm["F"] = (rng.normal(size=(N, 6)) + 2 * (types[:, None] == "fibroblast")).astype(np.float32)
     for level in ("cell", "niche", "tissue"):
@@ -361,7 +362,7 @@ def check_error(verb: str, error: Exception) -> None:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error.args[0]) if error.args else ""
     ours = frame.filename.startswith(SOURCE) and isinstance(error, DOCUMENTED)
-    named = re.search(rf"\b({NAMED}|{'|'.join(VERBS[verb].arguments)})\b", text)
+    named = re.search(rf"\b({NAMED}|{'|'.join(VERBS[verb].arguments)})\b|\w=", text)
     if not (ours and len(text.split()) >= 4 and named):
         raise AssertionError(
             f"{verb}: raw {type(error).__name__}: {text[:300]} ({frame.filename}:{frame.lineno})"

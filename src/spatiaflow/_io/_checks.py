@@ -10,6 +10,7 @@ from anndata import AnnData
 from scipy.spatial import cKDTree
 
 from spatiaflow._io._scales import XENIUM_MPP
+from spatiaflow._io._tables import entry
 from spatiaflow.models.slide import Slide
 
 SLIDE_COLUMNS = (
@@ -61,7 +62,7 @@ def check_positions(
             UserWarning,
             stacklevel=4,
         )
-    check_scale(slide, points, area, "tiles" in table.uns)
+    check_scale(slide, points, area, "members" in entry(table, "tiles"))
 
 
 def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | None:

@@ -192,10 +192,10 @@ def background(
     if isinstance(data, AnnData):
         library = libraries(table).get(slide.name, {})
         image = library.get("images", {}).get("hires")
-        scale = (
-            None if image is None else _scale_of(library["scalefactors"], "hires", f"uns['spatial'][{slide.name!r}]")
-        )
-        picture = None if scale is None else _shown(image, f"{slide.name}/hires")
+        slot = f"uns['spatial'][{slide.name!r}]"
+        if image is None or (scale := _scale_of(library["scalefactors"], "hires", slot)) is None:
+            return None
+        picture = _shown(image, f"{slide.name}/hires")
         return None if picture is None else (picture, slide.mpp / scale, (0.0, 0.0))
     extent = float(np.ptp(slide.xy, axis=0).max())
     for name in data.images:

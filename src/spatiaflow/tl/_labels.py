@@ -106,7 +106,7 @@ def _mixture(
 
     tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
     if len(x) < 2 * max(tried[0], 2):
-        raise ValueError(f"{len(x)} cells are too few: two per niche are needed, and at least four.")
+        raise ValueError(f"data have too few cells ({len(x)}): two per niche are needed, and at least four.")
     x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
     x = x / max(x[:, 0].std(), 1e-12)
     sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]

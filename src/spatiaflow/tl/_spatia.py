@@ -144,6 +144,8 @@ def train_spatia(
         raise ValueError("validation must be a fraction, or names of slides, not None.")
     slides = cells(data, where, modalities, config, layer)
     share_memory(slides)
+    if single := [slide.name for slide in slides if len(slide) < 2]:
+        raise ValueError(f"slide {single[0]!r} has a single cell; leave it out of the training.")
     if init is not None and "genes" in modalities:
         for slide in slides:
             gene_coverage(slide.genes, config.genes)
