@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+from scipy import sparse
 from spatialdata.models import TableModel
 from spatialdata.transformations import Identity
 from verbs import GENES, VERBS, all_refused, copied, expected, given, outcome, same, table_of, trained
@@ -31,7 +32,17 @@ def each(names, kinds=("SpatialData", "AnnData")):
 
 # scales and numbers
 POSITIVE = {"mpp", "crop_um", "patch_um", "tile_um", "texture_um", "radius_um", "target_sum"}
-WHOLE = {"batch_size", "n_samples", "n_steps", "max_epochs", "crop_pixels", "n_components", "n_clusters", "max_clusters", "n"}
+WHOLE = {
+    "batch_size",
+    "n_samples",
+    "n_steps",
+    "max_epochs",
+    "crop_pixels",
+    "n_components",
+    "n_clusters",
+    "max_clusters",
+    "n",
+}
 NO_NUMBER = ["0.5", True, [0.5, 0.5], {}, np.array([0.5]), np.nan, -1]
 WRONG = {
     **dict.fromkeys(POSITIVE, [*NO_NUMBER, 0, np.inf]), **dict.fromkeys(WHOLE, [*NO_NUMBER, 0, 1.5]),
@@ -147,7 +158,7 @@ def test_names_in_the_data(verb, what, name, tmp_path):
         data.obs["sample"], options = name, {"library_key": "sample"}
         data.uns["spatial"][name] = data.uns["spatial"].pop("s")
     elif what == "genes":
-        data.var_names = [name, *data.var_names[1:]]
+        data.var_names = [*data.var_names[:-1], name]
     elif what == "cells":
         if verb == "pl.attention":
             return
@@ -164,7 +175,9 @@ def test_names_in_the_data(verb, what, name, tmp_path):
         return
     if what in ("columns", "cells") and verb != "pl.profile" and verb != "get.expression":
         values = {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
-        right = {k: v for k, v in expected(verb, "AnnData").items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
+        right = {
+            k: v for k, v in expected(verb, "AnnData").items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"
+        }
         if what == "columns" or verb not in ("tl.predict_expression", "tl.pair_transitions", "tl.generate_morphology"):
             same(values, right)
     if "/" not in name:
@@ -207,7 +220,8 @@ FORMS = {
 LISTS = {
     ("tl.train_stflow", "genes"): GENES, ("tl.train_spatia", "genes"): GENES, ("tl.train_imputation", "genes"): None,
     ("tl.impute_genes", "genes"): GENES, ("pl.expression", "genes"): GENES[:2], ("pl.imputation", "genes"): GENES[:2],
-    ("pp.tiles", "pool"): ["F", "E_cell"], ("pl.profile", "features"): ["solidity", "r_mean"], ("pl.crops", "channels"): ["r", "g"],
+    ("pp.tiles", "pool"): ["F", "E_cell"], ("pl.profile", "features"): ["solidity", "r_mean"], 
+    ("pl.crops", "channels"): ["0", "1"],
     ("pl.crops", "groups"): ["fibroblast", "epithelial"], ("tl.embed_spatia", "levels"): ["cell", "niche"],
     ("tl.embed_spatia", "modalities"): ["image", "genes"], ("pl.levels", "levels"): ["cell", "niche"],
     ("tl.train_spatia", "modalities"): ["image", "genes"], ("tl.generate_morphology", "cells"): None,
@@ -243,11 +257,29 @@ def test_one_name_is_a_list_of_one(verb, name):
     same(outcome(verb, data, **{name: value}), outcome(verb, given(verb, "AnnData"), **{name: [value]}))
 
 
+def test_costs_that_cannot_be_meant():
+    data = given("tl.pair_transitions", "AnnData")
+    data.obsm["words"] = np.full((80, 2), "a")
+    wrong = [{"genes": "1"}, {"genes": np.nan}, {"genes": -1}, {"F": 0}, {"genes": [1]}, {"words": 1}, [1]]
+    all_refused("tl.pair_transitions", data, [{"cost": cost} for cost in wrong])
+
+
+def test_slots_of_other_types_are_pooled_and_compared():
+    clean, data = given("pp.tiles", "AnnData"), given("pp.tiles", "AnnData")
+    data.obsm["F"] = sparse.csr_matrix(data.obsm["F"])
+    for verb, options in (("pp.tiles", {"pool": "F"}), ("tl.pair_transitions", {"cost": {"F": 1.0}})):
+        same(outcome(verb, data, **options), outcome(verb, clean, **options))
+    data.obsm["words"] = np.full((80, 2), "a")
+    all_refused("pp.tiles", data, [{"pool": "words"}])
+
+
 # references
 def test_a_reference_without_the_column_of_slides():
     query, reference = given("tl.impute_genes", "AnnData"), given("tl.impute_genes", "AnnData")
     query.obs["sample"] = np.arange(80) % 2
-    found = outcome("tl.impute_genes", query[:, 2:].copy(), model=None, genes=None, reference=reference, library_key="sample")
+    found = outcome(
+        "tl.impute_genes", query[:, 2:].copy(), model=None, genes=None, reference=reference, library_key="sample"
+    )
     assert np.isfinite(found["obsm['imputed']"]).all()
     named = outcome("tl.annotate", query.copy(), reference=reference, library_key="sample")
     assert named
@@ -293,7 +325,9 @@ def two_regions(own_systems=False):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if "shapes_key" in verb.arguments and not verb.slow])
+@pytest.mark.parametrize(
+    "verb", [name for name, verb in VERBS.items() if "shapes_key" in verb.arguments and not verb.slow]
+)
 def test_an_element_of_one_region_of_two(verb):
     if "results" in VERBS[verb].reads:
         return
@@ -311,7 +345,9 @@ def test_an_element_of_one_region_of_two(verb):
             outcome(verb, data, shapes_key="A", **options)
 
 
-@pytest.mark.parametrize("verb", [n for n, v in VERBS.items() if n.startswith(("pp.", "tl.")) and "results" not in v.reads])
+@pytest.mark.parametrize(
+    "verb", [n for n, v in VERBS.items() if n.startswith(("pp.", "tl.")) and "results" not in v.reads]
+)
 def test_regions_in_systems_of_their_own(verb):
     data = two_regions(own_systems=True)
     options = {"library_id": "B"} if verb == "pp.crops" else {}

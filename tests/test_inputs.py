@@ -140,7 +140,8 @@ DEPTHS = {
     "float 0-1": lambda he: (he / 255).astype(np.float32), "float64 0-1": lambda he: he / 255,
     "uint16 0-65535": lambda he: he.astype(np.uint16) * 257, "big-endian": lambda he: (he.astype(np.uint16) * 257).astype(">u2"),
     "float 0-255": lambda he: he.astype(np.float32), "uint16 0-255": lambda he: he.astype(np.uint16),
-    "int64 0-255": lambda he: he.astype(np.int64), "read-only": lambda he: np.frombuffer(he.tobytes(), he.dtype).reshape(he.shape),
+    "int64 0-255": lambda he: he.astype(np.int64),
+    "read-only": lambda he: np.frombuffer(he.tobytes(), he.dtype).reshape(he.shape),
 }  # fmt: skip
 # these return or compare pixels in the units of the image
 IN_UNITS = {"pp.crops": True, "tl.generate_morphology": True}
@@ -200,7 +201,8 @@ COUNTS = {
     "uint16": lambda X: X.astype(np.uint16), "float16": lambda X: X.astype(np.float16), "int64": lambda X: X.astype(np.int64),
     "big-endian": lambda X: X.astype(">f4"), "big-endian int": lambda X: X.astype(">i4"), "float64": lambda X: X.astype(float),
     "CSC": lambda X: sparse.csc_matrix(X), "CSR array": lambda X: sparse.csr_array(X), "COO": lambda X: sparse.coo_matrix(X),
-    "dask": lambda X: da.from_array(X, chunks=(20, 30)), "dask CSR": lambda X: da.from_array(X, chunks=(20, 30)).map_blocks(sparse.csr_matrix),
+    "dask": lambda X: da.from_array(X, chunks=(20, 30)),
+    "dask CSR": lambda X: da.from_array(X, chunks=(20, 30)).map_blocks(sparse.csr_matrix),
     "Fortran": np.asfortranarray, "read-only": lambda X: np.frombuffer(X.tobytes(), X.dtype).reshape(X.shape),
     "DataFrame": lambda X: pd.DataFrame(X), "explicit zeros": lambda X: _explicit_zeros(X), "unsorted": lambda X: _unsorted(X),
     "objects": lambda X: X.astype(object), "masked": lambda X: np.ma.masked_array(X),
@@ -370,11 +372,12 @@ _OK = {"metadata": {"microns_per_pixel": 0.5}}
 UNS = {
     "none": None, "text": "x", "number": 3, "array": np.zeros((3, 2)), "list": [_OK], "CELLxGENE": {"is_single": True},
     "empty": {}, "slide is None": {"s": None}, "slide is empty": {"s": {}}, "with is_single": {"s": _OK, "is_single": np.True_},
-    "no level of slides": _OK | {"images": {}}, "metadata None": {"s": {"metadata": None}}, "images None": {"s": {"images": None}},
+    "no level of slides": _OK | {"images": {}}, "metadata None": {"s": {"metadata": None}}, 
+    "images None": {"s": {"images": None}},
     "scalefactors a list": {"s": {"scalefactors": [1]}}, "image None": {"s": {"images": {"hires": None}, **_OK}},
     "image a path": {"s": {"images": {"hires": "a.png"}, **_OK, "scalefactors": {"tissue_hires_scalef": 1.0}}},
     "image grey": {"s": {"images": {"hires": np.zeros((400, 400))}, **_OK, "scalefactors": {"tissue_hires_scalef": 1.0}}},
-    "image scale 0": {"s": {"images": {"hires": np.zeros((400, 400, 3), np.uint8)}, **_OK, "scalefactors": {"tissue_hires_scalef": 0}}},
+    "image scale 0": {"s": {"images": {"hires": np.ones((9, 9, 3))}, **_OK, "scalefactors": {"tissue_hires_scalef": 0}}},
     "path None": {"s": {"metadata": {"microns_per_pixel": 0.5, "source_image_path": None}}},
     "path a number": {"s": {"metadata": {"microns_per_pixel": 0.5, "source_image_path": 3}}},
     "path missing": {"s": {"metadata": {"microns_per_pixel": 0.5, "source_image_path": "/nowhere/a.tif"}}},
@@ -453,7 +456,9 @@ def test_lazy_is_refused(verb, kind, tmp_path):
         VERBS[verb](lazy, trained())
 
 
-@pytest.mark.parametrize("data", [None, 3, "nowhere.csv", pd.DataFrame(), np.zeros((3, 2)), [], {}, [None], {"a": 3}], ids=repr)
+@pytest.mark.parametrize(
+    "data", [None, 3, "nowhere.csv", pd.DataFrame(), np.zeros((3, 2)), [], {}, [None], {"a": 3}], ids=repr
+)
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_is_no_data_is_refused(verb, data):
     with warnings.catch_warnings():

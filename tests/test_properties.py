@@ -76,7 +76,7 @@ HARMFUL = {
     "many groups": lambda t, rng: t.obs.__setitem__("cell_type", t.obs_names.to_numpy()),
     "no label": lambda t, rng: t.obs.__setitem__("label", pd.Categorical([None] * t.n_obs)),
     "labels true and false": lambda t, rng: t.obs.__setitem__("label", rng.random(t.n_obs) < 0.5),
-    "position NaN": lambda t, rng: t.obsm.__setitem__("spatial", np.where(np.arange(t.n_obs)[:, None] == 1, np.nan, t.obsm["spatial"])),
+    "position NaN": lambda t, rng: t.obsm["spatial"].__setitem__((1, 0), np.nan),
     "positions alike": lambda t, rng: t.obsm.__setitem__("spatial", np.full((t.n_obs, 2), 50.0)),
     "positions in a line": lambda t, rng: t.obsm.__setitem__("spatial", t.obsm["spatial"] * [1, 0] + [0, 50]),
     "positions huge": lambda t, rng: t.obsm.__setitem__("spatial", t.obsm["spatial"] * 1e9),

@@ -34,7 +34,10 @@ VOLATILE = re.compile(r"seconds$|model_sha256$|feature_names")
 DOCUMENTED = (ValueError, KeyError, TypeError, OSError)
 SOURCE = str(Path(sf.__file__).parent)
 # what an error must name: a slot, an element, or an argument of the verb
-NAMED = r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|manifest|weights|state"
+NAMED = (
+    r"X|obs|obs_names|var_names|obsm|obsp|uns|layers|attrs|image|table|element|slide|positions?|SpatialData|AnnData|data|"
+    r"manifest|weights|state"
+)
 
 
 @cache
@@ -347,7 +350,7 @@ def all_refused(verb: str, data: Any, calls: list[dict[str, Any]]) -> None:
             out.append(f"{options} was taken")
         except AssertionError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it is checked
             try:
                 check_error(verb, error)
             except AssertionError as raw:

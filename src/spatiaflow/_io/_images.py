@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def _from_anndata(
     library = libraries(adata).get(slide.name, {"images": {}, "scalefactors": {}, "metadata": {}})
     slot = f"uns['spatial'][{slide.name!r}]"
     images, path = library["images"], library["metadata"].get("source_image_path")
+    if path is not None and not isinstance(path, str | PathLike):
+        raise ValueError(
+            f"{slot}['metadata']['source_image_path'] must be a path; it is {path!r}. Correct or delete it."
+        )
     # positions are indices of full-resolution pixels: an integer is the middle of a pixel
     xy = slide.xy / slide.mpp + 0.5
     if image_key is None and path and Path(path).is_file():

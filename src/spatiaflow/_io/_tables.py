@@ -26,12 +26,7 @@ def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
     text(use_rep=key)
     if key not in table.obsm:
         raise KeyError(f"obsm has no {key!r}; it has {listing(table.obsm)}. {hint}")
-    values = table.obsm[key]
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
-        raise ValueError(
-            f"obsm[{key!r}] must be a numeric (n_obs, n_features) array; it is {values.dtype} {values.shape}."
-        )
+    values = matrix(table, key)
     bad = ~np.isfinite(values).all(1)
     if bad.any():
         raise ValueError(
@@ -39,6 +34,17 @@ def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
             f"(first: {table.obs_names[np.argmax(bad)]!r}); drop those rows or encode them again."
         )
     return values.astype(np.float32, copy=False)
+
+
+def matrix(table: AnnData, key: str) -> np.ndarray:
+    """Return ``obsm[key]`` as an array (n_obs x n_features) of numbers, which may be NaN."""
+    values = table.obsm[key]
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
+        raise ValueError(
+            f"obsm[{key!r}] must be a numeric (n_obs, n_features) array; it is {values.dtype} {values.shape}."
+        )
+    return values
 
 
 def same_encoder(tables: list[AnnData], key: str) -> dict:
@@ -163,11 +169,16 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
         out.layers["std"] = np.array(table.obsm[f"{key}_std"])
     where = dict(entry(table, key).get("params", {})).get("spatial_key", "spatial")
     if where in table.obsm:
-        out.obsm[where] = np.array(table.obsm[where])
+        out.obsm[where] = owned(table.obsm[where])
     for name in ("spatial", "spatialdata_attrs"):
         if name in table.uns:
             out.uns[name] = deepcopy(table.uns[name])
     return out
+
+
+def owned(values: Any) -> Any:
+    """Return a copy of a slot: an array of its own for a view, and what has names or is sparse as it is."""
+    return np.array(values) if isinstance(values, np.ndarray) else values.copy()
 
 
 def check_counts(table: AnnData, layer: str | None) -> None:

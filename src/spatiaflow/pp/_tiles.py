@@ -120,7 +120,10 @@ def tiles(
     for key in pool or ():
         if key not in table.obsm:
             raise KeyError(f"obsm has no {key!r} to pool; it has {', '.join(map(repr, table.obsm)) or 'nothing'}.")
-        mean, columns = _mean(sums, np.asarray(table.obsm[key], np.float64)), getattr(table.obsm[key], "columns", None)
+        mean, columns = (
+            _mean(sums, _io.matrix(table, key).astype(np.float64)),
+            getattr(table.obsm[key], "columns", None),
+        )
         out.obsm[key] = mean if columns is None else pd.DataFrame(mean, index=names, columns=columns)
         for name in {key, key.rsplit("_", 1)[0]} & set(table.uns):  # how it was made
             out.uns[name] = deepcopy(table.uns[name])

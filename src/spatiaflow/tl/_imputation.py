@@ -401,7 +401,7 @@ def _own_table(
     out.uns[key] = _io.storable(uns)
     if isinstance(data, AnnData):
         if uns["params"]["spatial_key"] in table.obsm:
-            out.obsm[uns["params"]["spatial_key"]] = np.array(table.obsm[uns["params"]["spatial_key"]])
+            out.obsm[uns["params"]["spatial_key"]] = _io.owned(table.obsm[uns["params"]["spatial_key"]])
         return out
     out.uns["spatialdata_attrs"] = deepcopy(table.uns["spatialdata_attrs"])
     data[key] = out

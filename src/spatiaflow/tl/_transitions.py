@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -211,8 +212,9 @@ def _cost(given: Mapping[str, float] | None) -> dict[str, float]:
     given = {"genes": 1.0} if given is None else given
     if not isinstance(given, Mapping):
         raise ValueError(f"cost must be a dict of names and weights, such as {{'genes': 1.0}}, not {given!r}.")
-    cost = {str(name): float(weight) for name, weight in given.items() if weight}
-    if not cost or min(cost.values()) < 0:
+    weighs = all(isinstance(weight, Real) and 0 <= weight < np.inf for weight in given.values())
+    cost = {str(name): float(weight) for name, weight in given.items() if weight} if weighs else {}
+    if not cost:
         raise ValueError(f"cost needs a positive weight, such as {{'genes': 1.0}}; it is {dict(given)}.")
     return cost
 
@@ -224,7 +226,7 @@ def _comparable(table: AnnData, sides: Sides, cost: dict[str, float], layer: str
         keep &= np.asarray(_io.counts(table, None, layer)[0].sum(1)).ravel() > 0
     for name in cost:
         if name not in ("genes", "composition") and name in table.obsm:
-            keep &= np.isfinite(np.asarray(table.obsm[name], float)).all(1)
+            keep &= np.isfinite(_io.matrix(table, name)).all(1)
     known = np.unique(np.concatenate([rows for pair in sides.values() for rows in pair]))
     if missing := int((~keep[known]).sum()):
         warnings.warn(
@@ -284,9 +286,9 @@ def _slot(table: AnnData, name: str) -> np.ndarray:
     values = table.obsm.get(name)
     if isinstance(values, pd.DataFrame):
         return standardised(values)
-    if name not in table.obsm or not np.issubdtype(np.asarray(values).dtype, np.number):
+    if name not in table.obsm:
         return _io.features(table, name, "cost= takes 'genes', 'composition' and slots of obsm.")
-    return np.asarray(values, np.float64)
+    return _io.matrix(table, name).astype(np.float64)
 
 
 def standardised(frame: pd.DataFrame) -> np.ndarray:
