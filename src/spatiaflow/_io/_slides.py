@@ -340,7 +340,7 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
     if not isinstance(table.obs, pd.DataFrame):
         raise ValueError(f"{name} is a lazy AnnData; call {name}.to_memory() first.")
     if table.n_obs == 0:
-        raise ValueError("the table has no rows: no spot or cell is left.")
+        raise ValueError(f"the table of {name} has no rows: no spot or cell is left.")
     if not table.obs_names.is_unique:
-        raise ValueError("obs_names are not unique; call .obs_names_make_unique() first.")
+        raise ValueError(f"obs_names of {name} are not unique; call .obs_names_make_unique() first.")
     return data, table
