@@ -215,7 +215,7 @@ def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: Morphology
 
 def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slide]:
     """Return the slides with crops in the channels and scale of the training slides."""
-    from spatiaflow.models.spatia import intensity_of
+    from spatiaflow.models.preprocess import intensity_of
 
     found, channels = channels_of(slides), model.config.channels
     if sorted(found) != sorted(channels):
@@ -256,7 +256,7 @@ def _generated(
     trajectory: bool, batch_size: int, seed: int, device: torch.device,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Return images of all pairs' sources, ``n_samples`` rows each: generated, of the source, and on the way."""
-    from spatiaflow.models.spatia import scaled
+    from spatiaflow.models.preprocess import scaled
     from spatiaflow.train.pairs import Context, conditions
 
     c, n = model.config, len(pairs)

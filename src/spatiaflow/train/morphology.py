@@ -31,8 +31,8 @@ from spatiaflow.models.morphology import (
     start,
 )
 from spatiaflow.models.orientation import canonical, turned
+from spatiaflow.models.preprocess import intensity_of, scaled
 from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatia import intensity_of, scaled
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
 from spatiaflow.train.fit import claim, fit
