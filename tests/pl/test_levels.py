@@ -1,15 +1,8 @@
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import sparse
 
 import spatiaflow as sf
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture
