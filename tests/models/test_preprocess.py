@@ -1,11 +1,12 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from scipy import sparse
 
 from spatiaflow._slides.crops import Crops
-from spatiaflow.models.preprocess import gene_standard, in_vocabulary, intensity_of, scaled
+from spatiaflow.models.preprocess import gene_standard, in_vocabulary, intensity_of, scaled, unscaled
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig
 
@@ -17,6 +18,18 @@ def test_scaling_and_order_of_channels():
     torch.testing.assert_close(x[0, 2], torch.tensor([[0, 0.5], [1.0, 1.5]]))
     torch.testing.assert_close(x[0, 0], torch.tensor([[0, 0.25], [0.5, 0.75]]))
     assert (x[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_unscaling_undoes_scaling_and_clips_to_whole_numbers(dtype):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(3, 200, (5, 2, 4, 4)).astype(np.float32))
+    known, names = {"a": [3.0, 90.0], "b": [10.0, 250.0]}, ["b", "a"]
+    x = scaled(pixels, np.array([known[name] for name in names]), np.array([0, 1])).clamp_max(1)
+    found = unscaled(x, known, names, np.dtype(dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found[:, 0], pixels[:, 0], atol=1e-3)
+    np.testing.assert_allclose(found[:, 1], pixels[:, 1].clamp_max(90), atol=1e-3)
+    assert unscaled(x * 9 - 4, known, names, np.dtype(np.uint8)).max() == 255
 
 
 def test_a_slide_is_put_into_the_vocabulary_of_a_model():

@@ -37,6 +37,27 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     return out
 
 
+def unscaled(
+    x: Tensor, intensity: Mapping[str, Sequence[float]], channels: Sequence[str], dtype: np.dtype
+) -> np.ndarray:
+    """Images of a model in the scale and type of a slide: what :func:`scaled` undoes.
+
+    Parameters
+    ----------
+    x
+        ... x channels x p x p, background 0 and bright end 1.
+    intensity
+        Background and bright end of each channel by name.
+    dtype
+        Whole numbers are rounded and clipped; everything else becomes float32.
+    """
+    low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
+    values = x.numpy() * (high - low) + low
+    if np.issubdtype(dtype, np.integer):
+        return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
+    return values.astype(np.float32)
+
+
 def intensity_of(slides: Sequence[Slide], channels: Sequence[str]) -> dict[str, list[float]]:
     """Return background and bright end of each channel of a model: medians over the slides that have it.
 

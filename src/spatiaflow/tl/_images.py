@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from anndata import AnnData
 
 from spatiaflow import _io
@@ -81,12 +80,3 @@ def is_tiles(table: AnnData) -> bool:
 def model_of(table: AnnData, use_rep: str) -> str:
     """Return the sha256 of the model that made the embeddings, "" where it is unknown."""
     return str(table.uns.get(use_rep, {}).get("params", {}).get("model_sha256", ""))
-
-
-def unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:
-    """Return images in the scale and type of the slide."""
-    low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
-    values = (x.numpy() + 1) / 2 * (high - low) + low
-    if np.issubdtype(dtype, np.integer):
-        return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
-    return values.astype(np.float32)
