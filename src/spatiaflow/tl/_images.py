@@ -26,8 +26,12 @@ def cells_with_images(
     crop_pixels: int,
     counts: bool = False,
     layer: str | None = None,
+    together: bool = True,
 ) -> list[Slide]:
-    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side."""
+    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side.
+
+    ``together=False``: the caller has slides of more objects, and makes :func:`check_together` compare all of them.
+    """
     slots = [Key.obsm.level(use_rep, level) for level in LEVELS]
     for one in _io.objects_of(data).values():
         table = _io.unpack(one, where.table_key)[1]
@@ -35,7 +39,7 @@ def cells_with_images(
             _io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
     need = ("features", "crops", *(["counts"] if counts else []))
     slides = gather(
-        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer
+        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer, together=together
     )  # fmt: skip
     for slide in slides:
         check_inside(slide.crops, slide.name)
