@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -42,6 +44,14 @@ def test_components_that_do_not_exist_are_left_out(embedded):
     embedded["table"].obsm["X_spatia_niche"] = embedded["table"].obsm["X_spatia_niche"][:, :1]
     first, second = sf.pl.levels(embedded, levels="niche", return_fig=True).axes
     assert first.get_title() == "niche, component 1 (100%)" and not second.get_title()
+
+
+def test_a_level_that_does_not_vary_is_drawn_without_a_warning(embedded):
+    embedded["table"].obsm["X_spatia_niche"][:] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = sf.pl.levels(embedded, levels="niche", return_fig=True)
+    assert figure.axes[0].get_title() == "niche, component 1 (0%)"
 
 
 @pytest.mark.parametrize("color", [None, "cell_type"])
