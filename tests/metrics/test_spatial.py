@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -48,6 +52,12 @@ def test_no_position_is_its_own_neighbour_even_among_duplicates():
         weights = _weights(20, xy, k, None)
         assert weights.diagonal().sum() == 0
         np.testing.assert_allclose(np.asarray(weights.sum(1)), 1)
+
+
+def test_morans_i_leaves_the_thread_limit_of_the_process():
+    code = "import numpy as np, torch; from spatiaflow import metrics; before = torch.get_num_threads()\n"
+    code += "metrics.morans_i(np.random.rand(20, 2), np.random.rand(20, 2)); assert torch.get_num_threads() == before"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_constant_gene_has_no_morans_i(tissue):

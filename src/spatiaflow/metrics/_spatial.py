@@ -122,7 +122,6 @@ def _weights(n: int, xy: ArrayLike, k: int, graph: Any) -> sparse.csr_matrix:
 def _morans_i(values: np.ndarray, weights: sparse.csr_matrix) -> np.ndarray:
     from scanpy.metrics import morans_i as of_graph  # takes a second to import
 
-    out, varies = np.full(values.shape[1], np.nan), ~constant(values)
-    if varies.any():
-        out[varies] = of_graph(weights, np.ascontiguousarray(values[:, varies].T))
-    return out
+    # one gene at a time: scanpy runs a table in parallel, and numba then raises the thread limit of the whole process
+    columns = np.ascontiguousarray(values.T)
+    return np.array([np.nan if flat else of_graph(weights, x) for flat, x in zip(constant(values), columns)])
