@@ -17,7 +17,11 @@ SMOOTHED_OVER = 8  # neighbours
 
 @dataclass
 class Scored:
-    """A slide with features and counts of the genes to predict, and their expression beside it (n x genes)."""
+    """A slide with features and counts of the genes to predict, and their expression beside it (n x genes).
+
+    It is a class, and not a slide and a parallel list, because slides are left out one at a time, drawn, scaled and shuffled in
+    a dozen places: two lists would have to be indexed alike in each.
+    """
 
     slide: Slide
     y: np.ndarray

@@ -92,3 +92,39 @@ def model(slides):
 
     with sf.settings.override(progress=False, verbosity="warning"):
         return sf.tl.train_stflow(slides, genes=12, max_epochs=12)
+
+
+@pytest.fixture
+def some_conditions():
+    """Factory of conditions that the network takes."""
+    import torch
+
+    from spatiaflow.models.conditions import Conditions
+
+    def make(n, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        vectors = (torch.randn(n, 6, generator=g) for _ in range(3))
+        return Conditions(
+            *vectors, torch.randn(n, 3, 8, generator=g), torch.arange(n) % 2, torch.randn(n, 5, generator=g),
+            torch.randn(n, 1, generator=g), torch.zeros(n, dtype=torch.long),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def network():
+    """A small generator of morphology, not trained, whose every part matters."""
+    import torch
+
+    from spatiaflow.models.morphology import MorphologyConfig, MorphologyNetwork
+
+    config = MorphologyConfig(
+        ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
+        width=32, n_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = MorphologyNetwork(config).eval()
+    for p in network.parameters():  # what starts at zero would hide its part
+        torch.nn.init.normal_(p, std=0.1)
+    return network

@@ -67,7 +67,7 @@ FORBIDDEN = {
     "metrics": "anndata spatialdata spatiaflow.tl spatiaflow.pp spatiaflow.pl spatiaflow.train spatiaflow.get",
     "pl": "torch lightning spatiaflow.models spatiaflow.train spatiaflow.tl spatiaflow.pp",
     "pp": "lightning spatiaflow.train spatiaflow.tl spatiaflow.pl",
-    "tl": "spatiaflow.pl",
+    "tl": "torch lightning spatiaflow.pl",
     "get": "torch spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.models",
     "datasets": "torch lightning spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.train",
     "_io": "torch spatiaflow._slides spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.models spatiaflow.train",

@@ -1,3 +1,5 @@
+import warnings
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -41,3 +43,6 @@ def test_an_unknown_need_an_empty_list_and_a_slide_given_twice(slide):
         gather([])
     with pytest.warns(UserWarning, match="have the same positions"):
         gather([slide(), slide()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gather([slide(), slide()], together=False)

@@ -16,7 +16,6 @@ from spatiaflow import _io
 from spatiaflow._settings import logger
 from spatiaflow._slides.patches import corners, cut
 from spatiaflow.models.slide import ABSENT, Slide
-from spatiaflow.models.spatia import intensity_of  # noqa: F401  it is here until tl/_images.py imports it from models.spatia
 
 MARGIN = 1.25  # width of a crop that fits its cell, over the longer side of the cell's box
 SHARED_BYTES = 1536 * 2**20  # decoded chunks that training keeps, because scattered cells come back to the same places

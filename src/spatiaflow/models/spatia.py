@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
-from spatiaflow.models.slide import CropReader, Slide
+from spatiaflow.models.preprocess import in_vocabulary, relative_scale, scaled, standard_of
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import (
     GatedMLP,
     Graph,
@@ -268,7 +269,7 @@ class SpatiaNetwork(nn.Module):
         """Gene tokens (n x latents x d) from those counts (n x genes) that are seen.
 
         Normalised by what is seen, so that hidden counts leave no trace, then centred and scaled by ``standard`` (3 x genes
-        or n x 3 x genes, see :func:`gene_standard`), by default the training data's.
+        or n x 3 x genes, see :func:`spatiaflow.models.preprocess.gene_standard`), by default the training data's.
         """
         standard = cast("Tensor", self.gene.standard) if standard is None else standard
         visible = (counts * seen).sum(1)
@@ -327,109 +328,6 @@ class SpatiaNetwork(nn.Module):
     def theta(self) -> Tensor:
         """Inverse dispersion of every gene."""
         return F.softplus(self.log_theta) + 1e-2
-
-
-def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
-    """Crops in the model's channels, background 0 and bright end 1.
-
-    Parameters
-    ----------
-    crops
-        n x slide channels x p x p, any dtype.
-    intensity
-        Background and bright end of each slide channel.
-    places
-        For each channel of the model its place on the slide, or -1: missing, left at 0.
-    """
-    low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
-    x = ((crops.float() - low) / (high - low)).clamp(-0.5, 2)
-    out = x.new_zeros(len(x), len(places), *x.shape[2:])
-    have = np.flatnonzero(places >= 0)
-    out[:, have] = x[:, places[have]]
-    return out
-
-
-def intensity_of(slides: Sequence[Slide], channels: Sequence[str]) -> dict[str, list[float]]:
-    """Return background and bright end of each channel of a model: medians over the slides that have it.
-
-    Crops of the slides are matched with the channels, see :meth:`spatiaflow.pp.Crops.matched`.
-    """
-    out = {}
-    for i, name in enumerate(channels):
-        crops = [s.crops for s in slides if s.crops is not None and s.crops.places[i] >= 0]
-        if crops:
-            out[name] = [float(v) for v in np.median([c.range[c.places[i]] for c in crops], 0)]
-    return out
-
-
-def gene_standard(
-    counts: sparse.csr_matrix, measured: np.ndarray, target_sum: float, usual: np.ndarray | None = None
-) -> np.ndarray:
-    """How a slide's genes are standardised, 3 x genes, float32.
-
-    Parameters
-    ----------
-    counts
-        Of its cells, n x genes.
-    measured
-        Genes on its panel, bool.
-    usual
-        What the training data have; few cells lean on it, as if 50 of its cells were among them.
-
-    Returns
-    -------
-    Mean and deviation of log1p(counts per ``target_sum``), and the log of the share of all counts.
-    """
-    counts = sparse.csr_matrix(counts, dtype=np.float64)
-    n, total = counts.shape[0], np.asarray(counts.sum(1))
-    values = counts.multiply(target_sum / np.maximum(total, 1)).tocsr().log1p()
-    centre, square = (np.asarray(v.sum(0)).ravel() / n for v in (values, values.multiply(values)))
-    share = (np.asarray(counts.sum(0)).ravel() + 0.5) / max(total.sum(), 1)
-    if usual is not None:
-        own = n / (n + 50)
-        centre, square, share = (
-            own * now + (1 - own) * known
-            for now, known in ((centre, usual[0]), (square, usual[0] ** 2 + usual[1] ** 2), (share, np.exp(usual[2])))
-        )
-    spread = np.sqrt(np.maximum(square - centre**2, 0))
-    out = np.stack([centre, np.where(spread < 1e-3, 1.0, spread), np.log(share)])
-    return np.where(measured, out, [[0.0], [1.0], [0.0]]).astype(np.float32)
-
-
-def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None) -> np.ndarray | None:
-    """How the genes of a slide are standardised by its own cells, see :func:`gene_standard`; None without counts."""
-    if slide.counts is None:
-        return None
-    counts = slide.counts if sparse.issparse(slide.counts) else slide.counts[spread(len(slide), 4000)]
-    return gene_standard(counts, slide.measured, target_sum, usual)
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """At most ``most`` evenly spaced rows of ``n``."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
-
-
-def in_vocabulary(slide: Slide, config: SpatiaConfig, channels: Mapping[str, str] | None = None) -> Slide:
-    """The slide with a model's genes and channels. What the slide lacks is masked.
-
-    Parameters
-    ----------
-    channels
-        The model's names of channels that the image calls otherwise.
-    """
-    crops = slide.crops
-    if crops is not None:
-        crops = crops.matched(config.channels, channels, slide.name)
-    slide = slide.align(config.genes)
-    measured = np.zeros(0, bool) if slide.measured is None else slide.measured
-    return replace(slide, crops=crops, measured=measured)
-
-
-def relative_scale(crops: CropReader, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
-    """Size of a pixel of some crops over the usual one, n."""
-    if not c.adaptive:
-        return torch.ones(len(rows))
-    return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
 
 
 def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:

@@ -200,10 +200,12 @@ def attention(
 
 def _components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """First principal components (n x cells) and their shares of the variance; components that do not exist are left out."""
-    centred = x.astype(np.float64)
-    centred -= centred.mean(0)
-    _, singular, directions = np.linalg.svd(centred.T @ centred)
-    return directions[:n] @ centred.T, singular[:n] / max(singular.sum(), 1e-12)
+    from sklearn.decomposition import PCA
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # what does not vary has no shares
+        pca = PCA(min(n, *x.shape), random_state=0)
+        components = pca.fit_transform(x.astype(np.float64)).T
+    return components, np.nan_to_num(pca.explained_variance_ratio_)
 
 
 def _groups_panel(ax: Axes, slide: Slide, values: pd.Series, title: str) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import time
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
@@ -23,20 +21,17 @@ from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import (
-    LEVELS,
     cells_with_images,
     channels_of,
     is_tiles,
     model_of,
     placed,
-    unscaled,
     with_channels,
 )
 from spatiaflow.tl._transitions import state_shares
 
 if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
-    from spatiaflow.train.pairs import Pairs
 
 DEFAULT_WEIGHTS = "morphology-pancreas-small"
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
@@ -157,11 +152,12 @@ def generate_morphology(
     slides = _as_in_training(slides, model)
     place, inside = placed(table, slides)
     rows = _sources(table, groupby, model, source, target, cells, inside)
-    pairs, niche = _conditions(table, rows, place, model, name)
-    made = _generated(
-        model, slides, pairs, table.obs_names[rows], n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
-        batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device),
-    )  # fmt: skip
+    niche = _niches(table, rows, model, name)
+    with progress(None, "generating", total=len(rows) * n_samples, unit="cell") as bar:
+        made = model.generate_cells(
+            slides, place[rows], name, niche, n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
+            batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device), update=bar.update,
+        )  # fmt: skip
     own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
     channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
     profile = image_profile(made["image"], channels=channels, mpp=scale, whole=level == "niche")
@@ -215,7 +211,7 @@ def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: Morphology
 
 def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slide]:
     """Return the slides with crops in the channels and scale of the training slides."""
-    from spatiaflow.models.spatia import intensity_of
+    from spatiaflow.models.preprocess import intensity_of
 
     found, channels = channels_of(slides), model.config.channels
     if sorted(found) != sorted(channels):
@@ -227,67 +223,18 @@ def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slid
     return with_channels(slides, channels, model.intensity)
 
 
-def _conditions(
-    table: AnnData, rows: np.ndarray, place: np.ndarray, model: MorphologyFlow, name: str
-) -> tuple[Pairs, np.ndarray]:
-    """Return the sources as pairs with themselves and with the shifts of their niche, and the niche of each."""
-    from spatiaflow.train.pairs import Pairs
-
-    shifts, niche_key = model.shifts[name], model.card["niche_key"]
+def _niches(table: AnnData, rows: np.ndarray, model: MorphologyFlow, name: str) -> np.ndarray:
+    """Return the niche of each source, "" where there is none; warn of niches that training did not see."""
+    niche_key = model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
-    known = np.where(np.isin(niche, [*shifts]), niche, "")  # "": the mean over all niches
-    if unknown := sorted(set(niche) - set(shifts)):
+    if unknown := sorted(set(niche) - set(model.shifts[name])):
         warnings.warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
             "niches is used there.",
             UserWarning,
             stacklevel=4,
         )
-    genes, profile = (
-        np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")
-    )
-    one, which, at = np.ones(len(rows)), np.full(len(rows), model.config.transitions.index(name)), place[rows]
-    level = LEVELS.index(model.card["level"])
-    return Pairs(at, at[:, None], one[:, None], one, which, genes, profile, which, level), niche
-
-
-def _generated(
-    model: MorphologyFlow, slides: Sequence[Slide], pairs: Pairs, names: Sequence[str], *, n_samples: int, n_steps: int,
-    trajectory: bool, batch_size: int, seed: int, device: torch.device,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return images of all pairs' sources, ``n_samples`` rows each: generated, of the source, and on the way."""
-    from spatiaflow.models.spatia import scaled
-    from spatiaflow.train.pairs import Context, conditions
-
-    c, n = model.config, len(pairs)
-    around = Context.of(slides, c.n_neighbors, c.crop_um)
-    modules = model.network.to(device), model.autoencoder.to(device)
-    order, first = np.full(len(around.cell), -1), 0
-    order[pairs.source] = np.arange(n)
-    made: dict[str, np.ndarray] = {}
-    bar = progress(None, "generating", total=n * n_samples, unit="cell")
-    for slide in slides:
-        row_of, crops = order[first : first + len(slide)], slide.crops
-        first += len(slide)
-        for some, found in crops.batches(batch_size, np.flatnonzero((row_of >= 0) & crops.inside)):
-            control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
-            here = row_of[some]
-            given = conditions(pairs, here, around).to(device)
-            for sample in range(n_samples):
-                noise = _noise([names[i] for i in here], seed, sample, c.n_latent).to(device)
-                states = model.generate(control, given, noise, n_steps=n_steps, trajectory=trajectory).cpu()
-                images = {"image": states[-1] if trajectory else states, "source": control.cpu()}
-                if trajectory:
-                    images["trajectory"] = states.transpose(0, 1)
-                for slot, values in images.items():
-                    pixels = unscaled(values, model.intensity, c.channels, found.numpy().dtype)
-                    made.setdefault(slot, np.zeros((n, n_samples, *pixels.shape[1:]), pixels.dtype))
-                    made[slot][here, sample] = pixels
-                bar.update(len(here))
-    bar.close()
-    for module in modules:
-        module.cpu()
-    return {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
+    return niche
 
 
 def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]) -> None:
@@ -337,12 +284,3 @@ def _sources(
             f"{list(cells)[int(np.argmax(bad))]!r} is no cell of state {source!r} (by {where}) that lies in the image."
         )
     return rows
-
-
-def _noise(names: Sequence[str], seed: int, sample: int, n: int) -> torch.Tensor:
-    """Return standard normal noise (cells x n) that depends on the name of each cell."""
-    draws = [
-        np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
-        for name in names
-    ]
-    return torch.from_numpy(np.stack(draws))

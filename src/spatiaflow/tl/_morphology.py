@@ -16,6 +16,8 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._settings import resolve_seed, settings
+from spatiaflow._slides import check_together
+from spatiaflow._slides.crops import share_memory
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, model_of, placed, with_channels
 from spatiaflow.tl._transitions import standardised, targets_of
@@ -126,6 +128,7 @@ def train_morphology(
         "crop_pixels": config.crop_pixels,
         "counts": True,
         "layer": layer,
+        "together": False,
     }
     for label, one in objects.items():
         own = cells_with_images({label: one} if len(objects) > 1 else one, where, use_rep, **options)
@@ -133,6 +136,8 @@ def train_morphology(
         rows.append((own, sum(map(len, slides))))
         tables.append(table)
         slides += own
+    check_together(slides, stacklevel=3)
+    share_memory(slides)
     params = _same_params(tables, pairs_key)
     level = "niche" if is_tiles(tables[0]) else "cell"
     profile, features = _profile(tables, [own for own, _ in rows], profile_key)

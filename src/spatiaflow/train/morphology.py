@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from spatiaflow._settings import progress
 from spatiaflow.models import _base
+from spatiaflow.models.autoencoder import Autoencoder
+from spatiaflow.models.conditions import Conditions, Context
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
-    Autoencoder,
-    Conditions,
     MorphologyConfig,
     MorphologyFlow,
     MorphologyNetwork,
@@ -31,12 +31,12 @@ from spatiaflow.models.morphology import (
     start,
 )
 from spatiaflow.models.orientation import canonical, turned
+from spatiaflow.models.preprocess import intensity_of, scaled
 from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatia import intensity_of, scaled
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
 from spatiaflow.train.fit import claim, fit
-from spatiaflow.train.pairs import Context, PairBatches, Pairs, with_shifts
+from spatiaflow.train.pairs import PairBatches, Pairs, with_shifts
 
 MARGIN, ALIGNED_FROM = 0.1, 0.75
 MAX_STEPS = 3000  # of the autoencoder

@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spatiaflow._settings import logger, progress
-from spatiaflow.models.morphology import Conditions
-from spatiaflow.models.orientation import turned_offsets
-from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatial import spatial_graph
+from spatiaflow.models.conditions import Context
 from spatiaflow.models.transport import Coordinates, PairingConfig, matched
 
 POOL = 4  # batches among which targets are exchanged
@@ -96,35 +93,6 @@ def _by_niche(
 
 
 @dataclass
-class Context:
-    """Embeddings of all cells of all slides, one slide after the other, and which cells lie where around each."""
-
-    cell: np.ndarray  # n x d
-    niche: np.ndarray  # n x d
-    tissue: np.ndarray  # n x d
-    neighbors: np.ndarray  # n x k, rows; a cell with fewer repeats itself
-    offset: np.ndarray  # n x k x 2 (x, y), in crops
-
-    @classmethod
-    def of(cls, slides: Sequence[Slide], k: int, crop_um: float) -> Context:
-        """Return the context of slides whose features are the embeddings of cell, niche and tissue side by side."""
-        embeddings = np.concatenate([slide.features for slide in slides])
-        n, first = len(embeddings), 0
-        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
-        for slide in slides:
-            graph = spatial_graph(slide.xy, k, ties="cut", scale=crop_um)
-            m, here = graph.index.shape[1], slice(first, first + len(slide))
-            near[here, :m] = first + graph.index.numpy()
-            offset[here, :m] = graph.offset.numpy()
-            first += len(slide)
-        return cls(*np.split(embeddings, 3, axis=1), near, offset)  # type: ignore[call-arg]
-
-    def turn(self, rows: np.ndarray, turns: np.ndarray) -> None:
-        """Turn what lies around some cells as their images were turned."""
-        self.offset[rows] = turned_offsets(torch.from_numpy(self.offset[rows]), turns).numpy()
-
-
-@dataclass
 class Pairs:
     """Sources with their rows of the transport plan."""
 
@@ -153,18 +121,6 @@ class Pairs:
         out = self.rows(kept)
         out.share = share[kept] / share[kept].sum(1, keepdims=True)
         return out
-
-
-def conditions(pairs: Pairs, which: np.ndarray, around: Context) -> Conditions:
-    """Return the conditions of some pairs."""
-    source = pairs.source[which]
-    arrays = (
-        around.cell[source], around.niche[source], around.tissue[source],
-        np.concatenate([around.cell[around.neighbors[source]], around.offset[source]], 2), pairs.transition[which],
-        pairs.genes[which], pairs.profile[which], np.full(len(which), pairs.level),
-    )  # fmt: skip
-    kinds = {"i": np.int64, "f": np.float32}
-    return Conditions(*(torch.from_numpy(np.ascontiguousarray(v, kinds[v.dtype.kind])) for v in arrays))
 
 
 def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -215,7 +171,9 @@ class PairBatches(Dataset):
             "source": self._latents(p.source[which]),
             "target": self._latents(target),
             "confidence": torch.from_numpy(p.confidence[which].astype(np.float32)),
-            "conditions": conditions(p, which, self.around),
+            "conditions": self.around.conditions(
+                p.source[which], p.transition[which], p.genes[which], p.profile[which], p.level
+            ),
             "seed": int(np.random.default_rng([self.seed, self.epoch, b]).integers(2**31)),
         }
 
