@@ -237,9 +237,7 @@ def _render(
     stain = rng.lognormal(0, 0.06, 2)  # stain of this slide
     density = np.clip(hematoxylin * stain[0], 0, 3)[..., None] * HEMATOXYLIN
     density += np.clip(eosin * (1 - 0.5 * edge) * stain[1], 0, 3)[..., None] * EOSIN
-    drift = (
-        1 + 0.05 * np.linspace(-1, 1, n, dtype=np.float32)[:, None, None]
-    )  # the section's thickness changes along the slide
+    drift = 1 + 0.05 * np.linspace(-1, 1, n, dtype=np.float32)[:, None, None]  # thickness changes along the slide
     transmitted = np.exp(-density * np.maximum(keep, edge)[..., None] * drift)
     he = np.clip(245 * transmitted + rng.normal(0, 2.0, (n, n, 1)), 0, 255).astype(np.uint8).transpose(2, 0, 1)
 

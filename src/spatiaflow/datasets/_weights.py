@@ -57,7 +57,7 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
         return table.assign(bundled=table["bundled"] == "yes", bytes=table["bytes"].astype(int))
     if name not in known:
         raise ValueError(
-            f"there are no weights named {name!r}. Known names are {', '.join(known) or 'none'}. To use a model of your own, "
+            f"there are no weights {name!r}. Known names are {', '.join(known) or 'none'}. To use a model of your own, "
             "pass the path of its .safetensors file."
         )
     row = known[name]

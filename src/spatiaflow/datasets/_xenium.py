@@ -120,7 +120,7 @@ def _cells(paths: list[Path], region: tuple[int, int, int, int]):
     centre = gpd.GeoSeries(polygons).centroid  # NaN for an empty polygon, which is then not inside
     inside = ((centre.x >= x0) & (centre.x < x1) & (centre.y >= y0) & (centre.y < y1)).to_numpy()
     logger.info(
-        "xenium_pancreas: %d cells in the region; of all %d outlines, %d were repaired because they crossed themselves, %d were empty",
+        "xenium_pancreas: %d cells in the region; of all %d outlines, %d crossed themselves and were repaired, %d were empty",
         inside.sum(), len(polygons), n_repaired, shapely.is_empty(polygons).sum(),
     )  # fmt: skip
     in_microns = shapely.transform(polygons[inside], lambda xy: xy * MPP)
