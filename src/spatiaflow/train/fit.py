@@ -42,9 +42,7 @@ def claim(folder: Path, resume: bool, **run) -> None:
                 f"{str(folder)!r} holds another run: it differs in {', '.join(other)}. Give the arguments and data of that "
                 "run, or another checkpoint_dir."
             )
-    if (
-        not resume
-    ):  # remove files of an earlier run, so that they are not taken for this one's after an early interruption
+    if not resume:  # remove files of an earlier run; after an early interruption they would be taken for this run's
         for old in [*folder.rglob("*.ckpt"), *folder.glob("fold_*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
