@@ -1,3 +1,5 @@
+import inspect
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -125,3 +127,12 @@ def test_ties_among_zeros_do_not_count_as_covered(slide):
     np.testing.assert_allclose(observed, nominal, atol=0.03)
     with pytest.raises(ValueError, match="draws must be"):
         sf.pl.calibration(adata, draws=draws[:, :5], return_fig=True)
+
+
+@pytest.mark.parametrize("name", sf.pl.__all__)
+def test_a_figure_shows_one_object(name, predicted):
+    figure = getattr(sf.pl, name)
+    _, *others = inspect.signature(figure).parameters.values()
+    required = {one.name: "G1" for one in others if one.default is inspect.Parameter.empty}
+    with pytest.raises(TypeError, match="must be one|gene_scores draws a DataFrame"):
+        figure([predicted], **required)
