@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 from matplotlib.collections import EllipseCollection
@@ -41,3 +43,12 @@ def test_expression_without_counts_or_with_wrong_names(predicted):
         sf.pl.expression(predicted, "NOPE")
     with pytest.raises(KeyError, match="predict_expression"):
         sf.pl.expression(predicted, "G1", key="other")
+
+
+@pytest.mark.parametrize("name", sf.pl.__all__)
+def test_a_figure_shows_one_object(name, predicted):
+    figure = getattr(sf.pl, name)
+    _, *others = inspect.signature(figure).parameters.values()
+    required = {one.name: "G1" for one in others if one.default is inspect.Parameter.empty}
+    with pytest.raises(TypeError, match="must be one|gene_scores draws a DataFrame"):
+        figure([predicted], **required)

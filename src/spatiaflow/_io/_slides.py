@@ -332,9 +332,7 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
             data = SpatialData.init_from_elements({**elements, table_key: table}, attrs=dict(data.attrs))
             table = data.tables[table_key]
     else:
-        raise TypeError(
-            f"{name} must be an AnnData or a SpatialData (only training takes a list of them), not {type(data).__name__}."
-        )
+        raise TypeError(f"{name} must be one AnnData or SpatialData, not {type(data).__name__}.")
     if not isinstance(table.obs, pd.DataFrame):
         raise ValueError(f"{name} is a lazy AnnData; call {name}.to_memory() first.")
     if table.n_obs == 0:

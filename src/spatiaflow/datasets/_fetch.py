@@ -1,4 +1,4 @@
-"""Public files by name: from the cache, else the mirror, else their public address; each checked by its sha256."""
+"""Get public files by name: from the cache, else from the mirror, else from the internet. Each is checked by its sha256."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pooch
 from spatiaflow._settings import logger, progress, settings
 
 TIMEOUT = 20.0  # seconds to connect, and seconds without a byte before a server counts as stalled
-RETRIES = 2  # after 1 and 2 seconds; for what may pass (a broken connection, a busy server), not for a 404
+RETRIES = 2  # after 1 and 2 seconds; only for temporary failures (a broken connection, a busy server), not for a 404
 THREADS = 8
 
 
@@ -133,7 +133,7 @@ def _fetch_one(dataset: str, file: str, source: Source, path: Path, mirror: str 
                 logger.warning("the mirror failed, so the public address is tried; %s", answers[-1].strip())
         else:
             return
-    path.unlink(missing_ok=True)  # what the cache held under this name had the wrong hash
+    path.unlink(missing_ok=True)  # a file that was already in the cache had the wrong hash
     mirrored = mirror or "<folder or base URL>"
     raise OSError(
         f"could not fetch {file!r} of dataset {dataset!r}; nothing was kept in the cache:\n" + "\n".join(answers) + "\n"
@@ -144,7 +144,7 @@ def _fetch_one(dataset: str, file: str, source: Source, path: Path, mirror: str 
 
 
 def _fetch_from(address: str, download: Callable, sha256: str, path: Path) -> None:
-    # pooch makes subfolders without exist_ok, which fails when two threads meet there
+    # pooch creates subfolders without exist_ok, which fails when two threads do it at the same time
     path.parent.mkdir(parents=True, exist_ok=True)
     pup = pooch.Pooch(
         path=path.parent,
@@ -157,14 +157,14 @@ def _fetch_from(address: str, download: Callable, sha256: str, path: Path) -> No
 
 
 def _download(url: str, output_file: str, pup: pooch.Pooch) -> None:
-    # identity: a server that compresses on the way would hide a truncated body behind a decoder's error
+    # identity: with compression, a truncated download would show up as an unclear decoding error
     download = pooch.HTTPDownloader(chunk_size=1 << 16, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
     try:
         download(url, output_file, pup)
     except OSError as error:
         response = getattr(error, "response", None)
         if response is not None and response.status_code in (401, 403, 404, 410):
-            # an error that pooch does not retry: the answer would be the same
+            # pooch does not retry this error: the answer would be the same
             raise FileNotFoundError(f"the server answers {response.status_code} {response.reason}") from error
         raise
 

@@ -1,4 +1,4 @@
-"""Sections of the Spatial Transcriptomics arrays that preceded Visium: counts of spots over an H&E image."""
+"""Sections measured by Spatial Transcriptomics, the predecessor of Visium: counts of spots on an H&E image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ HIRES_PIXELS = 2000
 
 
 def her2st(section: str = "C2") -> AnnData:
-    """Load a section of HER2-positive breast cancer, measured by Spatial Transcriptomics over H&E.
+    """Load a section of HER2-positive breast cancer, measured by Spatial Transcriptomics on an H&E image.
 
-    Downloads about 5 MB at the first call. C2 to C5 are serial sections of one donor, B4 is of another. Spots are printed
-    every 200 µm and 100 µm wide. Kept are the spots that lie under tissue (``selected`` in the authors' spot file) and
-    have a row of counts; the others are dropped and their number is logged. No filter is applied to the counts: a few
-    spots hold a handful of molecules.
+    The first call downloads about 5 MB. C2 to C5 are serial sections of one donor. B4 is from another donor. Spots are 100 µm
+    wide and 200 µm apart. Spots under tissue (``selected`` in the authors' spot file) that have counts are kept. The others are
+    dropped, and their number is logged. Counts are not filtered: a few spots have only a handful of molecules.
 
     Parameters
     ----------
@@ -35,15 +34,15 @@ def her2st(section: str = "C2") -> AnnData:
 
     Returns
     -------
-    AnnData of 180 to 283 spots and about 15,700 genes (symbols; the sections' lists differ a little):
+    AnnData of 180 to 283 spots and about 15,700 genes (symbols; the gene lists of the sections differ slightly):
 
     ``.X`` : CSR float32, molecule counts (integers)
-    ``.obs_names`` : ``"<section>_<column>x<row>"``, unique over the sections
-    ``.obs["array_col"]``, ``.obs["array_row"]`` : int, the spot's place on the array
-    ``.obs["library_id"]``, ``.obs["donor"]`` : categories, the section; ``"B"`` or ``"C"``
+    ``.obs_names`` : ``"<section>_<column>x<row>"``, unique across sections
+    ``.obs["array_col"]``, ``.obs["array_row"]`` : int, column and row of the spot on the array
+    ``.obs["library_id"]``, ``.obs["donor"]`` : categories: the section, and ``"B"`` or ``"C"``
     ``.obsm["spatial"]`` : float64 (n_obs, 2), x and y in pixels of the full-resolution image
     ``.uns["spatial"][section]`` : ``images["hires"]`` (uint8 RGB, at most 2,000 px), ``scalefactors``,
-    and ``metadata`` with ``microns_per_pixel`` (200 µm over the measured pitch of the array, about 0.69) and
+    and ``metadata`` with ``microns_per_pixel`` (200 µm divided by the measured spot distance, about 0.69) and
     ``source_image_path``, the full-resolution JPEG in the cache
     ``.uns["dataset"]`` : dict of ``name``, ``citation``, ``license``
 
@@ -52,7 +51,7 @@ def her2st(section: str = "C2") -> AnnData:
     ValueError
         There is no such section.
     OSError
-        A file could not be fetched; the message says what to do.
+        A file could not be downloaded. The message tells what to do.
 
     Notes
     -----
@@ -62,7 +61,7 @@ def her2st(section: str = "C2") -> AnnData:
 
     Examples
     --------
-    Several sections side by side, told apart by ``library_key="library_id"``:
+    Several sections in one object. Pass ``library_key="library_id"`` to verbs:
 
     >>> import anndata as ad
     >>> sections = [sf.datasets.her2st(section) for section in ("C2", "C3")]
@@ -83,11 +82,10 @@ def her2st(section: str = "C2") -> AnnData:
 
 
 def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
-    """Load a section of mouse olfactory bulb, measured by Spatial Transcriptomics (2k array) over H&E.
+    """Load a section of mouse olfactory bulb, measured by Spatial Transcriptomics (2k array) on an H&E image.
 
-    Downloads about 4 MB at the first call: a small image, 1,905 px wide, and the 1,000 genes that its authors kept. The
-    counts hold all 1,934 spots of the array; kept are those that lie under tissue (``selected`` in the spot file), and
-    the number of the others is logged.
+    The first call downloads about 4 MB: a small image, 1,905 px wide, and the 1,000 genes that the authors kept. Of the 1,934
+    spots of the array, those under tissue (``selected`` in the spot file) are kept. The number of the others is logged.
 
     Parameters
     ----------
@@ -96,7 +94,7 @@ def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
 
     Returns
     -------
-    AnnData of 379 to 438 spots and 1,000 genes (Ensembl ids with their version), in the slots of :func:`her2st`, without
+    AnnData of 379 to 438 spots and 1,000 genes (Ensembl ids with version). The slots are those of :func:`her2st`, without
     ``.obs["donor"]``. ``microns_per_pixel`` is about 4.39.
 
     Raises
@@ -104,18 +102,18 @@ def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
     ValueError
         There is no such section.
     OSError
-        A file could not be fetched; the message says what to do.
+        A file could not be downloaded. The message tells what to do.
 
     Notes
     -----
-    The files do not state the scale. Spots stand where column + row is even, 66 columns by 63 rows: the 200 µm lattice
-    of the older array and a second one half a step aside, so one step of the array's coordinates is 100 µm and nearest
-    neighbours are 141 µm apart (the distance that the authors' package uses for its 2k arrays). ``microns_per_pixel``
-    is 100 µm over the measured step, the geometric mean of the two axes (21.6 and 24.1 px: the steps along x are 11 %
-    shorter). The array then measures 6.2 x 6.6 mm and a bulb 2.5 mm, as they should. The width of the spots, drawn as
-    100 µm, is that of the older array; the files do not state it.
+    The files do not contain the scale; it is derived here. The array has 66 columns and 63 rows, with a spot where column + row
+    is even. This is the 200 µm grid of the older array plus a second grid shifted by half a step. So one step of the array's
+    coordinates is 100 µm, and nearest neighbours are 141 µm apart, as in the authors' package for its 2k arrays.
+    ``microns_per_pixel`` is 100 µm divided by the measured step, the geometric mean of the two axes (21.6 and 24.1 px; steps
+    along x are 11 % shorter). With this scale the array measures 6.2 x 6.6 mm and a bulb 2.5 mm, as expected. The spot width,
+    100 µm, is that of the older array. It is not in the files either.
 
-    The files come with STUtility: Bergenstråhle, Larsson and Lundeberg, "Seamless integration of image and molecular
+    The files are part of STUtility: Bergenstråhle, Larsson and Lundeberg, "Seamless integration of image and molecular
     analysis for spatial transcriptomics workflows", BMC Genomics 21, 482 (2020),
     https://doi.org/10.1186/s12864-020-06832-3; repository ``jbergenstrahle/STUtility``, MIT.
 
@@ -142,7 +140,7 @@ def _check_section(dataset: str, section: str, sections: tuple[str, ...]) -> Non
 
 
 def _read_section(section: str, counts_path: Path, spots_path: Path, image_path: Path, *, unit_um: float) -> AnnData:
-    """Join counts (spots x genes, rows named ``XxY``) and spot positions; ``unit_um`` is one step of X or Y."""
+    """Join counts (spots x genes, rows named ``XxY``) and spot positions. ``unit_um`` is one step of X or Y in µm."""
     counts = pd.read_csv(counts_path, sep="\t", index_col=0)
     spots = pd.read_csv(spots_path, sep="\t")
     spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
@@ -187,10 +185,10 @@ def _read_section(section: str, counts_path: Path, spots_path: Path, image_path:
 
 
 def _pixels_per_step(spots: pd.DataFrame) -> float:
-    """Return the pixels of one step of the array: the affine map that fits all spots, geometric mean of its axes.
+    """Return the pixels of one step of the array: the geometric mean of both axes of an affine fit to all spots.
 
-    A nearest-neighbour distance would be 6 % short: printed spots are off their places, and the nearest of four
-    neighbours is the one that is off towards us.
+    The distance to the nearest neighbour would be 6 % too short. Printed spots are displaced at random, and the nearest of four
+    neighbours is the one displaced towards the spot.
     """
     array = np.column_stack([spots["x"], spots["y"], np.ones(len(spots))])
     affine = np.linalg.lstsq(array, spots[["pixel_x", "pixel_y"]].to_numpy(), rcond=None)[0]
@@ -198,14 +196,14 @@ def _pixels_per_step(spots: pd.DataFrame) -> float:
 
 
 def _read_hires(path: Path) -> tuple[np.ndarray, float]:
-    """Return the image as uint8 RGB of at most ``HIRES_PIXELS`` a side, and its scale relative to the file."""
+    """Return the image as uint8 RGB with at most ``HIRES_PIXELS`` per side, and its scale relative to the file."""
     with warnings.catch_warnings():
-        # 92 megapixels are above Pillow's guard against hostile files; the sha256 of this one was checked
+        # Pillow warns of large images because they may be attacks; the sha256 of this one was checked
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(path)
     with image:
         width = image.width
-        image.draft("RGB", (HIRES_PIXELS, HIRES_PIXELS))  # libjpeg decodes at 1/4 size: less time, less memory
+        image.draft("RGB", (HIRES_PIXELS, HIRES_PIXELS))  # libjpeg decodes at 1/4 size, which saves time and memory
         image.thumbnail((HIRES_PIXELS, HIRES_PIXELS), reducing_gap=None)
         pixels = np.asarray(image.convert("RGB"))
     return pixels, pixels.shape[1] / width

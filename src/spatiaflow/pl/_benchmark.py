@@ -43,6 +43,8 @@ def benchmark(
     ------
     KeyError
         A column is missing.
+    TypeError
+        ``data`` is not a DataFrame.
     ValueError
         No row has a method in ``ours``.
 
@@ -54,6 +56,8 @@ def benchmark(
     """
     import matplotlib.pyplot as plt
 
+    if not isinstance(data, pd.DataFrame):
+        raise TypeError(f"data must be one DataFrame with a row per task and method, not {type(data).__name__}.")
     if missing := [name for name in ("task", "metric", "method", "value") if name not in data]:
         raise KeyError(f"data has no column {missing[0]!r}; it has {', '.join(map(str, data.columns))}.")
     ours = [ours] if isinstance(ours, str) else list(ours)

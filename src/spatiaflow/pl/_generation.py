@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from spatiaflow import _io
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._crops import COLOURS
 from spatiaflow.pl._profile import _label
@@ -61,6 +62,8 @@ def transition(
     ------
     KeyError
         ``data`` holds no generated images, or a channel is unknown.
+    TypeError
+        ``data`` is not one AnnData.
     ValueError
         More channels than can be told apart, or targets of another shape.
 
@@ -73,6 +76,7 @@ def transition(
     """
     import matplotlib.pyplot as plt
 
+    data = _io.unpack(data)[1]
     if "image" not in data.obsm or "morphology" not in data.uns:
         raise KeyError("obsm has no 'image'. Give the result of sf.tl.generate_morphology(...).")
     known, mpp = [*map(str, data.uns["morphology"]["channels"])], float(data.uns["morphology"]["mpp"])
@@ -158,6 +162,8 @@ def profile_shift(
     ------
     KeyError
         A feature is missing.
+    TypeError
+        ``data`` is not one AnnData.
 
     Examples
     --------
@@ -169,6 +175,7 @@ def profile_shift(
     """
     import matplotlib.pyplot as plt
 
+    data = _io.unpack(data)[1]
     shared = [name for name in data.var_names if name in source and name in target]
     if features is None:
         spread = pd.concat([source[shared], target[shared]]).std().replace(0, np.inf)

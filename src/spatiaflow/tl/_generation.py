@@ -134,7 +134,7 @@ def generate_morphology(
     >>> made.obsm["image"].shape
     (46, 4, 32, 32)
     """
-    from spatiaflow.pp import image_profile
+    from spatiaflow.pp._morphology import measured
 
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     started, seed = time.perf_counter(), resolve_seed(random_state)
@@ -160,7 +160,7 @@ def generate_morphology(
         )  # fmt: skip
     own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
     channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
-    profile = image_profile(made["image"], channels=channels, mpp=scale, whole=level == "niche")
+    profile = measured(made["image"], channels, scale, whole=level == "niche")
     repeated, sample = np.repeat(np.arange(len(rows)), n_samples), np.tile(np.arange(n_samples), len(rows))
     names = table.obs_names[rows[repeated]]
     obs = pd.DataFrame(

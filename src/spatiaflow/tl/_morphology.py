@@ -102,7 +102,7 @@ def train_morphology(
 
     Examples
     --------
-    A small network for one epoch, so that it takes seconds:
+    A small network for one epoch takes about 20 seconds:
 
     >>> config = sf.models.MorphologyConfig(crop_um=16, crop_pixels=16, width=32, n_layers=2)
     >>> model = sf.tl.train_morphology(

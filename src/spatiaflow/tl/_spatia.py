@@ -116,10 +116,10 @@ def train_spatia(
 
     Examples
     --------
-    A small network for one epoch takes seconds:
+    A small network and a few batches take seconds:
 
     >>> slides = [sf.datasets.simulated_tissue(80, seed=seed) for seed in (1, 2)]
-    >>> small = sf.models.SpatiaConfig(width=32, crop_pixels=16)
+    >>> small = sf.models.SpatiaConfig(width=32, crop_pixels=16, batches_per_epoch=4)
     >>> model = sf.tl.train_spatia(slides, image_key="fluorescence", config=small, max_epochs=1)
     >>> model
     Spatia: 60 genes, channels dapi, bound, rna, prot, width 32, 20.4 µm crops

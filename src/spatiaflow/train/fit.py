@@ -1,4 +1,4 @@
-"""One fit of one network by Lightning: quiet, resumable, best weights kept."""
+"""Train a network with Lightning, without its log messages. Training can be resumed, and the best weights are kept."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def claim(folder: Path, resume: bool, **run) -> None:
                 f"{str(folder)!r} holds another run: it differs in {', '.join(other)}. Give the arguments and data of that "
                 "run, or another checkpoint_dir."
             )
-    if not resume:  # what an earlier run left must not be taken for this one's, should it be interrupted early
+    if not resume:  # remove files of an earlier run; after an early interruption they would be taken for this run's
         for old in [*folder.rglob("*.ckpt"), *folder.glob("fold_*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def fit(
         )
         saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
         module.load_state_dict(saved["state_dict"])
-        module.history = epochs.history  # also of a run that was done before it was resumed
+        module.history = epochs.history  # needed if the run was already complete when it was resumed
 
 
 def _readable(checkpoint: Path) -> bool:
@@ -143,10 +143,10 @@ class _Epochs(Callback):
         self.training.epoch = trainer.current_epoch
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 0:  # dropout; not earlier: a resumed run makes its loader, which draws too, at another moment
+        if batch_idx == 0:  # for dropout. Not earlier: the loader draws too, and a resumed run makes it at another time
             torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
             if trainer.current_epoch:
-                torch.empty((), dtype=torch.int64).random_()  # the draw of the loader of every later epoch
+                torch.empty((), dtype=torch.int64).random_()  # the loader makes this draw in every later epoch
 
     def on_train_epoch_end(self, trainer, module):
         row = {"epoch": trainer.current_epoch} | {k: float(v) for k, v in trainer.callback_metrics.items()}
