@@ -6,7 +6,7 @@ import torch
 from scipy import sparse
 
 from spatiaflow._slides.crops import Crops
-from spatiaflow.models.preprocess import gene_standard, in_vocabulary, intensity_of, scaled, unscaled
+from spatiaflow.models.preprocess import full, gene_standard, in_vocabulary, intensity_of, scaled, unscaled
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig
 
@@ -65,3 +65,15 @@ def test_genes_are_standardised_by_slide():
     np.testing.assert_allclose(few[0, :3], 1.0, atol=0.15)  # few cells lean on the training data
     many = gene_standard(counts, measured, 9.0, usual)
     np.testing.assert_allclose(many[0, :2], centre[:2], atol=0.05)
+
+
+def test_batches_are_of_one_size_and_lose_nothing():
+    rng, parts, done = np.random.default_rng(0), [], 0
+    for n in rng.integers(1, 9, 30):
+        rows = np.arange(done, done + n)
+        parts.append((rows, torch.from_numpy(rows)[:, None] * 2))
+        done += n
+    out = list(full(iter(parts), 8))
+    assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
+    np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))

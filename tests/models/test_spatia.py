@@ -15,7 +15,6 @@ from spatiaflow.models.spatia import (
     SpatiaConfig,
     SpatiaNetwork,
     Surroundings,
-    full,
 )
 from spatiaflow.models.spatial import anchor_graph, anchors
 
@@ -249,18 +248,6 @@ def test_saved_and_loaded_is_the_same(network, slide, tmp_path):
     assert again.config == model.config
     for level, values in again.embed(slide).items():
         np.testing.assert_array_equal(values, model.embed(slide)[level])
-
-
-def test_batches_are_of_one_size_and_lose_nothing():
-    rng, parts, done = np.random.default_rng(0), [], 0
-    for n in rng.integers(1, 9, 30):
-        rows = np.arange(done, done + n)
-        parts.append((rows, torch.from_numpy(rows)[:, None] * 2))
-        done += n
-    out = list(full(iter(parts), 8))
-    assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
-    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
-    np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))
 
 
 def test_a_configuration_is_checked_and_old_ones_still_load():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -139,3 +139,17 @@ def relative_scale(crops: CropReader, rows: np.ndarray, c: SpatiaConfig) -> Tens
     if not c.adaptive:
         return torch.ones(len(rows))
     return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
+
+
+def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Join parts (rows, crops) to batches of one size: for each new size convolutions are planned, and kept, anew."""
+    held, n = [], 0
+    for part in parts:
+        held.append(part)
+        n += len(part[0])
+        if n >= size:
+            rows, crops = np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
+            yield rows[:size], crops[:size]
+            held, n = [(rows[size:], crops[size:])], n - size
+    if n:
+        yield np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
-from spatiaflow.models.preprocess import in_vocabulary, relative_scale, scaled, standard_of
+from spatiaflow.models.preprocess import full, in_vocabulary, relative_scale, scaled, standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import (
     GatedMLP,
@@ -328,20 +328,6 @@ class SpatiaNetwork(nn.Module):
     def theta(self) -> Tensor:
         """Inverse dispersion of every gene."""
         return F.softplus(self.log_theta) + 1e-2
-
-
-def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Join parts (rows, crops) to batches of one size: for each new size convolutions are planned, and kept, anew."""
-    held, n = [], 0
-    for part in parts:
-        held.append(part)
-        n += len(part[0])
-        if n >= size:
-            rows, crops = np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
-            yield rows[:size], crops[:size]
-            held, n = [(rows[size:], crops[size:])], n - size
-    if n:
-        yield np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
 
 
 class Spatia(_base.Model):
