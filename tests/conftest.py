@@ -1,6 +1,9 @@
 """Small tissue that every test can afford, and settings that leave no trace."""
 
+import inspect
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -9,6 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _process import process_is_left
 
 matplotlib.use("Agg")
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
@@ -20,6 +26,34 @@ def pytest_terminal_summary(terminalreporter):
     called = [report for report in ran if getattr(report, "when", "") == "call"]
     slow = sum("slow" in report.keywords for report in called)
     terminalreporter.write_line(f"{len(called)} tests ran, {slow} of them slow")
+
+
+@pytest.fixture(autouse=True)
+def process(request):
+    """No verb changes the process of its user, also not one that raises."""
+    with watched(request.node.path):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """Neither do verbs in fixtures that tests share, which run before ``process``."""
+    function = fixturedef.func
+    ours = (
+        function.__code__.co_filename.startswith(str(Path(__file__).parent)) if inspect.isfunction(function) else False
+    )
+    if not ours or inspect.isgeneratorfunction(function):
+        return (yield)
+    with watched(request.node.path):
+        return (yield)
+
+
+def watched(path):
+    """What a test of verbs runs in. A figure stays open for its user, so the tests of figures may leave some."""
+    folder = path.relative_to(Path(__file__).parent).parts[0]
+    if folder not in ("datasets", "get", "metrics", "pl", "pp", "tl", "train"):
+        return nullcontext()
+    return process_is_left(figures=folder != "pl")
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,6 @@ def test_environment_is_read():
         "SPATIAFLOW_MIRROR": "/m",
         "SPATIAFLOW_CACHE_DIR": "/c",
     }
-    import os
 
     out = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
@@ -42,15 +41,10 @@ def test_environment_is_read():
     assert "seed = " in repr(sf.settings)
 
 
-def test_numba_does_not_lift_the_limit_of_threads():
-    code = (
-        "import numba, numpy, torch, spatiaflow\n"
-        "numba.config.THREADING_LAYER = 'omp'\n"
-        "double = numba.njit(parallel=True)(lambda a: a + a)\n"
-        "torch.ones(2), double(numpy.ones(10**5))\n"
-        "spatiaflow.settings.torch_device('cpu')\n"
-        "print(torch.get_num_threads())"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.split()[-1] == "1"
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", "0"])
+def test_a_number_of_threads_that_cannot_be_is_refused(value):
+    with (
+        pytest.raises(ValueError, match="n_threads must be None or a whole number"),
+        sf.settings.override(n_threads=value),
+    ):
+        pass

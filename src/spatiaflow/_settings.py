@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,17 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("spatiaflow")
 
 _LEVELS = ("debug", "info", "warning", "error")
-
-
-def _keep_thread_limit(torch: ModuleType) -> None:
-    """Set torch to ``OMP_NUM_THREADS`` again, after numba (in scanpy and squidpy) raised the limit of the whole process.
-
-    With more threads than free cores small networks train up to 70 times slower, because waiting threads spin.
-    """
-    limit, numba = os.environ.get("OMP_NUM_THREADS", ""), sys.modules.get("numba")
-    lifted = numba is not None and torch.get_num_threads() == numba.config.NUMBA_NUM_THREADS
-    if lifted and limit.isdigit() and 0 < int(limit) < torch.get_num_threads():
-        torch.set_num_threads(int(limit))
 
 
 def _default_cache() -> Path:
@@ -58,7 +45,12 @@ class Settings:
         Folder or base URL with files at ``<dataset>/<file>``. It is tried before the public address. Hashes are checked
         in both cases.
     progress
-        Show progress bars.
+        Show progress: a bar in a terminal or notebook, elsewhere (in a log) a line at each tenth.
+    n_threads
+        Threads of torch on the CPU while a verb runs; before and after it torch has its own number. None: the number in
+        the environment variable ``OMP_NUM_THREADS`` where it is set, and 1 where it is not. Threads of torch wait for each
+        other in a loop, so with as many threads as cores an epoch takes many times as long while any other process is busy.
+        A number set by ``torch.set_num_threads`` does not count: assign to ``n_threads`` instead.
     verbosity
         ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``.
 
@@ -76,6 +68,7 @@ class Settings:
     cache_dir: Path = field(default_factory=_default_cache)
     mirror: str | None = None
     progress: bool = True
+    n_threads: int | None = None
     verbosity: str = "info"
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -118,7 +111,6 @@ class Settings:
         """
         import torch
 
-        _keep_thread_limit(torch)
         name = str(device or self.device)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -160,11 +152,20 @@ def _parse(name: str, value: Any) -> Any:
                 raise ValueError(f"settings.progress must be true or false, not {value!r}.")
             return value.lower() in ("1", "true", "yes", "on")
         return bool(value)
+    if name == "n_threads":
+        return None if value is None or str(value).lower() in ("", "none") else _at_least_one(value)
     if name == "verbosity":
         if str(value).lower() not in _LEVELS:
             raise ValueError(f"settings.verbosity must be one of {', '.join(_LEVELS)}, not {value!r}.")
         return str(value).lower()
     return str(value)
+
+
+def _at_least_one(value: Any) -> int:
+    text = str(value).strip()
+    if not (isinstance(value, str | Integral) and text.isdecimal() and int(text) >= 1):  # True has no digits
+        raise ValueError(f"settings.n_threads must be None or a whole number of at least 1, not {value!r}.")
+    return int(text)
 
 
 def _from_environment() -> Settings:

@@ -6,8 +6,10 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 
 
+@verb
 def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: str = "table") -> AnnData:
     """Return an array slot and its gene names as an AnnData.
 

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 @_io.each_object
 def encode_patches(
     data: Data | Sequence[Data] | Mapping[str, Data],

@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.slide import Slide
@@ -27,6 +28,7 @@ INTENSITY = ("mean", "std", "contrast", "correlation")
 STAINS = ("hematoxylin", "eosin")
 
 
+@verb
 @_io.each_object
 def morphology_profile(
     data: SpatialData,
@@ -149,6 +151,7 @@ def morphology_profile(
     return data if copy else None
 
 
+@verb
 def image_profile(
     data: AnnData | Crops | np.ndarray,
     *,

@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow._slides import gather
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 def train_stflow(
     data: Data | Sequence[Data] | Mapping[str, Data],
     *,
@@ -182,6 +184,7 @@ def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> lis
     return [names[i] for i in order[:n]]
 
 
+@verb
 @_io.each_object
 def predict_expression(
     data: Data | Sequence[Data] | Mapping[str, Data],

@@ -19,6 +19,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
@@ -42,6 +43,7 @@ DEFAULT_WEIGHTS = "morphology-pancreas-small"
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
+@verb
 @_io.each_object
 def generate_morphology(
     data: AnnData | SpatialData,

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed, settings
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, model_of, placed, with_channels
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from spatiaflow.train.pairs import Pairs
 
 
+@verb
 def train_morphology(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,

@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, resolve_seed, settings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Sides = dict[str, tuple[np.ndarray, np.ndarray]]  # rows of sources and of targets, by transition
 
 
+@verb
 @_io.each_object
 def pair_transitions(
     data: AnnData | SpatialData,

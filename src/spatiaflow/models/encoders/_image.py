@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatiaflow._process import verb
 from spatiaflow.models import _base
 from spatiaflow.models.encoders import _texture
 
@@ -133,6 +134,7 @@ WEIGHT_FREE: dict[str, Callable[[], Encoder]] = {
 SHORT_NAMES = (*WEIGHT_FREE, *TIMM, "conch")
 
 
+@verb
 def load_encoder(
     encoder: str | Path | Callable | Encoder,
     *,
