@@ -1,6 +1,7 @@
 """What a process has that belongs to its user, and that it is as it was after a block."""
 
 import gc
+import hashlib
 import logging
 import os
 import random
@@ -22,14 +23,19 @@ LOGGERS = (
 LOGGERS = [None, "spatiaflow", "matplotlib", "torch", "transformers", "py.warnings", *LOGGERS.split()]
 
 
+def digest(state) -> str:
+    with np.printoptions(threshold=sys.maxsize):
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:8]
+
+
 def process_state(figures: bool = True) -> dict:
     """All that a call could change; values compare with ``==``."""
     cudnn = torch.backends.cudnn
     state = {
-        "random": random.getstate(),
-        "numpy.random": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],  # noqa: NPY002
+        "random": digest(random.getstate()),
+        "numpy random": digest(np.random.get_state(legacy=False)),  # noqa: NPY002
         "numpy errors": np.geterr(),
-        "torch random": torch.get_rng_state().numpy().tobytes(),
+        "torch random": digest(torch.get_rng_state().tolist()),
         "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "torch deterministic": (
             torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -54,6 +55,13 @@ def watched(path):
     if folder not in ("datasets", "get", "metrics", "pl", "pp", "tl", "train"):
         return nullcontext()
     return process_is_left(figures=folder != "pl")
+
+
+@pytest.fixture
+def own_draws():
+    """For tests that themselves make networks or noise, outside of any verb."""
+    with torch.random.fork_rng():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from spatiaflow.models.morphology import Conditions, MorphologyConfig, Morpholog
 from spatiaflow.models.orientation import canonical, turned
 from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
 
+pytestmark = pytest.mark.usefixtures("own_draws")
+
 CONFIG = MorphologyConfig(
     ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
     width=32, n_layers=2,

@@ -1,12 +1,15 @@
 """What SPATIA is trained on: where batches come from, and what the losses may see."""
 
 import numpy as np
+import pytest
 import torch
 from scipy import sparse
 
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig, SpatiaNetwork, Surroundings, standard_of
 from spatiaflow.train.spatia import ContextTraining, Fields, ScatteredCells, nearest_hidden
+
+pytestmark = pytest.mark.usefixtures("own_draws")
 
 
 def test_tissues_are_drawn_in_balance():
