@@ -1,10 +1,13 @@
+import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import spatiaflow as sf
+from spatiaflow._settings import progress
 
 
 def test_override_restores_even_after_an_error():
@@ -48,3 +51,43 @@ def test_a_number_of_threads_that_cannot_be_is_refused(value):
         sf.settings.override(n_threads=value),
     ):
         pass
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def log(capsys):
+    """What stderr, which is no terminal here, has got; lines without their seconds."""
+    with sf.settings.override(progress=True):
+        yield lambda: [re.sub(r", \d+ s", "", line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_in_a_log_progress_is_a_line_at_each_tenth(log):
+    assert list(progress(range(250), "reading", unit="file")) == list(range(250))
+    assert log() == [f"reading: {10 * k} %, file {25 * k} of 250" for k in range(1, 11)]
+
+
+def test_steps_larger_than_a_tenth_and_an_early_end_are_told(log):
+    with progress(None, "reading", total=1000, unit="cell") as bar:
+        bar.update(50)
+        bar.set_postfix({"loss": "0.5"})
+        bar.update(400)
+        bar.update(10)
+    assert log() == ["reading: 45 %, cell 450 of 1,000, loss 0.5", "reading: ended, cell 460 of 1,000, loss 0.5"]
+
+
+def test_no_progress_and_nothing_to_do_write_nothing(log):
+    list(progress([], "reading"))
+    with sf.settings.override(progress=False):
+        list(progress(range(20), "reading"))
+    assert log() == []
+
+
+def test_in_a_terminal_progress_is_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with sf.settings.override(progress=True):
+        list(progress(range(20), "reading"))
+    assert "\r" in stream.getvalue() and "reading" in stream.getvalue()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
@@ -192,10 +194,61 @@ def resolve_seed(random_state: int | None) -> int:
     return int(seed)
 
 
-def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Wrap an iterable in a progress bar that obeys :attr:`Settings.progress`."""
+def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm | Lines:
+    """Show how far work has come, if :attr:`Settings.progress` says so: a bar where it can move, lines elsewhere."""
+    if settings.progress and not _can_move():
+        return Lines(iterable, description, total, unit)
     with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a warning
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=not settings.progress, leave=False)
+
+
+def _can_move() -> bool:
+    """Whether stderr is a terminal or a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return (shell is not None and "IPKernelApp" in shell.config) or (sys.stderr is not None and sys.stderr.isatty())
+
+
+class Lines:
+    """Progress in a log: a line on stderr at each tenth. What the package uses of ``tqdm``."""
+
+    def __init__(self, iterable: Iterable | None, description: str, total: int | None, unit: str):
+        self.iterable, self.description, self.unit = iterable, description, unit
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self.n, self.tenth, self.values, self.started = 0, 0, "", time.monotonic()
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for one in self.iterable or ():
+                yield one
+                self.update()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def set_postfix(self, values: dict[str, str]) -> None:
+        """Values to show in the next line."""
+        self.values = "".join(f", {name} {value}" for name, value in values.items())
+
+    def update(self, n: int = 1) -> None:
+        """``n`` more are done."""
+        self.n += n
+        if self.total and 10 * self.n // self.total > self.tenth:
+            self.tenth = 10 * self.n // self.total
+            self._write(f"{100 * self.n // self.total} %")
+
+    def close(self) -> None:
+        """Say where it ended, if not at the end."""
+        if self.total and 0 < self.n < self.total:
+            self._write("ended")
+            self.n = 0
+
+    def _write(self, text: str) -> None:
+        seconds = f"{time.monotonic() - self.started:.0f} s"
+        line = f"{self.description}: {text}, {self.unit} {self.n:,} of {self.total:,}, {seconds}{self.values}"
+        print(line, file=sys.stderr, flush=True)
