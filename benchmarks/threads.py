@@ -30,11 +30,11 @@ import torch
 
 import results
 import spatiaflow as sf
-from speed import lattice
 from spatiaflow._process import threads
 from spatiaflow.train import morphology as morphology_training
 from spatiaflow.train import spatia as spatia_training
 from spatiaflow.train import stflow as stflow_training
+from speed import lattice
 
 IMAGE = {"image_key": "fluorescence"}
 ALONE, BESIDE = "alone", "beside a busy core"

@@ -3,10 +3,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import spatiaflow as sf
+from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._settings import progress
 
 
@@ -91,3 +94,15 @@ def test_in_a_terminal_progress_is_a_bar(monkeypatch):
     with sf.settings.override(progress=True):
         list(progress(range(20), "reading"))
     assert "\r" in stream.getvalue() and "reading" in stream.getvalue()
+
+
+def test_a_warning_points_at_the_line_of_the_user():
+    """Through any number of functions of the package; and it is shown for each line, once."""
+    table = sf.datasets.simulated_tissue(20)["table"]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        each = _io.each_object(verb(lambda data: _io.library_sizes(data)))
+        table.X = 0 * table.X
+        for _ in range(2):
+            each([table])
+    assert [(one.filename, str(one.message)) for one in shown] == [(__file__, "20 rows have no counts at all.")]

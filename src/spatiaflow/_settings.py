@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("spatiaflow")
 
+_PACKAGE = str(Path(__file__).parent) + os.sep
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -192,6 +193,17 @@ def resolve_seed(random_state: int | None) -> int:
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"random_state must be a whole number that is not negative, not {seed!r}.")
     return int(seed)
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user that called the package, however deep in the package this is said."""
+    frame = found = sys._getframe(1)
+    while frame.f_back is not None:
+        frame, inside = frame.f_back, frame.f_code.co_filename.startswith(_PACKAGE)
+        found = frame if inside else found
+    registry = found.f_globals.setdefault("__warningregistry__", {})
+    module = found.f_globals.get("__name__", "__main__")
+    warnings.warn_explicit(message, UserWarning, found.f_code.co_filename, found.f_lineno, module, registry)
 
 
 def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm | Lines:

@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 from spatiaflow._io._where import Where
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import ABSENT, Slide
 
 # pitches that spot arrays have, µm: legacy ST (and its denser 2k array), Visium, Visium HD bins
@@ -113,10 +114,8 @@ def _slides_of_anndata(table: AnnData, library_key: str | None, spatial_key: str
             )
         stored = metadata.get("microns_per_pixel")
         if mpp is not None and stored is not None and abs(mpp / stored - 1) > 0.1:
-            warnings.warn(
-                f"mpp={mpp:g} was given, but uns['spatial'][{library!r}] says {stored:g} µm per pixel; {mpp:g} is used.",
-                UserWarning,
-                stacklevel=4,
+            warn(
+                f"mpp={mpp:g} was given, but uns['spatial'][{library!r}] says {stored:g} µm per pixel; {mpp:g} is used."
             )
         names = table.obs_names.to_numpy()[rows]
         out.append(Slide(library, names, xy[rows] * float(scale), rows=rows, mpp=float(scale)))
@@ -273,10 +272,8 @@ def _compare_scale(sdata: SpatialData, system: str, mpp: float) -> None:
     except ValueError:
         return
     if abs(mpp / known - 1) > 0.1:
-        warnings.warn(
-            f"mpp={mpp:g} was given, but coordinate system {system!r} has {known:g} µm per unit; {mpp:g} is used. Check mpp.",
-            UserWarning,
-            stacklevel=5,
+        warn(
+            f"mpp={mpp:g} was given, but coordinate system {system!r} has {known:g} µm per unit; {mpp:g} is used. Check mpp."
         )
 
 
@@ -343,28 +340,20 @@ def _check_positions(slide: Slide, table: AnnData, library_key: str | None, miss
     distinct, known = len(points), int((~bad).sum())
     if distinct < known:
         hint = "" if library_key else "; if several slides share this table, give library_key="
-        warnings.warn(
-            f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.")
     if library_key is None and (column := _column_of_slides(slide, table)) is not None:
-        warnings.warn(
+        warn(
             f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
-            f"library_key={column!r}.",
-            UserWarning,
-            stacklevel=3,
+            f"library_key={column!r}."
         )
     if distinct >= 16:
         is_lattice, step = _lattice(points)
         closest = min(KNOWN_PITCHES, key=lambda known: abs(np.log(known / step)))
         if is_lattice and abs(step / closest - 1) > 0.15:
-            warnings.warn(
+            warn(
                 f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel its spots are {step:.4g} µm apart, but spot "
                 f"arrays have a pitch of 200, 141, 100, 16, 8 or 2 µm ({closest:g} would need "
-                f"mpp={slide.mpp * closest / step:.4g}). Check mpp.",
-                UserWarning,
-                stacklevel=3,
+                f"mpp={slide.mpp * closest / step:.4g}). Check mpp."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from spatialdata import SpatialData
 from torch.nn import functional as F
 
 from spatiaflow import _io
-from spatiaflow._settings import logger
+from spatiaflow._settings import logger, warn
 from spatiaflow._slides.patches import corners, cut
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import intensity_of  # noqa: F401  it is here until tl/_images.py imports it from models.spatia
@@ -210,11 +209,9 @@ def check_inside(crops: Any, name: str) -> np.ndarray:
             f"{crops.xy.max(0).round()}). Check the transformations, or give mpp=."
         )
     if not inside.all():
-        warnings.warn(
+        warn(
             f"{int((~inside).sum())} of {len(inside)} cells of slide {name!r} lie outside its image; they are embedded "
-            "without it.",
-            UserWarning,
-            stacklevel=4,
+            "without it."
         )
     return inside
 

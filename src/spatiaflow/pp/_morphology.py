@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Where
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, progress
+from spatiaflow._settings import logger, progress, warn
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.slide import Slide
 
@@ -341,4 +340,4 @@ def _report(
     )
     if missing == len(values):
         raise ValueError(f"{message}. Do the transformations of {slide.element!r} and of the image agree?")
-    warnings.warn(f"{message}. Their rows are NaN.", UserWarning, stacklevel=3)
+    warn(f"{message}. Their rows are NaN.")

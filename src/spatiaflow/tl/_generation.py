@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import time
-import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import (
@@ -239,11 +238,9 @@ def _conditions(
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
     known = np.where(np.isin(niche, [*shifts]), niche, "")  # "": the mean over all niches
     if unknown := sorted(set(niche) - set(shifts)):
-        warnings.warn(
+        warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
-            "niches is used there.",
-            UserWarning,
-            stacklevel=4,
+            "niches is used there."
         )
     genes, profile = (
         np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")
@@ -297,12 +294,10 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
     ratio = {name: (own[name][1] - own[name][0]) / max(known[name][1] - known[name][0], 1e-9) for name in known}
     name = max(ratio, key=lambda name: abs(np.log(max(ratio[name], 1e-9))))
     if not 1 / BRIGHTNESS < np.median([*ratio.values()]) < BRIGHTNESS:
-        warnings.warn(
+        warn(
             f"the bright end of channel {name!r} is {own[name][1]:.4g}; in the training slides it was {known[name][1]:.4g}. "
             "Crops are scaled as they were there and come out white or black (8 bits against 16?). Bring the image to the "
-            "scale of model.intensity, or train a model on this slide.",
-            UserWarning,
-            stacklevel=3,
+            "scale of model.intensity, or train a model on this slide."
         )
 
 
