@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest
 import torch
 from scipy import sparse
 
-sys.path.insert(0, str(Path(__file__).parent))
 from _process import process_is_left
 
+TESTS = Path(__file__).parent
 matplotlib.use("Agg")
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
 
@@ -32,27 +31,24 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def process(request):
     """No verb changes the process of its user, also not one that raises."""
-    with watched(request.node.path):
+    with watched(request.path):
         yield
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    """Neither do verbs in fixtures that tests share, which run before ``process``."""
-    function = fixturedef.func
-    ours = (
-        function.__code__.co_filename.startswith(str(Path(__file__).parent)) if inspect.isfunction(function) else False
-    )
-    if not ours or inspect.isgeneratorfunction(function):
-        return (yield)
-    with watched(request.node.path):
+def pytest_fixture_setup(fixturedef):
+    """Neither do verbs in what tests share, which is made before ``process``."""
+    function = inspect.unwrap(fixturedef.func)
+    path = Path(function.__code__.co_filename) if inspect.isfunction(function) else Path()
+    shared = fixturedef.scope != "function" and not inspect.isgeneratorfunction(function)
+    with watched(path) if shared and TESTS in path.parents else nullcontext():
         return (yield)
 
 
 def watched(path):
-    """What a test of verbs runs in. A figure stays open for its user, so the tests of figures may leave some."""
-    folder = path.relative_to(Path(__file__).parent).parts[0]
-    if folder not in ("datasets", "get", "metrics", "pl", "pp", "tl", "train"):
+    """What tests and fixtures with verbs run in. A figure stays open for its user, so tests of figures may leave some."""
+    folder = path.relative_to(TESTS).parts[0]
+    if folder not in ("conftest.py", "datasets", "get", "metrics", "pl", "pp", "tl", "train"):
         return nullcontext()
     return process_is_left(figures=folder != "pl")
 

@@ -91,6 +91,14 @@ def test_number_of_threads(environment, found):
     assert output(SHOW, **environment).split() == [found]
 
 
+def test_a_large_network_leaves_one_core_to_others():
+    show = (
+        f"import os; os.sched_getaffinity = lambda _: range(16)\n{SHOW.replace('threads():', 'threads(large=True):')}"
+    )
+    assert output(show, OMP_NUM_THREADS="").split() == ["15"]
+    assert output(show, OMP_NUM_THREADS="2").split() == ["2"]
+
+
 def test_the_number_of_threads_is_set_for_the_block_only():
     before = torch.get_num_threads()
     with sf.settings.override(n_threads=before + 1), pytest.raises(RuntimeError), threads():

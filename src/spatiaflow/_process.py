@@ -45,13 +45,16 @@ def unchanged() -> Iterator[None]:
 
 
 @contextmanager
-def threads() -> Iterator[None]:
-    """Give torch the number of threads of :attr:`Settings.n_threads`. Where torch is not loaded, nothing is done."""
+def threads(large: bool = False) -> Iterator[None]:
+    """Give torch the number of threads of :attr:`Settings.n_threads`. Where torch is not loaded, nothing is done.
+
+    Each operation of a ``large`` network takes much longer than its threads wait for each other, so it may have more of them.
+    """
     if (torch := sys.modules.get("torch")) is None:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(_n_threads())
+    torch.set_num_threads(_n_threads(large))
     try:
         yield
     finally:
@@ -69,9 +72,12 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _n_threads() -> int:
+def _n_threads(large: bool) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one number a nesting level
-    return settings.n_threads or (int(given) if given.isdecimal() else 0) or 1
+    if settings.n_threads or (given.isdecimal() and int(given)):
+        return settings.n_threads or int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1) if large else 1
 
 
 def _figures() -> set[int]:
