@@ -1,6 +1,8 @@
 """Small tissue that every test can afford, and settings that leave no trace."""
 
+import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -8,8 +10,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
+from _process import process_is_left
+
+TESTS = Path(__file__).parent
 matplotlib.use("Agg")
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
 
@@ -20,6 +26,38 @@ def pytest_terminal_summary(terminalreporter):
     called = [report for report in ran if getattr(report, "when", "") == "call"]
     slow = sum("slow" in report.keywords for report in called)
     terminalreporter.write_line(f"{len(called)} tests ran, {slow} of them slow")
+
+
+@pytest.fixture(autouse=True)
+def process(request):
+    """No verb changes the process of its user, also not one that raises."""
+    with watched(request.path):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Neither do verbs in what tests share, which is made before ``process``."""
+    function = inspect.unwrap(fixturedef.func)
+    path = Path(function.__code__.co_filename) if inspect.isfunction(function) else Path()
+    shared = fixturedef.scope != "function" and not inspect.isgeneratorfunction(function)
+    with watched(path) if shared and TESTS in path.parents else nullcontext():
+        return (yield)
+
+
+def watched(path):
+    """What tests and fixtures with verbs run in. A figure stays open for its user, so tests of figures may leave some."""
+    folder = path.relative_to(TESTS).parts[0]
+    if folder not in ("conftest.py", "datasets", "get", "metrics", "pl", "pp", "tl", "train"):
+        return nullcontext()
+    return process_is_left(figures=folder != "pl")
+
+
+@pytest.fixture
+def own_draws():
+    """For tests that themselves make networks or noise, outside of any verb."""
+    with torch.random.fork_rng():
+        yield
 
 
 @pytest.fixture(autouse=True)

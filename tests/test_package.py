@@ -10,6 +10,7 @@ import pytest
 from numpydoc.docscrape import NumpyDocString
 
 import spatiaflow
+from spatiaflow import _process
 
 SOURCE = Path(spatiaflow.__file__).parent
 ORDER = (
@@ -161,6 +162,11 @@ def test_verbs_are_thin(module, function):
     n_arguments, n_lines = len(inspect.signature(function).parameters), body[-1].end_lineno - body[0].lineno + 1
     assert n_arguments <= MAX_ARGUMENTS
     assert n_lines <= MAX_LINES
+
+
+@pytest.mark.parametrize(("module", "function"), list(public_functions("datasets", "get", "pl", "pp", "tl")))
+def test_verbs_leave_the_process_as_it_was(module, function):
+    assert function.__code__.co_filename == _process.__file__, "the outermost decorator is @verb of _process.py"
 
 
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))

@@ -214,3 +214,15 @@ def test_missing_encoders_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"https://huggingface.co/nobody/nothing-here(.|\n)*folder"):
         load_encoder("nobody/nothing-here")
+
+
+def test_published_networks_may_have_more_threads_than_small_functions(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
+
+    def count(patches):
+        return torch.full((len(patches), 1), torch.get_num_threads())
+
+    patches = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    assert Encoder("small", count)(patches).item() == 1
+    assert Encoder("published", count, sha256="of its weights")(patches).item() == 3

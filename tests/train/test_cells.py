@@ -1,12 +1,15 @@
 """Where the batches of SPATIA come from."""
 
 import numpy as np
+import pytest
 from scipy import sparse
 
 from spatiaflow.models.preprocess import standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig
 from spatiaflow.train.cells import Fields, ScatteredCells
+
+pytestmark = pytest.mark.usefixtures("own_draws")
 
 
 def test_tissues_are_drawn_in_balance():

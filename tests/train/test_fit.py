@@ -1,10 +1,13 @@
 """One fit: what an interruption must not change."""
 
+import re
+
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from spatiaflow import settings
 from spatiaflow.train.fit import fit
 
 
@@ -56,3 +59,12 @@ def test_killed_inside_an_epoch_and_resumed_is_the_same(tmp_path, epoch):
     with pytest.raises(BaseException):  # noqa: B017 - Lightning ends the process's run in its own way
         run(Noisy(dies_in=epoch), tmp_path / "killed")
     torch.testing.assert_close(run(Noisy(), tmp_path / "killed", resume=True), whole, rtol=0, atol=0)
+
+
+def test_a_log_has_a_line_at_each_tenth_of_the_epochs_with_the_validation_score(capsys):
+    with settings.override(progress=True):
+        fit(Noisy(), Batches(), Batches(), max_epochs=20, patience=99, monitor="val_loss", seed=3, description="noisy")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    for k, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"noisy: {10 * k} %, epoch {2 * k} of 20, \d+ s, val_loss \d+\.\d+", line)

@@ -9,6 +9,8 @@ from spatiaflow.models.morphology import Surrogate
 from spatiaflow.models.orientation import canonical, turned
 from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
 
+pytestmark = pytest.mark.usefixtures("own_draws")
+
 
 def training(network, surrogate=None, *, alignment=0.0, contrast=0.0, weighted=True):
     losses = {"flow": 1.0, "alignment": alignment, "contrast": contrast}

@@ -1,10 +1,13 @@
 """What the losses of SPATIA may see."""
 
 import numpy as np
+import pytest
 import torch
 
 from spatiaflow.models.spatia import SpatiaConfig, SpatiaNetwork, Surroundings
 from spatiaflow.train.spatia import ContextTraining, nearest_hidden
+
+pytestmark = pytest.mark.usefixtures("own_draws")
 
 
 def test_context_asks_for_hidden_cells_and_never_sees_them():

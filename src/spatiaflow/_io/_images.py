@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from spatialdata import SpatialData
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
 from spatiaflow._io._scales import libraries, stated
-from spatiaflow._settings import logger
+from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
 
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
@@ -173,11 +172,9 @@ def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> Non
     wide, high = np.linalg.norm(linear, axis=0)
     skew = abs(linear[:, 0] @ linear[:, 1]) / (wide * high)
     if skew > 0.02 or abs(wide / high - 1) > 0.02:
-        warnings.warn(
+        warn(
             f"the pixels of image {image_key!r} are not square in {system!r} ({wide:.4g} by {high:.4g}, skew {skew:.2g}); "
-            "patches are cut along its own axes and show the tissue distorted.",
-            UserWarning,
-            stacklevel=4,
+            "patches are cut along its own axes and show the tissue distorted."
         )
 
 

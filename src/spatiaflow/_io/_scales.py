@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow._io._elements import image_scales
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
 
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
@@ -88,11 +88,7 @@ def anndata_scale(table: AnnData, rows: np.ndarray, library: str, xy: np.ndarray
 def contradiction(mpp: float, known: float, statement: str) -> None:
     """Warn of a scale that contradicts what the data say of themselves, as ``uns says 0.5 µm per pixel``."""
     if abs(mpp / known - 1) > 0.1:
-        warnings.warn(
-            f"mpp={mpp:g} was given, but {statement}; {mpp:g} is used. Check mpp.",
-            UserWarning,
-            stacklevel=6,
-        )
+        warn(f"mpp={mpp:g} was given, but {statement}; {mpp:g} is used. Check mpp.")
 
 
 def _of_instrument(table: AnnData, rows: np.ndarray, xy: np.ndarray, parts: dict) -> tuple[float, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -13,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from spatiaflow._io._arguments import listing, slot_name
-from spatiaflow._settings import logger
+from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
@@ -74,11 +73,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
         )
     found = same_encoder([table], key)
     if known and key not in table.uns:
-        warnings.warn(
-            f"uns has no {key!r}, so where obsm[{key!r}] comes from is unknown; the model needs what {how} gives.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"uns has no {key!r}, so where obsm[{key!r}] comes from is unknown; the model needs what {how} gives.")
     if not known and key in table.uns:
         logger.warning(
             "the model does not know what made the features it was trained on; obsm[%r] is taken for it", key
@@ -107,7 +102,7 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
     values, _ = counts(table, None, layer)
     total = np.asarray(values.sum(1), dtype=np.float64).ravel()
     if (total == 0).any():
-        warnings.warn(f"{int((total == 0).sum())} rows have no counts at all.", UserWarning, stacklevel=3)
+        warn(f"{int((total == 0).sum())} rows have no counts at all.")
     return total
 
 
@@ -296,11 +291,9 @@ def log_expression(
     else:
         known = stored.get("params", {}).get("n_vars", table.n_vars)
         if table.n_vars < known:
-            warnings.warn(
+            warn(
                 f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum "
-                "over all genes, is no longer known, and measured values are too high. Draw from the whole table.",
-                UserWarning,
-                stacklevel=3,
+                "over all genes, is no longer known, and measured values are too high. Draw from the whole table."
             )
         library = library_sizes(table, layer)
     return np.log1p(values * (per / np.maximum(library, 1))[:, None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from scipy import sparse
 
 from spatiaflow import _io
 from spatiaflow._io import Where
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
 
 NEEDS = ("counts", "features", "crops")
@@ -121,25 +121,19 @@ def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], na
     return name
 
 
-def check_together(slides: Sequence[Slide], stacklevel: int = 4) -> None:
+def check_together(slides: Sequence[Slide]) -> None:
     """Warn of a slide that comes twice, and of slides whose spots are not as far apart as the others'."""
     if len(slides) < 2:
         return
     seen: dict[bytes, str] = {}
     for slide in slides:
         if (twin := seen.setdefault(slide.xy.tobytes(), slide.name)) != slide.name:
-            warnings.warn(
+            warn(
                 f"slides {twin!r} and {slide.name!r} have the same positions: is one slide given twice? What is held out "
-                "would then have been trained on.",
-                UserWarning,
-                stacklevel=stacklevel,
+                "would then have been trained on."
             )
     pitches = {slide.name: slide.pitch for slide in slides if len(slide) > 15}
     usual = float(np.median(list(pitches.values()))) if pitches else 1.0
     for name, step in pitches.items():
         if abs(step / usual - 1) > 0.5:
-            warnings.warn(
-                f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=stacklevel,
-            )
+            warn(f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.")

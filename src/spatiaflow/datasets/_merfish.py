@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._cells import repaired, write_cells
@@ -31,6 +32,7 @@ DATASET = {
 }
 
 
+@verb
 def merfish_mouse_brain() -> SpatialData:
     """Load a piece of mouse brain, 500 x 450 µm, measured by MERFISH, with DAPI and polyT images.
 

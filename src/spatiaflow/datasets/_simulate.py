@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatiaflow._process import verb
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
@@ -30,6 +32,7 @@ AREA_SPREAD, THETA, LIBRARY, LIBRARY_SPREAD = 0.12, 10.0, 800.0, 0.35
 HEMATOXYLIN, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.09, 0.95, 0.28])  # optical density of R, G, B
 
 
+@verb
 def simulated_tissue(
     n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False
 ) -> SpatialData:

@@ -11,6 +11,7 @@ from anndata import AnnData
 from PIL import Image
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._fetch import fetch
 
@@ -20,6 +21,7 @@ SPOT_DIAMETER_UM = 100.0
 HIRES_PIXELS = 2000
 
 
+@verb
 def her2st(section: str = "C2") -> AnnData:
     """Load a section of HER2-positive breast cancer, measured by Spatial Transcriptomics on an H&E image.
 
@@ -81,6 +83,7 @@ def her2st(section: str = "C2") -> AnnData:
     return adata
 
 
+@verb
 def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
     """Load a section of mouse olfactory bulb, measured by Spatial Transcriptomics (2k array) on an H&E image.
 

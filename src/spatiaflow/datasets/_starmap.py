@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._fetch import fetch
 
@@ -26,6 +27,7 @@ DATASET = {
 }
 
 
+@verb
 def starmap_mpfc() -> AnnData:
     """Load the medial prefrontal cortex of three mice, measured by STARmap, with gold cell types and layers.
 

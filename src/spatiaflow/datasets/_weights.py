@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spatiaflow._process import verb
 from spatiaflow.datasets._fetch import fetch
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FOLDER = "weights"
 
 
+@verb
 def weights(name: str | None = None) -> Path | pd.DataFrame:
     """Return the file of the named weights, or a table of all known weights.
 

@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._cells import repaired, write_cells
@@ -32,6 +33,7 @@ DATASET = {
 }
 
 
+@verb
 def xenium_pancreas() -> SpatialData:
     """Load a region of human pancreas (FFPE), 870 x 870 µm, measured by Xenium with its four segmentation stains.
 

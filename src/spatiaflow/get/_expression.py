@@ -8,8 +8,10 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 
 
+@verb
 @_io.each_object
 def expression(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],

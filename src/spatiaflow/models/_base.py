@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 
 FORMAT = 1
@@ -104,6 +105,7 @@ class Model(ABC):
         return tensors_sha256(self.state()[1])
 
 
+@verb
 def load(path: str | Path, kind: str | None = None) -> Model:
     """Load a model written by ``model.save(path)``.
 

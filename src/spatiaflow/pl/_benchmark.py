@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import finish
 
 
+@verb
 def benchmark(
     data: pd.DataFrame,
     *,

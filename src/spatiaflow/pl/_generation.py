@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._crops import COLOURS
 from spatiaflow.pl._profile import _label
 from spatiaflow.pl._tissue import finish, scale_bar, violin
 
 
+@verb
 def transition(
     data: AnnData,
     targets: np.ndarray | None = None,
@@ -128,6 +130,7 @@ def transition(
     return finish(figure, show, return_fig)
 
 
+@verb
 def profile_shift(
     data: AnnData,
     *,

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io, metrics
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 
+@verb
 def imputation(
     data: AnnData | SpatialData,
     genes: str | Sequence[str],

@@ -13,12 +13,14 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give key=..."
 
 
+@verb
 def levels(
     data: AnnData | SpatialData,
     *,
@@ -104,6 +106,7 @@ def levels(
     return finish(figure, show, return_fig)
 
 
+@verb
 def attention(
     data: AnnData | SpatialData,
     cell: str,

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
 
@@ -27,6 +28,7 @@ MIN_PIXELS = 16  # of a patch, in a picture that stands in for the full resoluti
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 @_io.each_object
 def encode_patches(
     data: Data | Sequence[Data] | Mapping[str, Data],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Where
-from spatiaflow._settings import logger, progress
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, warn
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.slide import Slide
 
@@ -27,6 +27,7 @@ INTENSITY = ("mean", "std", "contrast", "correlation")
 STAINS = ("hematoxylin", "eosin")
 
 
+@verb
 @_io.each_object
 def morphology_profile(
     data: SpatialData,
@@ -150,6 +151,7 @@ def morphology_profile(
     return data if copy else None
 
 
+@verb
 @_io.each_object
 def image_profile(
     data: AnnData
@@ -352,4 +354,4 @@ def _report(
     )
     if missing == len(values):
         raise ValueError(f"{message}. Do the transformations of {slide.element!r} and of the image agree?")
-    warnings.warn(f"{message}. Their rows are NaN.", UserWarning, stacklevel=3)
+    warn(f"{message}. Their rows are NaN.")

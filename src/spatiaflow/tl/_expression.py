@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -14,7 +13,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow._slides import gather
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 def train_stflow(
     data: Data | Sequence[Data] | Mapping[str, Data],
     *,
@@ -158,7 +159,7 @@ def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> 
                 f"{len(missing)} of {len(genes)} genes are not in var_names of slide {slide.name!r} (first: {listed})."
             )
         if n := int((slide.library == 0).sum()):
-            warnings.warn(f"{n} rows of slide {slide.name!r} have no counts at all.", UserWarning, stacklevel=3)
+            warn(f"{n} rows of slide {slide.name!r} have no counts at all.")
     first = slides[0].features[0]
     if all((slide.features == first).all() for slide in slides):
         raise ValueError(f"obsm[{use_rep!r}] is the same in every row; there is nothing to learn from.")
@@ -179,6 +180,7 @@ def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> lis
     return [names[i] for i in order[:n]]
 
 
+@verb
 @_io.each_object
 def predict_expression(
     data: Data | Sequence[Data] | Mapping[str, Data],
@@ -297,9 +299,7 @@ def _check_pitch(slides: list[Slide], model: STFlow) -> None:
     """Warn of slides whose spots are not as far apart as those the model was trained on."""
     for slide in slides:
         if len(slide) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
-            warnings.warn(
+            warn(
                 f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
-                f"{model.pitch:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=4,
+                f"{model.pitch:.3g} µm. Check mpp."
             )

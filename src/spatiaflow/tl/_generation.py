@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,7 +16,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import (
@@ -37,6 +37,7 @@ DEFAULT_WEIGHTS = "morphology-pancreas-small"
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
+@verb
 @_io.each_object
 def generate_morphology(
     data: AnnData | SpatialData,
@@ -228,11 +229,9 @@ def _niches(table: AnnData, rows: np.ndarray, model: MorphologyFlow, name: str) 
     niche_key = model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
     if unknown := sorted(set(niche) - set(model.shifts[name])):
-        warnings.warn(
+        warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
-            "niches is used there.",
-            UserWarning,
-            stacklevel=4,
+            "niches is used there."
         )
     return niche
 
@@ -242,12 +241,10 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
     ratio = {name: (own[name][1] - own[name][0]) / max(known[name][1] - known[name][0], 1e-9) for name in known}
     name = max(ratio, key=lambda name: abs(np.log(max(ratio[name], 1e-9))))
     if not 1 / BRIGHTNESS < np.median([*ratio.values()]) < BRIGHTNESS:
-        warnings.warn(
+        warn(
             f"the bright end of channel {name!r} is {own[name][1]:.4g}; in the training slides it was {known[name][1]:.4g}. "
             "Crops are scaled as they were there and come out white or black (8 bits against 16?). Bring the image to the "
-            "scale of model.intensity, or train a model on this slide.",
-            UserWarning,
-            stacklevel=3,
+            "scale of model.intensity, or train a model on this slide."
         )
 
 

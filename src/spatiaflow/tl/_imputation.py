@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import ABSENT, Slide
@@ -30,6 +31,7 @@ FEW = 500  # reference cells; with fewer the standard error of a correlation, 1 
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
 
+@verb
 def train_imputation(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
@@ -101,6 +103,7 @@ def train_imputation(
     return train_imputer(slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep)
 
 
+@verb
 @_io.each_object
 def impute_genes(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],

@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed
 
 MAX_FIT = 20_000  # cells that mixtures are fitted to
@@ -21,6 +22,7 @@ MISSING = (UNKNOWN, "", "nan", "None", "<NA>")  # what text makes of a missing v
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
 
 
+@verb
 def cluster_niches(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
@@ -118,6 +120,7 @@ def _mixture(
     return best.predict_proba(x), bic
 
 
+@verb
 def annotate(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,

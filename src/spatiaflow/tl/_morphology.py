@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed, settings
 from spatiaflow._slides import check_together
 from spatiaflow._slides.crops import share_memory
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from spatiaflow.train.pairs import Pairs
 
 
+@verb
 def train_morphology(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
@@ -136,7 +138,7 @@ def train_morphology(
         rows.append((own, sum(map(len, slides))))
         tables.append(table)
         slides += own
-    check_together(slides, stacklevel=3)
+    check_together(slides)
     share_memory(slides)
     params = _same_params(tables, pairs_key)
     level = "niche" if is_tiles(tables[0]) else "cell"

@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
 
@@ -27,6 +28,7 @@ LEVELS = ("cell", "niche", "tissue")
 MIN_COVERAGE = 0.1  # of the model's genes: with fewer an embedding would rest on what the model was never shown
 
 
+@verb
 def train_spatia(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData] | str | Path,
     *,
@@ -153,6 +155,7 @@ def train_spatia(
     )  # fmt: skip
 
 
+@verb
 @_io.each_object
 def embed_spatia(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],

@@ -9,7 +9,8 @@ import pickle
 import shutil
 import tempfile
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,8 @@ def fit(
     With ``checkpoint_dir`` the state of the last epoch is kept there; ``resume`` goes on from it and gives what an
     uninterrupted run gives. Nothing is written anywhere else.
     """
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
-    with where as folder, warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
+    with where as folder, _quiet_lightning(), torch.random.fork_rng():
         best = ModelCheckpoint(
             folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False
         )
@@ -114,6 +111,23 @@ def fit(
         saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
         module.load_state_dict(saved["state_dict"])
         module.history = epochs.history  # needed if the run was already complete when it was resumed
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's messages and warnings away."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [one.level for one in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels):
+                one.setLevel(level)
 
 
 def _readable(checkpoint: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spatiaflow._settings import logger, progress
+from spatiaflow._settings import logger, progress, warn
 from spatiaflow.models.conditions import Context
 from spatiaflow.models.transport import Coordinates, PairingConfig, matched
 
@@ -79,11 +78,7 @@ def _by_niche(
     parts = [(n, rows[niches[rows] == n], columns[niches[columns] == n]) for n in both]
     parts = [part for part in parts if min(len(part[1]), len(part[2])) >= min_cells]
     if not parts:
-        warnings.warn(
-            f"{name}: no niche holds {min_cells} cells of both states; they are paired over the whole table.",
-            UserWarning,
-            stacklevel=5,
-        )
+        warn(f"{name}: no niche holds {min_cells} cells of both states; they are paired over the whole table.")
         return [("", rows, columns)]
     if left := len(rows) - sum(len(part[1]) for part in parts):
         logger.warning(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatiaflow._process import threads, verb
 from spatiaflow.models import _base
 from spatiaflow.models.encoders import _texture
 
@@ -76,7 +77,8 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, patches: Tensor) -> Tensor:
         """Encode uint8 patches, n x C x h x w; the result (n x F, float32) is on the CPU."""
-        out = self.function(patches)
+        with threads(large=bool(self.sha256)):  # published networks are large
+            out = self.function(patches)
         if not isinstance(out, Tensor | np.ndarray):
             raise TypeError(f"encoder {self.id!r} must return a tensor or an array, not {type(out).__name__}.")
         out = torch.as_tensor(out)
@@ -133,6 +135,7 @@ WEIGHT_FREE: dict[str, Callable[[], Encoder]] = {
 SHORT_NAMES = (*WEIGHT_FREE, *TIMM, "conch")
 
 
+@verb
 def load_encoder(
     encoder: str | Path | Callable | Encoder,
     *,
