@@ -23,7 +23,9 @@ from spatiaflow._io._tables import (
     slot_as_anndata,
     storable,
     target_sum,
+    tissue_share,
     write,
+    write_tissue,
 )
 from spatiaflow._io._where import Where
 
@@ -64,6 +66,8 @@ __all__ = [
     "slot_as_anndata",
     "storable",
     "target_sum",
+    "tissue_share",
     "unpack",
     "write",
+    "write_tissue",
 ]

@@ -89,6 +89,9 @@ def encode_patches(
     None, or with ``copy=True`` what was given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_features)
+    ``.obs["tissue"]`` : float32 in [0, 1], the share of the patch that is tissue (RGB images only), under this name whatever
+        ``key_added`` is. Optical density above the glass of the same image decides; black padding and what lies outside the
+        image are no tissue. A column of this name that holds something else is kept, and a warning is logged
     ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
         ``n_features`` and ``params`` (with ``feature_names`` where they have names)
 
@@ -124,9 +127,11 @@ def encode_patches(
     pixels = encoder.patch_pixels(patch_um)
     key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
     out = np.zeros((table.n_obs, 0), np.float32)
+    share = np.full(table.n_obs, np.nan, np.float32)
     bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
-        found = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        found, tissue = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        share[slide.rows] = tissue
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
@@ -134,6 +139,7 @@ def encode_patches(
             found = (found - found.mean(0)) / np.where(spread < 1e-6, 1, spread)
         out[slide.rows] = found
     bar.close()
+    _io.write_tissue(table, share)
     _io.write(
         table, key_added, arrays={"": out},
         uns={
@@ -145,15 +151,19 @@ def encode_patches(
     return data if copy else None
 
 
-def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar) -> np.ndarray:
-    """Features of all spots of one slide, n x F."""
-    from spatiaflow._slides.patches import cut
+def _encoded(
+    data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all spots of one slide, n x F, and the share of each patch that is tissue (NaN: the image is no RGB)."""
+    from spatiaflow._slides.patches import Tissue, cut
 
     found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels)
     image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
     found = replace(found, xy=found.xy / shrunk, mpp=found.mpp * shrunk, channels_first=channels_first)
     used = _check(image, found, slide, encoder, patch_um, pixels)
     out: Any = None
+    size = image.shape[1:] if channels_first else image.shape[:2]
+    tissue = Tissue(found.xy, patch_um / found.mpp, size) if used == 3 and found.is_rgb(3) else None
     parts = cut(image, found.xy, patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size)
     for rows, patches in parts:
         values = encoder(patches[:, :used].to(device)).numpy()
@@ -164,10 +174,12 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
                 f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
             )
         out[rows] = values
+        if tissue is not None:
+            tissue.add(rows, patches[:, :3])
         bar.update(len(rows))
     if bad := int((~np.isfinite(out)).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
-    return out
+    return out, np.full(len(slide), np.nan, np.float32) if tissue is None else tissue.share()
 
 
 def _check(image, found, slide: Slide, encoder, patch_um: float, pixels: int) -> int:
