@@ -56,10 +56,13 @@ class OutOfDomain:
         return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
 
 
-def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Factor on the variance of each spot of one slide, from how far the slide, and the spot within it, is out of domain."""
+def inflation(parameters: np.ndarray, relative: np.ndarray, middle: float | None = None) -> np.ndarray:
+    """Factor on the variance of each spot of one slide, from how far the slide, and the spot within it, is out of domain.
+
+    ``middle`` is where the slide lies; the median of its spots when None.
+    """
     level, of_slide, of_spot, nearest = parameters
-    middle = np.median(relative)
+    middle = np.median(relative) if middle is None else middle
     # more references bring a new slide nearer than any was when held out, but do not lessen its errors
     slide = max(middle, nearest)
     return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - middle), -3, MAX_LOG_INFLATION))
