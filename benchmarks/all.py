@@ -40,6 +40,7 @@ COMMANDS = {
         'python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3 --methods "STFlow default" && '
         "python benchmarks/expression.py --table"
     ),
+    "glass": "python benchmarks/glass.py",
     "embedding-pancreas": (
         "python benchmarks/weights.py pancreas.zarr --modalities image --epochs 2 --out runs/spatia/image.safetensors && "
         "python benchmarks/weights.py pancreas.zarr --epochs 14 --seed 1 --out runs/spatia/1.safetensors && "

@@ -19,6 +19,7 @@ from spatiaflow.models.spatia import (
     in_vocabulary,
     intensity_of,
     scaled,
+    standard_of,
 )
 from spatiaflow.models.spatial import anchor_graph, anchors
 
@@ -316,3 +317,16 @@ def test_a_configuration_is_checked_and_old_ones_still_load():
             SpatiaConfig(losses=bad)
     with pytest.raises(ValueError, match="crop_um must be a positive number"):
         SpatiaConfig(crop_um=0)
+
+
+def test_cells_on_glass_and_empty_cells_do_not_standardise_genes(slide):
+    clean = dataclasses.replace(slide, crops=None)
+    counts = sparse.vstack([clean.counts, sparse.csr_matrix((30, 20)), clean.counts[:20] * 9]).tocsr()
+    dirty = Slide(
+        "s", np.arange(140), np.zeros((140, 2)), counts, genes=GENES, tissue_share=np.repeat([1.0, np.nan, 0], [90, 30, 20])
+    )  # fmt: skip
+    usual = np.stack([np.full(20, 0.5), np.ones(20), np.full(20, -3.0)])
+    for known in (None, usual):
+        np.testing.assert_array_equal(standard_of(dirty, 30.0, known), standard_of(clean, 30.0, known))
+    empty = dirty.take(np.arange(90, 120))
+    np.testing.assert_allclose(standard_of(empty, 30.0, usual), usual, atol=1e-6)  # nothing of its own

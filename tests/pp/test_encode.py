@@ -244,3 +244,13 @@ def test_true_spots_are_tissue_and_the_glass_around_is_not(section, mirror):
     share = adata.obs["tissue"].to_numpy()
     assert (share[: -len(there)] >= 0.05).all()
     assert share[-len(there) :].max() < 0.01
+
+
+def test_standardize_leaves_glass_out(tmp_path):
+    pixels = np.full((90, 130, 3), 235, np.uint8)
+    pixels[:, :64] = RNG.integers(60, 160, (90, 64, 3))
+    adata = spots(tmp_path, "half.png", pixels)
+    adata.obsm["spatial"] = np.array([[20.0, 40], [40, 20], [120, 40]])
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=12, standardize=True)
+    np.testing.assert_allclose(adata.obsm["X_centre"][:2].mean(0), 0, atol=1e-6)
+    assert list(adata.uns["X_centre"]["params"]["standardized_on"]) == [2]

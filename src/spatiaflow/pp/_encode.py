@@ -17,6 +17,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
+from spatiaflow.models.slide import MIN_TISSUE
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide
@@ -65,8 +66,8 @@ def encode_patches(
     patch_um
         Width of a patch, µm.
     standardize
-        Scale the features of each slide to mean 0 and deviation 1. This uses all spots of the slide at once: results
-        are transductive, and it is recorded.
+        Scale the features of each slide to mean 0 and deviation 1 over its spots on tissue. This uses all of them at once:
+        results are transductive, and it is recorded (``params["standardized_on"]``, the number of spots of each slide).
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData; ``image_key`` may be omitted where one image shares the spots' coordinate system. For
         an AnnData, ``image_key`` is a key of ``.uns["spatial"][library]["images"]``.
@@ -127,7 +128,7 @@ def encode_patches(
     pixels = encoder.patch_pixels(patch_um)
     key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
     out = np.zeros((table.n_obs, 0), np.float32)
-    share = np.full(table.n_obs, np.nan, np.float32)
+    share, standardized_on = np.full(table.n_obs, np.nan, np.float32), []
     bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
         found, tissue = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
@@ -135,8 +136,10 @@ def encode_patches(
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
-            spread = found.std(0)
-            found = (found - found.mean(0)) / np.where(spread < 1e-6, 1, spread)
+            own = found[on] if (on := ~(tissue < MIN_TISSUE)).sum() > 1 else found
+            spread = own.std(0)
+            found = (found - own.mean(0)) / np.where(spread < 1e-6, 1, spread)
+            standardized_on.append(len(own))
         out[slide.rows] = found
     bar.close()
     _io.write_tissue(table, share)
@@ -145,7 +148,9 @@ def encode_patches(
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
             "standardize": standardize, "n_features": out.shape[1],
-            "params": _io.provenance(started, feature_names=list(encoder.feature_names)),
+            "params": _io.provenance(
+                started, feature_names=list(encoder.feature_names), standardized_on=standardized_on
+            ),
         },
     )  # fmt: skip
     return data if copy else None
