@@ -151,7 +151,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
             "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
-    for name in ("skill", "trusted", "reliability", "denoised"):
+    for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
     out = AnnData(np.asarray(table.obsm[key]), obs=table.obs.copy(), var=var)
