@@ -1,10 +1,13 @@
 """One fit: what an interruption must not change."""
 
+import re
+
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from spatiaflow._settings import logger, settings
 from spatiaflow.train.fit import fit
 
 
@@ -56,3 +59,37 @@ def test_killed_inside_an_epoch_and_resumed_is_the_same(tmp_path, epoch):
     with pytest.raises(BaseException):  # noqa: B017 - Lightning ends the process's run in its own way
         run(Noisy(dies_in=epoch), tmp_path / "killed")
     torch.testing.assert_close(run(Noisy(), tmp_path / "killed", resume=True), whole, rtol=0, atol=0)
+
+
+class Scripted(Noisy):
+    """Its validation scores are known beforehand."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.scores[self.current_epoch], batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (
+            [0.5, 0.6, 0.7, 0.8, 0.9],
+            "WARNING.*0.5 in the first epoch and is 0.9 in the last, 5; the weights of epoch 1",
+        ),
+        ([0.5, 0.4, 0.7, 0.8, 0.9], "INFO.*the weights of epoch 2 [(]0.4[)] are kept$"),
+        ([0.5, 0.4, 0.3, 0.45, 0.4], None),
+    ],
+)
+def test_a_score_that_got_worse_is_said_with_the_epoch_that_is_kept(tmp_path, caplog, scores, said):
+    with settings.override(verbosity="info"):
+        logger.propagate = True
+        try:
+            run(Scripted(scores), tmp_path)
+        finally:
+            logger.propagate = False
+    found = [f"{r.levelname} {r.getMessage()}" for r in caplog.records if "val_loss" in r.getMessage()]
+    assert len(found) == bool(said)
+    assert not said or re.match(said, found[0])
