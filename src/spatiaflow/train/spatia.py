@@ -37,6 +37,7 @@ from spatiaflow.models.spatia import (
     standard_of,
 )
 from spatiaflow.models.spatial import Graph
+from spatiaflow.train.domain import fit_domains
 from spatiaflow.train.fit import claim, fit
 
 Standards = Mapping[str, np.ndarray | None]  # by name of the slide: how its genes are standardised, 3 x genes
@@ -103,7 +104,9 @@ def train_spatia(
         epochs=len(history.get("epoch", [])), scores=scores, intensity=intensity_of(training, config.channels),
         modalities=[name for name, there in (("image", config.channels), ("genes", config.genes)) if there],
     )  # fmt: skip
-    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model = Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model.domains = fit_domains(model, training)
+    return model
 
 
 def with_vocabulary(
