@@ -16,6 +16,7 @@ from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow._slides import gather
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -283,6 +284,12 @@ def predict_expression(
     ValueError
         Features come from another encoder or have the wrong width, are not finite, or the scale is unknown.
 
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: over a third of the spots on tissue have an out-of-domain
+        score above 0.95, or spots are not as far apart. What older models do not store is not compared.
+
     Examples
     --------
     >>> sf.tl.predict_expression(adata, model=model, n_samples=3)
@@ -303,6 +310,7 @@ def predict_expression(
         slides, n_samples=n_samples, n_steps=n_steps, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
     )  # fmt: skip
+    warn_of_difference(ood=result.ood[np.concatenate([slide.on_tissue for slide in slides])])
     rows = np.concatenate([slide.rows for slide in slides])
     mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
     ood = np.full(table.n_obs, np.nan, np.float32)  # NaN: rows of a table that annotate another element

@@ -20,6 +20,7 @@ from spatiaflow._io import Key
 from spatiaflow._settings import logger, progress, resolve_seed
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import ABSENT, Slide
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
@@ -199,7 +200,8 @@ def impute_genes(
     -----
     UserWarning
         Hidden genes of ``data`` reach less than half of the correlation that the reference promised: it may be of another
-        tissue, or genes may be named wrongly.
+        tissue, or genes may be named wrongly. Or the median library differs from the reference's by a factor of three, or
+        data have half of the model's genes or fewer.
 
     See Also
     --------
@@ -242,6 +244,9 @@ def impute_genes(
         _check_query(query, imputer, use_rep, spatial_key)
         share = float(imputer.share[imputer.seen].sum())
         query = [replace(slide, library=slide.library / share) for slide in query]
+    warn_of_difference(
+        genes=None if trained is None else (int(imputer.seen.sum()), len(imputer.seen)), depth=_depths(query, imputer)
+    )
     if check:
         imputer.adapt(query, seed=seed)
     reliability = _in_query(imputer)
@@ -375,6 +380,12 @@ def _predict(imputer: Imputer, query: list[Slide], n_obs: int) -> tuple[np.ndarr
                 mean[at], std[at], start = m, s, start + len(m)
                 bar.update(len(m))
     return mean, std
+
+
+def _depths(query: list[Slide], imputer: Imputer) -> tuple[float, float]:
+    """Median library of the query, and of the reference cells."""
+    own, known = np.concatenate([slide.library for slide in query]), np.concatenate(imputer.libraries)
+    return float(np.median(own)), float(np.median(known))
 
 
 def _in_query(imputer: Imputer) -> np.ndarray:

@@ -16,6 +16,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Spatia, SpatiaConfig
@@ -239,6 +240,13 @@ def embed_spatia(
     TypeError
         ``model`` is of another kind.
 
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: half of the model's genes or channels or more are missing, the
+        median count differs by a factor of three, or over a third of the cells have an out-of-domain score above 0.95.
+        What older models do not store is not compared.
+
     Examples
     --------
     >>> sf.tl.embed_spatia(sdata, modalities="image", image_key="fluorescence")
@@ -261,6 +269,7 @@ def embed_spatia(
         model, ready, table.n_obs, levels=levels, attention=attention, batch_size=batch_size or 512,
         device=settings.torch_device(device),
     )  # fmt: skip
+    _compare(model, [slide for slide, _ in ready], coverage, ood)
     table.obs.drop(columns=Key.obs.ood(key_added), errors="ignore", inplace=True)
     if not np.isfinite(ood).any():
         logger.info(
@@ -285,6 +294,18 @@ def embed_spatia(
         },
     )  # fmt: skip
     return data if copy else None
+
+
+def _compare(model: Spatia, slides: Sequence[Slide], coverage: float, ood: np.ndarray) -> None:
+    """Warn where the slides differ from those that the model was trained on."""
+    genes = channels = depth = None
+    if slides[0].counts is not None:
+        genes = round(coverage * len(model.config.genes)), len(model.config.genes)
+        counts = np.concatenate([np.asarray(slide.counts.sum(1)).ravel() for slide in slides])
+        depth = float(np.median(counts)), model.usual_depth(slides[0])
+    if slides[0].crops is not None:
+        channels = len(_channels_used(model.config.channels, slides)), len(model.config.channels)
+    warn_of_difference(genes=genes, channels=channels, depth=depth, ood=ood)
 
 
 def _embedded(
