@@ -125,3 +125,20 @@ def test_depth_and_panel_of_a_query_are_compared_in_imputation(slide):
         UserWarning, match=r"they have 5 of its 12 genes; a median of [\d.]+ counts per row, in training \d+"
     ):
         sf.tl.impute_genes(query, model=model)
+
+
+@pytest.mark.parametrize(("score", "warns"), [(1.0, True), (0.5, False), (None, False)])
+def test_sources_out_of_domain_warn_in_generation(score, warns):
+    sdata = sf.datasets.simulated_tissue(150, seed=77)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sf.tl.embed_spatia(sdata, modalities="image", image_key="fluorescence")
+    obs = sdata["table"].obs
+    del obs["X_spatia_ood"]
+    if score is not None:
+        obs["X_spatia_ood"] = score
+    options = {"model": "morphology-simulated-small", "image_key": "fluorescence", "n_steps": 1}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sf.tl.generate_morphology(sdata, source="A", target="B", **options)
+    assert any("out-of-domain score" in str(one.message) for one in found) == warns
