@@ -7,10 +7,9 @@ import numpy as np
 from scipy import sparse
 
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.regression import Part, Ridge, choose_ridge, fit_ridge
+from spatiaflow.models.regression import Part, Ridge, choose_ridge, fit_ridge, standardize
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import Graph
-from spatiaflow.models.stflow import standardize
 
 SMOOTHED_OVER = 8  # neighbours
 

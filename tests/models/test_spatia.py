@@ -8,7 +8,7 @@ from scipy import sparse
 from spatiaflow import models
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.encoders._cell import ImageEncoder
-from spatiaflow.models.preprocess import in_vocabulary
+from spatiaflow.models.preprocess import in_vocabulary, standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import (
     Spatia,
@@ -229,7 +229,7 @@ def test_batch_size_and_repetition_change_nothing(network, slide):
     one = model.embed(slide, batch_size=512)
     again = model.embed(slide, batch_size=512)
     for level, values in model.embed(slide, batch_size=7).items():
-        assert np.array_equal(one[level], again[level])
+        assert np.array_equal(one[level], again[level], equal_nan=True)
         np.testing.assert_allclose(values, one[level], atol=1e-5)
 
 
@@ -261,3 +261,16 @@ def test_a_configuration_is_checked_and_old_ones_still_load():
             SpatiaConfig(losses=bad)
     with pytest.raises(ValueError, match="crop_um must be a positive number"):
         SpatiaConfig(crop_um=0)
+
+
+def test_cells_on_glass_and_empty_cells_do_not_standardise_genes(slide):
+    clean = dataclasses.replace(slide, crops=None)
+    counts = sparse.vstack([clean.counts, sparse.csr_matrix((30, 20)), clean.counts[:20] * 9]).tocsr()
+    dirty = Slide(
+        "s", np.arange(140), np.zeros((140, 2)), counts, genes=GENES, tissue_share=np.repeat([1.0, np.nan, 0], [90, 30, 20])
+    )  # fmt: skip
+    usual = np.stack([np.full(20, 0.5), np.ones(20), np.full(20, -3.0)])
+    for known in (None, usual):
+        np.testing.assert_array_equal(standard_of(dirty, 30.0, known), standard_of(clean, 30.0, known))
+    empty = dirty.take(np.arange(90, 120))
+    np.testing.assert_allclose(standard_of(empty, 30.0, usual), usual, atol=1e-6)  # nothing of its own

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from spatiaflow import settings
+from spatiaflow._settings import logger, settings
 from spatiaflow.train.fit import fit
 
 
@@ -68,3 +68,37 @@ def test_a_log_has_a_line_at_each_tenth_of_the_epochs_with_the_validation_score(
     assert len(lines) == 10
     for k, line in enumerate(lines, 1):
         assert re.fullmatch(rf"noisy: {10 * k} %, epoch {2 * k} of 20, \d+ s, val_loss \d+\.\d+", line)
+
+
+class Scripted(Noisy):
+    """Its validation scores are known beforehand."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.scores[self.current_epoch], batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (
+            [0.5, 0.6, 0.7, 0.8, 0.9],
+            "WARNING.*0.5 in the first epoch and is 0.9 in the last, 5; the weights of epoch 1",
+        ),
+        ([0.5, 0.4, 0.7, 0.8, 0.9], "INFO.*the weights of epoch 2 [(]0.4[)] are kept$"),
+        ([0.5, 0.4, 0.3, 0.45, 0.4], None),
+    ],
+)
+def test_a_score_that_got_worse_is_said_with_the_epoch_that_is_kept(tmp_path, caplog, scores, said):
+    with settings.override(verbosity="info"):
+        logger.propagate = True
+        try:
+            run(Scripted(scores), tmp_path)
+        finally:
+            logger.propagate = False
+    found = {f"{r.levelname} {r.getMessage()}" for r in caplog.records if "val_loss" in r.getMessage()}
+    assert len(found) == bool(said)
+    assert not said or re.match(said, *found)

@@ -36,7 +36,9 @@ from spatiaflow._io._tables import (
     slot_as_anndata,
     storable,
     target_sum,
+    tissue_share,
     write,
+    write_tissue,
 )
 from spatiaflow._io._where import Where
 
@@ -87,7 +89,9 @@ __all__ = [
     "slot_as_anndata",
     "storable",
     "target_sum",
+    "tissue_share",
     "unpack",
     "where_in_reference",
     "write",
+    "write_tissue",
 ]

@@ -12,6 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from spatiaflow._io._arguments import listing, slot_name
+from spatiaflow._io._keys import Key
 from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import Slide
 
@@ -145,7 +146,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
             "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
-    for name in ("skill", "trusted", "reliability", "denoised"):
+    for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
     out = AnnData(np.array(table.obsm[key]), obs=table.obs.copy(), var=var)
@@ -238,6 +239,29 @@ def write(
     if uns is not None:
         table.uns[key] = storable(uns)
     logger.info("wrote %s", ", ".join(_written(key, arrays, obs, uns)))
+
+
+def tissue_share(table: AnnData) -> np.ndarray | None:
+    """Share of each row's patch that is tissue, n_obs, as ``pp.encode_patches`` wrote it; None where it did not.
+
+    CELLxGENE keeps the organ under the same name, as text: that is no share.
+    """
+    if Key.obs.tissue not in table.obs or not pd.api.types.is_float_dtype(table.obs[Key.obs.tissue]):
+        return None
+    return table.obs[Key.obs.tissue].to_numpy(np.float32)
+
+
+def write_tissue(table: AnnData, share: np.ndarray) -> None:
+    """Write the share of tissue, unless the column holds something else or no image told it."""
+    if not np.isfinite(share).any():
+        return
+    if Key.obs.tissue in table.obs and tissue_share(table) is None:
+        logger.warning(
+            "obs[%r] holds %s, not the share of tissue of each patch, and is kept. Glass is therefore not told from tissue; "
+            "rename the column and encode again.", Key.obs.tissue, table.obs[Key.obs.tissue].dtype,
+        )  # fmt: skip
+        return
+    table.obs[Key.obs.tissue] = pd.Series(share, index=table.obs_names)
 
 
 def _written(key: str, arrays: dict | None, obs: dict | None, uns: dict | None) -> Iterator[str]:

@@ -90,9 +90,10 @@ def gather(
         if "features" in need:
             slots: Any = [use_rep] if isinstance(use_rep, str) else use_rep
             features = np.hstack([_io.features(table, slot) for slot in slots])
+        share = _io.tissue_share(table)
         for slide in found:
             rows = slide.rows
-            parts: dict[str, Any] = {}
+            parts: dict[str, Any] = {} if share is None else {"tissue_share": share[rows]}
             if counts is not None:
                 own = counts[rows]
                 library = np.asarray(own.sum(1, dtype=np.float64)).ravel()

@@ -56,10 +56,48 @@ class OutOfDomain:
         return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
 
 
-def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Return the factor for the variance of each spot of a slide, from the distance of the slide and of the spot within it."""
+@dataclass
+class Domain:
+    """Out-of-domain score of values that have no common unit: they are centred and scaled as the training rows are."""
+
+    centre: np.ndarray  # F
+    scale: np.ndarray  # F
+    ood: OutOfDomain
+
+    N_DISTANCES = 1000  # quantiles that stand for the distances of all training rows
+
+    @classmethod
+    def fit(cls, groups: list[np.ndarray]) -> Domain:
+        """Fit to values (n x F) of several groups of slides, or of several parts of one."""
+        stacked = np.concatenate(groups).astype(np.float64)
+        centre, scale = stacked.mean(0), np.maximum(stacked.std(0), 1e-6)
+        ood, _ = OutOfDomain.fit([(group - centre) / scale for group in groups])
+        ood.distances = np.quantile(ood.distances, (np.arange(cls.N_DISTANCES) + 0.5) / cls.N_DISTANCES)
+        return cls(centre, scale, ood)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Score of each row, n, float32 in [0, 1]: the quantile of its distance among the training rows'."""
+        return self.ood.quantile(self.ood((values - self.centre) / self.scale)).astype(np.float32)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file holds, by name, float32."""
+        arrays = {"centre": self.centre, "scale": self.scale, **vars(self.ood)}
+        return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, np.ndarray]) -> Domain:
+        """From what :meth:`tensors` gave."""
+        known = {name: value.astype(np.float64) for name, value in tensors.items()}
+        return cls(known.pop("centre"), known.pop("scale"), OutOfDomain(**known))
+
+
+def inflation(parameters: np.ndarray, relative: np.ndarray, middle: float | None = None) -> np.ndarray:
+    """Return the factor for the variance of each spot of a slide, from the distance of the slide and of the spot within it.
+
+    ``middle`` is where the slide lies; the median of its spots when None.
+    """
     level, of_slide, of_spot, nearest = parameters
-    middle = np.median(relative)
+    middle = np.median(relative) if middle is None else middle
     # the full model has more references than in cross-validation, so distances are smaller; errors are not
     slide = max(middle, nearest)
     return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - middle), -3, MAX_LOG_INFLATION))

@@ -92,7 +92,7 @@ def gene_standard(
     counts = sparse.csr_matrix(counts, dtype=np.float64)
     n, total = counts.shape[0], np.asarray(counts.sum(1))
     values = counts.multiply(target_sum / np.maximum(total, 1)).tocsr().log1p()
-    centre, square = (np.asarray(v.sum(0)).ravel() / n for v in (values, values.multiply(values)))
+    centre, square = (np.asarray(v.sum(0)).ravel() / max(n, 1) for v in (values, values.multiply(values)))
     share = (np.asarray(counts.sum(0)).ravel() + 0.5) / max(total.sum(), 1)
     if usual is not None:
         own = n / (n + 50)
@@ -106,11 +106,15 @@ def gene_standard(
 
 
 def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None) -> np.ndarray | None:
-    """How the genes of a slide are standardised by its own cells, see :func:`gene_standard`; None without counts."""
+    """How the genes of a slide are standardised by its own cells, see :func:`gene_standard`; None without counts.
+
+    Cells on glass and cells without any counts are left out.
+    """
     if slide.counts is None:
         return None
-    counts = slide.counts if sparse.issparse(slide.counts) else slide.counts[spread(len(slide), 4000)]
-    return gene_standard(counts, slide.measured, target_sum, usual)
+    stored, rows = not sparse.issparse(slide.counts), np.flatnonzero(slide.on_tissue)
+    counts = slide.counts[rows[spread(len(rows), 4000)] if stored else rows]
+    return gene_standard(counts[np.asarray(counts.sum(1)).ravel() > 0], slide.measured, target_sum, usual)
 
 
 def spread(n: int, most: int) -> np.ndarray:

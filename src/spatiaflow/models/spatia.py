@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
+from spatiaflow.models.ood import Domain
 from spatiaflow.models.preprocess import full, in_vocabulary, relative_scale, scaled, standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import (
@@ -343,6 +344,8 @@ class Spatia(_base.Model):
         Dict of lists, one entry an epoch.
     card
         Training data, settings and scores.
+    domains
+        Out-of-domain score of each modality, ``"image"`` and ``"genes"``; empty in weights that were saved without.
 
     Examples
     --------
@@ -353,9 +356,17 @@ class Spatia(_base.Model):
 
     verb = "sf.tl.embed_spatia"
 
-    def __init__(self, *, network: SpatiaNetwork, target_sum: float, history: dict, card: dict):
+    def __init__(
+        self,
+        *,
+        network: SpatiaNetwork,
+        target_sum: float,
+        history: dict,
+        card: dict,
+        domains: dict[str, Domain] | None = None,
+    ):
         self.network, self.config, self.target_sum = network.eval(), network.config, target_sum
-        self.history, self.card = history, card
+        self.history, self.card, self.domains = history, card, domains or {}
 
     def __repr__(self) -> str:
         c = self.config
@@ -401,7 +412,8 @@ class Spatia(_base.Model):
     ) -> dict[str, np.ndarray | sparse.csr_matrix]:
         """Embeddings (level -> n x d) of all cells of one slide; with ``attention`` also the niche's, n x n sparse.
 
-        Cells outside the image are embedded without it.
+        Cells outside the image are embedded without it. ``"ood"`` (n) is how far each cell is from the training data, NaN
+        where the model holds no statistics for it.
 
         Parameters
         ----------
@@ -413,16 +425,18 @@ class Spatia(_base.Model):
             Called with the number of cells done.
         """
         network = self.network.to(device).eval()
-        cells = torch.empty(len(slide), self.config.width)
-        for rows, crops in self._batches(slide, batch_size):
-            cells[rows] = self._cells(slide, standard, rows, crops, device).cpu()
+        cells, ood = torch.empty(len(slide), self.config.width), np.full(len(slide), np.nan, np.float32)
+        for rows, crops in self.batches(slide, batch_size):
+            image, genes = self.tokens(slide, standard, rows, crops, device)
+            cells[rows] = network.fuse(image, genes, len(rows)).cpu()
+            ood[rows] = self._score(slide, rows, image)
             update(len(rows))
         out = {"cell": cells}
         size = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
         if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
             out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, size))
-        found = {level: out[level].numpy() for level in levels}
+        found: dict[str, Any] = {level: out[level].numpy() for level in levels} | {"ood": ood}
         if attention:
             weight = network.niche_attention(cells.to(device), around, size).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
@@ -431,15 +445,45 @@ class Spatia(_base.Model):
             found["attention"] = sparse.csr_matrix(entries, (len(slide), len(slide)))
         return found
 
-    def _cells(
+    def inputs(self, slide: Slide, rows: np.ndarray, image: Tensor | None) -> dict[str, np.ndarray]:
+        """What the out-of-domain score of some cells is measured on, by modality, cells x F.
+
+        Of images the mean of their tokens (n x t x d). Of genes what the encoder reads, scaled by the training data whatever
+        the slide is scaled by: its own scale would hide that it differs. A gene that is not measured is at its usual value.
+        """
+        out = {} if image is None else {"image": image.float().mean(1).cpu().numpy()}
+        if slide.counts is not None:
+            centre, spread, _ = self.network.gene.standard.cpu().numpy()
+            counts = slide.counts[rows].toarray()
+            per = self.usual_depth(slide) / np.maximum(counts.sum(1, keepdims=True), 1)
+            values = (np.log1p(counts * per) - centre) / spread
+            out["genes"] = np.where(slide.measured, values, 0).astype(np.float32)
+        return out
+
+    def usual_depth(self, slide: Slide) -> float:
+        """Median counts that a training cell has of the genes that a slide measures."""
+        share = np.exp(self.network.gene.standard[2].cpu().numpy().astype(np.float64))
+        return float(self.target_sum * share[slide.measured].sum() / share.sum())
+
+    def _score(self, slide: Slide, rows: np.ndarray, image: Tensor | None) -> np.ndarray | float:
+        """Out-of-domain score of some cells, that of their farther modality; NaN without statistics.
+
+        The larger of two uniform quantiles q has the quantile q squared.
+        """
+        if not self.domains:
+            return np.nan
+        scores = [self.domains[name](values) for name, values in self.inputs(slide, rows, image).items()]
+        return np.max(scores, 0) ** len(scores) if scores else np.nan
+
+    def tokens(
         self,
         slide: Slide,
         standard: np.ndarray | None,
         rows: np.ndarray,
         crops: Tensor | None,
         device: torch.device | str,
-    ) -> Tensor:
-        """Cell embeddings of some rows, n x d; ``crops`` None: without their images."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (n x t x d) of the images and of the genes of some rows; ``crops`` None: without their images."""
         image = genes = None
         if crops is not None:
             places = slide.crops.places
@@ -452,10 +496,10 @@ class Spatia(_base.Model):
             usual = None if standard is None else torch.from_numpy(standard).to(device)
             counts = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)).to(device)
             genes = self.network.gene_tokens(counts, measured, measured, self.target_sum, usual)
-        return self.network.fuse(image, genes, len(rows))
+        return image, genes
 
     @staticmethod
-    def _batches(slide: Slide, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor | None]]:
+    def batches(slide: Slide, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor | None]]:
         """Yield (rows, crops): cells with an image first, then the others."""
         with_image = np.zeros(0, int) if slide.crops is None else np.flatnonzero(slide.crops.inside)
         if len(with_image):
@@ -469,11 +513,24 @@ class Spatia(_base.Model):
         description = {
             "config": asdict(self.config), "target_sum": self.target_sum, "history": self.history, "card": self.card
         }  # fmt: skip
-        return description, self.network.state_dict()
+        tensors = dict(self.network.state_dict())
+        for seen, domain in self.domains.items():
+            tensors |= {f"domain.{seen}.{name}": torch.from_numpy(value) for name, value in domain.tensors().items()}
+        return description, tensors
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what makes embeddings: SHA-256 over the network's tensors."""
+        return _base.tensors_sha256(self.network.state_dict())
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
         network = SpatiaNetwork(SpatiaConfig(**d["config"]))
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name in [name for name in tensors if name.startswith("domain.")]:
+            _, seen, part = name.split(".")
+            found.setdefault(seen, {})[part] = tensors.pop(name).numpy()
         network.load_state_dict(tensors)
-        return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])
+        domains = {seen: Domain.of(parts) for seen, parts in found.items()}
+        return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"], domains=domains)

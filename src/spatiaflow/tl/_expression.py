@@ -16,6 +16,7 @@ from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow._slides import gather
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -98,7 +99,12 @@ def train_stflow(
     KeyError
         Features, layer or genes are missing.
     ValueError
-        Counts are not raw, values are not finite, the scale is unknown, or features differ between slides.
+        Counts are not raw, values are not finite, the scale is unknown, features differ between slides, or a slide has
+        fewer than two spots on tissue with counts.
+
+    Warns
+    -----
+    Spots on glass (``.obs["tissue"]`` below 0.05) and spots without any counts are left out, and their number is logged.
 
     See Also
     --------
@@ -125,7 +131,7 @@ def train_stflow(
     shared = _io.shared_genes(tables) if names is None else names
     slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep)
     _check_training(slides, shared, use_rep)
-    slides = [slide.align(shared) for slide in slides]
+    slides = [_usable(slide).align(shared) for slide in slides]
     if names is None:
         kept = _most_variable(slides, int(cast("int", genes)), target_sum)
         slides = [slide.align(kept) for slide in slides]
@@ -158,11 +164,27 @@ def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> 
             raise KeyError(
                 f"{len(missing)} of {len(genes)} genes are not in var_names of slide {slide.name!r} (first: {listed})."
             )
-        if n := int((slide.library == 0).sum()):
-            warn(f"{n} rows of slide {slide.name!r} have no counts at all.")
     first = slides[0].features[0]
     if all((slide.features == first).all() for slide in slides):
         raise ValueError(f"obsm[{use_rep!r}] is the same in every row; there is nothing to learn from.")
+
+
+def _usable(slide: Slide) -> Slide:
+    """A slide without spots that say nothing of tissue: on glass, or without any counts."""
+    glass, empty = ~slide.on_tissue, slide.library == 0
+    if not (glass | empty).any():
+        return slide
+    logger.warning(
+        "slide %r: %d spots on glass and %d more without any counts are left out of the training",
+        slide.name, glass.sum(), (empty & ~glass).sum(),
+    )  # fmt: skip
+    kept = slide.take(~glass & ~empty)
+    if len(kept) < 2:
+        raise ValueError(
+            f"slide {slide.name!r} has {len(kept)} spots on tissue with counts; leave it out of the training. If its patches "
+            "do show tissue, remove obs['tissue'] and train again."
+        )
+    return kept
 
 
 def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> list[str]:
@@ -207,6 +229,9 @@ def predict_expression(
     Memory and time grow linearly with the number of spots. Noise belongs to the spot (its name, its slide and the seed), so
     the order of rows and ``batch_size`` do not change the result.
 
+    Spots on glass (``.obs["tissue"]`` below 0.05, see :func:`spatiaflow.pp.encode_patches`) get the training mean of every
+    gene, and a high ``ood``. They change nothing for the others: neither how features are scaled nor who is whose neighbour.
+
     Parameters
     ----------
     data
@@ -245,7 +270,9 @@ def predict_expression(
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
         ``trusted`` (skill above 0), ``normalization``, ``between_share`` (share of the variance that differs between draws),
-        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``
+        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
+        ``standardized_on`` says for each slide by how many of its own spots on tissue features were scaled, or
+        ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
 
     Raises
     ------
@@ -255,6 +282,12 @@ def predict_expression(
         ``model`` is a model of another kind.
     ValueError
         Features come from another encoder or have the wrong width, are not finite, or the scale is unknown.
+
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: over a third of the spots on tissue have an out-of-domain
+        score above 0.95, or spots are not as far apart. What older models do not store is not compared.
 
     Examples
     --------
@@ -276,6 +309,7 @@ def predict_expression(
         slides, n_samples=n_samples, n_steps=n_steps, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
     )  # fmt: skip
+    warn_of_difference(ood=result.ood[np.concatenate([slide.on_tissue for slide in slides])])
     rows = np.concatenate([slide.rows for slide in slides])
     mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
     ood = np.full(table.n_obs, np.nan, np.float32)  # NaN: rows of a table that annotate another element
@@ -283,6 +317,7 @@ def predict_expression(
     params = _io.provenance(
         started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
         n_steps=n_steps or model.config.n_steps, standardize=model.standardize, spatial_key=spatial_key, n_vars=table.n_vars,
+        standardized_on=[str(n) if n else "training" for n in result.standardized_on], n_glass=result.n_glass,
     )  # fmt: skip
     _io.write(
         table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood},

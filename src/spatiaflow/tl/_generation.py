@@ -29,6 +29,7 @@ from spatiaflow.tl._images import (
     with_channels,
 )
 from spatiaflow.tl._transitions import state_shares
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
@@ -127,6 +128,13 @@ def generate_morphology(
         cells (or the reverse), no cell is of the source state, channels differ, or ``key_added`` is given with an AnnData or is
         the name of another element.
 
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: over a third of the source cells have a score above 0.95 in
+        ``.obs["X_spatia_ood"]`` (absent: not compared), or the image is many times brighter or darker.
+        What older models do not store is not compared.
+
     Examples
     --------
     >>> made = sf.tl.generate_morphology(
@@ -153,6 +161,8 @@ def generate_morphology(
     slides = _as_in_training(slides, model)
     place, inside = placed(table, slides)
     rows = _sources(table, groupby, model, source, target, cells, inside)
+    if (ood := Key.obs.ood(use_rep)) in table.obs:
+        warn_of_difference(ood=table.obs[ood].to_numpy()[rows])
     niche = _niches(table, rows, model, name)
     with progress(None, "generating", total=len(rows) * n_samples, unit="cell") as bar:
         made = model.generate_cells(

@@ -111,6 +111,7 @@ def fit(
         saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
         module.load_state_dict(saved["state_dict"])
         module.history = epochs.history  # needed if the run was already complete when it was resumed
+        _warn_if_worse(module.history.get(monitor, []), monitor, description)
 
 
 @contextmanager
@@ -128,6 +129,19 @@ def _quiet_lightning() -> Iterator[None]:
         finally:
             for one, level in zip(loggers, levels):
                 one.setLevel(level)
+
+
+def _warn_if_worse(scores: list[float], monitor: str, description: str) -> None:
+    """Say which epoch is kept where training did not improve on the first one, or ended worse than it."""
+    if len(scores) < 2 or scores[-1] <= scores[0]:
+        return
+    kept = int(np.nanargmin(scores))
+    logger.log(
+        logging.INFO if kept else logging.WARNING,
+        "%s: %s was %.4g in the first epoch and is %.4g in the last, %d; the weights of epoch %d (%.4g) are kept%s",
+        description or "training", monitor, scores[0], scores[-1], len(scores), kept + 1, scores[kept],
+        "" if kept else ". Nothing improved on the first epoch: lower config.learning_rate, or give more data",
+    )  # fmt: skip
 
 
 def _readable(checkpoint: Path) -> bool:

@@ -24,6 +24,7 @@ from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import TRAINING, Spatia, SpatiaConfig, SpatiaNetwork
 from spatiaflow.models.spatial import Graph
 from spatiaflow.train.cells import Fields, ScatteredCells, SlideBatches, Standards
+from spatiaflow.train.domain import fit_domains
 from spatiaflow.train.fit import claim, fit
 
 
@@ -88,7 +89,9 @@ def train_spatia(
         epochs=len(history.get("epoch", [])), scores=scores, intensity=intensity_of(training, config.channels),
         modalities=[name for name, there in (("image", config.channels), ("genes", config.genes)) if there],
     )  # fmt: skip
-    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model = Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model.domains = fit_domains(model, training)
+    return model
 
 
 def with_vocabulary(

@@ -27,6 +27,7 @@ from spatiaflow.models.regression import (
     fit_stack,
     gene_pearson,
     smooth,
+    standardize,
 )
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
@@ -36,7 +37,6 @@ from spatiaflow.models.stflow import (
     SlideTokens,
     STFlow,
     STFlowConfig,
-    standardize,
 )
 from spatiaflow.train.batches import Regions, WholeSlides
 from spatiaflow.train.fit import claim, fit
