@@ -344,7 +344,9 @@ def test_levels_are_drawn(slides, model):
     import matplotlib.pyplot as plt
 
     copy = sf.tl.embed_spatia(slides[0], model=model, image_key="fluorescence", copy=True)
-    assert len(sf.pl.levels(copy, levels="niche", return_fig=True).axes) == 2
+    figure = sf.pl.levels(copy, levels="niche", return_fig=True)
+    assert len(figure.axes) == 2
+    plt.close(figure)
     figure = sf.pl.levels(copy, return_fig=True)
     assert [ax.get_title().split(",")[0] for ax in figure.axes[:3]] == ["cell", "niche", "tissue"]
     plt.close(figure)
@@ -409,6 +411,7 @@ def test_crops_may_fit_their_cells(slides):
     assert np.abs(wide.obsm["X_spatia_cell"] - table.obsm["X_spatia_cell"]).max() > 1e-3
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
