@@ -67,6 +67,7 @@ COMMANDS = {
     ),
     "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --seeds 3",
     "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
+    "threads": "python benchmarks/threads.py",
 }
 QUICK = {  # the same in minutes, and no pancreas
     "her2st-10k": 'python benchmarks/expression.py --sections C2 --seeds 1 --methods "STFlow default" --epochs 2 --threads 1',
@@ -75,6 +76,7 @@ QUICK = {  # the same in minutes, and no pancreas
     "imputation-starmap": "python benchmarks/imputation.py starmap --seeds 1 --folds 1 --only BZ5",
     "morphology-simulated": "python benchmarks/morphology.py simulated --seeds 1 --train 1500 --test 1500 --epochs 1 --pixels 16",
     "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 2000 --test 1500 --epochs 1 --pixels 16",
+    "threads": "python benchmarks/threads.py --only STFlow --threads 1 --rounds 1 --patience 0",
 }
 DONOR, OTHER_DONOR = ["C2", "C3", "C4", "C5"], ["B4"]
 IMAGE_ONLY = [

@@ -6,16 +6,13 @@
 Each kind of work is measured at each number of threads, alone and beside a process that counts in a loop. The four or more
 conditions take turns in every round, so that what else the machine does meets all of them. Values are medians over rounds.
 ``cores used by others`` is the processor time that other processes took meanwhile. A measurement during which that is more
-than ``--quiet`` cores is repeated up to ``--tries`` times, and the quietest counts.
+than ``--quiet`` cores is repeated for up to ``--patience`` seconds, and the quietest counts.
 
 Trainings are steps of the real modules on the batches of the real data sets, without Lightning's share. The ratio of steps is
 the ratio of epochs.
 """
 
 import os
-
-os.environ.pop("OMP_NUM_THREADS", None)  # as in a fresh shell; the number of threads is set below
-
 import signal
 import subprocess
 import sys
@@ -187,10 +184,10 @@ def measure(name: str, call: Callable, a, table: results.Table) -> None:
             for n in a.threads:
                 for how in (ALONE, BESIDE):
                     process.send_signal(signal.SIGCONT if how == BESIDE else signal.SIGSTOP)
-                    tries = []
+                    tries, started = [], time.perf_counter()
                     with sf.settings.override(n_threads=n), threads():
                         call()  # threads start
-                        while len(tries) < a.tries and (not tries or tries[-1][1] > a.quiet):
+                        while not tries or (tries[-1][1] > a.quiet and time.perf_counter() - started < a.patience):
                             tries.append(sample(call, a.seconds, process.pid))
                     found.setdefault((n, how), []).append(min(tries, key=lambda one: one[1]))
     for (n, how), values in found.items():
@@ -208,7 +205,7 @@ def parser():
     out.add_argument("--rounds", type=int, default=5)
     out.add_argument("--seconds", type=float, default=0.5, help="of a measurement")
     out.add_argument("--quiet", type=float, default=0.15, help="cores that others may use")
-    out.add_argument("--tries", type=int, default=8)
+    out.add_argument("--patience", type=float, default=20.0)
     return out
 
 

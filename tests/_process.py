@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from threadpoolctl import threadpool_info
 
 from spatiaflow._process import KEPT
 
@@ -51,6 +52,7 @@ def process_state(figures: bool = True) -> dict:
         "hooks": (sys.excepthook, sys.displayhook, sys.stdout, sys.stderr),
         "signals": [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
     }  # fmt: skip
+    state |= {f"threads of {one['filepath']}": one["num_threads"] for one in threadpool_info()}
     for name in LOGGERS:  # those that exist; a library that is first imported makes its own
         one = logging.root if name is None else logging.root.manager.loggerDict.get(name)
         if isinstance(one, logging.Logger):

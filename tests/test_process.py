@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 import spatiaflow as sf
 from _process import process_is_left
@@ -100,11 +101,10 @@ def test_a_large_network_leaves_one_core_to_others():
 
 
 def test_the_number_of_threads_is_set_for_the_block_only():
-    before = torch.get_num_threads()
-    with sf.settings.override(n_threads=before + 1), pytest.raises(RuntimeError), threads():
-        assert torch.get_num_threads() == before + 1
+    with process_is_left(), sf.settings.override(n_threads=2), pytest.raises(RuntimeError), threads():
+        assert torch.get_num_threads() == 2
+        assert {one["num_threads"] for one in threadpool_info()} == {2}
         raise RuntimeError
-    assert torch.get_num_threads() == before
 
 
 def test_numba_does_not_lift_the_limit_of_threads():

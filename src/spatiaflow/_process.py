@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from spatiaflow._settings import settings
 
 P = ParamSpec("P")
@@ -46,19 +48,18 @@ def unchanged() -> Iterator[None]:
 
 @contextmanager
 def threads(large: bool = False) -> Iterator[None]:
-    """Give torch the number of threads of :attr:`Settings.n_threads`. Where torch is not loaded, nothing is done.
+    """Give torch, BLAS and OpenMP the number of threads of :attr:`Settings.n_threads`, as far as they are loaded.
 
     Each operation of a ``large`` network takes much longer than its threads wait for each other, so it may have more of them.
     """
-    if (torch := sys.modules.get("torch")) is None:
+    n = _n_threads(large)
+    with ExitStack() as after:
+        if torch := sys.modules.get("torch"):
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+        after.enter_context(threadpool_limits(n))
+        if torch:
+            torch.set_num_threads(n)
         yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(_n_threads(large))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:

@@ -50,10 +50,10 @@ class Settings:
     progress
         Show progress: a bar in a terminal or notebook, elsewhere (in a log) a line at each tenth.
     n_threads
-        Threads of torch on the CPU while a function of the package runs; before and after it torch has its own number.
-        None: the number in the environment variable ``OMP_NUM_THREADS`` where it is set. Where it is not, 1, and for a
-        published encoder of patches all cores but one. Threads of torch wait for each other in a loop, so small networks with
-        as many threads as cores take many times as long while any other process is busy. A number that was set by
+        Threads of torch, BLAS and OpenMP on the CPU while a function of the package runs; before and after it they have their
+        own numbers. None: the number in the environment variable ``OMP_NUM_THREADS`` where it is set. Where it is not, 1, and
+        for a published encoder of patches all cores but one. Threads wait for each other in a loop, so small operations on as
+        many threads as cores take many times as long while any other process is busy. A number that was set by
         ``torch.set_num_threads`` does not count: assign to ``n_threads`` instead.
     verbosity
         ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``.

@@ -387,6 +387,7 @@ def test_crops_may_fit_their_cells(slides):
     assert np.abs(wide.obsm["X_spatia_cell"] - table.obsm["X_spatia_cell"]).max() > 1e-3
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
