@@ -4,6 +4,7 @@ from spatiaflow.datasets._merfish import merfish_mouse_brain
 from spatiaflow.datasets._simulate import simulated_tissue
 from spatiaflow.datasets._st import her2st, mouse_olfactory_bulb
 from spatiaflow.datasets._starmap import starmap_mpfc
+from spatiaflow.datasets._visium import visium_ffpe
 from spatiaflow.datasets._weights import resolve as resolve  # of verbs: what model= names
 from spatiaflow.datasets._weights import weights
 from spatiaflow.datasets._xenium import xenium_pancreas
@@ -14,6 +15,7 @@ __all__ = [
     "mouse_olfactory_bulb",
     "simulated_tissue",
     "starmap_mpfc",
+    "visium_ffpe",
     "weights",
     "xenium_pancreas",
 ]
