@@ -144,6 +144,7 @@ def encode_patches(
             "params": _io.provenance(started, feature_names=list(encoder.feature_names)),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 
