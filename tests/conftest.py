@@ -18,6 +18,7 @@ from _process import process_is_left
 TESTS = Path(__file__).parent
 matplotlib.use("Agg")
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
+VENDOR = MIRROR.parent / "vendor"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -74,6 +75,14 @@ def mirror():
     if not MIRROR.is_dir():
         pytest.skip(f"no mirror of the public files at {MIRROR}; set SPATIAFLOW_MIRROR to run this test")
     return MIRROR
+
+
+@pytest.fixture(scope="session")
+def vendor():
+    """Folder with small folders as instruments write them; tests of readers are skipped where it is absent."""
+    if not VENDOR.is_dir():
+        pytest.skip(f"no folders of instruments at {VENDOR}; it is looked for beside SPATIAFLOW_MIRROR")
+    return VENDOR
 
 
 def make_slide(name="s0", n=12, seed=0, n_genes=12, pitch=200.0, mpp=0.5):

@@ -19,7 +19,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 API = Path(__file__).parents[1] / "docs" / "api.md"
 FRESH = {"sdata": sd.deepcopy, "adata": lambda adata: adata.copy(), "model": lambda model: model}
 SLOW = {"sf.tl.train_morphology"}
-FROM_MIRROR = re.compile(r"datasets\.(her2st|merfish|mouse|starmap|xenium)")
+FROM_MIRROR = re.compile(r"datasets\.(her2st|merfish|mouse|starmap|visium|xenium)")
 
 
 def public(module, path):

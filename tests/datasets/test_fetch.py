@@ -132,5 +132,5 @@ def test_unknown_names_are_listed():
 
 def test_registry_is_complete():
     known = _fetch.registry()
-    assert sum(map(len, known.values())) == 1237
+    assert sum(map(len, known.values())) == 1273
     assert all(len(s.sha256) == 64 and s.url.startswith("https://") for files in known.values() for s in files.values())

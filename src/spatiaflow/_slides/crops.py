@@ -242,6 +242,10 @@ def slide_crops(
         width = np.clip(np.where(width > 0, width, usual), 4, 8 * usual)  # cells without area get the usual width
     else:
         width = crop_um / found.mpp
+    if (seen := float(np.median(width))) < 0.4 * pixels:
+        logger.warning(
+            "image %r has %.3g µm per pixel: crops of %d pixels are enlarged from %.2g", found.name, found.mpp, pixels, seen
+        )  # fmt: skip
     image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
     channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
     width, xy = width / factor, found.xy / factor

@@ -15,37 +15,40 @@ from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._fetch import fetch
 
-HER2ST_SECTIONS = ("B4", "C2", "C3", "C4", "C5")
+HER2ST_SECTIONS = ("A1", "B4", "C2", "C3", "C4", "C5")
 OLFACTORY_BULB_SECTIONS = ("MOB1", "MOB2", "MOB3")
 SPOT_DIAMETER_UM = 100.0
 HIRES_PIXELS = 2000
+A1_WIDTH = 6954  # pixels of the picture that the spots of A1 were placed in; the repository holds a smaller one
 
 
 @verb
 def her2st(section: str = "C2") -> AnnData:
     """Load a section of HER2-positive breast cancer, measured by Spatial Transcriptomics on an H&E image.
 
-    The first call downloads about 5 MB. C2 to C5 are serial sections of one donor. B4 is from another donor. Spots are 100 µm
-    wide and 200 µm apart. Spots under tissue (``selected`` in the authors' spot file) that have counts are kept. The others are
-    dropped, and their number is logged. Counts are not filtered: a few spots have only a handful of molecules.
+    The first call downloads about 5 MB. C2 to C5 are serial sections of one donor. A1 and B4 are from two other donors. Spots are
+    100 µm wide and 200 µm apart. Spots under tissue (``selected`` in the authors' spot file) that have counts are kept. The
+    others are dropped, and their number is logged. Counts are not filtered: a few spots have only a handful of molecules. The
+    picture of A1 is small, 2,000 x 2,138 px, and black outside of the tissue.
 
     Parameters
     ----------
     section
-        ``"B4"``, ``"C2"``, ``"C3"``, ``"C4"`` or ``"C5"``.
+        ``"A1"``, ``"B4"``, ``"C2"``, ``"C3"``, ``"C4"`` or ``"C5"``.
 
     Returns
     -------
-    AnnData of 180 to 283 spots and about 15,700 genes (symbols; the gene lists of the sections differ slightly):
+    AnnData of 180 to 346 spots and 15,000 to 15,700 genes (symbols; the gene lists of the sections differ slightly):
 
     ``.X`` : CSR float32, molecule counts (integers)
     ``.obs_names`` : ``"<section>_<column>x<row>"``, unique across sections
     ``.obs["array_col"]``, ``.obs["array_row"]`` : int, column and row of the spot on the array
-    ``.obs["library_id"]``, ``.obs["donor"]`` : categories: the section, and ``"B"`` or ``"C"``
+    ``.obs["library_id"]``, ``.obs["donor"]`` : categories: the section; ``"A"``, ``"B"`` or ``"C"``
+    ``.obs["annotation"]`` : categories, of A1 alone: the pathologist's region
     ``.obsm["spatial"]`` : float64 (n_obs, 2), x and y in pixels of the full-resolution image
     ``.uns["spatial"][section]`` : ``images["hires"]`` (uint8 RGB, at most 2,000 px), ``scalefactors``,
-    and ``metadata`` with ``microns_per_pixel`` (200 µm divided by the measured spot distance, about 0.69) and
-    ``source_image_path``, the full-resolution JPEG in the cache
+    and ``metadata`` with ``microns_per_pixel`` (200 µm divided by the measured spot distance, about 0.69; of A1 3.19) and
+    ``source_image_path``, the full-resolution JPEG (of A1 the PNG) in the cache
     ``.uns["dataset"]`` : dict of ``name``, ``citation``, ``license``
 
     Raises
@@ -72,8 +75,11 @@ def her2st(section: str = "C2") -> AnnData:
     ['C2', 'C3']
     """
     _check_section("her2st", section, HER2ST_SECTIONS)
-    counts, spots, image = fetch("her2st", f"{section}.tsv.gz", f"{section}_selection.tsv", f"{section}.jpg")
-    adata = _read_section(section, counts, spots, image, unit_um=200.0)
+    image = f"{section}.png" if section == "A1" else f"{section}.jpg"
+    files = fetch("her2st", f"{section}.tsv.gz", f"{section}_selection.tsv", image)
+    adata = _read_section(section, *files, unit_um=200.0, placed_in=A1_WIDTH if section == "A1" else None)
+    if section == "A1":
+        adata.obs["annotation"] = _annotation(*fetch("her2st", "A1_labeled_coordinates.tsv")).loc[adata.obs_names]
     adata.obs["donor"] = pd.Categorical([section[0]] * adata.n_obs)
     adata.uns["dataset"] = {
         "name": "her2st",
@@ -137,15 +143,30 @@ def mouse_olfactory_bulb(section: str = "MOB1") -> AnnData:
     return adata
 
 
+def _annotation(path: Path) -> pd.Series:
+    """Return the pathologist's region of every spot of A1; the file gives x and y of the spots as measured, not rounded."""
+    found = pd.read_csv(path, sep="\t")
+    place = found[["x", "y"]].round().astype(int).astype(str)
+    return pd.Series(pd.Categorical(found["label"]), index="A1_" + place["x"] + "x" + place["y"])
+
+
 def _check_section(dataset: str, section: str, sections: tuple[str, ...]) -> None:
     if section not in sections:
         raise ValueError(f"{dataset} has no section {section!r}; it has {', '.join(map(repr, sections))}.")
 
 
-def _read_section(section: str, counts_path: Path, spots_path: Path, image_path: Path, *, unit_um: float) -> AnnData:
-    """Join counts (spots x genes, rows named ``XxY``) and spot positions. ``unit_um`` is one step of X or Y in µm."""
+def _read_section(
+    section: str, counts_path: Path, spots_path: Path, image_path: Path, *, unit_um: float, placed_in: int | None = None
+) -> AnnData:
+    """Join counts (spots x genes, rows named ``XxY``) and spot positions. ``unit_um`` is one step of X or Y in µm.
+
+    ``placed_in``: width in pixels of the image that positions belong to, where it is another than that of the file.
+    """
     counts = pd.read_csv(counts_path, sep="\t", index_col=0)
     spots = pd.read_csv(spots_path, sep="\t")
+    if placed_in is not None:
+        with Image.open(image_path) as image:
+            spots[["pixel_x", "pixel_y"]] *= image.width / placed_in
     spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
     microns_per_pixel = unit_um / _pixels_per_step(spots)
 

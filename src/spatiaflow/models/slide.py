@@ -217,7 +217,9 @@ class Slide:
         along = self._along
         edge = float(np.quantile(along, 1 - share))
         gap = min(gap, 0.1 * float(np.ptp(along)))
-        return self.take(along <= edge - gap), self.take(along > edge)
+        far = along > edge
+        far = far if far.any() else along >= edge  # the last column of an array may hold more than ``share``
+        return self.take((along <= edge - gap) & ~far), self.take(far)
 
     def log_normalized(self, target_sum: float | None = 1e4) -> sparse.csr_matrix:
         """log1p of counts per ``target_sum`` of each row's library, n x genes, CSR; None: log1p of raw counts."""

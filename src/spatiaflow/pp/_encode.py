@@ -157,6 +157,7 @@ def encode_patches(
             ),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 

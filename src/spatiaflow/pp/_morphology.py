@@ -148,6 +148,7 @@ def morphology_profile(
             ),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp)
     return data if copy else None
 
 

@@ -327,6 +327,7 @@ def predict_expression(
             "between_share": result.between_share, "degenerate_share": result.degenerate_share, "params": params,
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 

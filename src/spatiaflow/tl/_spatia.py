@@ -297,6 +297,7 @@ def embed_spatia(
             "channels": _channels_used(model.config.channels, [slide for slide, _ in ready]),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 
