@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(_base.os, "fsync", fails)
+    monkeypatch.setattr("os.fsync", fails)
     with pytest.raises(OSError, match="no space left"):
         model.save(path)
     assert path.read_bytes() == before

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
-import tempfile
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spatiaflow import _files
 from spatiaflow.models.slide import Slide
 
 FORMAT = 1
@@ -203,7 +204,7 @@ def model_card(
 
 
 def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tensor]) -> Path:
-    """Write a model file atomically: temporary file in the same folder, fsync, rename.
+    """Write a model file atomically.
 
     Parameters
     ----------
@@ -222,17 +223,12 @@ def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tens
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = {"format": FORMAT, "kind": kind, "sha256": tensors_sha256(tensors)}
     header = {"spatiaflow": json.dumps({**identity, **description}, default=_plain)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with _files.atomic(path) as temporary:
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+        except SafetensorError as error:  # how it says that it could not write
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     return path
 
 
