@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -144,7 +144,7 @@ def load(path: str | Path, kind: str | None = None) -> Model:
     check_kind(found, kind)
     try:
         return found.from_state(description, tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         wrote = description.get("card", {}).get("spatiaflow", "an unknown version")
         raise ValueError(
             f"the header and tensors of {str(path)!r} do not make {with_article(found.kind)}: {error}. "
@@ -273,6 +273,31 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             "Save it again with model.save(path) or download it again."
         )
     return description, tensors
+
+
+def fill(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a network the tensors of a file, after :func:`check_tensors`."""
+    check_tensors(tensors, network.state_dict())
+    network.load_state_dict(tensors)
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a network: by name, shape, and whether they hold real or whole numbers.
+
+    Raises
+    ------
+    ValueError
+        The message names the first difference.
+    """
+    for more, less, verb in ((wanted, found, "lacks"), (found, wanted, "has in excess")):
+        if names := [name for name in more if name not in less]:
+            raise ValueError(f"it {verb} {len(names)} tensor(s) of the network, first {names[0]!r}")
+    for name, value in wanted.items():
+        one = found[name]
+        if one.shape != value.shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(one.shape)}, not {tuple(value.shape)}")
+        if one.dtype != value.dtype and not (one.is_floating_point() and value.is_floating_point()):
+            raise ValueError(f"tensor {name!r} holds {one.dtype}, not {value.dtype}")
 
 
 def sha256(path: str | Path) -> str:

@@ -591,5 +591,5 @@ class Spatia(_base.Model):
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
         network = SpatiaNetwork(SpatiaConfig(**d["config"]))
-        network.load_state_dict(tensors)
+        _base.fill(network, tensors)
         return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])

@@ -35,7 +35,8 @@ from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import intensity_of, scaled
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
-from spatiaflow.train.fit import claim, fit
+from spatiaflow.train.checkpoint import IMAGES, claim, identity
+from spatiaflow.train.fit import fit
 from spatiaflow.train.pairs import Context, PairBatches, Pairs, with_shifts
 
 MARGIN, ALIGNED_FROM = 0.1, 0.75
@@ -96,11 +97,18 @@ def train_morphology(
             f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
             f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
         )
-    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
     options: dict[str, Any] = {"seed": seed, "device": device}
-    with where as folder:
-        file = Path(folder) / "images.npy"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if checkpoint_dir is None:
+        held: Any = nullcontext()
+        where: Any = tempfile.TemporaryDirectory()
+    else:
+        held = claim(
+            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true"), seed=seed, max_epochs=max_epochs,
+            pairs=[*vars(pairs).values(), band], profile=profile, **identity(slides),
+        )  # fmt: skip
+        where = nullcontext(checkpoint_dir)
+    with held, where as folder:
+        file = Path(folder) / IMAGES
         images, place = scaled_images(slides, used, file)
         autoencoder, rebuilt = fit_autoencoder(
             images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), **options
@@ -334,12 +342,6 @@ def fit_morphology(
     resume: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
     """Fit the flow to pairs, whose rows' latents are at ``place``. Return its averaged network and the history."""
-    if checkpoint_dir is not None:
-        claim(
-            checkpoint_dir, resume, config=config, seed=seed, max_epochs=max_epochs, learning_rate=learning_rate,
-            pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
-            around=[around.cell, around.offset],
-        )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)
