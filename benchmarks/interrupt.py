@@ -3,9 +3,9 @@
     python benchmarks/interrupt.py                          # 20 kills of each training, on small simulated tissue
     python benchmarks/interrupt.py --trainings stflow --kills 5
 
-Every training runs in a process of its own with ``checkpoint_dir=`` and ``resume=True``. It is killed (SIGKILL) after a random
-time, between nothing and the duration of an undisturbed run, and started again until it ends by itself. The imputer has no
-checkpoints: its fit is one pass over the cells.
+Every training runs in a process of its own with ``checkpoint_dir=`` and ``resume=True``. When its data are ready it is
+killed (SIGKILL) after a random time, between nothing and the duration of an undisturbed run, and started again until it ends
+by itself. The imputer has no checkpoints: its fit is one pass over the cells.
 
 method   the training
 metric   ``kills``; ``runs``: trainings that were killed at least once and came to their end; ``same``: those of them whose
@@ -29,10 +29,10 @@ import spatiaflow.train.spatia
 import spatiaflow.train.stflow
 from spatiaflow import train
 
-Train = Callable[..., str]  # keyword arguments of a training, to the SHA-256 of its weights
+Training = Callable[..., str]  # keyword arguments of a training, to the SHA-256 of its weights
 
 
-def stflow() -> Train:
+def stflow() -> Training:
     """Three networks, which stop early."""
     slides = [sf.datasets.simulated_tissue(150, seed=seed) for seed in range(3)]
     sf.pp.encode_patches(slides, image_key="he", patch_um=32)
@@ -40,7 +40,7 @@ def stflow() -> Train:
     return lambda **more: sf.tl.train_stflow(slides, config=config, genes=6, max_epochs=8, device="cpu", **more).sha256
 
 
-def spatia() -> Train:
+def spatia() -> Training:
     """Cells, then niche and tissue."""
     slides = [sf.datasets.simulated_tissue(150, seed=seed) for seed in range(2)]
     sizes = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 1, "gene_layers": 1}
@@ -49,7 +49,7 @@ def spatia() -> Train:
     return lambda **more: sf.tl.train_spatia(slides, **arguments, **more).sha256
 
 
-def morphology() -> Train:
+def morphology() -> Training:
     """An autoencoder, then the flow."""
     sdata = sf.datasets.simulated_tissue(300, seed=1)
     table = sdata["table"]
@@ -64,44 +64,50 @@ def morphology() -> Train:
     return lambda **more: sf.tl.train_morphology(sdata, **arguments, device="cpu", **more).sha256
 
 
-TRAININGS: dict[str, Callable[[], Train]] = {"stflow": stflow, "spatia": spatia, "morphology": morphology}
+TRAININGS: dict[str, Callable[[], Training]] = {"stflow": stflow, "spatia": spatia, "morphology": morphology}
 
 
-def attempt(training: Train, folder: Path, seconds: float = np.inf) -> str | None:
-    """Train in a process of its own, which is killed after some seconds. The weights' SHA-256; None where it was killed."""
-    answer = folder.with_name(f"{folder.name}.sha256")
+def attempt(prepare: Callable[[], Training], folder: Path, seconds: float = np.inf) -> tuple[str | None, float]:
+    """Train in a process of its own, which is killed some seconds after its data are ready.
+
+    Returns the weights' SHA-256, None where it was killed, and the seconds that it had.
+    """
+    read, write = os.pipe()
     pid = os.fork()
-    if not pid:
+    if not pid:  # this process has done nothing but imports: no thread is missing in its child
         try:
-            answer.write_text(training(checkpoint_dir=folder, resume=True))
+            training = prepare()
+            os.write(write, b"ready\n")
+            os.write(write, training(checkpoint_dir=folder, resume=True).encode())
             os._exit(0)
         finally:
             traceback.print_exc()
             os._exit(1)
-    end = time.monotonic() + seconds
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            end = np.inf
-        time.sleep(0.001)
-    if ended[1] == signal.SIGKILL:
-        return None
-    assert ended[1] == 0, "a training failed that was not killed"
-    return answer.read_text()
+    os.close(write)
+    with open(read) as answer:
+        answer.readline()
+        begin, end = time.monotonic(), time.monotonic() + seconds
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                end = np.inf
+            time.sleep(0.001)
+        assert ended[1] in (0, signal.SIGKILL), "a training failed that was not killed"
+        return answer.read() or None, time.monotonic() - begin
 
 
-def measure(training: Train, kills: int, seed: int) -> dict[str, float]:
+def measure(prepare: Callable[[], Training], kills: int, seed: int) -> dict[str, float]:
     """Kill a training again and again; compare what it comes to with an undisturbed run."""
-    rng, begin = np.random.default_rng(seed), time.monotonic()
+    rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        expected = attempt(training, Path(scratch, "undisturbed"))
-        seconds = time.monotonic() - begin
+        expected, seconds = attempt(prepare, Path(scratch, "undisturbed"))
         n_kills = n_runs = n_same = 0
         while n_kills < kills:
-            folder, before = Path(scratch, f"run_{n_runs}_{n_kills}"), n_kills
-            while (found := attempt(training, folder, rng.uniform(0, seconds) if n_kills < kills else np.inf)) is None:
-                n_kills += 1
-            if n_kills > before:
+            folder, found, n_before = Path(scratch, f"run_{n_runs}_{n_kills}"), None, n_kills
+            while found is None:
+                found, _ = attempt(prepare, folder, rng.uniform(0, seconds) if n_kills < kills else np.inf)
+                n_kills += found is None
+            if n_kills > n_before:
                 n_runs, n_same = n_runs + 1, n_same + (found == expected)
     return {"kills": n_kills, "runs": n_runs, "same": n_same, "seconds": seconds}
 
@@ -116,6 +122,4 @@ if __name__ == "__main__":
     sf.settings.progress = False
     for name in arguments.trainings:
         if table.lacks("simulated", "", arguments.seed, name):
-            table.add(
-                "simulated", "", arguments.seed, name, measure(TRAININGS[name](), arguments.kills, arguments.seed)
-            )
+            table.add("simulated", "", arguments.seed, name, measure(TRAININGS[name], arguments.kills, arguments.seed))

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 TEMPORARY = ".*.tmp"  # what a killed process may leave beside a file that it was writing
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -76,12 +77,21 @@ def try_lock(path: Path) -> FileLock | None:
     """Take the lock of a file without waiting; None: another process has it.
 
     The lock ends with the process, however that ends.
+
+    Raises
+    ------
+    NotImplementedError
+        The file system has no locks.
     """
     lock = FileLock(path, blocking=False, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
         return None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise NotImplementedError(str(error)) from error
+        raise
     return lock
 
 
@@ -98,12 +108,10 @@ def scratch(folder: Path, prefix: str) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in {path.name.removesuffix(".lock") for path in folder.glob(f"{prefix}*")}:
-        if (free := try_lock(folder / f"{name}.lock")) is not None:
-            _remove(folder / name, free)
-    lock = None
-    while lock is None:  # another process that cleans up may have the lock of the new name for a moment
-        new = folder / f"{prefix}{secrets.token_hex(4)}"
-        lock = try_lock(folder / f"{new.name}.lock")
+        with suppress(NotImplementedError, PermissionError):  # of another user, who will remove it
+            if (free := try_lock(folder / f"{name}.lock")) is not None:
+                _remove(folder / name, free)
+    new, lock = _new(folder, prefix)
     try:
         new.mkdir()
         yield new
@@ -111,8 +119,20 @@ def scratch(folder: Path, prefix: str) -> Iterator[Path]:
         _remove(new, lock)
 
 
-def _remove(folder: Path, lock: FileLock) -> None:
+def _new(folder: Path, prefix: str) -> tuple[Path, FileLock | None]:
+    """Name that no other process has, and its lock; None on a disk without locks, where nobody removes what others left."""
+    while True:
+        new = folder / f"{prefix}{secrets.token_hex(4)}"
+        try:
+            if (lock := try_lock(folder / f"{new.name}.lock")) is not None:
+                return new, lock  # else one that cleans up has it for a moment
+        except NotImplementedError:
+            return new, None
+
+
+def _remove(folder: Path, lock: FileLock | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+    if lock is not None:
+        lock.release()

@@ -108,6 +108,7 @@ with claim(Path(sys.argv[1]), False, seed=0):
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline().strip() == b"ready"

@@ -249,30 +249,40 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"no model file at {str(path)!r} (in {str(path.parent.resolve())!r}).")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("spatiaflow")
+            description = _description((file.metadata() or {}).get("spatiaflow"), path)  # before anything large is read
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is not a readable safetensors file ({error}): it is truncated, corrupted, or of another format "
             "(pickled checkpoints are never opened). Save it again with model.save(path) or download it again."
         ) from error
-    if header is None:
-        raise ValueError(
-            f"{str(path)!r} holds safetensors, but no spatiaflow model (its header has no 'spatiaflow' entry); "
-            "models are written by model.save(path)."
-        )
-    description = json.loads(header)
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} has model format {description.get('format')}; this version of spatiaflow reads {FORMAT}. "
-            "Upgrade spatiaflow."
-        )
     if description.get("sha256") != tensors_sha256(tensors):
         raise ValueError(
             f"the tensors of {str(path)!r} are not those that were saved (their sha256 differs): the file is corrupted. "
             "Save it again with model.save(path) or download it again."
         )
     return description, tensors
+
+
+def _description(header: str | None, path: Path) -> dict:
+    """What the header of a model file says."""
+    if header is None:
+        raise ValueError(
+            f"{str(path)!r} holds safetensors, but no spatiaflow model (its header has no 'spatiaflow' entry); "
+            "models are written by model.save(path)."
+        )
+    try:
+        description = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the 'spatiaflow' entry in the header of {str(path)!r} is damaged: {error}.") from error
+    if not isinstance(description, dict) or not isinstance(description.get("kind"), str):
+        raise ValueError(f"the 'spatiaflow' entry in the header of {str(path)!r} does not describe a model.")
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} has model format {description.get('format')}; this version of spatiaflow reads {FORMAT}. "
+            "Upgrade spatiaflow."
+        )
+    return description
 
 
 def fill(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -298,6 +308,15 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
             raise ValueError(f"tensor {name!r} has shape {tuple(one.shape)}, not {tuple(value.shape)}")
         if one.dtype != value.dtype and not (one.is_floating_point() and value.is_floating_point()):
             raise ValueError(f"tensor {name!r} holds {one.dtype}, not {value.dtype}")
+
+
+def check_types(path: str | Path, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a safetensors file in which tensors of a network hold whole numbers instead of real ones; reads its header."""
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():
+            kind = file.get_slice(name).get_dtype()
+            if name in wanted and wanted[name].is_floating_point() != kind.startswith(("F", "BF")):
+                raise TypeError(f"tensor {name!r} holds {kind}, not {wanted[name].dtype}")
 
 
 def sha256(path: str | Path) -> str:

@@ -79,9 +79,7 @@ def claim(folder: Path, resume: bool, **run) -> Iterator[None]:
 def _locked(folder: Path) -> Iterator[None]:
     try:
         lock = _files.try_lock(folder / LOCK)
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, PermissionError):
-            raise
+    except NotImplementedError as error:
         logger.warning("%s cannot be locked (%s): make sure that no other run uses it", folder, error)
         yield
         return
