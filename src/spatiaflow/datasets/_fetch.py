@@ -199,7 +199,7 @@ def _fetch_from(address: str, download: Callable, source: Source, path: Path, sc
 
 def _download(url: str, out: Path, source: Source) -> None:
     import requests  # here, as it takes long to import
-    from urllib3.exceptions import HTTPError, IncompleteRead
+    from urllib3.exceptions import HTTPError, ProtocolError
 
     # identity: a server that compresses on the way would hide a truncated body behind a decoder's error
     headers = {"Accept-Encoding": "identity"}
@@ -212,7 +212,7 @@ def _download(url: str, out: Path, source: Source) -> None:
         def read() -> bytes:
             try:
                 return response.raw.read1(1 << 16)  # what has arrived: read() would wait for all of it
-            except IncompleteRead:
+            except ProtocolError:  # the connection broke: size and hash will tell
                 return b""
             except HTTPError as error:
                 raise requests.ConnectionError(str(error)) from error  # pooch tries again
