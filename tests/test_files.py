@@ -131,6 +131,18 @@ def test_readers_never_see_half_a_file(tmp_path):
     assert names(tmp_path) == ["a.safetensors"]
 
 
+def test_a_map_that_does_not_fit_is_told_before_it_is_written(tmp_path):
+    """A write to a map on a full disk is a signal that kills the process."""
+    path = tmp_path / "map"
+    path.touch()
+    os.truncate(path, 2**43)  # 9 TB, of which nothing is on the disk yet
+    with pytest.raises(OSError, match=r"the disk is full: '.*map' needs 8796.09 GB, and .* GB are free.*checkpoint_dir="):
+        _files.reserve(path)
+    os.truncate(path, 100_000)
+    _files.reserve(path)
+    assert path.stat().st_blocks * 512 >= 100_000
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -73,6 +73,26 @@ def publish(temporary: Path, target: Path) -> None:
             os.close(folder)
 
 
+def reserve(path: Path) -> None:
+    """Take the disk space of a file that is mapped into memory: a map on a full disk kills the process without a word.
+
+    Raises
+    ------
+    OSError
+        There is not enough space.
+    """
+    size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {str(path)!r} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free. Free some space, or "
+            "set checkpoint_dir= (without it: TMPDIR) to a folder on another disk",
+        )
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 def try_lock(path: Path) -> FileLock | None:
     """Take the lock of a file without waiting; None: another process has it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from spatiaflow import _files
 from spatiaflow._settings import progress
 from spatiaflow.models import _base
 from spatiaflow.models.flow import interpolate
@@ -107,8 +108,9 @@ def train_morphology(
             pairs=[*vars(pairs).values(), band], profile=profile, **identity(slides),
         )  # fmt: skip
         where = nullcontext(checkpoint_dir)
-    with held, where as folder:
+    with held, where as folder, ExitStack() as after:
         file = Path(folder) / IMAGES
+        after.callback(file.unlink, missing_ok=True)
         images, place = scaled_images(slides, used, file)
         autoencoder, rebuilt = fit_autoencoder(
             images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), **options
@@ -124,7 +126,6 @@ def train_morphology(
             checkpoint_dir=checkpoint_dir, resume=resume, device=device, seed=seed,
         )  # fmt: skip
         del images
-        file.unlink()
     card = _base.model_card(
         slides, config=asdict(config), seed=seed, epochs=max_epochs,
         scores={name: values[-1] for name, values in history.items() if name.startswith("val_") and len(values)},
@@ -147,6 +148,7 @@ def scaled_images(slides: Sequence[Slide], rows: np.ndarray, file: Path) -> tupl
     crops = slides[0].crops
     shape = (len(rows), len(crops.places), crops.pixels, crops.pixels)
     out = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+    _files.reserve(file)
     for slide in slides:
         here, crops = place[first : first + len(slide)], slide.crops
         first += len(slide)
