@@ -136,7 +136,9 @@ def test_a_map_that_does_not_fit_is_told_before_it_is_written(tmp_path):
     path = tmp_path / "map"
     path.touch()
     os.truncate(path, 2**43)  # 9 TB, of which nothing is on the disk yet
-    with pytest.raises(OSError, match=r"the disk is full: '.*map' needs 8796.09 GB, and .* GB are free.*checkpoint_dir="):
+    with pytest.raises(
+        OSError, match=r"the disk is full: '.*map' needs 8796.09 GB, and .* GB are free.*checkpoint_dir="
+    ):
         _files.reserve(path)
     os.truncate(path, 100_000)
     _files.reserve(path)

@@ -96,7 +96,20 @@ class Model(ABC):
         """Rebuild a model from the description and tensors of its file."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the model to one safetensors file, atomically, and return its path."""
+        """Write the model to one safetensors file, and return its path.
+
+        The file is whole or not there, a link stays a link, and permissions are those of any new file.
+
+        Parameters
+        ----------
+        path
+            Where; the suffix ``.safetensors`` is added when missing.
+
+        Raises
+        ------
+        OSError
+            The disk is full or the folder cannot be written. What stood at the path before is unchanged.
+        """
         return save(path, self.kind, *self.state())
 
     @property

@@ -74,9 +74,9 @@ def train_stflow(
     max_epochs
         Epochs of each network; the config's when None.
     checkpoint_dir
-        Folder for the state of the training. Nothing is written when None.
+        Folder for the state of the training, for this run alone. Nothing is written when None.
     resume
-        Continue from what ``checkpoint_dir`` holds.
+        Continue from what ``checkpoint_dir`` holds. The model is that of an uninterrupted run.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -97,7 +97,12 @@ def train_stflow(
     KeyError
         Features, layer or genes are missing.
     ValueError
-        Counts are not raw, values are not finite, the scale is unknown, or features differ between slides.
+        Counts are not raw, values are not finite, the scale is unknown, features differ between slides, or
+        ``checkpoint_dir`` holds another run or a damaged file.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     See Also
     --------

@@ -166,7 +166,7 @@ def load_encoder(
     ImportError
         The model needs a package.
     OSError
-        The weights cannot be loaded; the message says how to get them.
+        The weights cannot be loaded, or the model asks to run code of its own; the message says what to do.
 
     Examples
     --------
