@@ -197,3 +197,17 @@ def test_a_lock_is_had_once_and_ends_with_its_holder(tmp_path):
     again.release()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
+    from spatiaflow.train.checkpoint import claim
+
+    def none(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(_files.FileLock, "acquire", none)
+    with _files.scratch(tmp_path, "work-") as folder:
+        assert folder.is_dir()
+    with claim(tmp_path / "run", False, seed=0):
+        assert (tmp_path / "run" / "run.json").is_file()
+    assert names(tmp_path) == ["run"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 TEMPORARY = ".*.tmp"  # what a killed process may leave beside a file that it was writing
-FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT")} - {None}  # no system has all of them
+NO_LOCKS = {getattr(errno, name, None) for name in ("ENOSYS", "ENOLCK", "ENOTSUP", "EOPNOTSUPP")} - {None}
 
 
 @contextmanager
