@@ -1,5 +1,6 @@
 """Code in the pages does what they say."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -35,3 +36,18 @@ def test_the_first_example_of_a_page_runs(page):
 def test_a_longer_first_example_of_a_page_runs(page, mirror):
     with sf.settings.override(mirror=str(mirror)):
         test_the_first_example_of_a_page_runs(page)
+
+
+def test_every_test_that_a_page_names_exists():
+    root = DOCS.parent
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    for file, test in named:
+        functions = [
+            node.name for node in ast.parse((root / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        ]
+        assert test in functions, f"{file} has no {test}"
+    rows = [
+        line for line in (DOCS / "reliability.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) == 1 + len(named), "every row names one test"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from spatiaflow import _files
 from spatiaflow._settings import logger, settings
 from spatiaflow.datasets._fetch import registry
 
@@ -32,15 +32,14 @@ def assembled(dataset: str, write: Callable[[Path], None], suffix: str = ".zarr"
     """
     folder = settings.cache_dir.expanduser().resolve() / dataset / f"assembled-{_digest(dataset)}"
     if not _is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix="assembling-") as scratch:
-            new = Path(scratch, folder.name)
+        with _files.scratch(folder.parent, "assembling-") as scratch:
+            new = scratch / folder.name
             new.mkdir()
             logger.info("assembling %s, once, into %s", dataset, folder)
             write(new / f"{dataset}{suffix}")
             (new / SIZE).write_text(str(_n_bytes(new)))
-            if not _is_whole(folder):  # else another process was faster, and its store may be in use already
-                _move(new, folder, aside=Path(scratch, "damaged"))
+            if not _is_whole(folder):  # else another process was faster, and its store may be in use
+                _move(new, folder, aside=scratch / "damaged")
     return folder / f"{dataset}{suffix}"
 
 

@@ -415,7 +415,7 @@ class MorphologyFlow(_base.Model):
         for name, module in parts.items():
             if module is not None:
                 found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-                module.load_state_dict(found)
+                _base.fill(module, found)
         states = d["states"] and States(**d["states"])
         same = {name: d[name] for name in ("shifts", "intensity", "history", "card")}
         return cls(**parts, **same, states=states)

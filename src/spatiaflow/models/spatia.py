@@ -531,6 +531,6 @@ class Spatia(_base.Model):
         for name in [name for name in tensors if name.startswith("domain.")]:
             _, seen, part = name.split(".")
             found.setdefault(seen, {})[part] = tensors.pop(name).numpy()
-        network.load_state_dict(tensors)
+        _base.fill(network, tensors)
         domains = {seen: Domain.of(parts) for seen, parts in found.items()}
         return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"], domains=domains)

@@ -415,7 +415,7 @@ class STFlow(_base.Model):
         for i in range(d["n_networks"]):
             network = Denoiser(config.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
             start = f"network.{i}."
-            network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+            _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
         ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])

@@ -76,9 +76,9 @@ def train_stflow(
     max_epochs
         Epochs of each network; the config's when None.
     checkpoint_dir
-        Folder for the state of the training. Nothing is written when None.
+        Folder for the state of the training, for this run alone. Nothing is written when None.
     resume
-        Continue from what ``checkpoint_dir`` holds.
+        Continue from what ``checkpoint_dir`` holds. The model is that of an uninterrupted run.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -99,8 +99,12 @@ def train_stflow(
     KeyError
         Features, layer or genes are missing.
     ValueError
-        Counts are not raw, values are not finite, the scale is unknown, features differ between slides, or a slide has
-        fewer than two spots on tissue with counts.
+        Counts are not raw, values are not finite, the scale is unknown, features differ between slides, a slide has
+        fewer than two spots on tissue with counts, or ``checkpoint_dir`` holds another run or a damaged file.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     Warns
     -----

@@ -79,7 +79,8 @@ def train_morphology(
     max_epochs
         Epochs. One is at least 200 steps of the flow, and 300 of the autoencoder up to 3,000 in all.
     checkpoint_dir, resume
-        Folder for checkpoints, and whether to continue the run that it holds.
+        Folder for checkpoints, for this run alone, and whether to continue the run that it holds. A continued run gives the
+        model of an uninterrupted one.
     layer
         Layer with raw counts, for the shift of genes. None reads ``X``.
     table_key, image_key, shapes_key, labels_key
@@ -100,7 +101,12 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, no pair lies in the image, or ``validation`` leaves none.
+        A transition has no pairs, no pair lies in the image, ``validation`` leaves none, or ``checkpoint_dir`` holds another
+        run or a damaged file.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     Examples
     --------

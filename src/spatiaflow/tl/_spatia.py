@@ -85,9 +85,9 @@ def train_spatia(
     max_epochs
         Epochs.
     checkpoint_dir
-        Folder for the state of the training; nothing is written when None.
+        Folder for the state of the training, for this run alone; nothing is written when None.
     resume
-        Continue from what ``checkpoint_dir`` holds.
+        Continue from what ``checkpoint_dir`` holds. The model is that of an uninterrupted run.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -109,9 +109,14 @@ def train_spatia(
     KeyError
         An element, a layer or every channel is missing.
     ValueError
-        Counts are not raw, the scale is unknown, an image is smaller than a crop, or a loss or gene is unknown.
+        Counts are not raw, the scale is unknown, an image is smaller than a crop, a loss or gene is unknown, or
+        ``checkpoint_dir`` holds another run or a damaged file.
     TypeError
         ``init`` or ``config`` is of another kind.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     See Also
     --------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import TRAINING, Spatia, SpatiaConfig, SpatiaNetwork
 from spatiaflow.models.spatial import Graph
 from spatiaflow.train.cells import Fields, ScatteredCells, SlideBatches, Standards
+from spatiaflow.train.checkpoint import claim, identity
 from spatiaflow.train.domain import fit_domains
-from spatiaflow.train.fit import claim, fit
+from spatiaflow.train.fit import fit
 
 
 def train_spatia(
@@ -69,20 +71,18 @@ def train_spatia(
     target_sum = usual_depth(training) if init is None else init.target_sum
     standards = {slide.name: standard_of(slide, target_sum) for slide in ready}  # of whole slides
     network = initial_network(config, training, standards, target_sum, init=init, backbone=backbone, seed=seed)
-    if checkpoint_dir is not None:
-        everything = [*training, *held_out]
-        claim(
-            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true", num_workers=0),
-            init=init and init.sha256, target_sum=target_sum, max_epochs=max_epochs, seed=seed,
-            slides=tuple(s.name for s in everything),
-            data=[v for s in everything for v in (s.xy, None if s.crops is None else s.crops.range)],
-            counts=[s.counts[spread(len(s), 4000)] for s in everything if s.counts is not None],
-        )  # fmt: skip
     logger.info("training SPATIA on %d cells of %d slide(s), %s", sum(map(len, training)), len(ready), accelerator)
-    history, scores = fit_spatia(
-        network, training, held_out, standards, target_sum, max_epochs=max_epochs, checkpoint_dir=checkpoint_dir, resume=resume,
-        accelerator=accelerator, seed=seed,
-    )  # fmt: skip
+    run: dict = {"config": replace(config, devices=1, precision="32-true", num_workers=0), "target_sum": target_sum}
+    run |= {"init": init and init.sha256, "max_epochs": max_epochs, "seed": seed}
+    with (
+        nullcontext()
+        if checkpoint_dir is None
+        else claim(checkpoint_dir, resume, **run, **identity([*training, *held_out]))
+    ):
+        history, scores = fit_spatia(
+            network, training, held_out, standards, target_sum, max_epochs=max_epochs, checkpoint_dir=checkpoint_dir,
+            resume=resume, accelerator=accelerator, seed=seed,
+        )  # fmt: skip
     settings = {name: getattr(config, name) for name in TRAINING}
     card = model_card(
         slides, config=settings | {"max_epochs": max_epochs, "validation": validation}, seed=seed,
