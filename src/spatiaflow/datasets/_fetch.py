@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pooch
 
 from spatiaflow import _files
+from spatiaflow._process import unchanged
 from spatiaflow._settings import logger, progress, settings
 
 TIMEOUT = 20.0  # seconds to connect, and seconds without a byte before a server counts as stalled
@@ -198,8 +199,9 @@ def _fetch_from(address: str, download: Callable, source: Source, path: Path, sc
 
 
 def _download(url: str, out: Path, source: Source) -> None:
-    import requests  # here, as it takes long to import
-    from urllib3.exceptions import HTTPError, ProtocolError
+    with unchanged():
+        import requests  # here, as it takes long to import
+        from urllib3.exceptions import HTTPError, ProtocolError
 
     # identity: a server that compresses on the way would hide a truncated body behind a decoder's error
     headers = {"Accept-Encoding": "identity"}
