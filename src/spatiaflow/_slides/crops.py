@@ -247,7 +247,9 @@ def slide_crops(
             "image %r has %.3g µm per pixel: crops of %d pixels are enlarged from %.2g", found.name, found.mpp, pixels, seen
         )  # fmt: skip
     image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
-    channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
+    n_channels = image.shape[0 if channels_first else 2]
+    unnamed = found.channels in ((), ("0", "1", "2"))  # of an array; of a SpatialData whose reader gave no names
+    channels = ("r", "g", "b")[:n_channels] if unnamed else found.channels
     width, xy = width / factor, found.xy / factor
     if crop_um is not None and abs(width / pixels - 1) < 0.02:  # close enough: resampling would only blur
         width = pixels
