@@ -41,6 +41,13 @@ def test_so_does_a_verb_that_raises():
         rude(error=True)
 
 
+def test_what_a_training_on_several_devices_needs_stays(monkeypatch):
+    """Without it the second training of a script would start its processes again, beside those of the first."""
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that it is as before after the test
+    verb(lambda: os.environ.update(LOCAL_RANK="0"))()
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
 def test_a_leak_is_seen():
     """The check of every test of a verb would fail."""
     with unchanged(), pytest.raises(AssertionError, match="torch random"), process_is_left():

@@ -18,8 +18,17 @@ from spatiaflow._settings import settings
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# scikit-learn sets these so that two OpenMP libraries can be in one process; without them the process may be ended
-KEPT = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+# What must stay. scikit-learn sets KMP_*: without them two OpenMP libraries cannot be in one process. Lightning sets the others
+# for a training on several devices: its processes outlive the call, and find each other again at the next training.
+KEPT = {
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+}
 
 
 @contextmanager
@@ -96,5 +105,5 @@ def _restore_environment(before: dict[str, str]) -> None:
     for name in set(os.environ) - set(before) - KEPT:
         del os.environ[name]
     for name, value in before.items():
-        if os.environ.get(name) != value:
+        if os.environ.get(name) != value and name not in KEPT:
             os.environ[name] = value
