@@ -191,7 +191,7 @@ settings = _from_environment()
 def resolve_seed(random_state: int | None) -> int:
     """Return the seed a verb uses: its ``random_state``, or :attr:`Settings.seed` when that is None."""
     seed = settings.seed if random_state is None else random_state
-    if not isinstance(seed, Integral) or seed < 0:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"random_state must be a whole number that is not negative, not {seed!r}.")
     return int(seed)
 

@@ -237,7 +237,7 @@ def test_bad_input(slide, model):
         train(slide, profile_key="shape")
     with pytest.raises(TypeError, match="model must be a MorphologyFlow; this is a Spatia"):
         generate(slide, sf.datasets.weights("spatia-pancreas-small"))
-    with pytest.raises(ValueError, match="cells must be a list"):
+    with pytest.raises(ValueError, match="cells names .cell_1. twice"):
         generate(slide, model, cells=["cell_1", "cell_1"])
     with pytest.raises(ValueError, match="another element called 'table'"):
         generate(slide, model, key_added="table", n_steps=1)

@@ -110,7 +110,7 @@ def test_what_cannot_be_a_label_or_an_embedding(cells):
     cells.obs["two"] = pd.Categorical(np.r_[["a", "b"], [None] * 398])
     with pytest.raises(ValueError, match="two cells a class"):
         sf.tl.annotate(cells, labels="two")
-    with pytest.raises(ValueError, match="threshold is a confidence"):
+    with pytest.raises(ValueError, match="threshold must be a number between 0 and 1"):
         sf.tl.annotate(cells, labels="truth", threshold=5)
     with pytest.raises(ValueError, match="n_clusters must be a whole number"):
         sf.tl.cluster_niches(cells, n_clusters=2.5)

@@ -9,6 +9,7 @@ from spatiaflow._io._arguments import (
     names,
     one_of,
     positive,
+    share,
     slot_name,
 )
 from spatiaflow._io._images import SlideImage, background, slide_image
@@ -83,6 +84,7 @@ __all__ = [
     "provenance",
     "remember",
     "same_encoder",
+    "share",
     "shared_genes",
     "slide_image",
     "slot_name",

@@ -10,20 +10,28 @@ from typing import Any
 import numpy as np
 
 
-def at_least_one(**values: Any) -> None:
-    """Refuse what is not a whole number of at least 1; None passes."""
+def at_least_one(*others: Any, **values: Any) -> None:
+    """Refuse what is not a whole number of at least 1, nor one of ``others`` (None, where an argument may be left out)."""
     for name, value in values.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= 1):
+        if not (whole and value >= 1) and not any(value is one for one in others):
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
-def positive(**values: Any) -> None:
-    """Refuse what is not a positive, finite number; None passes."""
+def positive(*others: Any, **values: Any) -> None:
+    """Refuse what is not a positive, finite number, nor one of ``others`` (None, where an argument may be left out)."""
     for name, value in values.items():
         number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and np.isfinite(value) and value > 0):
+        if not (number and np.isfinite(value) and value > 0) and not any(value is one for one in others):
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
+
+
+def share(**values: Any) -> None:
+    """Refuse what is not a number between 0 and 1."""
+    for name, value in values.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (number and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number between 0 and 1, not {value!r}.")
 
 
 def one_of(known: Iterable, **values: Any) -> None:
@@ -60,7 +68,7 @@ def names(value: Any, argument: str) -> list[str] | None:
     """Return names as a list: of one text, a list, an Index or an array. None stays."""
     if value is None:
         return None
-    if not isinstance(value, str) and (isinstance(value, int | float | bool) or not isinstance(value, Iterable)):
+    if not isinstance(value, Iterable) or isinstance(value, set | frozenset):  # a set has no order
         raise ValueError(f"{argument} must be a name or a list of names, not {value!r}.")
     found = [value] if isinstance(value, str) else [str(name) for name in value]
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,16 @@ def image_scales(element: Any, name: str = "") -> list:
             "sdata['flat'] = Image2DModel.parse(sdata[...].max('z')), Labels2DModel for labels."
         )
     return levels
+
+
+def copied(element: Any) -> Any:
+    """Return a copy that can be written into, transformations included. Pixels and points that are lazy stay lazy."""
+    if hasattr(element, "dims") or hasattr(element, "children"):  # an image or labels
+        return element.copy(deep=True)
+    out = element.copy()
+    if hasattr(out, "attrs"):
+        out.attrs.update(deepcopy(dict(element.attrs)))
+    return out
 
 
 def centroids_of(element: Any, name: str, system: str) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
 from spatiaflow._io._pictures import candidates, check_named, pictures, pixels_of
+from spatiaflow._io._pixels import as_uint8
 from spatiaflow._io._scales import libraries, stated
 from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
@@ -139,7 +140,9 @@ def _background_of_anndata(table: AnnData, slide: Slide, pixels: int) -> tuple[n
         return None
     scale, name = (scales["hires"], "hires") if scales.get("hires") is not None else known[0]
     step = max(1, max(np.shape(images[name])[:2]) // (4 * pixels))
-    image = np.asarray(images[name])[::step, ::step]
+    image = _shown(np.asarray(images[name])[::step, ::step], f"{slide.name}/{name}")
+    if image is None:
+        return None
     return image[::-1] if _from_below(table, slide, library) else image, step * slide.mpp / scale, (0.0, 0.0)
 
 
@@ -203,13 +206,28 @@ def background(
     except KeyError:  # those of other samples
         return None
     for name in names:
-        found = _from_spatialdata(data, slide, name, extent / pixels)
+        try:
+            found = _from_spatialdata(data, slide, name, extent / pixels)
+        except (KeyError, ValueError):  # of another sample, or a stack of planes
+            continue
         linear, image = found.affine[:2, :2], found.source
         upright = np.all(np.diag(linear) > 0) and np.abs(linear - np.diag(np.diag(linear))).max() < 1e-6 * linear[0, 0]
-        if upright and found.is_rgb(len(image)) and image.dtype == np.uint8 and image.size < MAX_PICTURE:
-            break
-    else:
+        if not upright or not found.is_rgb(len(image)) or image.size >= MAX_PICTURE:
+            continue
+        step = max(1, int(extent / pixels / found.mpp))
+        picture = _shown(np.asarray(image[:3, ::step, ::step]).transpose(1, 2, 0), name)
+        if picture is not None:
+            return picture, found.mpp * step, tuple(found.affine[:2, 2] * slide.mpp)
+    return None
+
+
+def _shown(image: Any, name: str) -> np.ndarray | None:
+    """Return a picture (y x x x c) as uint8; None where it cannot be drawn."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
         return None
-    step = max(1, int(extent / pixels / found.mpp))
-    picture = np.asarray(image[:3, ::step, ::step]).transpose(1, 2, 0)
-    return picture, found.mpp * step, tuple(found.affine[:2, 2] * slide.mpp)
+    try:
+        return np.asarray(as_uint8(image, name)[...])
+    except ValueError as error:
+        logger.warning("%s It is not drawn behind the tissue.", error)
+        return None

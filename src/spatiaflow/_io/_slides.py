@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._checks import check_positions
-from spatiaflow._io._elements import areas_of, centroids_of, instances_of, known_instances
+from spatiaflow._io._elements import areas_of, centroids_of, copied, instances_of, known_instances
 from spatiaflow._io._scales import (
     MICRON_SYSTEMS,
     anndata_scale,
@@ -334,9 +335,8 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
             )
         table = data.tables[table_key]
         if copy:
-            table = table.copy()
-            elements = {name: element for _, name, element in data.gen_elements() if name != table_key}
-            data = SpatialData.init_from_elements({**elements, table_key: table}, attrs=dict(data.attrs))
+            elements = {name: copied(element) for _, name, element in data.gen_elements()}
+            data = SpatialData.init_from_elements(elements, attrs=deepcopy(data.attrs))
             table = data.tables[table_key]
     else:
         raise TypeError(f"{name} must be one AnnData or SpatialData, not {type(data).__name__}.")

@@ -35,4 +35,4 @@ class Where:
     coordinate_system: str | None = None
 
     def __post_init__(self) -> None:
-        positive(mpp=self.mpp)
+        positive(None, mpp=self.mpp)

@@ -102,6 +102,7 @@ def crops(
     _io.at_least_one(n=n)
     if outline and isinstance(data, AnnData):
         raise ValueError("outline=True needs polygons or labels of a SpatialData; an AnnData has none.")
+    groups = _io.names(groups, "groups")
     _, table = _io.unpack(data, table_key)
     slides = _io.places(data, where, missing=True)
     found = [_Pictures(data, table, slide, image_key, channels, crop_um, percentiles) for slide in slides]
@@ -175,7 +176,7 @@ class _Pictures:
         self.half = crop_um / 2 / self.mpp
         names = list(image.channels) or [str(c) for c in range(self.shape[0])]
         self.is_rgb = image.is_rgb(self.shape[0]) and channels is None
-        channels = [channels] if isinstance(channels, str) else list(names if channels is None else channels)
+        channels = _io.names(channels, "channels") or names
         if missing := [name for name in channels if str(name) not in names]:
             raise KeyError(f"image {image.name!r} has no channel {missing[0]!r}; it has {', '.join(names)}.")
         if len(channels) > len(COLOURS) and not self.is_rgb:

@@ -82,7 +82,7 @@ def transition(
     if "image" not in data.obsm or "morphology" not in data.uns:
         raise KeyError("obsm has no 'image'. Give the result of sf.tl.generate_morphology(...).")
     known, mpp = [*map(str, data.uns["morphology"]["channels"])], float(data.uns["morphology"]["mpp"])
-    names = known if channels is None else [channels] if isinstance(channels, str) else [*channels]
+    names = _io.names(channels, "channels") or known
     if missing := [name for name in names if name not in known]:
         raise KeyError(f"there is no channel {missing[0]!r}; there are {', '.join(known)}.")
     if len(names) > len(COLOURS):
@@ -180,11 +180,11 @@ def profile_shift(
 
     data = _io.unpack(data)[1]
     shared = [name for name in data.var_names if name in source and name in target]
+    features = _io.names(features, "features")
     if features is None:
         spread = pd.concat([source[shared], target[shared]]).std().replace(0, np.inf)
         change = (target[shared].mean() - source[shared].mean()).abs() / spread
         features = list(change.sort_values(ascending=False, kind="stable").index[:6])
-    features = [features] if isinstance(features, str) else list(features)
     if missing := [name for name in features if name not in shared]:
         raise KeyError(f"there is no feature {missing[0]!r}; there are {', '.join(shared)}.")
     samples = {"source": source, "generated": data.to_df(), "target": target}

@@ -86,7 +86,7 @@ def levels(
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     _io.at_least_one(n_components=n_components)
     _, table = _io.unpack(data, table_key)
-    levels = [levels] if isinstance(levels, str) else list(levels)
+    levels = _io.names(levels, "levels") or []
     values = [_io.features(table, Key.obsm.level(key, level), EMBEDDING_HELP) for level in levels]
     slide = _io.one_slide(_io.places(data, where), library_id)
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)

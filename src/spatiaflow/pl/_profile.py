@@ -79,9 +79,7 @@ def profile(
     if not known.all():
         logger.info("%d cells without morphology or group are left out", int((~known).sum()))
     values, group = values[known], group[known].cat.remove_unused_categories()
-    chosen = (
-        _most_different(values, group) if features is None else [features] if isinstance(features, str) else features
-    )
+    chosen = _io.names(features, "features") or _most_different(values, group)
     if missing := [name for name in chosen if name not in values]:
         raise KeyError(f"obsm[{key!r}] has no {missing[0]!r}; it has {', '.join(values)}.")
 

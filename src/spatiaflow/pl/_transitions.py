@@ -78,6 +78,7 @@ def pairs(
     """
     import matplotlib.pyplot as plt
 
+    _io.at_least_one(n=n)
     _, table = _io.unpack(data, table_key)
     if Key.uns.pairs(key) not in table.uns:
         raise KeyError(

@@ -75,7 +75,7 @@ def crops(
     torch.Size([2, 4, 32, 32])
     """
     where = _io.Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
-    _io.positive(crop_um=crop_um)
+    _io.positive(None, crop_um=crop_um)
     _io.at_least_one(crop_pixels=crop_pixels)
     _, table = _io.unpack(data, table_key)
     slides = _io.places(data, where, partial=True)

@@ -121,7 +121,7 @@ def encode_patches(
     from spatiaflow.models.encoders import load_encoder
 
     _io.positive(patch_um=patch_um)
-    _io.at_least_one(batch_size=batch_size)
+    _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     started = time.perf_counter()
     data, table = _io.unpack(data, table_key, copy=copy)

@@ -111,8 +111,7 @@ def morphology_profile(
         )
     if shapes_key and labels_key:
         raise ValueError("give shapes_key= or labels_key=, not both: a cell has one mask.")
-    if not (np.isfinite(texture_um) and texture_um > 0):
-        raise ValueError(f"texture_um is a distance in µm and must be positive, not {texture_um!r}.")
+    _io.positive(texture_um=texture_um)
     data, table = _io.unpack(data, table_key, copy=copy)
     slides = _io.places(data, where, missing=True)
     out: Any = None

@@ -126,8 +126,8 @@ def train_stflow(
     chosen_config, seed, target = STFlowConfig.of(config), resolve_seed(random_state), settings.torch_device(device)
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
-    _io.at_least_one(max_epochs=max_epochs)
-    _io.positive(target_sum=target_sum)
+    _io.at_least_one(None, max_epochs=max_epochs)
+    _io.positive(None, target_sum=target_sum)
     names = _gene_names(genes)
     where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     tables = [_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()]
@@ -300,7 +300,8 @@ def predict_expression(
     (79, 3)
     """
     started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
+    _io.at_least_one(n_samples=n_samples)
+    _io.at_least_one(None, n_steps=n_steps, batch_size=batch_size)
     _io.slot_name(key_added)
     model = cast("STFlow", datasets.resolve(model, "STFlow"))
     where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)

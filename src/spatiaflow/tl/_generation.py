@@ -147,10 +147,10 @@ def generate_morphology(
 
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(n_samples=n_samples, n_steps=n_steps, batch_size=batch_size)
+    _io.at_least_one(n_samples=n_samples, n_steps=n_steps)
+    _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
-    if cells is not None and (isinstance(cells, str) or not len(cells) or len(set(cells)) < len(cells)):
-        raise ValueError("cells must be a list of names of cells, each once, or None for all of the source state.")
+    cells = _io.names(cells, "cells")
     model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS))
     name = f"{source} -> {target}"
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]

@@ -85,7 +85,7 @@ def train_imputation(
     from spatiaflow.train.imputer import train_imputer
 
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key)
-    _io.positive(target_sum=target_sum)
+    _io.positive(None, target_sum=target_sum)
     shared = _io.shared_genes([_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()])
     if (genes := _io.names(genes, "genes")) is not None:
         known = set(shared)
@@ -224,7 +224,7 @@ def impute_genes(
     started, seed = time.perf_counter(), resolve_seed(random_state)
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key)
     _io.slot_name(key_added)
-    _io.positive(target_sum=target_sum)
+    _io.positive(None, target_sum=target_sum)
     data, table = _io.unpack(data, table_key, copy=copy)
     if model is None:
         source, shared, wanted = _source(data, table, reference, genes, where)

@@ -86,7 +86,8 @@ def cluster_niches(
     ['0', '1', '2']
     """
     started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(n_clusters=n_clusters, max_clusters=max_clusters)
+    _io.at_least_one(max_clusters=max_clusters)
+    _io.at_least_one(None, n_clusters=n_clusters)
     _io.slot_name(key_added)
     objects, tables = _unpacked(data, table_key, copy=copy)
     x = _pooled(tables, use_rep).astype(np.float64)
@@ -207,8 +208,7 @@ def annotate(
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.one_of(("linear", "knn"), method=method)
     _io.slot_name(key_added)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is a confidence between 0 and 1, not {threshold!r}.")
+    _io.share(threshold=threshold)
     objects, tables = _unpacked(data, table_key, copy=copy)
     sources = tables if reference is None else _unpacked(reference, table_key)[1]
     for table in tables if library_key is not None else ():

@@ -127,6 +127,7 @@ def train_morphology(
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     _io.at_least_one(max_epochs=max_epochs)
+    _io.share(validation=validation)
     objects = _io.objects_of(data)
     slides: list[Slide] = []
     tables: list[AnnData] = []

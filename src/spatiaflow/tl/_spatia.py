@@ -265,7 +265,7 @@ def embed_spatia(
     started = time.perf_counter()
     where = _io.Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     modalities, levels = check_modalities(modalities), check_levels(levels)
-    _io.at_least_one(batch_size=batch_size)
+    _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     _io.one_of(("slide", "training"), scaling=scaling)
     model = cast("Spatia", resolve(model, "Spatia", default=DEFAULT_WEIGHTS))

@@ -125,7 +125,7 @@ def pair_transitions(
 
     where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     started, seed, config = time.perf_counter(), resolve_seed(random_state), PairingConfig.of(config)
-    _io.at_least_one(batch_size=batch_size)
+    _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     data, table = _io.unpack(data, table_key, copy=copy)
     wanted, cost = _transitions(transitions), _cost(cost)
