@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from _process import process_is_left
 
 TESTS = Path(__file__).parent
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
 VENDOR = MIRROR.parent / "vendor"
 
