@@ -112,12 +112,16 @@ def measure(prepare: Callable[[], Training], kills: int, seed: int) -> dict[str,
     return {"kills": n_kills, "runs": n_runs, "same": n_same, "seconds": seconds}
 
 
+def parser():
+    out = results.parser(__doc__)
+    out.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=list(TRAININGS))
+    out.add_argument("--kills", type=int, default=20)
+    out.add_argument("--seed", type=int, default=0)
+    return out
+
+
 if __name__ == "__main__":
-    parser = results.parser(__doc__)
-    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=list(TRAININGS))
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     table = results.Table("interrupt", again=arguments.again)
     sf.settings.progress = False
     for name in arguments.trainings:

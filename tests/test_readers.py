@@ -226,7 +226,8 @@ def backed(folders):
 
 
 def view(folders):
-    return unique(sc.read_visium(visium_folder(folders)))[:70]
+    adata = unique(sc.read_visium(visium_folder(folders)))
+    return adata[adata.obs.sort_values(["array_row", "array_col"]).index[:70]]
 
 
 def lazy_counts(folders):

@@ -3,6 +3,7 @@ import json
 import pickle
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -166,6 +167,7 @@ def test_test_slides_touch_nothing(slides, slide, model):
     np.testing.assert_array_equal(predicted(test, model), predicted(garbage, model))
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_paper_config_is_the_paper():
     from spatiaflow.models.stflow import Denoiser
 
@@ -294,7 +296,7 @@ def test_printed_arrays_are_arrays(mirror):
         one.obsm["X_f"] = np.random.default_rng(0).normal(size=(one.n_obs, 4)).astype(np.float32)
         scale = one.uns.pop("spatial")[one.obs["library_id"].iloc[0]]["metadata"]["microns_per_pixel"]
     options = {"config": FAST, "genes": 4, "use_rep": "X_f"}
-    with pytest.warns(UserWarning, match="spot arrays have a pitch"):
+    with pytest.warns(UserWarning, match="array have a pitch"):
         sf.tl.train_stflow(slides, mpp=2 * scale, **options)
     with pytest.warns(UserWarning, match="give library_key='library_id'"):
         sf.tl.train_stflow(ad.concat(slides), mpp=scale, **options)
@@ -333,7 +335,7 @@ def test_positions_may_have_another_name(slide, model):
     test.obsm["X_pos"] = test.obsm.pop("spatial")
     sf.tl.predict_expression(test, model=model, spatial_key="X_pos")
     assert "X_pos" in sf.get.expression(test).obsm
-    sf.pl.expression(test, "G0", spatial_key="X_pos", return_fig=True)
+    plt.close(sf.pl.expression(test, "G0", spatial_key="X_pos", return_fig=True))
 
 
 def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
@@ -342,7 +344,7 @@ def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
     few = test[:, model.genes[:2]].copy()
     few.uns["stflow"]["genes"] = test.uns["stflow"]["genes"]
     with pytest.warns(UserWarning, match="library size"):
-        sf.pl.expression(few, model.genes[0], return_fig=True)
+        plt.close(sf.pl.expression(few, model.genes[0], return_fig=True))
 
 
 def test_several_slides_in_one_table_are_noticed(slide):

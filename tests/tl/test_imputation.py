@@ -256,7 +256,7 @@ def test_a_trained_model_serves_panels_that_lack_some_of_its_genes(query, refere
         (lambda q, r: {"reference": r, "use_rep": "X_none"}, KeyError, "X_none"),
         (lambda q, r: {"reference": r, "genes": ["G1", "G1"]}, ValueError, "twice"),
         (lambda q, r: {"reference": r, "genes": ["g19"]}, KeyError, "Is it 'G19'?"),
-        (lambda q, r: {"reference": [r, r]}, TypeError, "reference must be an AnnData"),
+        (lambda q, r: {"reference": [r, r]}, TypeError, "reference must be one AnnData"),
     ],
 )
 def test_bad_input_says_what_is_wrong(query, reference, change, error, message):

@@ -186,6 +186,8 @@ def _fetch_one(dataset: str, file: str, source: Source, path: Path, mirror: str 
 
 
 def _fetch_from(address: str, download: Callable, source: Source, path: Path, scratch: Path) -> None:
+    with unchanged():  # pooch imports it, which adds filters of warnings
+        import requests.exceptions  # noqa: F401
     pup = pooch.Pooch(
         path=scratch,
         base_url="",

@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 from PIL import Image
 
+from spatiaflow._process import verb
 from spatiaflow.datasets._fetch import fetch, registry
 
 FILES = (
@@ -20,6 +21,7 @@ FILES = (
 COLUMNS = ["in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 
 
+@verb
 def visium_ffpe(section: str = "mousebrain/V10F24-078_A1") -> AnnData:
     """Load a section of formalin-fixed tissue, measured by Visium over H&E.
 
