@@ -224,9 +224,13 @@ def slide_crops(
     crop_um: float | None,
     pixels: int,
     own_pixels: bool = False,
+    as_uint8: bool = False,
     image_key: str | None = None,
 ) -> Crops:
-    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell."""
+    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell.
+
+    ``as_uint8``: a picture (H&E) of any depth is read as uint8, as a model knows it.
+    """
     found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)
     masks: Any = None
     if own_pixels or crop_um is None:
@@ -248,6 +252,8 @@ def slide_crops(
         )  # fmt: skip
     image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
     n_channels = image.shape[0 if channels_first else 2]
+    if as_uint8 and found.is_rgb(n_channels):
+        image = _io.as_uint8(image, found.name)
     unnamed = found.channels in ((), ("0", "1", "2"))  # of an array; of a SpatialData whose reader gave no names
     channels = ("r", "g", "b")[:n_channels] if unnamed else found.channels
     width, xy = width / factor, found.xy / factor

@@ -105,7 +105,7 @@ def gather(
                 from spatiaflow._slides.crops import slide_crops
 
                 options: dict[str, Any] = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
-                parts["crops"] = slide_crops(one, slide, table, **options)
+                parts["crops"] = slide_crops(one, slide, table, **options, as_uint8=True)
             name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
             out.append(replace(slide, name=name, **parts))
     if scaled and together:
