@@ -40,6 +40,7 @@ COMMANDS = {
         'python benchmarks/expression.py --data mouse_olfactory_bulb --seeds 3 --methods "STFlow default" && '
         "python benchmarks/expression.py --table"
     ),
+    "glass": "python benchmarks/glass.py",
     "embedding-pancreas": (
         "python benchmarks/weights.py pancreas.zarr --modalities image --epochs 2 --out runs/spatia/image.safetensors && "
         "python benchmarks/weights.py pancreas.zarr --epochs 14 --seed 1 --out runs/spatia/1.safetensors && "
@@ -66,13 +67,16 @@ COMMANDS = {
     ),
     "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --seeds 3",
     "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
+    "threads": "python benchmarks/threads.py",
 }
 QUICK = {  # the same in minutes, and no pancreas
     "her2st-10k": 'python benchmarks/expression.py --sections C2 --seeds 1 --methods "STFlow default" --epochs 2 --threads 1',
+    "glass": "python benchmarks/glass.py --sections C2 --epochs 2",
     "embedding-simulated": "python benchmarks/embedding.py simulated --seeds 1 --epochs 1",
     "imputation-starmap": "python benchmarks/imputation.py starmap --seeds 1 --folds 1 --only BZ5",
     "morphology-simulated": "python benchmarks/morphology.py simulated --seeds 1 --train 1500 --test 1500 --epochs 1 --pixels 16",
     "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 2000 --test 1500 --epochs 1 --pixels 16",
+    "threads": "python benchmarks/threads.py --only STFlow --threads 1 --rounds 1 --patience 0",
 }
 DONOR, OTHER_DONOR = ["C2", "C3", "C4", "C5"], ["B4"]
 IMAGE_ONLY = [

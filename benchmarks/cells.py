@@ -99,8 +99,10 @@ def embed(a, table: results.Table) -> None:
 def corpus(a, table: results.Table) -> None:
     from spatiaflow._slides import gather
     from spatiaflow._slides.crops import share_memory
-    from spatiaflow.models.spatia import SpatiaConfig, in_vocabulary, standard_of
-    from spatiaflow.train.spatia import ScatteredCells, with_vocabulary
+    from spatiaflow.models.preprocess import in_vocabulary, standard_of
+    from spatiaflow.models.spatia import SpatiaConfig
+    from spatiaflow.train.cells import ScatteredCells
+    from spatiaflow.train.spatia import with_vocabulary
 
     data = ", ".join(Path(given.split(",")[0]).stem for given in a.stores)
     if not table.lacks(data, "", "", ["corpus", "0 workers", "2 workers"]):

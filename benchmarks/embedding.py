@@ -24,8 +24,9 @@ import results
 import spatiaflow as sf
 from probes import MIN_COUNTS, Classifier, Probe, around, banksy, expression, folds, scvi_latent, supervised_cnn
 from spatiaflow import _io
+from spatiaflow.models.preprocess import scaled
 from spatiaflow.models.regression import gene_pearson
-from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork, scaled
+from spatiaflow.models.spatia import Spatia, SpatiaConfig, SpatiaNetwork
 
 MPP = 0.2125
 PARTS = {"train": (0, 16500), "validation": (17000, 19000), "test": (19500, 99999)}  # px

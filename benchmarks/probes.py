@@ -8,9 +8,9 @@ from torch import nn
 
 import spatiaflow as sf
 from spatiaflow.models.counts import log_likelihood
+from spatiaflow.models.preprocess import scaled
 from spatiaflow.models.regression import gene_pearson
-from spatiaflow.models.spatia import scaled
-from spatiaflow.train.spatia import augmented
+from spatiaflow.train.cells import augmented
 
 MIN_COUNTS, ALPHAS = 15, np.geomspace(1e1, 1e6, 11)
 

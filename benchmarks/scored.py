@@ -7,17 +7,20 @@ import numpy as np
 from scipy import sparse
 
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.regression import Part, Ridge, choose_ridge, fit_ridge
+from spatiaflow.models.regression import Part, Ridge, choose_ridge, fit_ridge, standardize
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import Graph
-from spatiaflow.models.stflow import standardize
 
 SMOOTHED_OVER = 8  # neighbours
 
 
 @dataclass
 class Scored:
-    """A slide with features and counts of the genes to predict, and their expression beside it (n x genes)."""
+    """A slide with features and counts of the genes to predict, and their expression beside it (n x genes).
+
+    It is a class, and not a slide and a parallel list, because slides are left out one at a time, drawn, scaled and shuffled in
+    a dozen places: two lists would have to be indexed alike in each.
+    """
 
     slide: Slide
     y: np.ndarray

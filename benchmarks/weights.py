@@ -2,6 +2,8 @@
 
     python benchmarks/weights.py pancreas.zarr --checkpoints run
 
+    python benchmarks/weights.py pancreas.zarr --domain      # adds to known weights what the out-of-domain score needs
+
 ``pancreas.zarr`` is what ``benchmarks/pancreas.py`` writes. How the weights in the package were made, in more than one step,
 their card says. Cells with fewer than 5 counts are left out, and a band of the training part chooses the epoch.
 """
@@ -14,6 +16,9 @@ import spatialdata as sd
 
 import spatiaflow as sf
 from spatiaflow import _io
+from spatiaflow.models.spatia import in_vocabulary
+from spatiaflow.tl._spatia import cells
+from spatiaflow.train.domain import fit_domains
 
 MPP = 0.2125
 TRAINING_EDGE = 16500  # px
@@ -34,6 +39,16 @@ def training_part(path: str):
     return sdata
 
 
+def add_domain(path: Path, store: str) -> Path:
+    """Store in trained weights how far training cells are from one another. No other tensor changes."""
+    model = sf.models.load(path, "Spatia")
+    slides = cells(training_part(store), _io.Where(mpp=1), ("image", "genes"), model.config)
+    ready = [in_vocabulary(slide, model.config) for slide in slides]
+    ready = [slide.take(slide.crops.inside) for slide in ready]
+    model.domains = fit_domains(model, ready)
+    return model.save(path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store")
@@ -46,7 +61,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=WHERE / "spatia-pancreas-small.safetensors")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--domain", action="store_true", help="only add statistics of the training cells to --out")
     a = parser.parse_args()
+    if a.domain:
+        print(add_domain(a.out, a.store))
+        raise SystemExit
     losses = {"genes": 0, "image_to_genes": 0, "reconstruction": 0, "contrast": 0} if a.context_only else None
     model = sf.tl.train_spatia(
         training_part(a.store), mpp=1, config=sf.models.SpatiaConfig(losses=losses, precision=a.precision),

@@ -1,7 +1,8 @@
 """Small tissue that every test can afford, and settings that leave no trace."""
 
+import inspect
 import os
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -9,11 +10,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
+from _process import process_is_left
+
+TESTS = Path(__file__).parent
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "shared" / "data" / "mirror"))
+VENDOR = MIRROR.parent / "vendor"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -22,6 +27,38 @@ def pytest_terminal_summary(terminalreporter):
     called = [report for report in ran if getattr(report, "when", "") == "call"]
     slow = sum("slow" in report.keywords for report in called)
     terminalreporter.write_line(f"{len(called)} tests ran, {slow} of them slow")
+
+
+@pytest.fixture(autouse=True)
+def process(request):
+    """No verb changes the process of its user, also not one that raises."""
+    with watched(request.path):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Neither do verbs in what tests share, which is made before ``process``."""
+    function = inspect.unwrap(fixturedef.func)
+    path = Path(function.__code__.co_filename) if inspect.isfunction(function) else Path()
+    shared = fixturedef.scope != "function" and not inspect.isgeneratorfunction(function)
+    with watched(path) if shared and TESTS in path.parents else nullcontext():
+        return (yield)
+
+
+def watched(path):
+    """What tests and fixtures with verbs run in. A figure stays open for its user, so tests of figures may leave some."""
+    folder = path.relative_to(TESTS).parts[0]
+    if folder not in ("conftest.py", "datasets", "get", "metrics", "pl", "pp", "tl", "train"):
+        return nullcontext()
+    return process_is_left(figures=folder != "pl")
+
+
+@pytest.fixture
+def own_draws():
+    """For tests that themselves make networks or noise, outside of any verb."""
+    with torch.random.fork_rng():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +75,14 @@ def mirror():
     if not MIRROR.is_dir():
         pytest.skip(f"no mirror of the public files at {MIRROR}; set SPATIAFLOW_MIRROR to run this test")
     return MIRROR
+
+
+@pytest.fixture(scope="session")
+def vendor():
+    """Folder with small folders as instruments write them; tests of readers are skipped where it is absent."""
+    if not VENDOR.is_dir():
+        pytest.skip(f"no folders of instruments at {VENDOR}; it is looked for beside SPATIAFLOW_MIRROR")
+    return VENDOR
 
 
 def make_slide(name="s0", n=12, seed=0, n_genes=12, pitch=200.0, mpp=0.5):
@@ -94,3 +139,39 @@ def model(slides):
 
     with sf.settings.override(progress=False, verbosity="warning"):
         return sf.tl.train_stflow(slides, genes=12, max_epochs=12)
+
+
+@pytest.fixture
+def some_conditions():
+    """Factory of conditions that the network takes."""
+    import torch
+
+    from spatiaflow.models.conditions import Conditions
+
+    def make(n, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        vectors = (torch.randn(n, 6, generator=g) for _ in range(3))
+        return Conditions(
+            *vectors, torch.randn(n, 3, 8, generator=g), torch.arange(n) % 2, torch.randn(n, 5, generator=g),
+            torch.randn(n, 1, generator=g), torch.zeros(n, dtype=torch.long),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def network():
+    """A small generator of morphology, not trained, whose every part matters."""
+    import torch
+
+    from spatiaflow.models.morphology import MorphologyConfig, MorphologyNetwork
+
+    config = MorphologyConfig(
+        ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
+        width=32, n_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = MorphologyNetwork(config).eval()
+    for p in network.parameters():  # what starts at zero would hide its part
+        torch.nn.init.normal_(p, std=0.1)
+    return network

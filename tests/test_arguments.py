@@ -11,9 +11,9 @@ import spatialdata as sd
 from scipy import sparse
 from spatialdata.models import TableModel
 from spatialdata.transformations import Identity
-from verbs import GENES, VERBS, all_refused, copied, expected, given, outcome, same, table_of, trained
 
 import spatiaflow as sf
+from _verbs import GENES, VERBS, all_refused, copied, expected, few, given, outcome, same, table_of, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = ("AnnData", "SpatialData")
@@ -64,9 +64,9 @@ def test_what_is_no_such_number_is_refused(verb):
     all_refused(verb, given(verb, VERBS[verb].kinds[-1]), list(wrong_numbers(verb)))
 
 
-@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5)], ids=repr)
 @pytest.mark.parametrize(("verb", "kind", "_"), each({"mpp"}, kinds=("AnnData", "SpatialData")))
-def test_a_scale_may_be_of_numpy(verb, kind, _, value):
+def test_a_scale_may_be_of_numpy(verb, kind, _):
+    value = few([np.float32(0.5), np.float64(0.5)], verb + kind, 1)[0]
     if VERBS[verb].slow or kind == "SpatialData":
         return
     found, right = outcome(verb, given(verb, kind), mpp=value), expected(verb, kind)
@@ -77,7 +77,7 @@ def test_a_scale_may_be_of_numpy(verb, kind, _, value):
 NAMES = {
     "table_key", "image_key", "shapes_key", "labels_key", "library_key", "spatial_key", "layer", "use_rep", "groupby", "labels",
     "niche_key", "key", "library_id", "pool", "pairs_key", "profile_key", "genes", "cells", "cell", "color", "channels",
-    "features", "source", "target", "transition", "transitions", "model", "encoder", "levels", "modalities", "method", "scaling",
+    "features", "source", "target", "transition", "transitions", "model", "levels", "modalities", "method", "scaling",
     "config", "init", "device", "cost", "validation",
 }  # fmt: skip
 # arguments that only one kind of object has a use for, or that another argument replaces
@@ -111,22 +111,19 @@ def test_a_name_that_is_not_there_is_refused(verb, kind):
 SPOKEN = ["a.b", "CD4⁺ T-Zelle", "名前", "%s {x} $x^2$", "a'b\"c"]
 
 
-@pytest.mark.parametrize("name", ["a/b", "/", "", "a/"])
 @pytest.mark.parametrize(("verb", "kind", "_"), each({"key_added"}))
-def test_a_slot_cannot_have_a_slash(verb, kind, _, name):
-    with pytest.raises(ValueError, match="key_added must be the name of"):
-        outcome(verb, given(verb, kind), key_added=name)
+def test_a_slot_cannot_have_a_slash(verb, kind, _):
+    all_refused(verb, given(verb, kind), [{"key_added": name} for name in ("a/b", "/", "", "a/", 3, ["a"])])
 
 
-@pytest.mark.parametrize("name", SPOKEN)
 @pytest.mark.parametrize(("verb", "kind", "_"), each({"key_added"}, kinds=("AnnData", "SpatialData")))
-def test_results_under_any_name_are_read_back(verb, kind, _, name, tmp_path):
+def test_results_under_any_name_are_read_back(verb, kind, _, tmp_path):
     data = given(verb, kind)
-    try:
-        outcome(verb, data, key_added=name)
-    except REFUSED as error:
-        assert verb in ("pp.tiles", "tl.generate_morphology"), error
-        return
+    for name in few(SPOKEN, verb):
+        try:
+            outcome(verb, data, key_added=name)
+        except REFUSED as error:
+            assert verb in ("pp.tiles", "tl.generate_morphology"), error
     table_of(data).write_h5ad(tmp_path / "a.h5ad")
     same(_read(tmp_path / "a.h5ad"), fingerprint_free(table_of(data)))
 
@@ -141,11 +138,13 @@ def fingerprint_free(table):
     return {f"obsm {key}": np.asarray(table.obsm[key]) for key in table.obsm} | obs
 
 
-@pytest.mark.parametrize("name", ["CD4⁺ T-Zelle", "%s {x} $x^2$", "a/b", "nan"])
 @pytest.mark.parametrize("what", ["groups", "library", "genes", "cells", "columns"])
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if not verb.slow and "AnnData" in verb.kinds])
-def test_names_in_the_data(verb, what, name, tmp_path):
+def test_names_in_the_data(verb, what, tmp_path):
     """The result is the same up to the name, and is written and read."""
+    if (verb, what) == ("pl.imputation", "genes"):  # the library is the sum over the genes of the result
+        return
+    name = few(["CD4⁺ T-Zelle", "%s {x} $x^2$", "a/b", "nan"], verb + what, 1)[0]
     data, options = given(verb, "AnnData"), {}
     if what == "groups":
         if "groups" not in VERBS[verb].reads or verb == "tl.generate_morphology":
@@ -188,18 +187,18 @@ def test_names_in_the_data(verb, what, name, tmp_path):
         returned.write_h5ad(tmp_path / "b.h5ad")
 
 
-@pytest.mark.parametrize("name", ["%s {x} $x^2$", "a/b"])
 @pytest.mark.parametrize("verb", [name for name in VERBS if name.startswith(("tl.", "pp.")) and not VERBS[name].slow])
-def test_names_of_objects_in_a_dict(verb, name):
+def test_names_of_objects_in_a_dict(verb):
+    name = few([*SPOKEN, "a/b"], verb + "dict", 1)[0]
     kind = VERBS[verb].kinds[0]
     one = given(verb, kind)
     found = outcome(verb, {name: one, "other": given(verb, kind)})
     assert found or table_of(one).uns
 
 
-@pytest.mark.parametrize("name", [*SPOKEN, "a/b"])
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if "image" in verb.reads and not verb.slow])
-def test_names_of_channels(verb, name, tmp_path):
+def test_names_of_channels(verb, tmp_path):
+    name = few([*SPOKEN, "a/b"], verb + "channels", 1)[0]
     data = given(verb, "SpatialData")
     data["he"] = data["he"].assign_coords(c=["r", "g", name])
     options = {"channels": {name: "b"}} if verb == "tl.embed_spatia" else {}
@@ -228,18 +227,16 @@ LISTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("verb", "name"), LISTS)
-def test_names_in_any_form(verb, name, form):
-    if VERBS[verb].slow and form not in ("Index", "generator"):
-        return
+def test_names_in_any_form(verb, name):
     data, values = given(verb, "AnnData"), LISTS[verb, name]
     if verb == "tl.train_imputation":
         values = list(data.var_names[:8])
     if name == "cells":
         values = list(data.obs_names[data.obs["cell_type"] == "fibroblast"][:2])
     right = outcome(verb, given(verb, "AnnData"), **{name: values})
-    same(outcome(verb, data, **{name: FORMS[form](values)}), right)
+    for form in few(FORMS, verb + name, 1 if VERBS[verb].slow else len(FORMS)):
+        same(outcome(verb, copied(data), **{name: FORMS[form](values)}), right)
 
 
 @pytest.mark.parametrize(("verb", "name"), LISTS)

@@ -1,7 +1,13 @@
 """Code in the pages does what they say."""
 
+import ast
 import re
 from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+import spatiaflow as sf
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -16,3 +22,32 @@ def test_an_encoder_of_your_own_is_twenty_lines():
     assert features.shape == (300, 32)
     assert features.std(0).max() > 0
     assert space["slide"]["table"].uns["X_my_encoder"]["mpp"] == 1.0
+
+
+@pytest.mark.parametrize("page", ["levels", "imputation"])
+def test_the_first_example_of_a_page_runs(page):
+    code = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.S)[1]
+    exec(code, {})
+    plt.close("all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index", "concepts", "morphology"])
+def test_a_longer_first_example_of_a_page_runs(page, mirror):
+    with sf.settings.override(mirror=str(mirror)):
+        test_the_first_example_of_a_page_runs(page)
+
+
+def test_every_test_that_a_page_names_exists():
+    root = DOCS.parent
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    for file, test in named:
+        functions = [
+            node.name for node in ast.parse((root / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        ]
+        assert test in functions, f"{file} has no {test}"
+    rows = [
+        line for line in (DOCS / "reliability.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) == 1 + len(named), "every row names one test"

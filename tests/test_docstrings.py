@@ -18,7 +18,8 @@ from spatiaflow.models import encoders
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 API = Path(__file__).parents[1] / "docs" / "api.md"
 FRESH = {"sdata": sd.deepcopy, "adata": lambda adata: adata.copy(), "model": lambda model: model}
-FROM_MIRROR = re.compile(r"datasets\.(her2st|merfish|mouse|starmap|xenium)")
+SLOW = {"sf.tl.train_morphology"}
+FROM_MIRROR = re.compile(r"datasets\.(her2st|merfish|mouse|starmap|visium|xenium)")
 
 
 def public(module, path):
@@ -47,14 +48,20 @@ def shared() -> dict:
     return space
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+def takes(key, source):
+    """Whether an example reads a variable before it assigns it."""
+    first = re.search(rf"\b{key}\b(?P<assigned> = )?", source)
+    return bool(first and not first["assigned"])
+
+
+@pytest.mark.parametrize("name", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in EXAMPLES])
 def test_example_runs(name, request, tmp_path, monkeypatch):
     test, said = EXAMPLES[name], []
     source = "".join(example.source for example in test.examples)
     real = FROM_MIRROR.search(source) and sf.settings.override(mirror=str(request.getfixturevalue("mirror")))
     if "starmap" in source:
         pytest.importorskip("rdata", reason="the extra `datasets` is not installed")
-    needed = [key for key in FRESH if re.search(rf"\b{key}\b", source)]
+    needed = [key for key in FRESH if takes(key, source)]
     test.globs = {"sf": sf, "np": np} | {key: FRESH[key](shared()[key]) for key in needed}
     monkeypatch.chdir(tmp_path)
     with real or nullcontext():

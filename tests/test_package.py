@@ -10,6 +10,7 @@ import pytest
 from numpydoc.docscrape import NumpyDocString
 
 import spatiaflow
+from spatiaflow import _process
 
 SOURCE = Path(spatiaflow.__file__).parent
 ORDER = (
@@ -67,7 +68,7 @@ FORBIDDEN = {
     "metrics": "anndata spatialdata spatiaflow.tl spatiaflow.pp spatiaflow.pl spatiaflow.train spatiaflow.get",
     "pl": "torch lightning spatiaflow.models spatiaflow.train spatiaflow.tl spatiaflow.pp",
     "pp": "lightning spatiaflow.train spatiaflow.tl spatiaflow.pl",
-    "tl": "spatiaflow.pl",
+    "tl": "torch lightning spatiaflow.pl",
     "get": "torch spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.models",
     "datasets": "torch lightning spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.train",
     "_io": "torch spatiaflow._slides spatiaflow.tl spatiaflow.pl spatiaflow.pp spatiaflow.models spatiaflow.train",
@@ -163,6 +164,11 @@ def test_verbs_are_thin(module, function):
     assert n_lines <= MAX_LINES
 
 
+@pytest.mark.parametrize(("module", "function"), list(public_functions("datasets", "get", "pl", "pp", "tl")))
+def test_verbs_leave_the_process_as_it_was(module, function):
+    assert function.__code__.co_filename == _process.__file__, "the outermost decorator is @verb of _process.py"
+
+
 @pytest.mark.parametrize(("module", "function"), list(public_functions()))
 def test_docstring(module, function):
     doc = NumpyDocString(inspect.getdoc(function) or "")
@@ -174,3 +180,47 @@ def test_docstring(module, function):
     assert "Returns\n-------" in text
     if "key_added" in named:
         assert "Sets:" in text and "Raises\n------" in text
+
+
+UNSAFE = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
+
+
+def unsafe(path: Path):
+    """Calls of a file by which something could be unpickled, or code that is not installed be run."""
+    tree = ast.parse(path.read_text())
+    yield from (name for name in imports(path) if name.split(".")[0] in UNSAFE)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        short = called.split(".")[-1]
+        if called in ("eval", "exec", "torch.hub.load", "importlib.import_module") and path.name != "__init__.py":
+            yield called
+        if called == "torch.load" and said.get("weights_only") != "True":
+            yield "torch.load without weights_only=True"
+        if called.startswith("trainer.") and "ckpt_path" in said and said.get("weights_only") != "True":
+            yield "a checkpoint of Lightning without weights_only=True"
+        if short in ("load", "read_pickle") and called.split(".")[0] in ("np", "numpy", "pd", "pandas"):
+            if short == "read_pickle" or said.get("allow_pickle", "False") != "False":
+                yield called
+        if short == "from_pretrained" and {said.get("trust_remote_code"), said.get("use_safetensors")} != {
+            "False",
+            "True",
+        }:
+            yield f"{called} without trust_remote_code=False and use_safetensors=True"
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nothing_is_unpickled_and_no_foreign_code_is_run(path):
+    assert not list(unsafe(path))
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import pickle", "from joblib import load", "torch.load(p)", "np.load(p, allow_pickle=True)", "pd.read_pickle(p)",
+     "AutoModel.from_pretrained(p)", "trainer.fit(m, ckpt_path=p)", "torch.hub.load(p)", "torch.load(p, weights_only=False)"],
+)  # fmt: skip
+def test_what_would_unpickle_is_found(tmp_path, code):
+    (tmp_path / "some.py").write_text(code)
+    assert list(unsafe(tmp_path / "some.py"))

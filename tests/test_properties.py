@@ -7,8 +7,9 @@ from anndata import AnnData
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from verbs import VERBS, expected, outcome, same, table_of
-from verbs import given as clean
+
+from _verbs import VERBS, expected, outcome, same, table_of
+from _verbs import given as clean
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REFUSED = (ValueError, KeyError, TypeError, OSError)

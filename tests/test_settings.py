@@ -1,10 +1,16 @@
+import io
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import spatiaflow as sf
+from spatiaflow import _io
+from spatiaflow._process import verb
+from spatiaflow._settings import progress
 
 
 def test_override_restores_even_after_an_error():
@@ -33,7 +39,6 @@ def test_environment_is_read():
         "SPATIAFLOW_MIRROR": "/m",
         "SPATIAFLOW_CACHE_DIR": "/c",
     }
-    import os
 
     out = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
@@ -42,15 +47,62 @@ def test_environment_is_read():
     assert "seed = " in repr(sf.settings)
 
 
-def test_numba_does_not_lift_the_limit_of_threads():
-    code = (
-        "import numba, numpy, torch, spatiaflow\n"
-        "numba.config.THREADING_LAYER = 'omp'\n"
-        "double = numba.njit(parallel=True)(lambda a: a + a)\n"
-        "torch.ones(2), double(numpy.ones(10**5))\n"
-        "spatiaflow.settings.torch_device('cpu')\n"
-        "print(torch.get_num_threads())"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.split()[-1] == "1"
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", "0"])
+def test_a_number_of_threads_that_cannot_be_is_refused(value):
+    with (
+        pytest.raises(ValueError, match="n_threads must be None or a whole number"),
+        sf.settings.override(n_threads=value),
+    ):
+        pass
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def log(capsys):
+    """What stderr, which is no terminal here, has got; lines without their seconds."""
+    with sf.settings.override(progress=True):
+        yield lambda: [re.sub(r", \d+ s", "", line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_in_a_log_progress_is_a_line_at_each_tenth(log):
+    assert list(progress(range(250), "reading", unit="file")) == list(range(250))
+    assert log() == [f"reading: {10 * k} %, file {25 * k} of 250" for k in range(1, 11)]
+
+
+def test_steps_larger_than_a_tenth_and_an_early_end_are_told(log):
+    with progress(None, "reading", total=1000, unit="cell") as bar:
+        bar.update(50)
+        bar.set_postfix({"loss": "0.5"})
+        bar.update(400)
+        bar.update(10)
+    assert log() == ["reading: 45 %, cell 450 of 1,000, loss 0.5", "reading: ended, cell 460 of 1,000, loss 0.5"]
+
+
+def test_no_progress_and_nothing_to_do_write_nothing(log):
+    list(progress([], "reading"))
+    with sf.settings.override(progress=False):
+        list(progress(range(20), "reading"))
+    assert log() == []
+
+
+def test_in_a_terminal_progress_is_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with sf.settings.override(progress=True):
+        list(progress(range(20), "reading"))
+    assert "\r" in stream.getvalue() and "reading" in stream.getvalue()
+
+
+def test_a_warning_points_at_the_line_of_the_user():
+    """Through any number of functions of the package; and it is shown for each line, once."""
+    table = sf.datasets.simulated_tissue(20)["table"]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        each = _io.each_object(verb(lambda data: _io.library_sizes(data)))
+        table.X = 0 * table.X
+        for _ in range(2):
+            each([table])
+    assert [(one.filename, str(one.message)) for one in shown] == [(__file__, "20 rows have no counts at all.")]

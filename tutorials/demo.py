@@ -1,7 +1,7 @@
 """End to end on a held-out slide: its expression from histology, its cells in their tissue and in another state, missing genes.
 
 python tutorials/demo.py --data simulated     # offline, under three minutes on two cores
-python tutorials/demo.py --data her2st        # real tissue (downloads 25 MB, or reads settings.mirror)
+python tutorials/demo.py --data her2st        # real tissue (downloads 19 MB, or reads settings.mirror)
 """
 
 import argparse

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,18 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("spatiaflow")
 
+_PACKAGE = str(Path(__file__).parent) + os.sep
 _LEVELS = ("debug", "info", "warning", "error")
-
-
-def _keep_thread_limit(torch: ModuleType) -> None:
-    """Set torch to ``OMP_NUM_THREADS`` again, after numba (in scanpy and squidpy) raised the limit of the whole process.
-
-    With more threads than free cores small networks train up to 70 times slower, because waiting threads spin.
-    """
-    limit, numba = os.environ.get("OMP_NUM_THREADS", ""), sys.modules.get("numba")
-    lifted = numba is not None and torch.get_num_threads() == numba.config.NUMBA_NUM_THREADS
-    if lifted and limit.isdigit() and 0 < int(limit) < torch.get_num_threads():
-        torch.set_num_threads(int(limit))
 
 
 def _default_cache() -> Path:
@@ -58,7 +48,13 @@ class Settings:
         Folder or base URL with files at ``<dataset>/<file>``. It is tried before the public address. Hashes are checked
         in both cases.
     progress
-        Show progress bars.
+        Show progress: a bar in a terminal or notebook, elsewhere (in a log) a line at each tenth.
+    n_threads
+        Threads of torch, BLAS and OpenMP on the CPU while a function of the package runs; before and after it they have their
+        own numbers. None: the number in the environment variable ``OMP_NUM_THREADS`` where it is set. Where it is not, 1, and
+        for a published encoder of patches all cores but one. Threads wait for each other in a loop, so small operations on as
+        many threads as cores take many times as long while any other process is busy. A number that was set by
+        ``torch.set_num_threads`` does not count: assign to ``n_threads`` instead.
     verbosity
         ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``.
 
@@ -76,6 +72,7 @@ class Settings:
     cache_dir: Path = field(default_factory=_default_cache)
     mirror: str | None = None
     progress: bool = True
+    n_threads: int | None = None
     verbosity: str = "info"
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -118,7 +115,6 @@ class Settings:
         """
         import torch
 
-        _keep_thread_limit(torch)
         name = str(device or self.device)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -160,11 +156,20 @@ def _parse(name: str, value: Any) -> Any:
                 raise ValueError(f"settings.progress must be true or false, not {value!r}.")
             return value.lower() in ("1", "true", "yes", "on")
         return bool(value)
+    if name == "n_threads":
+        return None if value is None or str(value).lower() in ("", "none") else _at_least_one(value)
     if name == "verbosity":
         if str(value).lower() not in _LEVELS:
             raise ValueError(f"settings.verbosity must be one of {', '.join(_LEVELS)}, not {value!r}.")
         return str(value).lower()
     return str(value)
+
+
+def _at_least_one(value: Any) -> int:
+    text = str(value).strip()
+    if not (isinstance(value, str | Integral) and text.isdecimal() and int(text) >= 1):  # True has no digits
+        raise ValueError(f"settings.n_threads must be None or a whole number of at least 1, not {value!r}.")
+    return int(text)
 
 
 def _from_environment() -> Settings:
@@ -191,10 +196,72 @@ def resolve_seed(random_state: int | None) -> int:
     return int(seed)
 
 
-def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Wrap an iterable in a progress bar that obeys :attr:`Settings.progress`."""
+def warn(message: str) -> None:
+    """Warn at the line of the user that called the package, however deep in the package this is said."""
+    frame = found = sys._getframe(1)
+    while frame.f_back is not None:
+        frame, inside = frame.f_back, frame.f_code.co_filename.startswith(_PACKAGE)
+        found = frame if inside else found
+    registry = found.f_globals.setdefault("__warningregistry__", {})
+    module = found.f_globals.get("__name__", "__main__")
+    warnings.warn_explicit(message, UserWarning, found.f_code.co_filename, found.f_lineno, module, registry)
+
+
+def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm | Lines:
+    """Show how far work has come, if :attr:`Settings.progress` says so: a bar where it can move, lines elsewhere."""
+    if settings.progress and not _can_move():
+        return Lines(iterable, description, total, unit)
     with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a warning
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=not settings.progress, leave=False)
+
+
+def _can_move() -> bool:
+    """Whether stderr is a terminal or a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return (shell is not None and "IPKernelApp" in shell.config) or (sys.stderr is not None and sys.stderr.isatty())
+
+
+class Lines:
+    """Progress in a log: a line on stderr at each tenth. What the package uses of ``tqdm``."""
+
+    def __init__(self, iterable: Iterable | None, description: str, total: int | None, unit: str):
+        self.iterable, self.description, self.unit = iterable, description, unit
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self.n, self.tenth, self.values, self.started = 0, 0, "", time.monotonic()
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for one in self.iterable or ():
+                yield one
+                self.update()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def set_postfix(self, values: dict[str, str]) -> None:
+        """Values to show in the next line."""
+        self.values = "".join(f", {name} {value}" for name, value in values.items())
+
+    def update(self, n: int = 1) -> None:
+        """``n`` more are done."""
+        self.n += n
+        if self.total and 10 * self.n // self.total > self.tenth:
+            self.tenth = 10 * self.n // self.total
+            self._write(f"{100 * self.n // self.total} %")
+
+    def close(self) -> None:
+        """Say where it ended, if not at the end."""
+        if self.total and 0 < self.n < self.total:
+            self._write("ended")
+            self.n = 0
+
+    def _write(self, text: str) -> None:
+        seconds = f"{time.monotonic() - self.started:.0f} s"
+        line = f"{self.description}: {text}, {self.unit} {self.n:,} of {self.total:,}, {seconds}{self.values}"
+        print(line, file=sys.stderr, flush=True)

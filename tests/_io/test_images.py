@@ -8,6 +8,7 @@ from PIL import Image
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, set_transformation
 
+import spatiaflow as sf
 from spatiaflow import _io
 
 POINTS = np.array([[20.5, 30.5], [100.5, 11.5], [64.5, 45.5]])  # x, y in pixels of the image
@@ -134,3 +135,15 @@ def test_several_images_are_an_error_that_lists_them():
 
 def test_channel_names_are_known():
     assert found_in(spatial(Identity(), channels=["r", "g", "b"])).channels == ("r", "g", "b")
+
+
+def test_he_lies_behind_the_spots_of_a_spatialdata():
+    sdata = sf.datasets.simulated_tissue(200, seed=0)
+    (slide,) = _io.places(sdata)
+    picture, scale, corner = _io.background(sdata, sdata["table"], slide, pixels=100)
+    image = np.asarray(sdata["he"].data)
+    found = _io.slide_image(sdata, slide, image_key="he")
+    step = round(scale / found.mpp)
+    np.testing.assert_array_equal(picture, image[:, ::step, ::step].transpose(1, 2, 0))
+    spot = (slide.xy[0] - corner) / scale  # of the small picture
+    np.testing.assert_allclose(spot * step, found.xy[0], atol=1e-6)

@@ -4,7 +4,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
+import spatiaflow as sf
 from spatiaflow import _io
 from spatiaflow._io import Where
 from spatiaflow._io._scales import array_scale, remember
@@ -109,3 +112,64 @@ def test_a_scale_given_once_is_remembered_beside_the_image():
     bare = table_of(pd.DataFrame(index=range(30)), xy)
     remember(bare, _io.places(bare, Where(mpp=0.5)), 0.5)
     assert "spatial" not in bare.uns
+
+
+@pytest.fixture
+def unscaled(slide):
+    """A slide that does not say its scale, as its picture and as an object of each kind."""
+    adata = slide(mpp=0.5)
+    adata.obsm["spatial"] += 200  # all lie in the picture
+    library = adata.uns["spatial"]["s0"]
+    del library["metadata"]["microns_per_pixel"]
+    library["images"]["hires"] = np.random.default_rng(0).integers(0, 255, library["images"]["hires"].shape, np.uint8)
+    sdata = SpatialData(
+        images={"he": Image2DModel.parse(library["images"]["hires"].transpose(2, 0, 1), dims=("c", "y", "x"))},
+        shapes={"spots": ShapesModel.parse(adata.obsm["spatial"] * 0.1, geometry=0, radius=5.0)},
+    )
+    table = ad.AnnData(adata.X, adata.obs.assign(region=pd.Categorical(["spots"] * adata.n_obs), id=range(adata.n_obs)))
+    table.var_names = adata.var_names
+    sdata["table"] = TableModel.parse(table, region="spots", region_key="region", instance_key="id")
+    return {"AnnData": (adata, 0.5), "SpatialData": (sdata, 5.0)}
+
+
+def mean_colour(patches):
+    return patches.float().mean((2, 3))
+
+
+mean_colour.mpp = 5.0
+
+
+@pytest.mark.parametrize("kind", ["AnnData", "SpatialData"])
+def test_a_scale_given_to_one_function_holds_for_the_next(unscaled, kind):
+    data, mpp = unscaled[kind]
+    table = data if kind == "AnnData" else data["table"]
+    with pytest.raises(ValueError, match="is unknown: give mpp="):
+        sf.pp.encode_patches(data, encoder=mean_colour, key_added="X_mean")
+    with pytest.raises(ValueError, match="many times the width"):
+        sf.pp.encode_patches(data, encoder=mean_colour, key_added="X_mean", mpp=mpp, patch_um=1e6)
+    with pytest.raises(ValueError, match="is unknown"):  # a call that failed leaves nothing
+        _io.places(data)
+    other = sf.pp.encode_patches(data, encoder=mean_colour, key_added="X_mean", mpp=mpp, copy=True)
+    assert _io.places(other)[0].mpp == mpp
+    with pytest.raises(ValueError, match="is unknown"):  # and a copy is another object
+        _io.places(data)
+    sf.pp.encode_patches(data, encoder=mean_colour, key_added="X_mean", mpp=mpp)
+    config = sf.models.STFlowConfig(width=16, n_heads=2, n_layers=1, regions=2)
+    model = sf.tl.train_stflow(data, use_rep="X_mean", genes=3, max_epochs=1, validation=0.3, config=config)
+    sf.tl.predict_expression(data, model=model)
+    assert np.isfinite(table.obsm["stflow"]).all()
+
+
+def test_figures_and_new_objects_remember_nothing(unscaled, model):
+    data, mpp = unscaled["AnnData"]
+    sf.pp.tiles(data, tile_um=400, mpp=mpp)
+    sf.pp.crops(data, mpp=mpp, image_key="hires")
+    with pytest.raises(ValueError, match="is unknown"):
+        _io.places(data)
+    other = sf.tl.predict_expression(data, model=model, mpp=mpp, copy=True)
+    for name in ("stflow", "stflow_std"):
+        data.obsm[name] = other.obsm[name]
+    data.uns["stflow"] = other.uns["stflow"]
+    sf.pl.expression(data, model.genes[0], mpp=mpp, show=False)
+    with pytest.raises(ValueError, match="is unknown"):
+        _io.places(data)

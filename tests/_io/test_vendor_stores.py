@@ -246,7 +246,7 @@ def test_positions_scale_and_patch_are_right_as_it_comes(name, tmp_path, recwarn
     sf.pp.encode_patches(sdata, encoder=centre(mpp), patch_um=8 * mpp, key_added="X_centre", **options)
     features = sdata[options.get("table_key", "table")].obsm["X_centre"]
     np.testing.assert_allclose(features[:, 0], MARKS[SHUFFLED], atol=1)
-    assert not [w for w in recwarn if "spatiaflow" in w.filename or "monotonic" in str(w.message)]
+    assert not [w for w in recwarn if w.filename == __file__ or "monotonic" in str(w.message)]
 
 
 def test_xenium_channels_keep_their_names(tmp_path):
@@ -378,3 +378,29 @@ def test_centroids_of_labels_do_not_depend_on_chunks():
         found = _io._elements.centroids_of(labels, "labels", "global")
         assert list(found.index) == [1, 2, 3, 4, 5]
         np.testing.assert_allclose(found, CENTRES)
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("name", ["xenium", "xenium by its nuclei", "merscope", "visium hd, squares"])
+def test_the_scale_of_samples_that_were_concatenated(name, same):
+    """Concatenation drops what the reader said of itself, and appends the sample's name to all others."""
+    build, options, mpp, expected = STORES[name]
+    options = {key: value for key, value in options.items() if key == "table_key"}
+    tables = options.get("table_key", "table")
+    parts = {key: sd.SpatialData.init_from_elements({n: e for _, n, e in build().gen_elements()}) for key in "ab"}
+    data = sd.concatenate(parts, concatenate_tables=True, merge_coordinate_systems_on_name=same)
+    for slide in _io.places(data, _io.Where(**options)):
+        assert slide.mpp == pytest.approx(mpp, rel=1e-4)
+        np.testing.assert_allclose(slide.xy, expected[SHUFFLED], atol=1e-4)
+        assert _io.slide_image(data, slide, mpp=mpp).name.endswith(slide.name[-2:])
+    assert data[tables].n_obs == 10
+
+
+def test_the_scale_of_cosmx_that_was_concatenated():
+    parts = {key: sd.SpatialData.init_from_elements({n: e for _, n, e in cosmx().gen_elements()}) for key in "ab"}
+    data = sd.concatenate(parts, concatenate_tables=True)
+    slides = _io.places(data)
+    assert [len(slide) for slide in slides] == [2, 3, 2, 3]
+    assert {round(slide.mpp, 6) for slide in slides} == {0.12}
+    names = {slide.name: _io.slide_image(data, slide).name for slide in slides}
+    assert names == {f"{fov}_labels-{key}": f"{fov}_image-{key}" for fov in "12" for key in "ab"}

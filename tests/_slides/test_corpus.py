@@ -42,6 +42,12 @@ def test_slides_of_a_manifest_are_those_of_its_stores(corpus):
         np.testing.assert_array_equal(one.counts[np.arange(3)].toarray(), other.counts.toarray())
 
 
+def test_a_store_given_twice_is_a_warning(corpus):
+    (corpus / "twice.csv").write_text("store,mpp\na/slide.zarr,1\na/slide.zarr,1\n")
+    with pytest.warns(UserWarning, match="'slide:nuclei' and \"slide:nuclei'\" have the same positions"):
+        gather(corpus / "twice.csv")
+
+
 def test_without_counts_none_are_opened(corpus):
     (slide, _) = gather(str(corpus / "corpus.csv"))
     assert slide.counts is None and slide.crops is None and len(slide) == 60

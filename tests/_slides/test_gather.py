@@ -1,7 +1,11 @@
+import warnings
+
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
+import spatiaflow as sf
 from spatiaflow._io import Where
 from spatiaflow._slides import gather
 
@@ -41,3 +45,20 @@ def test_an_unknown_need_an_empty_list_and_a_slide_given_twice(slide):
         gather([])
     with pytest.warns(UserWarning, match="have the same positions"):
         gather([slide(), slide()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gather([slide(), slide()], together=False)
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.uint16, 65535), (np.uint16, 255), (np.float32, 1.0)])
+def test_models_read_a_picture_of_any_depth_as_uint8(kind, white):
+    sdata = sf.datasets.simulated_tissue(40, seed=0)
+    other = sf.datasets.simulated_tissue(40, seed=0)
+    image = other["he"]
+    other["he"] = image.copy(data=(image.data.astype(np.float64) * (white / 255)).astype(kind))
+    where = Where(image_key="he")
+    first, second = (
+        gather(one, where, need=["crops"], crop_um=16.0)[0].crops.read(np.arange(40)) for one in (sdata, other)
+    )
+    assert first.dtype == second.dtype == torch.uint8
+    np.testing.assert_allclose(second.int(), first.int(), atol=1)

@@ -2,6 +2,7 @@
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 from spatiaflow._io import _reader, open_image
 from spatiaflow._slides import patches as _patches
-from spatiaflow._slides.patches import cut
+from spatiaflow._slides.patches import Tissue, cut
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 255, (90, 130, 3), dtype=np.uint8)  # y, x, c: not square, so that x and y cannot be swapped
@@ -178,3 +179,51 @@ def test_a_stack_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 2, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
     with pytest.raises(ValueError, match="ZCYX"):
         open_image(tmp_path / "stack.tif", False)
+
+
+def shares(image, xy, width=32):
+    """Share of tissue of patches of an image (y x x x 3)."""
+    tissue = Tissue(np.asarray(xy, float), width, image.shape[:2])
+    for rows, patches in cut(image, np.asarray(xy, float), width, 16, channels_first=False, batch_size=2):
+        tissue.add(rows, patches)
+    return tissue.share()
+
+
+@pytest.mark.parametrize("glass", [(242, 240, 241), (228, 212, 227)], ids=["white", "tinted"])
+def test_tissue_is_told_from_glass_and_padding(glass):
+    rng = np.random.default_rng(0)
+    image = np.empty((96, 160, 3), np.uint8)
+    image[:, :64] = glass
+    image[:, 64:96] = (150, 120, 170)  # stained
+    image[:, 96:128] = (205, 180, 205) if glass[0] > 230 else (190, 165, 190)  # pale: fat
+    image[:, 128:] = 0  # padding
+    image = (image + (image > 0) * rng.integers(-3, 4, image.shape)).astype(np.uint8)
+    middles = [(16, 48), (48, 48), (80, 48), (112, 48), (144, 48), (64, 48)]
+    np.testing.assert_allclose(shares(image, middles), [0, 0, 1, 1, 0, 0.5], atol=0.02)
+
+
+def test_glass_alone_and_tissue_alone_are_not_split_by_their_noise():
+    rng = np.random.default_rng(0)
+    glass = (235 + rng.integers(-6, 7, (64, 64, 3))).astype(np.uint8)
+    stained = (np.array([140, 110, 160]) + rng.integers(-40, 41, (64, 64, 1))).astype(np.uint8)
+    middles = [(16, 16), (48, 16), (32, 32)]
+    np.testing.assert_array_equal(shares(glass, middles), 0)
+    np.testing.assert_array_equal(shares(stained, middles), 1)
+    np.testing.assert_array_equal(shares(np.zeros_like(glass), middles), 0)
+
+
+def test_what_lies_outside_the_image_is_no_tissue():
+    stained = np.full((64, 64, 3), (140, 110, 160), np.uint8)
+    np.testing.assert_allclose(shares(stained, [(32, 32), (0, 32), (64, 64)]), [1, 0.5, 0.25])
+
+
+def test_black_around_a_real_section_is_no_tissue(mirror):
+    if not (mirror / "her2st" / "A1.png").exists():
+        pytest.skip("section A1 is not in the mirror")
+    image = np.asarray(Image.open(mirror / "her2st" / "A1.png"))[..., :3]
+    spots = pd.read_csv(mirror / "her2st" / "A1_selection.tsv", sep="\t")
+    true = spots.loc[spots["selected"] == 1, ["pixel_x", "pixel_y"]].to_numpy() * 2000 / 6954
+    black = np.array([[100.0, 100], [300, 2000], [1900, 2000], [1000, 1900]])
+    share = shares(image, np.vstack([true, black]), width=155 / 3.19)
+    assert np.quantile(share[:-4], 0.02) > 0.1
+    np.testing.assert_array_equal(share[-4:], 0)

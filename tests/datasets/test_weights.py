@@ -37,7 +37,7 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_weights, "package_files", lambda package: tmp_path)
     file = folder / f"{NAME}.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(OSError, match="damaged or missing.*install spatiaflow again"):
+    with pytest.raises(OSError, match="damaged or missing.*Install spatiaflow again"):
         sf.datasets.weights(NAME)
 
 

@@ -24,6 +24,7 @@ def test_energy_distance_equals_the_sums_written_out():
     assert metrics.energy_distance(x[:, None], y[:, None]) == pytest.approx(energy_distance_1d(x, y) ** 2, rel=0.02)
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_kernel_distance_is_that_of_torchmetrics():
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(_base.os, "fsync", fails)
+    monkeypatch.setattr("os.fsync", fails)
     with pytest.raises(OSError, match="no space left"):
         model.save(path)
     assert path.read_bytes() == before
@@ -116,6 +116,51 @@ def test_foreign_files_are_refused(tmp_path):
 def test_headers_that_this_version_cannot_read_say_why(change, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         sf.models.load(rewritten(OLD, change, tmp_path / "changed.safetensors"))
+
+
+def with_tensors(change, to):
+    """A copy of a model file with other tensors, whose hash is right."""
+    with safe_open(str(OLD), framework="pt") as file:
+        header, tensors = json.loads(file.metadata()["spatiaflow"]), {k: file.get_tensor(k) for k in file.keys()}
+    change(tensors)
+    header["sha256"] = _base.tensors_sha256(tensors)
+    save_file(tensors, str(to), metadata={"spatiaflow": json.dumps(header)})
+    return to
+
+
+def network_tensor(tensors):
+    return next(name for name in sorted(tensors) if name.startswith("network.0."))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(network_tensor(t)), "lacks 1 tensor"),
+        (lambda t: t.update({"network.0.more": torch.zeros(1)}), "has in excess 1 tensor.*'more'"),
+        (lambda t: t.update({network_tensor(t): torch.zeros(1, 2, 3)}), r"has shape \(1, 2, 3\), not"),
+        (lambda t: t.update({k: v.int() for k, v in t.items()}), "holds torch.int32, not torch.float32"),
+    ],
+    ids=["missing", "in excess", "shape", "type"],
+)
+def test_tensors_that_are_not_those_of_the_network_are_refused(change, match, tmp_path):
+    with pytest.raises(ValueError, match=f"do not make an STFlow: .*{match}"):
+        sf.models.load(with_tensors(change, tmp_path / "changed.safetensors"))
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "null", "{}", '{"kind": 3}', "[" * 100_000])
+def test_a_damaged_description_is_refused(header, tmp_path):
+    save_file({"x": torch.zeros(2)}, str(tmp_path / "a.safetensors"), metadata={"spatiaflow": header})
+    with pytest.raises(
+        ValueError, match="the 'spatiaflow' entry in the header of .* (is damaged|does not describe a model)"
+    ):
+        sf.models.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 10**8 + 1, 2**40, 2**63])
+def test_a_header_that_claims_more_than_there_is_is_refused(length, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"x": 1}')
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        sf.models.load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(("path", "error"), [(None, TypeError), (3, TypeError), ("nowhere", FileNotFoundError)])

@@ -1,14 +1,19 @@
 """Image encoders: what the weight-free one sees, and how others are loaded."""
 
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from spatiaflow.models.encoders import Encoder, _texture, load_encoder
+from spatiaflow.models.encoders._cell import published_mae
 
 RNG = np.random.default_rng(0)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -214,3 +219,127 @@ def test_missing_encoders_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"https://huggingface.co/nobody/nothing-here(.|\n)*folder"):
         load_encoder("nobody/nothing-here")
+
+
+def test_published_networks_may_have_more_threads_than_small_functions(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
+
+    def count(patches):
+        return torch.full((len(patches), 1), torch.get_num_threads())
+
+    patches = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    assert Encoder("small", count)(patches).item() == 1
+    assert Encoder("published", count, sha256="of its weights")(patches).item() == 3
+
+
+def with_header(path, length, header=b"{}"):
+    path.write_bytes(length.to_bytes(8, "little") + header)
+
+
+def other_weights(path, change):
+    with safe_open(str(path), framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    save_file(change(tensors), str(path), metadata=metadata)
+
+
+DAMAGE = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged, or not of this network"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged, or not of this network"),
+    "a header of exabytes": (lambda path: with_header(path, 2**62), "damaged, or not of this network"),
+    "a header of 200 MB": (lambda path: with_header(path, 200_000_000), "damaged, or not of this network"),
+    "tensors beyond the file": (
+        lambda path: with_header(path, 60, b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}     '),
+        "damaged, or not of this network",
+    ),
+    "another shape": (
+        lambda path: other_weights(path, lambda t: {k: v[..., :1].clone() for k, v in t.items()}),
+        "damaged, or not of this network",
+    ),
+    "whole numbers": (
+        lambda path: other_weights(path, lambda t: {k: v.to(torch.int32) for k, v in t.items()}),
+        "damaged, or not of this network",
+    ),
+    "other names": (lambda path: other_weights(path, lambda t: {f"x.{k}": v for k, v in t.items()}), "lack .* tensors"),
+    "a pickle alone": (
+        lambda path: (torch.save({}, path.with_name("pytorch_model.bin")), path.unlink()),
+        "could not be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_of_a_folder_are_refused(tmp_path, damage):
+    save_tiny(tmp_path / "tiny", "ViT")
+    spoil, match = DAMAGE[damage]
+    spoil(tmp_path / "tiny" / "model.safetensors")
+    with pytest.raises(OSError, match=match):
+        load_encoder(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_damaged_settings_of_a_folder_are_refused(tmp_path, file, text):
+    save_tiny(tmp_path / "tiny", "ViT")
+    (tmp_path / "tiny" / file).write_text(text)
+    with pytest.raises(OSError, match="could not be loaded"):
+        load_encoder(tmp_path / "tiny")
+
+
+def test_half_precision_is_read_as_single(tmp_path):
+    save_tiny(tmp_path / "tiny", "ViT")
+    other_weights(tmp_path / "tiny" / "model.safetensors", lambda t: {k: v.half() for k, v in t.items()})
+    assert load_encoder(tmp_path / "tiny")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).dtype == torch.float32
+
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import ViTConfig as Config, ViTModel as Model
+"""
+
+
+@pytest.mark.parametrize("kind", ["vit", "of_its_own"])
+def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask whether it may
+    save_tiny(tmp_path / "tiny", "ViT")
+    marker = tmp_path / "the code ran"
+    (tmp_path / "tiny" / "code.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match="asks to run code of its own.*never runs code.*give a function"):
+        load_encoder(tmp_path / "tiny")
+    with pytest.raises(OSError, match="asks to run code of its own"):
+        published_mae(str(tmp_path / "tiny"))
+    assert not marker.exists()
+
+
+class Marker:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["uni", "conch"])
+def test_a_pickle_of_a_pathology_model_runs_no_code(tmp_path, monkeypatch, name):
+    """Their pages have pickled files; timm and conch read them with torch.load, here as carelessly as they can."""
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save({"x": Marker(tmp_path / "the code ran")}, weights)
+
+    def create(*args, **options):
+        return torch.load(weights, weights_only=False)
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create))
+    monkeypatch.setitem(sys.modules, "conch", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "conch.open_clip_custom", SimpleNamespace(create_model_from_pretrained=create))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(OSError, match="could not be loaded"):
+        load_encoder(name, checkpoint=tmp_path)
+    assert not (tmp_path / "the code ran").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

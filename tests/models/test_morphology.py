@@ -5,46 +5,22 @@ import pytest
 import torch
 
 from spatiaflow import models
+from spatiaflow.models.autoencoder import Autoencoder
 from spatiaflow.models.flow import integrate
 from spatiaflow.models.morphology import (
-    Autoencoder,
-    Conditions,
-    MorphologyConfig,
     MorphologyFlow,
     MorphologyNetwork,
     Surrogate,
+    named_noise,
     sliced_wasserstein,
     start,
 )
 from spatiaflow.models.orientation import turned
 
-CONFIG = MorphologyConfig(
-    ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
-    width=32, n_layers=2,
-)  # fmt: skip
-
-
-def some_conditions(n, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    vectors = (torch.randn(n, 6, generator=g) for _ in range(3))
-    return Conditions(
-        *vectors, torch.randn(n, 3, 8, generator=g), torch.arange(n) % 2, torch.randn(n, 5, generator=g),
-        torch.randn(n, 1, generator=g), torch.zeros(n, dtype=torch.long),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    network = MorphologyNetwork(replace(CONFIG)).eval()
-    for p in network.parameters():  # what starts at zero would hide its part
-        torch.nn.init.normal_(p, std=0.1)
-    return network
-
 
 def flow(network):
     torch.manual_seed(2)
-    autoencoder = Autoencoder(2, CONFIG.n_latent, 16)
+    autoencoder = Autoencoder(2, network.config.n_latent, network.config.crop_pixels)
     return MorphologyFlow(
         network=network, autoencoder=autoencoder, surrogate=None, shifts={}, intensity={}, history={}, card={}
     )
@@ -82,7 +58,7 @@ def test_path_between_gaussians_is_recovered():
     assert float(found.mean()) == pytest.approx(3, abs=0.02) and float(found.std()) == pytest.approx(0.5, abs=0.02)
 
 
-def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network):
+def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network, some_conditions):
     control, noise = torch.randn(4, 2, 16, 16), torch.randn(4, 4)
     conditions, model = some_conditions(4), flow(network)
     one = model.generate(control, conditions, noise, n_steps=2)
@@ -100,14 +76,14 @@ def test_every_condition_matters_and_guidance_of_none_is_the_conditional(network
     torch.testing.assert_close(part, one[:2], atol=1e-5, rtol=0)
 
 
-def test_conditions_are_dropped_sample_by_sample(network):
+def test_conditions_are_dropped_sample_by_sample(network, some_conditions):
     conditions, kept = some_conditions(3), torch.tensor([True, False, True])
     vector, whole = network.condition(conditions, kept), network.condition(conditions)
     torch.testing.assert_close(vector[kept], whole[kept])
     assert (vector[1] == network.nothing).all()
 
 
-def test_neighbours_are_a_set_around_a_cell_in_canonical_orientation(network):
+def test_neighbours_are_a_set_around_a_cell_in_canonical_orientation(network, some_conditions):
     """Their order does not matter, and a cell that is turned with its surroundings is generated turned."""
     model, conditions, noise = flow(network), some_conditions(4), torch.randn(4, 4)
     control = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -119,15 +95,15 @@ def test_neighbours_are_a_set_around_a_cell_in_canonical_orientation(network):
     torch.testing.assert_close(found, turned(one, turns), atol=1e-5, rtol=1e-4)
 
 
-def test_without_spatial_context_neither_niche_nor_neighbours_matter():
-    network = MorphologyNetwork(MorphologyConfig(**(vars(CONFIG) | {"spatial": False}))).eval()
-    for p in network.parameters():
+def test_without_spatial_context_neither_niche_nor_neighbours_matter(network, some_conditions):
+    alone = MorphologyNetwork(replace(network.config, spatial=False)).eval()
+    for p in alone.parameters():
         torch.nn.init.normal_(p, std=0.1)
     control, noise = torch.randn(2, 2, 16, 16), torch.randn(2, 4)
-    one = flow(network).generate(control, some_conditions(2), noise, n_steps=1)
+    one = flow(alone).generate(control, some_conditions(2), noise, n_steps=1)
     other = some_conditions(2)
     other.niche, other.tissue, other.neighbors = -other.niche, -other.tissue, -other.neighbors
-    torch.testing.assert_close(flow(network).generate(control, other, noise, n_steps=1), one)
+    torch.testing.assert_close(flow(alone).generate(control, other, noise, n_steps=1), one)
 
 
 def test_sliced_wasserstein():
@@ -139,7 +115,7 @@ def test_sliced_wasserstein():
     assert float(sliced_wasserstein(a, shifted, g, n=4000)) == pytest.approx(expected, rel=0.05)
 
 
-def test_save_and_load(network, tmp_path):
+def test_save_and_load(network, tmp_path, some_conditions):
     model = MorphologyFlow(
         network=network, autoencoder=flow(network).autoencoder, surrogate=Surrogate(4, 1),
         shifts={"A -> B": {"": {"genes": [0.0] * 5, "profile": [0.1]}}},
@@ -152,15 +128,24 @@ def test_save_and_load(network, tmp_path):
     assert again.shifts == model.shifts and again.card == model.card and again.intensity == model.intensity
 
 
-def test_the_path_begins_at_the_control_with_noise():
+def test_the_path_begins_at_the_control_with_noise(network):
     control, noise = torch.randn(1, 4), torch.randn(400, 4)
-    added = start(control, noise, replace(CONFIG, noise=0.2)) - control
+    added = start(control, noise, replace(network.config, noise=0.2)) - control
     np.testing.assert_allclose(added, 0.2 * noise, atol=1e-6)
-    np.testing.assert_array_equal(start(control, noise, replace(CONFIG, noise=0.0))[0], control[0])
-    np.testing.assert_array_equal(start(control, noise, replace(CONFIG, start="noise")), noise)
+    np.testing.assert_array_equal(start(control, noise, replace(network.config, noise=0.0))[0], control[0])
+    np.testing.assert_array_equal(start(control, noise, replace(network.config, start="noise")), noise)
 
 
-def test_no_change_of_latents_is_no_change_of_the_image(network):
+def test_noise_belongs_to_the_name_the_sample_and_the_seed():
+    one = named_noise(["a", "b", "c"], 0, 0, 4)
+    torch.testing.assert_close(named_noise(["c", "a"], 0, 0, 4), one[[2, 0]], rtol=0, atol=0)
+    for seed, sample in ((1, 0), (0, 1)):
+        assert not torch.isclose(named_noise(["a", "b", "c"], seed, sample, 4), one).any()
+    draws = named_noise([str(i) for i in range(3000)], 0, 0, 4)
+    assert abs(float(draws.mean())) < 0.05 and abs(float(draws.std()) - 1) < 0.05
+
+
+def test_no_change_of_latents_is_no_change_of_the_image(network, some_conditions):
     """The grain is carried over from the control image."""
     for p in network.out.parameters():
         torch.nn.init.zeros_(p)
@@ -182,4 +167,4 @@ def test_files_without_training_settings_load_with_the_defaults(network, tmp_pat
     description, tensors = model.state()
     for name in ("weighted", "exchange", "losses", "batch_size", "devices", "precision", "guidance"):
         del description["config"][name]
-    assert MorphologyFlow.from_state(description, tensors).config == replace(CONFIG)
+    assert MorphologyFlow.from_state(description, tensors).config == network.config

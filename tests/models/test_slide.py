@@ -100,3 +100,12 @@ def test_pitch_is_the_distance_to_the_nearest_other_position():
 def test_arrays_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Slide("s", list("abcd"), **wrong)
+
+
+def test_the_last_column_of_an_array_is_held_out_whole():
+    """A tenth of the spots is less than one of its eight columns."""
+    i, j = np.divmod(np.arange(64), 8)
+    slide = Slide("array", np.arange(64).astype(str), np.stack([i * 100.0, j * 90.0], 1), rows=np.arange(64))
+    train, held_out = slide.hold_out(0.1, gap=20.0)
+    assert len(held_out) == 8
+    assert not set(train.rows) & set(held_out.rows)

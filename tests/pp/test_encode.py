@@ -206,3 +206,67 @@ def test_backed_and_view(tmp_path):
         sf.pp.encode_patches(view, encoder=centre, patch_um=8)
     np.testing.assert_array_equal(view.obsm["X_centre"], values_at(SPOTS[[2, 0]]))
     assert "X_centre" not in adata.obsm
+
+
+def stained(tmp_path):
+    """Spots on tissue, on glass, and half on each."""
+    pixels = np.full((90, 130, 3), 235, np.uint8)
+    pixels[:, :50] = (150, 115, 165)
+    adata = spots(tmp_path, "glass.png", pixels)
+    adata.obsm["spatial"] = np.array([[20.0, 40], [100, 40], [49.5, 40]])
+    return adata
+
+
+def test_the_share_of_tissue_is_written(tmp_path):
+    adata = stained(tmp_path)
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=12, key_added="mine")
+    np.testing.assert_allclose(adata.obs["tissue"], [1, 0, 0.5])
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=12)  # its own column is written anew
+    assert adata.obs["tissue"].dtype == np.float32
+
+
+def test_a_column_with_the_organ_is_kept(tmp_path, caplog):
+    adata = stained(tmp_path)
+    adata.obs["tissue"] = ["breast"] * 3  # as in CELLxGENE
+    sf._settings.logger.propagate = True
+    try:
+        sf.pp.encode_patches(adata, encoder=centre, patch_um=12)
+    finally:
+        sf._settings.logger.propagate = False
+    assert adata.obs["tissue"].tolist() == ["breast"] * 3
+    assert "obs['tissue'] holds" in caplog.text
+    assert sf._io.tissue_share(adata) is None
+
+
+def test_channels_are_not_judged_as_stain(tmp_path):
+    adata = spots(tmp_path, "gray.png", PIXELS[..., 0])
+    sf.pp.encode_patches(adata, encoder=lambda p: p.float().flatten(1)[:, :2], patch_um=8)
+    assert "tissue" not in adata.obs
+
+
+@pytest.mark.parametrize("section", ["B4", "C2"])
+def test_true_spots_are_tissue_and_the_glass_around_is_not(section, mirror):
+    with sf.settings.override(mirror=str(mirror)):
+        adata = sf.datasets.her2st(section)
+    adata = adata[::4].copy()
+    image = adata.uns["spatial"][section]["images"]["hires"]
+    corners = (
+        np.array([[0.05, 0.05], [0.95, 0.05], [0.95, 0.95], [0.05, 0.95]])[:, None] + np.linspace(0, 0.02, 5)[:, None]
+    )
+    scale = adata.uns["spatial"][section]["scalefactors"]["tissue_hires_scalef"]
+    there = (corners.reshape(-1, 2) * image.shape[1::-1] / scale)[: adata.n_obs]
+    adata.obsm["spatial"] = np.vstack([adata.obsm["spatial"][: -len(there)], there])
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=155)
+    share = adata.obs["tissue"].to_numpy()
+    assert (share[: -len(there)] >= 0.05).all()
+    assert share[-len(there) :].max() < 0.01
+
+
+def test_standardize_leaves_glass_out(tmp_path):
+    pixels = np.full((90, 130, 3), 235, np.uint8)
+    pixels[:, :64] = RNG.integers(60, 160, (90, 64, 3))
+    adata = spots(tmp_path, "half.png", pixels)
+    adata.obsm["spatial"] = np.array([[20.0, 40], [40, 20], [120, 40]])
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=12, standardize=True)
+    np.testing.assert_allclose(adata.obsm["X_centre"][:2].mean(0), 0, atol=1e-6)
+    assert list(adata.uns["X_centre"]["params"]["standardized_on"]) == [2]

@@ -366,6 +366,20 @@ def test_images_alone_tell_the_planted_nuclei():
     assert np.corrcoef(found["dapi_mean"], measured["dapi_mean"])[0, 1] > 0.7
 
 
+def test_image_profile_takes_a_list_and_a_dict():
+    images = np.random.default_rng(0).integers(0, 255, (3, 1, 16, 16), np.uint8)
+    settings = {"channels": ["dapi"], "mpp": 0.5}
+    first, second = (sf.pp.image_profile(images[rows], **settings) for rows in ([0, 1], [2]))
+    found = sf.pp.image_profile({"a": images[:2], "b": images[2:]}, **settings)
+    assert list(found) == ["a", "b"]
+    for one, other in (
+        (found["a"], first),
+        (found["b"], second),
+        (sf.pp.image_profile([images[:2]], **settings)[0], first),
+    ):
+        pd.testing.assert_frame_equal(one, other)
+
+
 def test_images_alone_need_their_names_and_scale():
     images = np.zeros((3, 2, 8, 8), np.uint8)
     assert sf.pp.image_profile(images, channels=["dapi", "rna"], mpp=1.0).isna().all(axis=None)

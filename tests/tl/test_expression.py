@@ -3,6 +3,7 @@ import json
 import pickle
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -166,6 +167,7 @@ def test_test_slides_touch_nothing(slides, slide, model):
     np.testing.assert_array_equal(predicted(test, model), predicted(garbage, model))
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_paper_config_is_the_paper():
     from spatiaflow.models.stflow import Denoiser
 
@@ -294,7 +296,7 @@ def test_printed_arrays_are_arrays(mirror):
         one.obsm["X_f"] = np.random.default_rng(0).normal(size=(one.n_obs, 4)).astype(np.float32)
         scale = one.uns.pop("spatial")[one.obs["library_id"].iloc[0]]["metadata"]["microns_per_pixel"]
     options = {"config": FAST, "genes": 4, "use_rep": "X_f"}
-    with pytest.warns(UserWarning, match="spot arrays have a pitch"):
+    with pytest.warns(UserWarning, match="array have a pitch"):
         sf.tl.train_stflow(slides, mpp=2 * scale, **options)
     with pytest.warns(UserWarning, match="give library_key='library_id'"):
         sf.tl.train_stflow(ad.concat(slides), mpp=scale, **options)
@@ -313,11 +315,6 @@ def test_networks_of_a_run_that_was_overwritten_are_gone(slide, tmp_path, monkey
             sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, **arguments)
     resumed = sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, resume=True, **arguments)
     assert resumed.sha256 == clean.sha256
-    last = next(tmp_path.glob("fold_0/last.ckpt"))
-    last.write_bytes(last.read_bytes()[:2000])
-    (tmp_path / "fold_0" / "finished.safetensors").write_bytes(b"cut")
-    again = sf.tl.train_stflow(slides, random_state=1, checkpoint_dir=tmp_path, resume=True, **arguments)
-    assert again.sha256 == clean.sha256
 
 
 def test_features_of_unknown_origin_are_noticed(slide, model):
@@ -338,7 +335,7 @@ def test_positions_may_have_another_name(slide, model):
     test.obsm["X_pos"] = test.obsm.pop("spatial")
     sf.tl.predict_expression(test, model=model, spatial_key="X_pos")
     assert "X_pos" in sf.get.expression(test).obsm
-    sf.pl.expression(test, "G0", spatial_key="X_pos", return_fig=True)
+    plt.close(sf.pl.expression(test, "G0", spatial_key="X_pos", return_fig=True))
 
 
 def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
@@ -347,7 +344,7 @@ def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
     few = test[:, model.genes[:2]].copy()
     few.uns["stflow"]["genes"] = test.uns["stflow"]["genes"]
     with pytest.warns(UserWarning, match="library size"):
-        sf.pl.expression(few, model.genes[0], return_fig=True)
+        plt.close(sf.pl.expression(few, model.genes[0], return_fig=True))
 
 
 def test_several_slides_in_one_table_are_noticed(slide):
@@ -460,3 +457,68 @@ def test_a_gene_that_is_never_seen_shows_no_skill(slides):
         s.X = s.X.multiply((np.arange(s.n_vars) != 0)[None]).tocsr()
     model = sf.tl.train_stflow(silent, config=FAST, genes=list(slides[0].var_names[:3]))
     assert model.skill[0] == 0
+
+
+def with_glass(adata, n):
+    """The slide with ``n`` spots on glass beside it: flat features, no counts."""
+    glass = adata[:n].copy()
+    glass.obs_names = [f"glass_{i}" for i in range(n)]
+    glass.obsm["spatial"] = adata.obsm["spatial"][:n] - [0, 1.03 * np.ptp(adata.obsm["spatial"][:, 1])]
+    glass.obsm["X_texture"] = np.full((n, 8), -25, np.float32) + np.arange(8, dtype=np.float32)
+    glass.X = sparse.csr_matrix(glass.shape, dtype=np.float32)
+    out = ad.concat([glass, adata])
+    out.uns = adata.uns
+    out.obs["tissue"] = np.repeat([0.0, 1.0], [n, adata.n_obs]).astype(np.float32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def by_slide(slides):
+    """A model that scales each slide by its own spots."""
+    own = dataclasses.replace(FAST, standardize="slide")
+    return sf.tl.train_stflow(slides, genes=12, config=own, max_epochs=2)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_glass_changes_nothing_for_tissue(slide, by_slide, n_samples):
+    clean, dirty = slide("t", seed=7), with_glass(slide("t", seed=7), 80)
+    for one in (clean, dirty):
+        sf.tl.predict_expression(one, model=by_slide, n_samples=n_samples)
+    for key in ("stflow", "stflow_std"):
+        np.testing.assert_array_equal(dirty.obsm[key][80:], clean.obsm[key])
+    np.testing.assert_array_equal(dirty.obs["stflow_ood"][80:], clean.obs["stflow_ood"])
+    np.testing.assert_allclose(dirty.obsm["stflow"][:80], by_slide.arrays["mean"][None].repeat(80, 0), rtol=1e-6)
+    assert (dirty.obs["stflow_ood"][:80] == 1).all()
+    assert dirty.obsm["stflow_std"][:80].mean() > 1.5 * clean.obsm["stflow_std"].mean()
+    params = dirty.uns["stflow"]["params"]
+    assert (list(params["standardized_on"]), params["n_glass"]) == (["144"], 80)
+
+
+def test_a_slide_of_glass_is_the_training_mean(slide, by_slide):
+    only = with_glass(slide("t", seed=7), 30)[:30].copy()
+    sf.tl.predict_expression(only, model=by_slide)
+    np.testing.assert_allclose(only.obsm["stflow"][0], by_slide.arrays["mean"], rtol=1e-6)
+    assert np.isfinite(only.obsm["stflow_std"]).all()
+
+
+def test_few_spots_are_scaled_by_the_training_data(slide, by_slide):
+    few, more = slide("t", seed=7)[:19].copy(), slide("t", seed=7)[:20].copy()
+    for one, expected in ((few, "training"), (more, "20")):
+        sf.tl.predict_expression(one, model=by_slide)
+        assert list(one.uns["stflow"]["params"]["standardized_on"]) == [expected]
+    mean, std = (by_slide.arrays[f"feature_{name}"] for name in ("mean", "std"))
+    x = few.obsm["X_texture"]
+    np.testing.assert_allclose(by_slide.simple_prediction(x), by_slide.ridge.predict(np.float32((x - mean) / std)))
+
+
+def test_training_leaves_out_glass_and_empty_spots(slides, slide, caplog):
+    dirty = [with_glass(one, 40) for one in slides]
+    dirty[1].X[50] = 0  # on tissue, without counts
+    kept = [slides[0], slides[1][np.arange(144) != 10].copy(), slides[2]]
+    sf._settings.logger.propagate = True
+    try:
+        model, expected = (sf.tl.train_stflow(some, genes=12, config=FAST, max_epochs=1) for some in (dirty, kept))
+    finally:
+        sf._settings.logger.propagate = False
+    assert "slide 's1': 40 spots on glass and 1 more without any counts are left out" in caplog.text
+    assert model.sha256 == expected.sha256

@@ -182,7 +182,8 @@ def test_another_run_is_not_resumed(slide, tmp_path):
 @pytest.mark.slow
 def test_one_model_is_trained_on_several_objects(slide, model):
     """Two copies of a slide hold the same pairs twice: shifts stay, and each copy has its cells and pairs in the card."""
-    both = train({"one": slide, "two": slide}, max_epochs=1)
+    with pytest.warns(UserWarning, match="'one' and 'two' have the same positions"):
+        both = train({"one": slide, "two": slide}, max_epochs=1)
     assert (
         list(both.card["data"]) == ["one", "two"] and both.card["pairs"]["A -> B"] == 2 * model.card["pairs"]["A -> B"]
     )
@@ -190,6 +191,11 @@ def test_one_model_is_trained_on_several_objects(slide, model):
         np.testing.assert_allclose(both.shifts["A -> B"][""][kind], model.shifts["A -> B"][""][kind], atol=2e-5)
     made = generate({"one": slide, "two": slide}, both, n_steps=1)
     np.testing.assert_array_equal(made["one"].X, made["two"].X)
+
+
+def test_a_slide_given_twice_for_training_is_named(slide):
+    with pytest.warns(UserWarning, match="'one' and 'two' have the same positions"), pytest.raises(KeyError):
+        train({"one": slide, "two": slide}, profile_key="shape")
 
 
 def test_shift_is_the_mean_difference_of_pairs(slide, model):

@@ -1,5 +1,7 @@
 """tl.impute_genes: slots, references with and without positions, leakage, errors."""
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -13,9 +15,9 @@ from spatiaflow.models.regression import gene_pearson
 GENES = 20
 
 
-def cells(name, n=400, seed=0, spatial=True):
-    """Cells of two types in two halves of a tissue."""
-    rng, rule = np.random.default_rng(seed), np.random.default_rng(3)
+def cells(name, n=400, seed=0, spatial=True, tissue=3):
+    """Cells of two types in two halves of a tissue; another ``tissue`` has other types."""
+    rng, rule = np.random.default_rng(seed), np.random.default_rng(tissue)
     xy = rng.uniform(0, 200, (n, 2))
     kind = (xy[:, 0] + rng.normal(0, 20, n) > 100).astype(int)
     rate = np.exp(rule.normal(0.8, 0.6, (2, GENES)))[kind] * rng.lognormal(0, 0.3, (n, 1))
@@ -254,7 +256,7 @@ def test_a_trained_model_serves_panels_that_lack_some_of_its_genes(query, refere
         (lambda q, r: {"reference": r, "use_rep": "X_none"}, KeyError, "X_none"),
         (lambda q, r: {"reference": r, "genes": ["G1", "G1"]}, ValueError, "twice"),
         (lambda q, r: {"reference": r, "genes": ["g19"]}, KeyError, "Is it 'G19'?"),
-        (lambda q, r: {"reference": [r, r]}, TypeError, "reference must be an AnnData"),
+        (lambda q, r: {"reference": [r, r]}, TypeError, "reference must be one AnnData"),
     ],
 )
 def test_bad_input_says_what_is_wrong(query, reference, change, error, message):
@@ -310,3 +312,47 @@ def test_parameters_name_the_model_where_there_is_one(query, reference):
 def test_a_model_of_another_kind_is_refused_with_its_own_verb(query):
     with pytest.raises(TypeError, match=r"Imputer.*Spatia.*sf\.tl\.embed_spatia"):
         sf.tl.impute_genes(hidden(query), model="spatia-pancreas-small")
+
+
+def reliabilities(data):
+    uns = data.uns["imputed"]
+    return np.asarray(uns["reliability"]), np.asarray(uns["reliability_reference"])
+
+
+@pytest.mark.parametrize("by", ["reference", "model"])
+def test_reliability_is_measured_again_in_the_query(by, query, reference):
+    source = {"reference": reference} if by == "reference" else {"model": sf.tl.train_imputation(reference)}
+    right, permuted = hidden(query), hidden(query)
+    permuted.var_names = np.random.default_rng(0).permutation(permuted.var_names)
+    other = hidden(cells("o", seed=2, tissue=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.tl.impute_genes(right, **source)
+    for wrong in (permuted, other):
+        with pytest.warns(
+            UserWarning, match=r"less reliable here than in the reference.*promised 0\.[2-9].*same tissue"
+        ):
+            sf.tl.impute_genes(wrong, **source)
+        now, promised = reliabilities(wrong)
+        assert (now < 0.5 * promised).all()
+    now, promised = reliabilities(right)
+    assert (now <= promised).all()
+    assert now.mean() > 0.75 * promised.mean()
+
+
+def test_without_the_check_the_figure_is_that_of_the_reference(query, reference):
+    data = hidden(query)
+    data.var_names = data.var_names[::-1]
+    sf.tl.impute_genes(data, reference=reference, check=False)
+    np.testing.assert_array_equal(*reliabilities(data))
+
+
+def test_denoised_genes_have_what_they_reached_themselves(query, reference):
+    data = hidden(query)
+    counts = data.X.toarray()
+    counts[:, 4] = np.random.default_rng(0).poisson(3, 400)  # this gene is noise here
+    data.X = sparse.csr_matrix(counts)
+    sf.tl.impute_genes(data, reference=reference, genes=["G4", "G5", "G17"])
+    now, promised = reliabilities(data)
+    assert now[0] < 0.15 < promised[0]
+    assert (now[1:] > 0.6 * promised[1:]).all()

@@ -1,3 +1,5 @@
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -28,6 +30,15 @@ def test_planted_niches_and_their_number_are_found(cells):
     assert list(counts.index) == ["0", "1", "2"]  # the largest first
     wrong = cells.obs.groupby("niche", observed=True)["truth"].transform(lambda s: s.mode()[0]) != cells.obs["truth"]
     assert cells.obs["niche_confidence"][wrong].mean() < cells.obs["niche_confidence"][~wrong].mean()
+
+
+def test_the_largest_number_tried_warns(cells):
+    with pytest.warns(UserWarning, match="2 niches, the largest number tried.*max_clusters="):
+        sf.tl.cluster_niches(cells, max_clusters=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.tl.cluster_niches(cells)
+        sf.tl.cluster_niches(cells, n_clusters=2)
 
 
 def test_no_structure_is_one_niche():

@@ -5,32 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from spatiaflow.models.morphology import Conditions, MorphologyConfig, MorphologyNetwork, Surrogate
+from spatiaflow.models.morphology import Surrogate
 from spatiaflow.models.orientation import canonical, turned
 from spatiaflow.train.morphology import MorphologyTraining, fit_autoencoder
 
-CONFIG = MorphologyConfig(
-    ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
-    width=32, n_layers=2,
-)  # fmt: skip
-
-
-def some_conditions(n, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    vectors = (torch.randn(n, 6, generator=g) for _ in range(3))
-    return Conditions(
-        *vectors, torch.randn(n, 3, 8, generator=g), torch.arange(n) % 2, torch.randn(n, 5, generator=g),
-        torch.randn(n, 1, generator=g), torch.zeros(n, dtype=torch.long),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    network = MorphologyNetwork(CONFIG).eval()
-    for p in network.parameters():  # what starts at zero would hide its part
-        torch.nn.init.normal_(p, std=0.1)
-    return network
+pytestmark = pytest.mark.usefixtures("own_draws")
 
 
 def training(network, surrogate=None, *, alignment=0.0, contrast=0.0, weighted=True):
@@ -39,7 +18,10 @@ def training(network, surrogate=None, *, alignment=0.0, contrast=0.0, weighted=T
     return MorphologyTraining(network, surrogate)
 
 
-def batch(n=8):
+@pytest.fixture
+def batch(some_conditions):
+    """A batch of 8 pairs."""
+    n = 8
     source, target = torch.randn(2, n, 4, generator=torch.Generator().manual_seed(3))
     return {
         "source": source,
@@ -50,42 +32,41 @@ def batch(n=8):
     }
 
 
-def test_equal_confidence_is_plain_flow_matching(network):
+def test_equal_confidence_is_plain_flow_matching(network, batch):
     found = []
     for weighted, confidence in ((True, 0.3), (True, 1.0), (False, 0.3)):
         module = training(network, weighted=weighted)
         found.append(
-            float(module.losses(network, batch() | {"confidence": torch.full((8,), confidence)})["flow"].detach())
+            float(module.losses(network, batch | {"confidence": torch.full((8,), confidence)})["flow"].detach())
         )
     assert found[0] == pytest.approx(found[1]) and found[1] == pytest.approx(found[2])
     module = training(network)
-    b = batch() | {"confidence": torch.tensor([1.0] + [0.0] * 7)}
+    b = batch | {"confidence": torch.tensor([1.0] + [0.0] * 7)}
     b["source"].requires_grad_(True)
     module.losses(network, b)["flow"].backward()
     assert (b["source"].grad[1:] == 0).all() and b["source"].grad[0].abs().sum() > 0
 
 
-def test_losses_are_switched_by_name_and_reach_the_network(network):
+def test_losses_are_switched_by_name_and_reach_the_network(network, batch):
     surrogate = Surrogate(4, 1)
     module = training(network, surrogate, alignment=1.0, contrast=1.0).train()
-    losses = module.losses(network, batch())
+    losses = module.losses(network, batch)
     assert set(losses) == {"flow", "alignment", "contrast"}
     losses["alignment"].backward()
     assert network.into.weight.grad.abs().sum() > 0 and all(p.grad is None for p in surrogate.parameters())
     off = training(network, surrogate)
-    assert set(off.losses(network, batch())) == {"flow"}
-    same = batch()
-    same["conditions"].transition.zero_()  # no other transition to contrast with
-    assert float(module.losses(network, same)["contrast"].detach()) == 0
+    assert set(off.losses(network, batch)) == {"flow"}
+    batch["conditions"].transition.zero_()  # no other transition to contrast with
+    assert float(module.losses(network, batch)["contrast"].detach()) == 0
 
 
-def test_morphology_is_aligned_late_on_the_path_alone(network, monkeypatch):
+def test_morphology_is_aligned_late_on_the_path_alone(network, monkeypatch, batch):
     """Early the best endpoint is a mean over targets, which would be asked to spread as they do."""
     module = training(network, Surrogate(4, 1), alignment=1.0)
     values = {}
     for since in (0.0, 0.75, 2.0):
         monkeypatch.setattr("spatiaflow.train.morphology.ALIGNED_FROM", since)
-        values[since] = float(module.losses(network, batch())["alignment"].detach())
+        values[since] = float(module.losses(network, batch)["alignment"].detach())
     assert values[2.0] == 0 and values[0.0] > 0 and values[0.75] != values[0.0]
 
 

@@ -5,11 +5,10 @@ import pytest
 import torch
 from scipy import sparse
 
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.conditions import Context
 from spatiaflow.models.transport import Coordinates, PairingConfig
 from spatiaflow.train.pairs import (
     ALIKE,
-    Context,
     PairBatches,
     Pairs,
     exchanged,
@@ -102,17 +101,6 @@ def test_batches_do_not_depend_on_the_order_they_are_asked_in(exchange):
     source, target = (np.array([rows[tuple(v.tolist())] for v in found[0][key]]) for key in ("source", "target"))
     assert (source < n).all() and (pairs.group[source] == pairs.group[target - n]).all()
     assert exchange or (target == source + n).all()
-
-
-def test_neighbours_of_a_context_are_of_the_same_slide():
-    """The second slide lies where the first does; its rows follow those of the first."""
-    xy = RNG.uniform(0, 100, (30, 2))
-    features = RNG.normal(size=(30, 6)).astype(np.float32)
-    slides = [Slide(name, np.arange(30).astype(str), xy, features=features) for name in ("a", "b")]
-    around = Context.of(slides, 4, 10.0)
-    assert around.cell.shape == (60, 2) and (around.neighbors[:30] < 30).all()
-    np.testing.assert_array_equal(around.neighbors[30:], around.neighbors[:30] + 30)
-    np.testing.assert_allclose(around.offset[:30], (xy[around.neighbors[:30]] - xy[:, None]) / 10, atol=1e-5)
 
 
 def some_pairs(n, k):

@@ -42,7 +42,9 @@ from spatiaflow._io._tables import (
     slot_as_anndata,
     storable,
     target_sum,
+    tissue_share,
     write,
+    write_tissue,
 )
 from spatiaflow._io._where import Where
 
@@ -99,7 +101,9 @@ __all__ = [
     "storable",
     "target_sum",
     "text",
+    "tissue_share",
     "unpack",
     "where_in_reference",
     "write",
+    "write_tissue",
 ]

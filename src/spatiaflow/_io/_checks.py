@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -11,6 +9,7 @@ from scipy.spatial import cKDTree
 
 from spatiaflow._io._scales import XENIUM_MPP
 from spatiaflow._io._tables import entry
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
 
 SLIDE_COLUMNS = (
@@ -50,17 +49,11 @@ def check_positions(
     distinct, known = len(points), int((~bad).sum())
     if distinct < known:
         hint = "" if library_key else "; if several slides share this table, give library_key="
-        warnings.warn(
-            f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"{known - distinct} positions of slide {slide.name!r} are duplicates of others{hint}.")
     if library_key is None and (column := _column_of_slides(slide, table, ~bad)) is not None:
-        warnings.warn(
+        warn(
             f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
-            f"library_key={column!r}.",
-            UserWarning,
-            stacklevel=4,
+            f"library_key={column!r}."
         )
     check_scale(slide, points, area, "members" in entry(table, "tiles"))
 
@@ -130,9 +123,7 @@ def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_ti
         fits = _fitting(slide.mpp, size, AREA, 2)
         advice = f"its cells have {size:,.4g} µm² (median), but cells have {AREA[0]:g} to {AREA[1]:,g} µm² ({fits})"
     if advice:
-        warnings.warn(
-            f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel {advice}. Check mpp.", UserWarning, stacklevel=4
-        )
+        warn(f"slide {slide.name!r}: at {slide.mpp:g} µm per pixel {advice}. Check mpp.")
 
 
 def _fitting(mpp: float, found: float, limits: tuple[float, float], power: int) -> str:

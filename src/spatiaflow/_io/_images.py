@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,9 +13,10 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
+from spatiaflow._io._pictures import candidates, check_named, pictures, pixels_of
 from spatiaflow._io._pixels import as_uint8
 from spatiaflow._io._scales import libraries, stated
-from spatiaflow._settings import logger
+from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
 
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
@@ -71,8 +70,7 @@ def _from_anndata(
         raise ValueError(
             f"{slot}['metadata']['source_image_path'] must be a path; it is {path!r}. Correct or delete it."
         )
-    # positions are indices of full-resolution pixels: an integer is the middle of a pixel
-    xy = slide.xy / slide.mpp + 0.5
+    xy = _full_resolution(adata, slide, library)
     if image_key is None and path and Path(path).is_file():
         return SlideImage(Path(path), xy, slide.mpp, False, str(path))
     if image_key is not None and image_key not in images:
@@ -109,6 +107,51 @@ def _from_anndata(
     )
 
 
+def _full_resolution(table: AnnData, slide: Slide, library: dict) -> np.ndarray:
+    """Positions in pixels of the full resolution, where an integer is the middle of a pixel.
+
+    CosMx may count y from below, while squidpy keeps the pictures upright; the labels that it keeps beside them tell.
+    """
+    xy = slide.xy / slide.mpp + 0.5
+    if _from_below(table, slide, library):
+        xy[:, 1] = len(library["images"]["segmentation"]) - xy[:, 1]
+    return xy
+
+
+def _from_below(table: AnnData, slide: Slide, library: dict) -> bool:
+    labels, factors = library["images"].get("segmentation"), library["scalefactors"]
+    if "cell_ID" not in table.obs or factors.get("tissue_hires_scalef") != 1:
+        return False
+    if labels is None:
+        warn(
+            f"slide {slide.name!r}: a CosMx may count y from the lower side of the image, and without images['segmentation'] it "
+            "cannot be told. Look at pl.crops(data), and read the folder CellLabels too."
+        )
+        return False
+    numbers = table.obs["cell_ID"].to_numpy()[slide.rows]
+    x, y = np.floor(slide.xy / slide.mpp).astype(int).T
+    height, width = labels.shape
+    there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y, numbers = x[there], y[there], numbers[there]
+    return bool((labels[height - 1 - y, x] == numbers).sum() > (labels[y, x] == numbers).sum())
+
+
+def _background_of_anndata(table: AnnData, slide: Slide, pixels: int) -> tuple[np.ndarray, float, tuple] | None:
+    library = libraries(table).get(slide.name, {"images": {}, "scalefactors": {}, "metadata": {}})
+    images = {name: image for name, image in library["images"].items() if np.ndim(image) == 3}
+    slot = f"uns['spatial'][{slide.name!r}]"
+    scales = {name: _scale_of(library["scalefactors"], name, slot) for name in images}
+    known = sorted((scale, name) for name, scale in scales.items() if scale is not None)
+    if not known:
+        return None
+    scale, name = (scales["hires"], "hires") if scales.get("hires") is not None else known[0]
+    step = max(1, max(np.shape(images[name])[:2]) // (4 * pixels))
+    image = _shown(np.asarray(images[name])[::step, ::step], f"{slide.name}/{name}")
+    if image is None:
+        return None
+    return image[::-1] if _from_below(table, slide, library) else image, step * slide.mpp / scale, (0.0, 0.0)
+
+
 def _scale_of(scalefactors: dict, image: str, slot: str) -> Any:
     """Pixels of an image over those of the full resolution; None where nothing says so."""
     name = f"tissue_{image}_scalef"
@@ -123,7 +166,7 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     if image_key is not None and image_key not in sdata.images:
         raise KeyError(f"this SpatialData has no image {image_key!r}; it has {listing(sdata.images)}.")
     levels = []
-    for name in [image_key] if image_key is not None else _pictures(sdata, slide):
+    for name in [image_key] if image_key is not None else pictures(sdata, slide):
         for level in image_scales(sdata.images[name], name):
             transformations = get_transformation(level, get_all=True)
             if slide.coordinate_system not in transformations:
@@ -136,42 +179,11 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
     fine = [found for found in levels if mpp is not None and found[0] <= mpp * 1.05]
     scale, name, level, affine = (fine or levels[:1])[-1]
     _check_square(affine[:2, :2], name, slide.coordinate_system)
-    xy = _pixels(slide, affine)
+    if image_key is not None:
+        check_named(sdata, slide, image_key)
+    xy = pixels_of(slide, affine)
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
     return SlideImage(level.data, xy, scale, True, name, channels, affine)
-
-
-def _pictures(sdata: SpatialData, slide: Slide) -> list[str]:
-    """Return the image of a slide, or the several that are one picture at several scales, as Visium's readers write it."""
-    from spatialdata.transformations import get_transformation
-
-    system = slide.coordinate_system
-    found = [name for name in sdata.images if system in get_transformation(sdata[name], get_all=True)]
-    if len(found) > 1:  # fields of view, as of CosMx, share a system: the slide's own is where its cells are
-        found = [name for name in found if _holds(sdata.images[name], slide)] or found
-    pictures = {re.sub("_(full|hires|lowres)_image$", "", name) for name in found}
-    if len(pictures) != 1:
-        raise KeyError(
-            f"{len(found)} images share the coordinate system {system!r} with {slide.element!r}: {listing(found)}. "
-            "Give image_key=."
-        )
-    return found
-
-
-def _holds(image: Any, slide: Slide) -> bool:
-    """Whether most of the slide's positions lie in the image."""
-    from spatialdata.transformations import get_transformation
-
-    level = image_scales(image)[0]
-    affine = get_transformation(level, slide.coordinate_system).to_affine_matrix(("x", "y"), ("x", "y"))
-    xy = _pixels(slide, affine)
-    return bool(((xy >= 0) & (xy <= level.shape[:0:-1])).all(1).mean() > 0.5)
-
-
-def _pixels(slide: Slide, affine: np.ndarray) -> np.ndarray:
-    """Positions in pixels of an image that ``affine`` carries to the slide's coordinate system."""
-    homogeneous = np.column_stack([slide.xy / slide.mpp, np.ones(len(slide.xy))])
-    return (homogeneous @ np.linalg.inv(affine).T)[:, :2]
 
 
 def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> None:
@@ -179,11 +191,9 @@ def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> Non
     wide, high = np.linalg.norm(linear, axis=0)
     skew = abs(linear[:, 0] @ linear[:, 1]) / (wide * high)
     if skew > 0.02 or abs(wide / high - 1) > 0.02:
-        warnings.warn(
+        warn(
             f"the pixels of image {image_key!r} are not square in {system!r} ({wide:.4g} by {high:.4g}, skew {skew:.2g}); "
-            "patches are cut along its own axes and show the tissue distorted.",
-            UserWarning,
-            stacklevel=4,
+            "patches are cut along its own axes and show the tissue distorted."
         )
 
 
@@ -192,21 +202,19 @@ def background(
 ) -> tuple[np.ndarray, float, tuple[float, float]] | None:
     """Return a small picture of the slide's tissue, its µm per pixel and its corner (µm); None where there is none.
 
-    For an AnnData it is the "hires" image, for a SpatialData every n-th pixel of the H&E.
+    For an AnnData it is the "hires" image, or another whose scale is known, for a SpatialData every n-th pixel of the H&E.
     """
     if isinstance(data, AnnData):
-        library = libraries(table).get(slide.name, {})
-        image = library.get("images", {}).get("hires")
-        slot = f"uns['spatial'][{slide.name!r}]"
-        if image is None or (scale := _scale_of(library["scalefactors"], "hires", slot)) is None:
-            return None
-        picture = _shown(image, f"{slide.name}/hires")
-        return None if picture is None else (picture, slide.mpp / scale, (0.0, 0.0))
+        return _background_of_anndata(table, slide, pixels)
     extent = float(np.ptp(slide.xy, axis=0).max())
-    for name in data.images:
+    try:
+        names = candidates(data, slide)
+    except KeyError:  # those of other samples
+        return None
+    for name in names:
         try:
             found = _from_spatialdata(data, slide, name, extent / pixels)
-        except (KeyError, ValueError):  # of another coordinate system, or a stack of planes
+        except (KeyError, ValueError):  # of another sample, or a stack of planes
             continue
         linear, image = found.affine[:2, :2], found.source
         upright = np.all(np.diag(linear) > 0) and np.abs(linear - np.diag(np.diag(linear))).max() < 1e-6 * linear[0, 0]

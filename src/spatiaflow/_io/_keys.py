@@ -34,6 +34,8 @@ class Key:
     class obs:
         """Columns of ``.obs``."""
 
+        tissue = "tissue"  # of the patch around a spot the share that is tissue; whatever key_added is
+
         @staticmethod
         def ood(key: str) -> str:
             """Out-of-domain score."""

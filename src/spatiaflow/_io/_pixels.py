@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from spatiaflow._settings import warn
 
 DEPTHS = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
 MAX_OUTSIDE, WORTH_A_WARNING = 0.5, 0.01  # shares of positions outside of the image
@@ -129,5 +130,5 @@ def inside(xy: np.ndarray, sides: tuple[int, int], slide: str, image: str, advic
     )
     if outside > MAX_OUTSIDE:
         raise ValueError(message + hint)
-    warnings.warn(f"{message} {advice}{hint if outside > WORTH_A_WARNING else ''}", UserWarning, stacklevel=5)
+    warn(f"{message} {advice}{hint if outside > WORTH_A_WARNING else ''}")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +12,15 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow._io._elements import image_scales
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
 
 MICRON_SYSTEMS = ("microns", "micron", "micrometers", "micrometer", "um", "µm")
 XENIUM_MPP = 0.2125
 COSMX_MPP = {4256: 0.12028, 5472: 0.18}  # by the width of a field of view in pixels: today's instrument, the first one
 VISIUM_PITCH, ST_PITCH = 100.0, 200.0
+CENTRES = (("x_centroid", "y_centroid"), ("center_x", "center_y"))  # of cells, in µm: Xenium and MERSCOPE
+BOX = ("min_x", "min_y", "max_x", "max_y")  # the same of MERSCOPE, all that squidpy leaves
 ST_LAST = 36  # the arrays of legacy ST have at most 35 rows and columns
 
 
@@ -88,20 +90,21 @@ def anndata_scale(table: AnnData, rows: np.ndarray, library: str, xy: np.ndarray
 def contradiction(mpp: float, known: float, statement: str) -> None:
     """Warn of a scale that contradicts what the data say of themselves, as ``uns says 0.5 µm per pixel``."""
     if abs(mpp / known - 1) > 0.1:
-        warnings.warn(
-            f"mpp={mpp:g} was given, but {statement}; {mpp:g} is used. Check mpp.",
-            UserWarning,
-            stacklevel=6,
-        )
+        warn(f"mpp={mpp:g} was given, but {statement}; {mpp:g} is used. Check mpp.")
 
 
 def _of_instrument(table: AnnData, rows: np.ndarray, xy: np.ndarray, parts: dict) -> tuple[float, str] | None:
     """Scale of what readers of Xenium, MERSCOPE and CosMx leave in an AnnData; None for others."""
-    for columns in (("x_centroid", "y_centroid"), ("center_x", "center_y")):  # µm, of Xenium and MERSCOPE
+    for columns in CENTRES:
         if set(columns) <= set(table.obs):
             written = table.obs[list(columns)].iloc[rows].to_numpy(np.float64)
             if np.allclose(written, xy, rtol=1e-4, atol=1e-3, equal_nan=True):
                 return 1.0, f"obs[{columns[0]!r}], which is in µm,"
+    if set(BOX) <= set(table.obs):
+        left, upper, right, lower = table.obs[list(BOX)].iloc[rows].to_numpy(np.float64).T
+        inside = (left <= xy[:, 0]) & (xy[:, 0] <= right) & (upper <= xy[:, 1]) & (xy[:, 1] <= lower)
+        if inside[np.isfinite(xy).all(1)].mean() > 0.99:
+            return 1.0, "obs['min_x'], which is in µm,"
     cosmx = {"CenterX_local_px", "CenterX_global_px"} & set(table.obs)
     if cosmx and {"Area", "Area.um2"} <= set(table.obs):
         ratio = table.obs["Area.um2"] / table.obs["Area"]
@@ -149,12 +152,41 @@ def array_scale(obs: pd.DataFrame, xy: np.ndarray) -> tuple[float, str] | None:
     return None
 
 
+def centres_scale(obs: pd.DataFrame, xy: np.ndarray) -> tuple[float, str] | None:
+    """Return the µm per unit of cells whose centres an instrument wrote into ``obs`` in µm, and their column; None without.
+
+    Parameters
+    ----------
+    obs
+        Table of the cells.
+    xy
+        Their positions, n x 2; the instrument's may be moved, turned or mirrored.
+    """
+    for columns in CENTRES:
+        if not set(columns) <= set(obs):
+            continue
+        written = obs[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+        keep = np.isfinite(written).all(1) & np.isfinite(xy).all(1)
+        if keep.sum() < 4:
+            continue
+        microns, units = (np.linalg.norm(found[keep] - found[keep].mean(0), axis=1) for found in (written, xy))
+        scale = microns.sum() / max(units.sum(), 1e-12)
+        if np.median(np.abs(scale * units - microns)) < 0.02 * np.median(microns):
+            return float(scale), f"obs[{columns[0]!r}], which is in µm"
+    return None
+
+
+def plain_name(name: str) -> str:
+    """Return the name of an element or coordinate system without what :func:`spatialdata.concatenate` appends to it."""
+    return name.split("-")[0]
+
+
 def system_scale(sdata: SpatialData, system: str) -> tuple[float, str] | None:
     """Return the µm per unit of a coordinate system, and what says so; None where nothing does.
 
     Its name comes first, then ``attrs["microns_per_unit"]`` and the elements of an instrument.
     """
-    if system in MICRON_SYSTEMS:
+    if plain_name(system) in MICRON_SYSTEMS:
         return 1.0, "its name"
     known = sdata.attrs.get("microns_per_unit", {})
     if not isinstance(known, Mapping):
@@ -190,7 +222,8 @@ def _vendor_scale(sdata: SpatialData, system: str) -> float | None:
         vendor = re.match("(cell_boundaries|nucleus_boundaries|cell_circles)", name)
         if vendor and abs(units * XENIUM_MPP - 1) < 0.01:
             return XENIUM_MPP
-    if reader == "cosmx":
+    tables = [set(table.obs) for table in sdata.tables.values()]
+    if reader == "cosmx" or (reader is None and any({"fov", "cell_ID"} <= columns for columns in tables)):
         for table in sdata.tables.values():
             if {"Area", "Area.um2"} <= set(table.obs):
                 return float(np.sqrt(np.median(table.obs["Area.um2"] / table.obs["Area"])))
@@ -223,7 +256,7 @@ def remember(data: AnnData | SpatialData, slides: list[Slide], mpp: float | None
         known = dict(data.attrs.get("microns_per_unit", {}))
         data.attrs["microns_per_unit"] = known | {str(slide.coordinate_system): float(mpp) for slide in slides}
         return
-    for slide in slides:
-        if key == "spatial" and slide.name in libraries(data):
-            library = data.uns["spatial"][slide.name]
+    named = {slide.name for slide in slides} & set(libraries(data)) if key == "spatial" else set()
+    for name, library in data.uns["spatial"].items() if named else ():
+        if str(name) in named and isinstance(library, Mapping):
             library["metadata"] = dict(library.get("metadata", {})) | {"microns_per_pixel": float(mpp)}

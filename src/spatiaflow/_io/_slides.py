@@ -21,8 +21,10 @@ from spatiaflow._io._scales import (
     MICRON_SYSTEMS,
     anndata_scale,
     array_scale,
+    centres_scale,
     contradiction,
     libraries,
+    plain_name,
     system_scale,
     unknown_system,
 )
@@ -174,12 +176,20 @@ def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where, par
             "the table annotates no element (uns has no 'spatialdata_attrs'); "
             "link it with spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
         )
+    if missing := [name for name in (attrs["region_key"], attrs["instance_key"]) if name not in table.obs]:
+        raise KeyError(
+            f"obs has no {missing[0]!r}, which uns['spatialdata_attrs'] names; it has {listing(table.obs.columns)}. Link the "
+            "table again with spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
     region_of, instance_of = table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]]
     regions = {name: np.flatnonzero(region_of == name) for name in dict.fromkeys(region_of)}
     if (element := where.shapes_key or where.labels_key) is not None:
         regions = _regions_of_element(sdata, element, regions, instance_of, partial)
     if missing := [name for name in regions if name not in sdata]:
-        raise KeyError(f"the table annotates {listing(missing)}, which this SpatialData does not hold.")
+        raise KeyError(
+            f"the table annotates {listing(missing)}, which this SpatialData does not hold. Read or add that element; or, where "
+            f"obsm['spatial'] of the table holds positions, pass the table alone: data[{where.table_key!r}]."
+        )
     systems = _systems(sdata, list(regions), where.coordinate_system)
     out = []
     for name, rows in regions.items():
@@ -194,6 +204,7 @@ def _slides_of_spatialdata(sdata: SpatialData, table: AnnData, where: Where, par
             )
         units = centroids.loc[instances, ["x", "y"]].to_numpy(np.float64)
         known = system_scale(sdata, system) or array_scale(table.obs.iloc[rows], units)
+        known = known or centres_scale(table.obs.iloc[rows], units)
         if where.mpp is None and known is None:
             raise unknown_system(system)
         if where.mpp is not None and known is not None:
@@ -257,7 +268,7 @@ def _systems(sdata: SpatialData, regions: list[str], wanted: str | None) -> dict
     for name in regions:
         known = sorted(common or own[name])
         usual = next(
-            (system for system in MICRON_SYSTEMS if system in known), "global" if "global" in known else known[0]
+            (one for wished in (*MICRON_SYSTEMS, "global") for one in known if plain_name(one) == wished), known[0]
         )
         out[name] = wanted or usual
     return out
@@ -267,10 +278,11 @@ def _of_other_element(
     sdata: SpatialData, name: str, centroids: pd.DataFrame, instances: pd.Series
 ) -> tuple[pd.DataFrame, pd.Series]:
     """Match the table with an element that it does not annotate. A Xenium's numbers nuclei apart from cells."""
-    if name == "nucleus_labels" and sdata.attrs.get("spatialdata_io_reader") == "xenium":
+    outlines = name.replace("nucleus_labels", "nucleus_boundaries", 1)
+    if plain_name(name) == "nucleus_labels" and outlines in sdata.shapes and "cell_id" in sdata[outlines]:  # a Xenium's
         raise ValueError(
-            "the numbers in 'nucleus_labels' are those of nuclei, not of the table's cells; give "
-            "shapes_key='nucleus_boundaries', which knows the cell of each nucleus."
+            f"the numbers in {name!r} are those of nuclei, not of the table's cells; give shapes_key={outlines!r}, which "
+            "knows the cell of each nucleus."
         )
     if hasattr(sdata[name], "geometry") and "cell_id" in sdata[name]:
         centroids = centroids.groupby(sdata[name]["cell_id"].to_numpy()).mean()
@@ -334,9 +346,7 @@ def unpack(data: Any, table_key: str = "table", *, copy: bool = False, name: str
             data = SpatialData.init_from_elements(elements, attrs=deepcopy(data.attrs))
             table = data.tables[table_key]
     else:
-        raise TypeError(
-            f"{name} must be an AnnData or a SpatialData (only training takes a list of them), not {type(data).__name__}."
-        )
+        raise TypeError(f"{name} must be one AnnData or SpatialData, not {type(data).__name__}.")
     if not isinstance(table.obs, pd.DataFrame):
         raise ValueError(f"{name} is a lazy AnnData; call {name}.to_memory() first.")
     if table.n_obs == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -13,7 +12,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from spatiaflow._io._arguments import listing, slot_name, text
-from spatiaflow._settings import logger
+from spatiaflow._io._keys import Key
+from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
@@ -82,11 +82,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
         )
     found = same_encoder([table], key)
     if known and key not in table.uns:
-        warnings.warn(
-            f"uns has no {key!r}, so where obsm[{key!r}] comes from is unknown; the model needs what {how} gives.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"uns has no {key!r}, so where obsm[{key!r}] comes from is unknown; the model needs what {how} gives.")
     if not known and key in table.uns:
         logger.warning(
             "the model does not know what made the features it was trained on; obsm[%r] is taken for it", key
@@ -115,7 +111,7 @@ def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:
     values, _ = counts(table, None, layer)
     total = np.asarray(values.sum(1), dtype=np.float64).ravel()
     if (total == 0).any():
-        warnings.warn(f"{int((total == 0).sum())} rows have no counts at all.", UserWarning, stacklevel=3)
+        warn(f"{int((total == 0).sum())} rows have no counts at all.")
     return total
 
 
@@ -161,7 +157,7 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
             "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
-    for name in ("skill", "trusted", "reliability", "denoised"):
+    for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
     out = AnnData(np.array(table.obsm[key]), obs=table.obs.copy(), var=var)
@@ -265,6 +261,29 @@ def write(
     logger.info("wrote %s", ", ".join(_written(key, arrays, obs, uns)))
 
 
+def tissue_share(table: AnnData) -> np.ndarray | None:
+    """Share of each row's patch that is tissue, n_obs, as ``pp.encode_patches`` wrote it; None where it did not.
+
+    CELLxGENE keeps the organ under the same name, as text: that is no share.
+    """
+    if Key.obs.tissue not in table.obs or not pd.api.types.is_float_dtype(table.obs[Key.obs.tissue]):
+        return None
+    return table.obs[Key.obs.tissue].to_numpy(np.float32)
+
+
+def write_tissue(table: AnnData, share: np.ndarray) -> None:
+    """Write the share of tissue, unless the column holds something else or no image told it."""
+    if not np.isfinite(share).any():
+        return
+    if Key.obs.tissue in table.obs and tissue_share(table) is None:
+        logger.warning(
+            "obs[%r] holds %s, not the share of tissue of each patch, and is kept. Glass is therefore not told from tissue; "
+            "rename the column and encode again.", Key.obs.tissue, table.obs[Key.obs.tissue].dtype,
+        )  # fmt: skip
+        return
+    table.obs[Key.obs.tissue] = pd.Series(share, index=table.obs_names)
+
+
 def _written(key: str, arrays: dict | None, obs: dict | None, uns: dict | None) -> Iterator[str]:
     yield from (f"obsm[{key + suffix!r}]" for suffix in arrays or {})
     yield from (f"obs[{key + suffix!r}]" for suffix in obs or {})
@@ -316,11 +335,9 @@ def log_expression(
     else:
         known = stored.get("params", {}).get("n_vars", table.n_vars)
         if table.n_vars < known:
-            warnings.warn(
+            warn(
                 f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum "
-                "over all genes, is no longer known, and measured values are too high. Draw from the whole table.",
-                UserWarning,
-                stacklevel=3,
+                "over all genes, is no longer known, and measured values are too high. Draw from the whole table."
             )
         library = library_sizes(table, layer)
     return np.log1p(values * (per / np.maximum(library, 1))[:, None])

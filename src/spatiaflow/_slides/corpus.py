@@ -56,7 +56,7 @@ def read_corpus(
             _io.check_counts(table, layer)
             group = f"tables/{where.table_key}/" + (f"layers/{layer}" if layer else "X")
             counts = _io.StoredCounts(store, group)
-        for slide in gather(data, where, need=[name for name in need if name != "counts"], **options):
+        for slide in gather(data, where, need=[name for name in need if name != "counts"], together=False, **options):
             parts: dict[str, Any] = {
                 "crops": slide.crops,
                 "rows": None,

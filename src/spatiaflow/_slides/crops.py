@@ -16,7 +16,6 @@ from spatiaflow import _io
 from spatiaflow._settings import logger
 from spatiaflow._slides.patches import corners, cut
 from spatiaflow.models.slide import ABSENT, Slide
-from spatiaflow.models.spatia import intensity_of  # noqa: F401  it is here until tl/_images.py imports it from models.spatia
 
 MARGIN = 1.25  # width of a crop that fits its cell, over the longer side of the cell's box
 SHARED_BYTES = 1536 * 2**20  # decoded chunks that training keeps, because scattered cells come back to the same places
@@ -225,9 +224,13 @@ def slide_crops(
     crop_um: float | None,
     pixels: int,
     own_pixels: bool = False,
+    as_uint8: bool = False,
     image_key: str | None = None,
 ) -> Crops:
-    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell."""
+    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell.
+
+    ``as_uint8``: a picture (H&E) of any depth is read as uint8, as a model knows it.
+    """
     found = _io.slide_image(data, slide, image_key=image_key, mpp=(crop_um or 10.0) / pixels)
     masks: Any = None
     if own_pixels or crop_um is None:
@@ -243,8 +246,16 @@ def slide_crops(
         width = np.clip(np.where(width > 0, width, usual), 4, 8 * usual)  # cells without area get the usual width
     else:
         width = crop_um / found.mpp
+    if (seen := float(np.median(width))) < 0.4 * pixels:
+        logger.warning(
+            "image %r has %.3g µm per pixel: crops of %d pixels are enlarged from %.2g", found.name, found.mpp, pixels, seen
+        )  # fmt: skip
     image, channels_first, factor = _io.open_image(found.source, found.channels_first, np.median(width) / pixels)
-    channels = found.channels or ("r", "g", "b")[: image.shape[0 if channels_first else 2]]
+    n_channels = image.shape[0 if channels_first else 2]
+    if as_uint8 and found.is_rgb(n_channels):
+        image = _io.as_uint8(image, found.name)
+    unnamed = found.channels in ((), ("0", "1", "2"))  # of an array; of a SpatialData whose reader gave no names
+    channels = ("r", "g", "b")[:n_channels] if unnamed else found.channels
     width, xy = width / factor, found.xy / factor
     if crop_um is not None and abs(width / pixels - 1) < 0.02:  # close enough: resampling would only blur
         width = pixels

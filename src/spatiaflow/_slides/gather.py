@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from scipy import sparse
 
 from spatiaflow import _io
 from spatiaflow._io import Where
+from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
 
 NEEDS = ("counts", "features", "crops")
@@ -29,6 +29,7 @@ def gather(
     crop_pixels: int = 48,
     missing: bool = False,
     scaled: bool = True,
+    together: bool = True,
     argument: str = "layer",
 ) -> list[Slide]:
     """Return the slides of one or many objects, with what a caller needs of them.
@@ -53,6 +54,8 @@ def gather(
         Positions may be NaN.
     scaled
         False: positions may have any unit, or be missing altogether.
+    together
+        Compare the slides with each other, see :func:`check_together`. False: the caller does so, over more slides than these.
     argument
         Name of the caller's argument that gives ``layer``, for errors.
 
@@ -68,10 +71,13 @@ def gather(
     if isinstance(data, str | Path):
         from spatiaflow._slides.corpus import read_corpus
 
-        return read_corpus(
+        found = read_corpus(
             data, need=need, layer=layer, use_rep=use_rep, crop_um=crop_um, crop_pixels=crop_pixels, missing=missing,
             scaled=scaled,
         )  # fmt: skip
+        if scaled and together:
+            check_together(found)
+        return found
     where = where or Where()
     out: list[Slide] = []
     for label, one in _io.objects_of(data).items():
@@ -84,9 +90,10 @@ def gather(
         if "features" in need:
             slots = _io.names(use_rep, "use_rep") or []
             features = np.hstack([_io.features(table, slot) for slot in slots])
+        share = _io.tissue_share(table)
         for slide in found:
             rows = slide.rows
-            parts: dict[str, Any] = {}
+            parts: dict[str, Any] = {} if share is None else {"tissue_share": share[rows]}
             if counts is not None:
                 own = counts[rows]
                 library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
@@ -98,11 +105,11 @@ def gather(
                 from spatiaflow._slides.crops import slide_crops
 
                 options: dict[str, Any] = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
-                parts["crops"] = slide_crops(one, slide, table, **options)
+                parts["crops"] = slide_crops(one, slide, table, **options, as_uint8=True)
             name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
             out.append(replace(slide, name=name, **parts))
-    if scaled and len(out) > 1:
-        _check_together(out)
+    if scaled and together:
+        check_together(out)
     return out
 
 
@@ -115,23 +122,19 @@ def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], na
     return name
 
 
-def _check_together(slides: list[Slide]) -> None:
+def check_together(slides: Sequence[Slide]) -> None:
     """Warn of a slide that comes twice, and of slides whose spots are not as far apart as the others'."""
+    if len(slides) < 2:
+        return
     seen: dict[bytes, str] = {}
     for slide in slides:
         if (twin := seen.setdefault(slide.xy.tobytes(), slide.name)) != slide.name:
-            warnings.warn(
+            warn(
                 f"slides {twin!r} and {slide.name!r} have the same positions: is one slide given twice? What is held out "
-                "would then have been trained on.",
-                UserWarning,
-                stacklevel=4,
+                "would then have been trained on."
             )
     pitches = {slide.name: slide.pitch for slide in slides if len(slide) > 15}
     usual = float(np.median(list(pitches.values()))) if pitches else 1.0
     for name, step in pitches.items():
         if abs(step / usual - 1) > 0.5:
-            warnings.warn(
-                f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=4,
-            )
+            warn(f"spots of slide {name!r} are {step:.3g} µm apart, those of the others {usual:.3g} µm. Check mpp.")

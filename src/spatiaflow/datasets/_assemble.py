@@ -1,46 +1,45 @@
-"""Datasets that take long to read are assembled once: a store in the cache that is whole or not there."""
+"""Convert slow raw files once, and keep the result in the cache. A store there is complete or absent."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from spatiaflow import _files
 from spatiaflow._settings import logger, settings
 from spatiaflow.datasets._fetch import registry
 
-LAYOUT = 1  # raise it when what the loaders write changes: stores of another layout are not read
-SIZE = "bytes"  # file beside the store: how many bytes it held when it was finished
+LAYOUT = 1  # increase it when the loaders write something else: stores of another layout are not read
+SIZE = "bytes"  # file beside the store: its number of bytes when it was finished
 
 
 def assembled(dataset: str, write: Callable[[Path], None], suffix: str = ".zarr") -> Path:
-    """Return the store of a dataset in the cache; ``write(path)`` makes it where it is missing or damaged.
+    """Return the store of a dataset in the cache. If it is missing or damaged, ``write(path)`` makes it.
 
-    The store is written in a folder of its own and moved to its name by one rename, so neither a killed process nor
-    several at once leave half a store under that name. The name holds a digest of the raw files' sha256: another registry
-    is another store.
+    The store is written in a folder of its own and moved to its name in one step. So a killed process, or several processes at
+    once, cannot leave half a store under that name. The name contains a digest of the raw files' sha256, so other raw files make
+    another store.
 
     Parameters
     ----------
     dataset
         Name in the registry.
     write
-        Writes the store at the path that it is given.
+        Function that writes the store to a path.
     suffix
-        Of the store's name.
+        Suffix of the store's name.
     """
     folder = settings.cache_dir.expanduser().resolve() / dataset / f"assembled-{_digest(dataset)}"
     if not _is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix="assembling-") as scratch:
-            new = Path(scratch, folder.name)
+        with _files.scratch(folder.parent, "assembling-") as scratch:
+            new = scratch / folder.name
             new.mkdir()
             logger.info("assembling %s, once, into %s", dataset, folder)
             write(new / f"{dataset}{suffix}")
             (new / SIZE).write_text(str(_n_bytes(new)))
             if not _is_whole(folder):  # else another process was faster, and its store may be in use
-                _move(new, folder, aside=Path(scratch, "damaged"))
+                _move(new, folder, aside=scratch / "damaged")
     return folder / f"{dataset}{suffix}"
 
 

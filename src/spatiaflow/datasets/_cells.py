@@ -1,4 +1,4 @@
-"""What the datasets of segmented cells share: repaired outlines, and one SpatialData store of image, polygons and counts."""
+"""Shared by the datasets of segmented cells: repair outlines, and write image, polygons and counts as one SpatialData."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import sparse
 
 
 def repaired(rings: Iterable[np.ndarray]) -> tuple[np.ndarray, int]:
-    """Return polygons of rings (n x 2 vertices) and how many were repaired.
+    """Return polygons made from rings (n x 2 vertices), and how many were repaired.
 
-    Of a ring that touches or crosses itself the largest part is kept; a ring without an area becomes an empty polygon.
+    If a ring touches or crosses itself, the largest part is kept. A ring without an area becomes an empty polygon.
     """
     import shapely
 
@@ -40,26 +40,26 @@ def write_cells(
     mpp: float,
     origin: tuple[float, float],
 ) -> None:
-    """Write a SpatialData store whose coordinate system "global" is µm on the slide.
+    """Write a SpatialData store. Its coordinate system "global" is in µm on the slide.
 
     Parameters
     ----------
     store
         Path of the store.
     dataset
-        Name, citation and license, for ``attrs["dataset"]`` and ``uns["dataset"]``.
+        Name, citation and license; stored in ``attrs["dataset"]`` and ``uns["dataset"]``.
     cells
-        GeoSeries of polygons in µm, index = cell id.
+        GeoSeries of polygons in µm. The index holds the cell ids.
     counts, features, is_control
-        Cells x features; names of the features; which of them are controls and no genes.
+        Counts (cells x features), the names of the features, and which features are controls instead of genes.
     obs
-        Further columns of ``.obs``.
+        More columns for ``.obs``.
     transcripts
         Molecules with x, y, z in µm, gene and cell_id.
     pixels, stains
-        Image (c, y, x), uint8, and the names of its channels.
+        Image, uint8 (c, y, x), and the names of its channels.
     mpp, origin
-        µm per pixel; x and y in µm of the image's corner.
+        µm per pixel, and x and y of the image's corner in µm.
     """
     import dask.array as da
     import geopandas as gpd
@@ -100,6 +100,6 @@ def write_cells(
         tables={"table": TableModel.parse(table, "cell_boundaries", "region", "cell_id")},
         attrs={"microns_per_unit": {"global": 1.0}, "dataset": dataset},
     )
-    with warnings.catch_warnings():  # said once an array, and nothing that a reader of the data can act on
+    with warnings.catch_warnings():  # repeated for each array, and the user cannot do anything about it
         warnings.filterwarnings("ignore", "zarr v3 autosharding")
         sdata.write(store)

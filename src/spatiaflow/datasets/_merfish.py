@@ -1,4 +1,4 @@
-"""A piece of mouse brain measured by MERFISH (Vizgen): two stains, cell polygons, transcripts."""
+"""A piece of mouse brain measured by MERFISH (Vizgen), with two stains, cell polygons and transcripts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._cells import repaired, write_cells
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 STAINS = ("dapi", "polyT")
 MPP = 500.008 / 4603  # µm per pixel, 0.1086
-ORIGIN = 6400.029, 4699.967  # µm, corner of the image on the slide, y downwards
+ORIGIN = 6400.029, 4699.967  # µm, corner of the image on the slide; y points down
 PLANES = (0, 1)
-SHOWN = 1  # the plane of the image and the polygons: the one with more cells, transcripts and light
+SHOWN = 1  # plane of the image and the polygons: it has more cells, more transcripts and a brighter image
 DATASET = {
     "name": "merfish_mouse_brain",
     "citation": "Vizgen MERFISH mouse brain receptor map, public data release; a piece of it in GiottoData, "
@@ -31,40 +32,42 @@ DATASET = {
 }
 
 
+@verb
 def merfish_mouse_brain() -> SpatialData:
     """Load a piece of mouse brain, 500 x 450 µm, measured by MERFISH, with DAPI and polyT images.
 
-    The first call downloads the raw files and assembles them into one Zarr store in ``settings.cache_dir``; later calls open
-    that store. The piece has two focal planes. A transcript belongs to the cell in whose polygon *of its own plane* it lies
-    (the files assign none), and a cell's counts are the sum over both planes; image and polygons are those of plane 1.
+    The first call downloads the raw files and converts them to one Zarr store in ``settings.cache_dir``. Later calls open that
+    store. The piece has two focal planes. The files do not assign transcripts to cells. Here a transcript belongs to the cell
+    whose polygon *in the same plane* contains it. The counts of a cell are summed over both planes. Image and polygons are those
+    of plane 1.
 
     Returns
     -------
-    SpatialData of 504 cells, all in the coordinate system "global": µm on the slide, y downwards as in the image. It has
-    no path of its own, so nothing is ever written into the cache; ``sdata.write(path)`` keeps a copy.
+    SpatialData of 504 cells. The coordinate system "global" is in µm on the slide; y points down as in the image. The object has
+    no path, so changes never reach the cache. Save a copy with ``sdata.write(path)``.
 
     ``images["morphology"]`` : uint8 (2, 4143, 4603), channels dapi, polyT; 0.1086 µm per pixel, read lazily
-    ``shapes["cell_boundaries"]`` : polygons, index = cell id
-    ``points["transcripts"]`` : all 80,343 molecules, with ``gene``, ``z`` (plane) and ``cell_id`` ("" outside of cells)
+    ``shapes["cell_boundaries"]`` : polygons; the index holds the cell ids
+    ``points["transcripts"]`` : all 80,343 molecules, with ``gene``, ``z`` (plane) and ``cell_id`` ("" outside cells)
     ``tables["table"]`` : annotates the polygons, with
 
-    ``.X`` : CSR float32, counts (integers) of 450 genes, in all 32,326
-    ``.obsm["controls"]``, ``.uns["controls"]["genes"]`` : float32, counts of the blank barcodes, and their names; with the
-        genes these are 559 features
+    ``.X`` : CSR float32, counts (integers) of 450 genes; they sum to 32,326
+    ``.obsm["controls"]``, ``.uns["controls"]["genes"]`` : float32, counts of the blank barcodes, and their names. Genes and
+        blanks are 559 features together
     ``.obsm["spatial"]`` : float64 (n_obs, 2), centroids in µm
     ``.uns["dataset"]`` (and ``sdata.attrs["dataset"]``) : dict of ``name``, ``citation``, ``license``
 
     Raises
     ------
     OSError
-        A file could not be fetched; the message says what to do.
+        A file could not be downloaded. The message tells what to do.
 
     Notes
     -----
-    Vizgen's public MERFISH release of the mouse brain, of which the repository ``drieslab/GiottoData`` (MIT) holds this
-    piece. Dropped, with their number logged: cells without a polygon in plane 1, and those whose centroid lies outside of
-    the image. Nothing is filtered: some outlines are slivers below 1 µm², and 24 cells hold no transcript. Cells on the
-    border are cut by it, and so are their counts. Images are lossy (JPEG, 8 bit).
+    The data are Vizgen's public MERFISH release of the mouse brain. This piece comes from the repository ``drieslab/GiottoData``
+    (MIT). Cells without a polygon in plane 1, and cells whose centroid lies outside the image, are dropped, and their number is
+    logged. The other cells are not filtered: some outlines are smaller than 1 µm², and 24 cells have no transcripts. Cells at the
+    border are cut off, and so are their counts. Images are lossy (JPEG, 8 bit).
 
     Examples
     --------
@@ -75,7 +78,7 @@ def merfish_mouse_brain() -> SpatialData:
     import spatialdata as sd
 
     sdata = sd.read_zarr(assembled("merfish_mouse_brain", _write))
-    sdata.path = None  # what is written into this object must not reach the cache
+    sdata.path = None  # so that changes of this object do not reach the cache
     return sdata
 
 
@@ -92,7 +95,7 @@ def _write(store: Path) -> None:
     corner = np.array(ORIGIN) + MPP * np.array(pixels.shape[:0:-1])
     inside = cells.centroid.x.between(ORIGIN[0], corner[0]) & cells.centroid.y.between(ORIGIN[1], corner[1])
     logger.info(
-        "merfish_mouse_brain: %d cells; dropped %d without a polygon in plane %d and %d centred outside of the image",
+        "merfish_mouse_brain: %d cells; dropped %d without a polygon in plane %d and %d centred outside the image",
         inside.sum(), len(ids) - len(cells), SHOWN, (~inside).sum(),
     )  # fmt: skip
     cells = cells[inside]
@@ -116,11 +119,11 @@ def _write(store: Path) -> None:
 
 
 def _polygons(path: Path):
-    """Polygons of one plane in µm; the file has y upwards, below zero."""
+    """Return the polygons of one plane in µm. In the file y points up and is negative."""
     import geopandas as gpd
     import shapely
 
-    vertices = pd.read_csv(path, dtype={"poly_ID": str})  # 39 digits: no number type holds them
+    vertices = pd.read_csv(path, dtype={"poly_ID": str})  # 39 digits: too many for any number type
     vertices["y"] *= -1
     rings = {cell: ring.to_numpy() for cell, ring in vertices.groupby("poly_ID", sort=False)[["x", "y"]]}
     polygons, n_repaired = repaired(rings.values())
@@ -130,7 +133,7 @@ def _polygons(path: Path):
 
 
 def _assign(transcripts: pd.DataFrame, polygons: dict) -> pd.Series:
-    """Cell of every transcript, "" if none: the polygon of its plane that it lies in; of two that overlap, the first."""
+    """Return the cell of each transcript, or "". Its polygon of the same plane contains it; if several do, the first is taken."""
     import geopandas as gpd
 
     cell_ids = pd.Series("", index=transcripts.index, dtype=object)

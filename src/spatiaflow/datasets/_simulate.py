@@ -1,4 +1,4 @@
-"""Simulated tissue: images, polygons and counts with a known truth, to check every method without a download."""
+"""Simulated tissue: images, polygons and counts with a known truth, so that every method can be tested without a download."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from spatiaflow._process import verb
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -15,13 +17,13 @@ MPP = 0.5  # µm per pixel of both images
 SPACING = 10.0  # µm between neighbouring cells
 NICHES = ("stroma", "gland", "immune")
 TYPES = ("fibroblast", "epithelial", "lymphocyte", "endothelial")
-# share of each type in each niche; no type is given by the niche alone
+# share of each type in each niche; every niche has every type, so the niche does not determine the type
 SHARES = np.array([[0.60, 0.12, 0.13, 0.15], [0.12, 0.70, 0.10, 0.08], [0.18, 0.12, 0.60, 0.10]])
-# nuclei: mean area (µm²) by type, times a factor by niche, times a factor for state B of epithelial cells
+# mean area of nuclei (µm²) by type, multiplied by a factor for the niche and a factor for state B of epithelial cells
 AREA = {"fibroblast": 38.0, "epithelial": 46.0, "lymphocyte": 26.0, "endothelial": 32.0}
 AREA_NICHE = {"stroma": 1.0, "gland": 1.15, "immune": 0.9}
 AREA_STATE_B = 1.5
-AREA_STATE_B_NICHE = {"stroma": 1.25, "gland": 1.5, "immune": 1.9}  # instead, where the state acts by niche
+AREA_STATE_B_NICHE = {"stroma": 1.25, "gland": 1.5, "immune": 1.9}  # used instead with state_by_niche=True
 AXIS_RATIO = {"fibroblast": 0.45, "epithelial": 0.75, "lymphocyte": 0.92, "endothelial": 0.4}  # minor / major axis
 AXIS_RATIO_STATE_B = 0.8  # factor
 AXIS_RATIO_STATE_B_NICHE = {"stroma": 0.6, "gland": 0.72, "immune": 0.85}
@@ -30,13 +32,14 @@ AREA_SPREAD, THETA, LIBRARY, LIBRARY_SPREAD = 0.12, 10.0, 800.0, 0.35
 HEMATOXYLIN, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.09, 0.95, 0.28])  # optical density of R, G, B
 
 
+@verb
 def simulated_tissue(
     n_cells: int = 2000, *, seed: int = 0, n_genes: int = 60, state_by_niche: bool = False
 ) -> SpatialData:
-    """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts. All of their causes are known.
+    """Simulate a slide of tissue with H&E and fluorescence images, nuclei and counts, from known causes.
 
     The rules (genes, morphology, colours) are the same for every seed. The seed sets the layout, the noise and a slight change
-    of stain. So several seeds are several slides of one kind of tissue.
+    of stain. So different seeds give different slides of the same kind of tissue.
 
     Parameters
     ----------
@@ -48,7 +51,8 @@ def simulated_tissue(
         Number of genes, at least 30. 12 follow the cell type, 6 the niche, 4 the nuclear area and 2 the state. The others follow
         nothing.
     state_by_niche
-        State B changes the area and axis ratio of nuclei by different factors in each niche. False: the same in all niches.
+        If True, state B changes the area and axis ratio of nuclei by a different factor in each niche. If False, the factors are
+        the same in all niches.
 
     Returns
     -------
@@ -56,8 +60,8 @@ def simulated_tissue(
 
     ``images["he"]`` : uint8 (3, y, x), H&E-like, 0.5 µm per pixel
     ``images["fluorescence"]`` : uint8 (4, y, x), channels dapi, bound, rna, prot
-    ``shapes["nuclei"]`` : polygons; coordinate system "global" is in µm (``attrs["microns_per_unit"]``)
-    ``tables["table"]`` : counts (CSR) annotating the nuclei, with the planted truth in
+    ``shapes["nuclei"]`` : polygons; the coordinate system "global" is in µm (``attrs["microns_per_unit"]``)
+    ``tables["table"]`` : counts (CSR) of the nuclei, with the truth in
         ``obs`` ``cell_type``, ``niche``, ``state`` ("A" or "B" for epithelial cells, else "none"), ``area_um2``,
         ``axis_ratio``, ``library``; ``var`` ``driver`` ("type", "niche", "morphology", "state", "none");
         ``layers["rate"]``, the expected share of the library; ``uns["planted"]``, the parameters;
@@ -94,7 +98,7 @@ def simulated_tissue(
 
 
 def _layout(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Place cells on a jittered hexagonal array; niches are smooth regions, lumina are holes in the glands."""
+    """Place cells on a jittered hexagonal grid. Niches are smooth regions. Lumina are holes in the glands."""
     from scipy.ndimage import gaussian_filter
 
     side = SPACING * np.sqrt(n_cells * 1.12)  # µm
@@ -118,7 +122,7 @@ def _layout(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         return grid[index[:, 1], index[:, 0]]
 
     xy = xy[~at(lumen, xy)]
-    if len(xy) < n_cells:  # holes took more than their share: fill between the rows of the densest part
+    if len(xy) < n_cells:  # holes took too much space: place the missing cells between rows
         extra = xy[rng.permutation(len(xy))[: n_cells - len(xy)]] + [SPACING / 2, row / 2]
         xy = np.concatenate([xy, extra])
     xy = xy[np.sort(rng.permutation(len(xy))[:n_cells])]
@@ -126,7 +130,7 @@ def _layout(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def _effects(state_by_niche: bool) -> tuple[dict, dict]:
-    """Factors of state B for area and axis ratio, by niche."""
+    """Return the factors of state B for area and axis ratio in each niche."""
     if state_by_niche:
         return AREA_STATE_B_NICHE, AXIS_RATIO_STATE_B_NICHE
     return dict.fromkeys(NICHES, AREA_STATE_B), dict.fromkeys(NICHES, AXIS_RATIO_STATE_B)
@@ -153,7 +157,7 @@ def _cells(niche: np.ndarray, state_by_niche: bool, rng: np.random.Generator) ->
 
 
 def _nuclei(xy: np.ndarray, obs: pd.DataFrame, rng: np.random.Generator, n_vertices: int = 24) -> np.ndarray:
-    """Ellipses of the planted area and axis ratio, slightly irregular; n x vertices x 2, µm."""
+    """Return slightly irregular ellipses of the planted area and axis ratio: n x vertices x 2, in µm."""
     angle = np.linspace(0, 2 * np.pi, n_vertices, endpoint=False)
     major = np.sqrt(obs["area_um2"] / (np.pi * obs["axis_ratio"])).to_numpy()
     minor = major * obs["axis_ratio"].to_numpy()
@@ -165,8 +169,8 @@ def _nuclei(xy: np.ndarray, obs: pd.DataFrame, rng: np.random.Generator, n_verti
 
 
 def _rates(obs: pd.DataFrame, n_genes: int) -> tuple[np.ndarray, pd.DataFrame]:
-    """Expected share of each gene in each cell: a baseline times the effects of what drives the gene."""
-    rng = np.random.default_rng(2024)  # the relation of genes to causes is the same on every slide
+    """Return the expected share of each gene in each cell: a baseline times the effect of the gene's cause."""
+    rng = np.random.default_rng(2024)  # genes have the same causes on every slide
     names, drivers, log = [], [], []
 
     def add(name: str, driver: str, effect: np.ndarray | pd.Series) -> None:
@@ -199,7 +203,7 @@ def _render(
     side: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw both images, uint8 (channels, y, x)."""
+    """Return the H&E and the fluorescence image, uint8 (channels, y, x)."""
     from scipy.ndimage import gaussian_filter, zoom
     from skimage.draw import polygon as fill
 
@@ -214,7 +218,7 @@ def _render(
         return values / values.std()
 
     gland, immune, hole = (upsample(grid, s) for grid, s in ((niche_map == 1, 4), (niche_map == 2, 6), (lumen, 3)))
-    fibres = np.where(texture(40, 40) > 0, texture(0.8, 5.0), texture(5.0, 0.8))  # bundles run in two directions
+    fibres = np.where(texture(40, 40) > 0, texture(0.8, 5.0), texture(5.0, 0.8))  # bundles in two directions
     grain = texture(0.7, 0.7)
     nuclei, chromatin = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32)
     cytoplasm = np.zeros((n, n), np.float32)
@@ -258,7 +262,7 @@ def _spatialdata(
     xy: np.ndarray, obs: pd.DataFrame, polygons: np.ndarray, counts: np.ndarray, rate: np.ndarray, drivers: pd.DataFrame,
     he: np.ndarray, fluorescence: np.ndarray, state_by_niche: bool,
 ) -> SpatialData:  # fmt: skip
-    """Put everything into one object."""
+    """Return everything as one SpatialData."""
     import anndata as ad
     import dask.array as da
     import geopandas as gpd

@@ -1,4 +1,4 @@
-"""Mouse prefrontal cortex measured by STARmap: cell types and layers drawn by hand."""
+"""Mouse prefrontal cortex measured by STARmap, with cell types and manually drawn layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import pandas as pd
 from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._fetch import fetch
 
-LAYERS = {"1": "L1", "2": "L2/3", "3": "L5", "4": "L6"}  # the file has numbers; each holds the cell types of its name
+LAYERS = {
+    "1": "L1",
+    "2": "L2/3",
+    "3": "L5",
+    "4": "L6",
+}  # numbers in the file; each layer has the cell types of its name
 DATASET = {
     "name": "starmap_mpfc",
     "citation": "Wang et al. 2018, Science 361, eaat5691, https://doi.org/10.1126/science.aat5691; labels: Li and Zhou 2022, "
@@ -21,38 +27,39 @@ DATASET = {
 }
 
 
+@verb
 def starmap_mpfc() -> AnnData:
     """Load the medial prefrontal cortex of three mice, measured by STARmap, with gold cell types and layers.
 
-    Needs the package ``rdata`` at the first call (``pip install "spatiaflow[datasets]"``), which reads the R file; the result
-    is kept in ``settings.cache_dir``, and later calls read that. There is no image.
+    The first call needs the package ``rdata`` to read the R file. Install it with ``pip install "spatiaflow[datasets]"``. The
+    result is kept in ``settings.cache_dir`` for later calls. There is no image.
 
     Returns
     -------
     AnnData of 3,190 cells (1,049, 1,053 and 1,088) and 166 genes:
 
     ``.X`` : CSR float32, counts (integers)
-    ``.obs["mouse"]`` : category, ``"BZ5"``, ``"BZ9"``, ``"BZ14"``; give it as ``library_key="mouse"``
+    ``.obs["mouse"]`` : category, ``"BZ5"``, ``"BZ9"``, ``"BZ14"``. Pass ``library_key="mouse"`` to verbs
     ``.obs["cell_type"]`` : category, 15 types
     ``.obs["layer"]`` : ordered category ``"L1"`` < ``"L2/3"`` < ``"L5"`` < ``"L6"``
-    ``.obsm["spatial"]`` : float64 (n_obs, 2), x (from the pia inwards) and y in **pixels of the authors' image**, whose size in
-        µm neither the file nor its repository states: a verb that needs a scale asks for ``mpp=``. Nearest cells are about
-        165 pixels apart. Each mouse has a coordinate frame of its own
+    ``.obsm["spatial"]`` : float64 (n_obs, 2), x (from the pia inwards) and y in **pixels of the authors' image**. The size of
+        a pixel is not published, so a verb that needs a scale asks for ``mpp=``. Neighbouring cells are about 165 pixels apart.
+        Each mouse has its own coordinates
     ``.uns["dataset"]`` : dict of ``name``, ``citation``, ``license``
 
     Raises
     ------
     ImportError
-        The package ``rdata`` is missing; the message says how to install it.
+        The package ``rdata`` is missing. The message tells how to install it.
     OSError
-        The file could not be fetched; the message says what to do.
+        The file could not be downloaded. The message tells what to do.
 
     Notes
     -----
     Wang et al., "Three-dimensional intact-tissue sequencing of single-cell transcriptional states", Science 361, eaat5691
-    (2018), https://doi.org/10.1126/science.aat5691. Cell types and layers are those that Li and Zhou, "BASS: multi-scale and
-    multi-sample analysis enables accurate cell type clustering and spatial domain detection in spatial transcriptomic
-    studies", Genome Biology 23, 168 (2022), https://doi.org/10.1186/s13059-022-02734-7, compare with. The repository has no
+    (2018), https://doi.org/10.1126/science.aat5691. Cell types and layers are the reference labels of Li and Zhou, "BASS:
+    multi-scale and multi-sample analysis enables accurate cell type clustering and spatial domain detection in spatial
+    transcriptomic studies", Genome Biology 23, 168 (2022), https://doi.org/10.1186/s13059-022-02734-7. The repository has no
     licence file.
 
     Examples
@@ -69,8 +76,8 @@ def _write(store: Path) -> None:
         import rdata
     except ImportError as error:
         raise ImportError(
-            "starmap_mpfc is published as an R file, and the package rdata, which reads it, is not installed: "
-            'pip install "spatiaflow[datasets]"'
+            "datasets.starmap_mpfc reads an R file with the package rdata, which is not installed. Run "
+            'pip install "spatiaflow[datasets]".'
         ) from error
     (path,) = fetch("starmap_mpfc")
     content = rdata.read_rda(path)
@@ -84,7 +91,10 @@ def _write(store: Path) -> None:
 
 
 def _mouse(name: str, counts, info: pd.DataFrame) -> AnnData:
-    """One mouse: counts (genes x cells) and its cells' x, y, c (type) and z (layer); ``name`` is like 20180417_BZ5_control."""
+    """Return one mouse from its counts (genes x cells) and its cells' x, y, c (type), z (layer).
+
+    ``name`` is like "20180417_BZ5_control".
+    """
     mouse = name.split("_")[1]
     return AnnData(
         sparse.csr_matrix(counts.sel(dim_1=info.index.to_numpy()).to_numpy().T.astype(np.float32)),

@@ -1,4 +1,4 @@
-"""Weights by name, bundled or published, each checked by its sha256; and the model that a verb's ``model=`` names."""
+"""Bundled and downloaded weights by name, checked by sha256. ``resolve`` loads what the ``model=`` of a verb names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spatiaflow._process import verb
 from spatiaflow.datasets._fetch import fetch
 
 if TYPE_CHECKING:
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 FOLDER = "weights"
 
 
+@verb
 def weights(name: str | None = None) -> Path | pd.DataFrame:
-    """Return the file of some weights, or a table of all weights that the package knows.
+    """Return the file of the named weights, or a table of all known weights.
 
-    Bundled weights need no network. Others are downloaded once into ``settings.cache_dir``. Verbs take these names as
-    ``model=``, so this function is needed only to look at what there is, or to load a model without a verb.
+    Bundled weights need no internet access. Others are downloaded once into ``settings.cache_dir``. Verbs take these names as
+    ``model=``. Call this function only to list the weights, or to load a model without a verb.
 
     Parameters
     ----------
     name
-        Name of the weights. None lists all.
+        Name of the weights. If None, all are listed.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
     ValueError
         There are no weights of this name.
     OSError
-        The file is damaged, or could not be downloaded.
+        The file is damaged or could not be downloaded.
 
     Examples
     --------
@@ -57,14 +59,15 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
         return table.assign(bundled=table["bundled"] == "yes", bytes=table["bytes"].astype(int))
     if name not in known:
         raise ValueError(
-            f"there are no weights {name!r}. Known are {', '.join(known) or 'none'}; the path of a saved model works too."
+            f"there are no weights {name!r}. Known names are {', '.join(known) or 'none'}. To use a model of your own, "
+            "pass the path of its .safetensors file."
         )
     row = known[name]
     if row["bundled"] != "yes":
         return fetch(FOLDER, f"{name}.safetensors")[0]
     path = Path(str(folder / f"{name}.safetensors"))
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
-        raise OSError(f"the bundled weights {name!r} are damaged or missing ({path}); install spatiaflow again.")
+        raise OSError(f"the bundled weights {name!r} are damaged or missing ({path}). Install spatiaflow again.")
     return path
 
 
@@ -76,23 +79,23 @@ def resolve(
     Parameters
     ----------
     model
-        A model, the path of a saved one, or the name of weights. A text is a path if it ends in ``.safetensors`` or if such a
-        file exists. None takes ``default``.
+        A model, the path of a saved model, or the name of weights. A string is a path if it ends in ``.safetensors`` or if
+        that file exists. None means ``default``.
     kind
-        Kind that the verb needs, such as ``"Spatia"``.
+        Kind of model that the verb needs, such as ``"Spatia"``.
     default
-        Name of the weights that None stands for.
+        Name of the weights to use if ``model`` is None.
     argument
-        Name of the verb's argument, for errors.
+        Name of the verb's argument, for error messages.
 
     Raises
     ------
     TypeError
-        It is no model, or a model of another kind. The message names both kinds, and the verb that takes the model.
+        ``model`` is not a model, or a model of another kind. The message names both kinds and the verb that takes the model.
     ValueError
-        There are no weights of this name, or the file holds no model.
+        There are no weights of this name, or the file does not contain a model.
     FileNotFoundError
-        There is no file at the path.
+        There is no file at this path.
     """
     from spatiaflow import models
     from spatiaflow.models import _base

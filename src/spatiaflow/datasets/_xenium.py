@@ -1,4 +1,4 @@
-"""A region of human pancreas measured by Xenium: four stains, cell polygons, counts."""
+"""A region of human pancreas measured by Xenium, with four stains, cell polygons and counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy import sparse
 
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.datasets._assemble import assembled
 from spatiaflow.datasets._cells import repaired, write_cells
@@ -32,26 +33,26 @@ DATASET = {
 }
 
 
+@verb
 def xenium_pancreas() -> SpatialData:
     """Load a region of human pancreas (FFPE), 870 x 870 µm, measured by Xenium with its four segmentation stains.
 
-    The first call downloads 36 MB in 1,200 files and assembles them into one Zarr store in ``settings.cache_dir``; later
-    calls open that store. Nothing is filtered: half of the cells have 39 counts or fewer.
+    The first call downloads 36 MB in 1,200 files and converts them to one Zarr store in ``settings.cache_dir``. Later calls
+    open that store. Cells are not filtered: half of them have 39 counts or fewer.
 
     Returns
     -------
-    SpatialData of 7,619 cells, all in the coordinate system "global": µm on the whole slide, of which the region is the part
-    x 3916.8 to 4787.2, y 0 to 870.4. It has no path of its own, so nothing is ever written into the cache;
-    ``sdata.write(path)`` keeps a copy.
+    SpatialData of 7,619 cells. The coordinate system "global" is in µm on the whole slide. The region is x 3916.8 to 4787.2,
+    y 0 to 870.4. The object has no path, so changes never reach the cache. Save a copy with ``sdata.write(path)``.
 
     ``images["morphology"]`` : uint8 (4, 4096, 4096), channels dapi, bound (membrane), rna, prot; 0.2125 µm per pixel, read
-        lazily. Values rarely pass 90: rescale each channel to look at it
-    ``shapes["cell_boundaries"]`` : polygons, index = cell id
+        lazily. Values are rarely above 90, so rescale each channel for display
+    ``shapes["cell_boundaries"]`` : polygons; the index holds the cell ids
     ``tables["table"]`` : annotates the polygons, with
 
     ``.X`` : CSR float32, counts (integers) of 377 genes
-    ``.obs["cluster"]`` : category, missing for the 4 cells without any count. The publishers made these clusters from the
-        same counts: they are no gold labels, and agreement with them does not tell how good a method is
+    ``.obs["cluster"]`` : category, missing for the 4 cells without counts. The publishers made these clusters from the
+        same counts. They are not gold labels, and agreement with them does not measure how good a method is
     ``.obsm["controls"]``, ``.uns["controls"]["genes"]`` : float32 (n_obs, 129), counts of negative controls and unassigned
         codewords, and their names
     ``.obsm["spatial"]`` : float64 (n_obs, 2), centroids in µm
@@ -60,13 +61,13 @@ def xenium_pancreas() -> SpatialData:
     Raises
     ------
     OSError
-        A file could not be fetched; the message says what to do.
+        A file could not be downloaded. The message tells what to do.
 
     Notes
     -----
-    10x Genomics, "Human Pancreas FFPE with Multimodal Cell Segmentation" (Xenium), as published in tiles by celldega,
+    The data are 10x Genomics' "Human Pancreas FFPE with Multimodal Cell Segmentation" (Xenium). The files come from the
     repository ``broadinstitute/celldega_Xenium_human_Pancreas_FFPE``, which is under Broad's academic, non-profit licence.
-    Images are lossy (WebP, 8 bit). Cells belong to the region by their centroid; the cells at its border reach beyond the
+    Images are lossy (WebP, 8 bit). A cell belongs to the region if its centroid does, so cells at the border extend beyond the
     image.
 
     Examples
@@ -78,7 +79,7 @@ def xenium_pancreas() -> SpatialData:
     import spatialdata as sd
 
     sdata = sd.read_zarr(assembled("xenium_pancreas", _write))
-    sdata.path = None  # what is written into this object must not reach the cache
+    sdata.path = None  # so that changes of this object do not reach the cache
     return sdata
 
 
@@ -87,7 +88,7 @@ def _write(store: Path) -> None:
 
 
 def write_region(store: Path, files: dict[str, Path], region: tuple[int, int, int, int]) -> None:
-    """Write a region (x0, y0, x1, y1 in full-resolution pixels; x0 and y0 at edges of tiles) from the publishers' files."""
+    """Write a region of the slide: x0, y0, x1, y1 in full-resolution pixels. x0 and y0 must be multiples of ``TILE``."""
     cells = _cells([path for file, path in files.items() if file.startswith("cell_segmentation/")], region)
     genes = {path.stem: path for file, path in files.items() if file.startswith("cbg/")}
     clusters = pd.read_parquet(files["cell_clusters/cluster.parquet"])["cluster"].astype(object)
@@ -111,14 +112,14 @@ def write_region(store: Path, files: dict[str, Path], region: tuple[int, int, in
 
 
 def _cells(paths: list[Path], region: tuple[int, int, int, int]):
-    """Polygons in µm of the cells centred in the region; a cell that several tiles list is taken once."""
+    """Return polygons in µm of the cells centred in the region. A cell that is listed in several tiles is taken once."""
     import geopandas as gpd
     import shapely
 
     x0, y0, x1, y1 = region
     outlines = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True).drop_duplicates("name")
     polygons, n_repaired = repaired(np.stack(rings[0]) for rings in outlines["GEOMETRY"])
-    centre = gpd.GeoSeries(polygons).centroid  # of an empty polygon: NaN, which is not inside
+    centre = gpd.GeoSeries(polygons).centroid  # NaN for an empty polygon, which is then not inside
     inside = ((centre.x >= x0) & (centre.x < x1) & (centre.y >= y0) & (centre.y < y1)).to_numpy()
     logger.info(
         "xenium_pancreas: %d cells in the region; of all %d outlines, %d crossed themselves and were repaired, %d were empty",
@@ -129,7 +130,7 @@ def _cells(paths: list[Path], region: tuple[int, int, int, int]):
 
 
 def _counts(cell_ids: pd.Index, paths: list[Path]) -> sparse.csr_matrix:
-    """Join the files of the genes, each of which lists the cells of the whole slide where the gene was seen."""
+    """Join the files of the genes. Each file lists the cells of the whole slide in which the gene was detected."""
     rows, columns, values = [], [], []
     for column, path in enumerate(paths):
         seen = pd.read_parquet(path).iloc[:, 0]
@@ -142,7 +143,7 @@ def _counts(cell_ids: pd.Index, paths: list[Path]) -> sparse.csr_matrix:
 
 
 def _pixels(files: dict[str, Path], region: tuple[int, int, int, int]) -> np.ndarray:
-    """Join the tiles, which are named by their column and row on the whole slide; those at its end are smaller."""
+    """Join the tiles. They are named by column and row on the whole slide. Tiles at the slide's end are smaller."""
     x0, y0, x1, y1 = region
     pixels = np.zeros((len(STAINS), y1 - y0, x1 - x0), np.uint8)
     for c, stain in enumerate(STAINS):

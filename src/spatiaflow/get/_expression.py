@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 
 
-def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: str = "table") -> AnnData:
+@verb
+@_io.each_object
+def expression(
+    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
+    *,
+    key: str = "stflow",
+    table_key: str = "table",
+) -> AnnData | list[AnnData] | dict[str, AnnData]:
     """Return an array slot and its gene names as an AnnData.
 
     Parameters
     ----------
     data
-        Object that a verb such as :func:`spatiaflow.tl.predict_expression` wrote into.
+        One object, or a list or dict of objects, with the result of a verb such as
+        :func:`spatiaflow.tl.predict_expression`.
     key
         The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``, such as ``"stflow"`` or ``"imputed"``.
     table_key
@@ -22,14 +33,19 @@ def expression(data: AnnData | SpatialData, *, key: str = "stflow", table_key: s
 
     Returns
     -------
-    AnnData (n_obs x genes): X the values, ``layers["std"]`` where there is one, ``obs``, ``obsm["spatial"]``,
-    ``uns["spatial"]`` and ``uns["spatialdata_attrs"]`` of the source; of predictions ``var["skill"]`` and ``var["trusted"]``, of
-    imputation ``var["reliability"]`` and ``var["denoised"]``.
+    AnnData (n_obs x genes), or a list or dict of them:
+
+    ``.X`` : the values
+    ``.layers["std"]`` : their standard deviations, if there are any
+    ``.var`` : ``skill`` and ``trusted`` of predicted genes; ``reliability`` and ``denoised`` of imputed genes
+    ``.obs``, ``.obsm["spatial"]``, ``.uns["spatial"]``, ``.uns["spatialdata_attrs"]`` : those of ``data``
 
     Raises
     ------
     KeyError
-        The slot or its names are missing.
+        The slot or its gene names are missing. The message tells which function writes them.
+    ValueError
+        The list or dict is empty.
 
     Examples
     --------

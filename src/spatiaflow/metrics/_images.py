@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spatiaflow._process import verb
+
 if TYPE_CHECKING:
     from spatiaflow.models import ImageFeatures
 
 NETWORK = "cell-features-small"
 
 
+@verb
 def image_features(
     images: ArrayLike,
     *,

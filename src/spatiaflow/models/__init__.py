@@ -4,6 +4,8 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from spatiaflow._process import unchanged as _unchanged
+
 if _TYPE_CHECKING:
     from spatiaflow.models._base import load as load
     from spatiaflow.models.features import ImageFeatures as ImageFeatures
@@ -28,6 +30,11 @@ __all__ = [*sorted(_WHERE), "load"]
 
 def __getattr__(name: str) -> _Any:
     # slide.py needs no torch, and the figures load it
+    with _unchanged():
+        return _imported(name)
+
+
+def _imported(name: str) -> _Any:
     if name == "load":  # all kinds must be known before a file can be read
         for module in sorted(set(_WHERE.values())):
             _import_module(f"spatiaflow.models.{module}")

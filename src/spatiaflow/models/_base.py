@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
-import tempfile
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spatiaflow import _files
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 
 FORMAT = 1
@@ -95,7 +97,20 @@ class Model(ABC):
         """Rebuild a model from the description and tensors of its file."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the model to one safetensors file, atomically, and return its path."""
+        """Write the model to one safetensors file, and return its path.
+
+        The file is whole or not there, a link stays a link, and permissions are those of any new file.
+
+        Parameters
+        ----------
+        path
+            Where; the suffix ``.safetensors`` is added when missing.
+
+        Raises
+        ------
+        OSError
+            The disk is full or the folder cannot be written. What stood at the path before is unchanged.
+        """
         return save(path, self.kind, *self.state())
 
     @property
@@ -104,6 +119,7 @@ class Model(ABC):
         return tensors_sha256(self.state()[1])
 
 
+@verb
 def load(path: str | Path, kind: str | None = None) -> Model:
     """Load a model written by ``model.save(path)``.
 
@@ -143,7 +159,7 @@ def load(path: str | Path, kind: str | None = None) -> Model:
     check_kind(found, kind)
     try:
         return found.from_state(description, tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         wrote = description.get("card", {}).get("spatiaflow", "an unknown version")
         raise ValueError(
             f"the header and tensors of {str(path)!r} do not make {with_article(found.kind)}: {error}. "
@@ -203,7 +219,7 @@ def model_card(
 
 
 def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tensor]) -> Path:
-    """Write a model file atomically: temporary file in the same folder, fsync, rename.
+    """Write a model file atomically.
 
     Parameters
     ----------
@@ -222,17 +238,12 @@ def save(path: str | Path, kind: str, description: dict, tensors: dict[str, Tens
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = {"format": FORMAT, "kind": kind, "sha256": tensors_sha256(tensors)}
     header = {"spatiaflow": json.dumps({**identity, **description}, default=_plain)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with _files.atomic(path) as temporary:
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+        except SafetensorError as error:  # how it says that it could not write
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     return path
 
 
@@ -253,30 +264,74 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"no model file at {str(path)!r} (in {str(path.parent.resolve())!r}).")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("spatiaflow")
+            description = _description((file.metadata() or {}).get("spatiaflow"), path)  # before anything large is read
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is not a readable safetensors file ({error}): it is truncated, corrupted, or of another format "
             "(pickled checkpoints are never opened). Save it again with model.save(path) or download it again."
         ) from error
-    if header is None:
-        raise ValueError(
-            f"{str(path)!r} holds safetensors, but no spatiaflow model (its header has no 'spatiaflow' entry); "
-            "models are written by model.save(path)."
-        )
-    description = json.loads(header)
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} has model format {description.get('format')}; this version of spatiaflow reads {FORMAT}. "
-            "Upgrade spatiaflow."
-        )
     if description.get("sha256") != tensors_sha256(tensors):
         raise ValueError(
             f"the tensors of {str(path)!r} are not those that were saved (their sha256 differs): the file is corrupted. "
             "Save it again with model.save(path) or download it again."
         )
     return description, tensors
+
+
+def _description(header: str | None, path: Path) -> dict:
+    """What the header of a model file says."""
+    if header is None:
+        raise ValueError(
+            f"{str(path)!r} holds safetensors, but no spatiaflow model (its header has no 'spatiaflow' entry); "
+            "models are written by model.save(path)."
+        )
+    try:
+        description = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the 'spatiaflow' entry in the header of {str(path)!r} is damaged: {error}.") from error
+    if not isinstance(description, dict) or not isinstance(description.get("kind"), str):
+        raise ValueError(f"the 'spatiaflow' entry in the header of {str(path)!r} does not describe a model.")
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} has model format {description.get('format')}; this version of spatiaflow reads {FORMAT}. "
+            "Upgrade spatiaflow."
+        )
+    return description
+
+
+def fill(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a network the tensors of a file, after :func:`check_tensors`."""
+    check_tensors(tensors, network.state_dict())
+    network.load_state_dict(tensors)
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a network: by name, shape, and whether they hold real or whole numbers.
+
+    Raises
+    ------
+    ValueError
+        The message names the first difference.
+    """
+    for more, less, what in ((wanted, found, "lacks"), (found, wanted, "has in excess")):
+        if names := [name for name in more if name not in less]:
+            raise ValueError(f"it {what} {len(names)} tensor(s) of the network, first {names[0]!r}")
+    for name, value in wanted.items():
+        one = found[name]
+        if one.shape != value.shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(one.shape)}, not {tuple(value.shape)}")
+        if one.dtype != value.dtype and not (one.is_floating_point() and value.is_floating_point()):
+            raise ValueError(f"tensor {name!r} holds {one.dtype}, not {value.dtype}")
+
+
+def check_types(path: str | Path, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a safetensors file in which tensors of a network hold whole numbers instead of real ones; reads its header."""
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():
+            kind = file.get_slice(name).get_dtype()
+            if name in wanted and wanted[name].is_floating_point() != kind.startswith(("F", "BF")):
+                raise TypeError(f"tensor {name!r} holds {kind}, not {wanted[name].dtype}")
 
 
 def sha256(path: str | Path) -> str:

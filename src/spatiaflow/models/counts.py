@@ -1,7 +1,7 @@
-"""Counts of molecules: normalisation, negative binomial fits, priors of the flow, and the predictive law.
+"""Molecule counts: normalisation, negative binomial fits, priors of the flow, and the predictive distribution.
 
-Parametrisation throughout: mean and inverse dispersion ``theta`` (variance mean + mean^2 / theta), with probability
-``pi`` of an extra zero. scvi-tools' ``total_count`` is theta and its ``logits`` are log(mean / theta).
+All functions use the mean and the inverse dispersion ``theta`` (variance = mean + mean^2 / theta), and the probability ``pi``
+of an extra zero. In scvi-tools, theta is ``total_count`` and log(mean / theta) is ``logits``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-MAX_THETA = 1e4  # above it a negative binomial is a Poisson to any precision that matters here
+MAX_THETA = 1e4  # above this value a negative binomial is practically a Poisson distribution
 
 
 def log_normalize(counts: Any, library: np.ndarray, target_sum: float | None = 1e4) -> Any:
-    """Return log1p of counts per ``target_sum`` of each row's library, or log1p of raw counts when it is None.
+    """Return log1p of counts per ``target_sum`` of each row's library. If ``target_sum`` is None, log1p of raw counts.
 
     Sparse counts stay sparse (CSR).
     """
@@ -31,7 +31,7 @@ def log_normalize(counts: Any, library: np.ndarray, target_sum: float | None = 1
 
 
 def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor, pi: Tensor | None = None) -> Tensor:
-    """Log-probability of counts under NB(mean, theta), zero-inflated by ``pi`` when given."""
+    """Return the log-probability of counts under NB(mean, theta). If ``pi`` is given, with zero inflation."""
     log_p = (
         torch.lgamma(counts + theta)
         - torch.lgamma(theta)
@@ -46,7 +46,7 @@ def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor, pi: Tensor | Non
 
 
 def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit NB and ZINB with a log-library offset to every gene by maximum likelihood and keep the better by AIC.
+    """Fit NB and ZINB to each gene by maximum likelihood, with the log library as offset, and keep the one with lower AIC.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.
 
     Returns
     -------
-    rate, theta, pi : arrays of length genes; the mean of a row is its library times ``rate``; ``pi`` is 0 where the
-    plain NB has the lower AIC.
+    rate, theta, pi : one value per gene. The mean of a row is its library times ``rate``. ``pi`` is 0 for genes where the plain
+    NB has the lower AIC.
     """
     c = torch.as_tensor(np.asarray(counts), dtype=torch.float64)
     size = torch.as_tensor(np.maximum(np.asarray(library), 1), dtype=torch.float64)[:, None]
@@ -95,14 +95,14 @@ def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.
 def draw_counts(
     mean: np.ndarray, theta: float | np.ndarray, pi: float | np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw zero-inflated negative binomial counts, elementwise, as a Poisson with a gamma-distributed mean."""
+    """Draw zero-inflated negative binomial counts for each element, as Poisson counts with a gamma-distributed mean."""
     counts = rng.poisson(rng.gamma(np.broadcast_to(theta, mean.shape), mean / theta))
     return np.where(rng.random(mean.shape) < pi, 0, counts) if np.any(pi) else counts
 
 
 @dataclass
 class ZeroPrior:
-    """Start of the flow at zero expression. Deterministic: all draws are alike."""
+    """Start the flow at zero expression. All draws are equal."""
 
     deterministic = True
 
@@ -112,7 +112,7 @@ class ZeroPrior:
 
 @dataclass
 class GaussianPrior:
-    """Standard normal start, in log1p units."""
+    """Start the flow at standard normal noise, in log1p units."""
 
     deterministic = False
 
@@ -124,7 +124,7 @@ class GaussianPrior:
 class ScalarZINB:
     """The paper's prior: one zero-inflated negative binomial for all genes, then log1p.
 
-    The defaults are the released code's (scvi-tools ``total_count=1, logits=0.1, zi_logits=0``): theta 1, NB mean
+    The defaults are those of the authors' code (scvi-tools ``total_count=1, logits=0.1, zi_logits=0``): theta 1, NB mean
     exp(0.1) = 1.105, pi 0.5.
     """
 
@@ -135,7 +135,7 @@ class ScalarZINB:
 
     @classmethod
     def from_logits(cls, total_count: float = 1.0, logits: float = 0.1, zi_logits: float = 0.0) -> ScalarZINB:
-        """Make the prior from scvi-tools' parameters."""
+        """Return the prior with the given parameters of scvi-tools."""
         return cls(total_count * float(np.exp(logits)), total_count, 1 / (1 + float(np.exp(-zi_logits))))
 
     def sample(self, n: int, n_genes: int, rng: np.random.Generator, base: Any = None) -> np.ndarray:
@@ -144,9 +144,9 @@ class ScalarZINB:
 
 @dataclass
 class CountPrior:
-    """A negative binomial (ZINB where AIC prefers it) for each gene, fitted to training counts with library offset.
+    """One distribution per gene, fitted to training counts by :func:`fit_counts`.
 
-    A draw takes one library size from the training distribution for each spot, then counts, then normalises them.
+    A draw takes a library size from the training slides for each spot, draws counts, and normalises them.
     """
 
     rate: np.ndarray  # genes
@@ -158,7 +158,7 @@ class CountPrior:
 
     @classmethod
     def fit(cls, counts: np.ndarray, library: np.ndarray, target_sum: float | None = 1e4) -> CountPrior:
-        """Fit to counts (n x genes) and libraries (n) of training slides."""
+        """Fit to counts (n x genes) and library sizes (n) of training slides."""
         chosen = np.random.default_rng(0).permutation(len(counts))[:20_000]
         return cls(*fit_counts(counts[chosen], library[chosen]), library_quantiles(library), target_sum)
 
@@ -170,7 +170,7 @@ class CountPrior:
 
 @dataclass
 class ImagePrior:
-    """Start at a simple prediction from the image plus normal noise of stated size (0 makes it deterministic)."""
+    """Start the flow at a simple prediction from the image plus normal noise. Without noise, all draws are equal."""
 
     noise: np.ndarray  # genes, standard deviation in log1p units
 
@@ -184,16 +184,16 @@ class ImagePrior:
 
 
 def library_quantiles(library: np.ndarray, n: int = 256) -> np.ndarray:
-    """Return ``n`` evenly spaced quantiles of library sizes: their distribution in a fixed, small size."""
+    """Return ``n`` evenly spaced quantiles of library sizes, a compact form of their distribution."""
     return np.maximum(np.quantile(library, (np.arange(n) + 0.5) / n), 1.0)
 
 
 class CountLaw:
-    """Predictive distribution of log-normalised expression: counts are NB (or ZINB) around the predicted mean.
+    """Predictive distribution of log-normalised expression: NB or ZINB counts around the predicted mean.
 
-    Library sizes are those of training; ``pi`` is one for each gene, or one for all. One table gives mean and standard
-    deviation of log1p for every rate and dispersion; a prediction (mean, std) is turned into the rate and dispersion that
-    have just these moments.
+    Library sizes are those of the training slides. ``pi`` holds one value per gene, or one for all genes. A table gives the mean
+    and standard deviation of log1p expression for each rate and dispersion. A prediction (mean, std) is converted to the rate and
+    dispersion that have these moments.
     """
 
     def __init__(self, libraries: np.ndarray, target_sum: float | None, pi: np.ndarray, n_draws: int = 2048):
@@ -211,7 +211,7 @@ class CountLaw:
             self.mean[i], self.std[i] = np.maximum.accumulate(y.mean(0)), y.std(0)
 
     def std_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        """Standard deviation of log1p expression at a mean (n x genes) for dispersions (genes)."""
+        """Return the standard deviation of log1p expression for a mean (n x genes) and dispersions (genes)."""
         out = np.empty_like(mean, dtype=np.float64)
         for g, (t, pi) in enumerate(zip(theta, np.broadcast_to(self.pi, len(theta)))):
             m, s = self._row(t)
@@ -221,7 +221,7 @@ class CountLaw:
         return out
 
     def rate_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        """Rate (fraction of the library) whose expected log1p expression is ``mean``."""
+        """Return the rate (fraction of the library) whose expected log1p expression is ``mean``."""
         out = np.empty_like(mean, dtype=np.float64)
         for g, (t, pi) in enumerate(zip(theta, np.broadcast_to(self.pi, len(theta)))):
             m, _ = self._row(t)
@@ -229,10 +229,10 @@ class CountLaw:
         return out
 
     def fit_theta(self, mean: np.ndarray, counts: np.ndarray, library: np.ndarray) -> np.ndarray:
-        """Dispersion of every gene that makes held-out counts most likely around held-out predictions."""
+        """Return the dispersion of each gene under which held-out counts are most likely, given held-out predictions."""
         c = torch.as_tensor(np.asarray(counts), dtype=torch.float64)
         size = torch.as_tensor(library, dtype=torch.float64)[:, None]
-        if self.target_sum is None:  # raw counts: depth is part of the dispersion
+        if self.target_sum is None:  # raw counts: differences in depth are part of the dispersion
             size = torch.full_like(size, float(np.mean(self.libraries)))
         pi = torch.as_tensor(self.pi).clamp_min(1e-12)
         score = []
@@ -242,7 +242,7 @@ class CountLaw:
         return self.thetas[torch.stack(score).argmax(0).numpy()]
 
     def sample(self, mean: np.ndarray, std: np.ndarray, n_draws: int, seed: int = 0) -> np.ndarray:
-        """Draw log-normalised expression (n_draws x n x genes) with the given mean and std (n x genes each)."""
+        """Draw log-normalised expression (n_draws x n x genes) with the given mean and std (both n x genes)."""
         rng = np.random.default_rng(seed)
         out = np.empty((n_draws, *mean.shape), np.float32)
         library = rng.choice(self.libraries, (n_draws, len(mean)))
@@ -250,7 +250,7 @@ class CountLaw:
             inner = np.maximum(mean[:, g], 0) / (1 - pi)
             wanted = np.sqrt(np.maximum((std[:, g] ** 2 + mean[:, g] ** 2) / (1 - pi) - inner**2, 0))
             rates = np.stack([np.exp(np.interp(inner, m, np.log(self.rates))) for m in self.mean])
-            spread = np.stack([np.interp(inner, m, s) for m, s in zip(self.mean, self.std)])  # thetas x n, falling
+            spread = np.stack([np.interp(inner, m, s) for m, s in zip(self.mean, self.std)])  # thetas x n, decreasing
             row = np.abs(spread - wanted).argmin(0)
             rate, theta = np.take_along_axis(rates, row[None], 0)[0], self.thetas[row]
             counts = draw_counts(library * rate, theta, pi, rng)

@@ -78,5 +78,5 @@ class ImageFeatures(_base.Model, nn.Module):
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> ImageFeatures:
         """Rebuild a network from the description and tensors of its file."""
         out = cls(FeaturesConfig(**description["config"]), description["card"])
-        out.load_state_dict(tensors)
+        _base.fill(out, tensors)
         return out.eval()

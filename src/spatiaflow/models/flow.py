@@ -1,4 +1,4 @@
-"""Flow matching with endpoint prediction: the linear path, its samplers, and time features."""
+"""Flow matching: the straight path, samplers along it, and time features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def interpolate(y0: Tensor, y1: Tensor, t: Tensor | float) -> Tensor:
 
 
 def velocity(y_t: Tensor, endpoint: Tensor, t: Tensor | float) -> Tensor:
-    """Return the velocity (y_1 - y_t) / (1 - t) that an endpoint predicted at time t < 1 implies."""
+    """Return the velocity (y_1 - y_t) / (1 - t) towards an endpoint y_1 that was predicted at time t < 1."""
     return (endpoint - y_t) / (1 - t)
 
 
@@ -27,8 +27,8 @@ def schedule(n_steps: int, kind: str = "uniform") -> list[float]:
     n_steps
         Number of evaluations.
     kind
-        ``"uniform"``: s / S for s = 0..S-1 (the paper); ``"released"``: the first S - 1 points of
-        linspace(0.01, 1, S), so one evaluation fewer (the authors' code).
+        ``"uniform"``: s / S for s = 0..S-1, as in the paper. ``"released"``: the first S - 1 points of linspace(0.01, 1, S), one
+        evaluation less, as in the authors' code.
     """
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, not {n_steps}.")
@@ -42,7 +42,7 @@ def schedule(n_steps: int, kind: str = "uniform") -> list[float]:
 
 
 def sample(endpoint: Callable[[Tensor, float], Tensor], y: Tensor, times: list[float]) -> Tensor:
-    """Integrate from prior draws ``y`` by Euler steps and return the last predicted endpoint.
+    """Integrate from draws ``y`` of the prior by Euler steps, and return the last predicted endpoint.
 
     Parameters
     ----------
@@ -62,21 +62,21 @@ def sample(endpoint: Callable[[Tensor, float], Tensor], y: Tensor, times: list[f
 
 
 def time_features(t: Tensor, n: int = 256, scale: float = 1000.0) -> Tensor:
-    """Sinusoidal features (len(t) x n) of times in [0, 1].
+    """Return sinusoidal features (len(t) x n) of times in [0, 1].
 
-    ``scale`` 1000 spreads the phases so that nearby times differ; 1 is the paper's code, whose phases all stay
-    within one radian.
+    ``scale=1000`` spreads the phases, so that similar times have different features. The authors' code uses 1, which keeps all
+    phases within one radian.
     """
     rate = torch.exp(torch.arange(n // 2, device=t.device) * (-math.log(1e4) / (n // 2)))
     phase = scale * t[:, None] * rate
     return torch.cat([phase.cos(), phase.sin()], -1)
 
 
-METHODS = {"euler": 1, "midpoint": 2, "heun": 2}  # evaluations a step
+METHODS = {"euler": 1, "midpoint": 2, "heun": 2}  # evaluations per step
 
 
 def times_of(n_evaluations: int, method: str = "heun") -> list[float]:
-    """Times between which :func:`integrate` steps, from 0 to 1."""
+    """Return the times from 0 to 1 between which :func:`integrate` makes its steps."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
     if (n := n_evaluations // METHODS[method]) < 1:
@@ -92,9 +92,9 @@ def integrate(
     method: str = "heun",
     trajectory: bool = False,
 ) -> Tensor:
-    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 with at most ``n_evaluations`` of the velocity, in even steps.
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps, with at most ``n_evaluations`` of the velocity.
 
-    With ``trajectory`` all states are returned, steps + 1 x the shape of ``x``.
+    With ``trajectory=True`` all states are returned, as an array of (steps + 1) x the shape of ``x``.
     """
     states, times = [x], times_of(n_evaluations, method)
     for t, t_next in zip(times, times[1:]):

@@ -27,6 +27,7 @@ NEAR = (5, 15, 50)  # neighbours whose genes are averaged
 BRANCHES = ("genes", "neighbors", "kernel", "image")
 CHUNK = 4096  # cells whose columns are in memory at once
 SCORED_CELLS = 8000  # cells that branches are scored on
+MIN_HIDDEN = 5  # genes that say how far what was learned holds in the query
 FLOOR = 0.05  # share of a gene's mean; below it the predictive law is that of the floor
 
 
@@ -171,8 +172,13 @@ class Imputer(_base.Model):
     edges, libraries, theta
         Predictive law: bounds of bins of library size, quantiles of the library in each bin, and the dispersion of each
         gene in each bin.
-    checked
-        What each branch added to the correlation in the query, after :meth:`adapt`.
+    promised
+        For every input the correlation in held-out blocks of the reference, predicted without the input itself.
+    checked, achieved
+        After :meth:`adapt`: what each branch added to the correlation in the query, and the correlation of every input that
+        was hidden there; NaN where it was not.
+    n_checked
+        Cells of the query that this was measured on.
     seen
         Which inputs the query measures, bool.
     card
@@ -199,7 +205,10 @@ class Imputer(_base.Model):
     edges: np.ndarray = field(default_factory=lambda: np.zeros(0))
     libraries: list[np.ndarray] = field(default_factory=list)
     theta: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    promised: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     checked: dict[str, float] = field(default_factory=dict)
+    achieved: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    n_checked: int = 0
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     card: dict = field(default_factory=dict)
 
@@ -212,6 +221,8 @@ class Imputer(_base.Model):
         )  # column of a gene that is an input too, or -1
         if not len(self.seen):
             self.seen = np.ones(len(self.inputs), bool)
+        if not len(self.promised) and self.genes == self.inputs:
+            self.promised = self.reliability
 
     def __repr__(self) -> str:
         return f"Imputer: {len(self.genes)} genes from {len(self.inputs)}, {' + '.join(self.branches)}"
@@ -330,38 +341,57 @@ class Imputer(_base.Model):
 
     # ---- prediction --------------------------------------------------------------------------------------------------
 
-    def adapt(self, query: list[Slide], *, n_folds: int = 5, seed: int = 0) -> None:
-        """Drop the branches that do not help in the query.
+    def adapt(self, query: list[Slide], *, seed: int = 0) -> None:
+        """Drop the branches that do not help in the query, and measure how well hidden genes are predicted there.
 
         Each fifth of the genes that the query measures is hidden in turn and predicted from the other genes. Neighbours and
         image are dropped if they lower the mean correlation of these genes. The genes to impute are never looked at. The
         kernel is made of all inputs at once, so it cannot be checked in this way.
         """
-        g, design, total = len(self.inputs), self.design, self.sums
         step = max(1, sum(map(len, query)) // SCORED_CELLS)
-        x = np.concatenate([part[::step] for one in query for part in design.columns(one)])
-        own = 1 + np.arange(g)
-        seen = (x[:, own] > x[:, own].min(0)).mean(0) * np.isfinite(design.scale[own])
-        seen = seen * self.seen
-        usable = np.flatnonzero(seen > (0.02 if (seen > 0.02).sum() >= 10 else 0))
-        folds = [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n_folds) if len(f)]
-
-        def score(branches: Sequence[str]) -> float:
-            found, columns = np.full(g, np.nan), self._taken(branches)
-            for fold in folds:
-                left = columns & ~np.isin(design.gene, fold)
-                weights, _ = total.ridge(left, self.alpha, (total.xx[:, own[fold]], total.x[own[fold]]))
-                found[fold] = gene_pearson(x[:, own[fold]], x @ weights)
-            return float(np.nanmean(found))
-
+        x = np.concatenate([part[::step] for one in query for part in self.design.columns(one)])
+        folds = self.folds(x, seed)
         kept = tuple(b for b in self.branches if b not in ("neighbors", "kernel", "image"))
-        best = score(kept)
+        own = x[:, 1 : 1 + len(self.inputs)]
+        self.achieved = gene_pearson(own, self.hidden(x, kept, folds, self.sums))
         for branch in (b for b in ("neighbors", "image") if b in self.branches):
-            more = score((*kept, branch))
-            self.checked[branch] = more - best
-            if more > best:
-                kept, best = (*kept, branch), more
+            more = gene_pearson(own, self.hidden(x, (*kept, branch), folds, self.sums))
+            self.checked[branch] = float(np.nanmean(more)) - float(np.nanmean(self.achieved))
+            if self.checked[branch] > 0:
+                kept, self.achieved = (*kept, branch), more
         self.branches = tuple(b for b in self.branches if b in kept or b == "kernel")
+        self.n_checked = len(x)
+
+    def folds(self, x: np.ndarray, seed: int = 0, n: int = 5) -> list[np.ndarray]:
+        """Inputs that are hidden together: those that some cells (cells x columns) have, in ``n`` parts."""
+        own = 1 + np.arange(len(self.inputs))
+        there = (x[:, own] > x[:, own].min(0)).mean(0) * np.isfinite(self.design.scale[own]) * self.seen
+        usable = np.flatnonzero(there > (0.02 if (there > 0.02).sum() >= 10 else 0))
+        return [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n) if len(f)]
+
+    def hidden(self, x: np.ndarray, branches: Sequence[str], folds: list[np.ndarray], sums: Sums) -> np.ndarray:
+        """Predict inputs (cells x inputs, scaled) that are hidden with their fold from the rest; NaN: in no fold."""
+        own, columns = 1 + np.arange(len(self.inputs)), self._taken(branches)
+        out = np.full((len(x), len(own)), np.nan, np.float32)
+        for fold in folds:
+            left = columns & ~np.isin(self.design.gene, fold)
+            weights, intercept = sums.ridge(left, self.alpha, (sums.xx[:, own[fold]], sums.x[own[fold]]))
+            out[:, fold] = x @ weights + intercept
+        return out
+
+    def transfer(self) -> tuple[float, float, float, float]:
+        """How much of the promised correlation the query achieved (at most 1), its standard error, and the median of both.
+
+        The slope of achieved on promised correlations of the genes that :meth:`adapt` hid; 1 where too few were.
+        """
+        known = np.isfinite(self.achieved) if len(self.achieved) == len(self.promised) else np.zeros(0, bool)
+        promised, achieved = np.maximum(self.promised[known], 0), self.achieved[known]
+        weight = float((promised**2).sum())
+        if len(promised) < MIN_HIDDEN or weight < 1e-6:
+            return 1.0, 0.0, np.nan, np.nan
+        ratio = float(np.clip((promised * achieved).sum() / weight, 0, 1))
+        error = 1 / np.sqrt(self.n_checked * weight)
+        return ratio, float(error), float(np.median(promised)), float(np.median(achieved))
 
     @property
     def floor(self) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatiaflow.models import _base
+from spatiaflow.models.autoencoder import SCALE, Autoencoder
+from spatiaflow.models.conditions import Conditions, Context
 from spatiaflow.models.flow import integrate, time_features
-from spatiaflow.models.orientation import canonical, inverse, turned, turned_offsets
+from spatiaflow.models.orientation import canonical, inverse, turned
+from spatiaflow.models.preprocess import scaled, unscaled
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import GatedMLP
 
-SCALE = 8  # pixels of the image to a pixel of the coarsest layer of the autoencoder
 CONDITION = 128  # width of the vector of conditions
 LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
 
@@ -110,118 +115,6 @@ class MorphologyConfig(_base.Config):
 
 
 MorphologyConfig.named = {"default": MorphologyConfig()}
-
-
-@dataclass
-class Conditions:
-    """What is known of each cell whose image is generated. Every tensor has one row a cell."""
-
-    cell: Tensor  # n x d: the source cell's embedding
-    niche: Tensor  # n x d
-    tissue: Tensor  # n x d
-    neighbors: Tensor  # n x k x (d + 2): embeddings of its neighbours, and their offsets in crops
-    transition: Tensor  # n, place in the vocabulary
-    genes: Tensor  # n x genes: mean shift of the transition
-    profile: Tensor  # n x features: mean shift of the transition
-    level: Tensor  # n: 0 a cell, 1 a tile
-
-    def rows(self, which: Any) -> Conditions:
-        """Return some of the cells."""
-        return Conditions(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
-
-    def to(self, device: str | torch.device) -> Conditions:
-        """Return the conditions on a device."""
-        return Conditions(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
-
-    def turned(self, turns: np.ndarray) -> Conditions:
-        """Return the conditions around images that are :func:`turned <spatiaflow.models.orientation.turned>`."""
-        who, where = self.neighbors[..., :-2], self.neighbors[..., -2:]
-        return replace(self, neighbors=torch.cat([who, turned_offsets(where, turns)], -1))
-
-
-class Residual(nn.Module):
-    """Two convolutions with a shortcut. There is no normalisation, which would lose the brightness of an image."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.SiLU(), nn.Conv2d(d, d, 3, 1, 1), nn.SiLU(), nn.Conv2d(d, d, 3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images n x d x p x p."""
-        return x + self.layers(x)
-
-
-class Autoencoder(nn.Module):
-    """Images to a vector of latents and back. The flow runs between latents.
-
-    This is a variational autoencoder with a mean and a standard deviation for every pixel. The *grain* is what an image holds
-    beyond its latents, in these standard deviations. Added at other latents it has the strength that fits there, and does not
-    draw the edges of the image it came from. Images must be in their canonical orientation.
-    """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    latent_mean: Tensor
-    latent_std: Tensor
-
-    def __init__(self, n_channels: int, n_latent: int = 128, pixels: int = 32, width: int = 32):
-        super().__init__()
-        n, a, b, side = n_channels, width, 2 * width, pixels // SCALE
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * n, a, 3, 1, 1), Residual(a),
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), Residual(b), nn.SiLU(),
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * b, b, 1), Residual(b), nn.SiLU(),
-            nn.Flatten(), nn.Linear(b * side**2, 2 * n_latent),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Linear(n_latent, b * side**2), nn.Unflatten(1, (b, side, side)), Residual(b),
-            nn.Conv2d(b, 4 * b, 1), nn.PixelShuffle(2), Residual(b),
-            nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2), Residual(a), nn.SiLU(),
-            nn.Conv2d(a, 2 * a, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(a // 2, 2 * n, 3, 1, 1),
-        )  # fmt: skip
-        for name, shape in (("pixel", (1, n, 1, 1)), ("latent", (1, n_latent))):  # of training images
-            self.register_buffer(f"{name}_mean", torch.zeros(shape))
-            self.register_buffer(f"{name}_std", torch.ones(shape))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance of the raw latents of images (n x C x p x p)."""
-        mean, log_variance = self.encoder((x - self.pixel_mean) / self.pixel_std).chunk(2, 1)
-        return mean, log_variance.clamp(-10, 4)
-
-    def expected(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log standard deviation of every pixel of standardised images, from raw latents."""
-        mean, log_std = self.decoder(z).chunk(2, 1)
-        return mean, log_std.clamp(-3.5, 1.5)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return latents (n x d), with mean 0 and standard deviation 1, of images (n x C x p x p)."""
-        return (self.posterior(x)[0] - self.latent_mean) / self.latent_std
-
-    def grain(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return what images (n x C x p x p) hold beyond their latents, in standard deviations."""
-        mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
-        return ((x - self.pixel_mean) / self.pixel_std - mean) * (-log_std).exp()
-
-    def decode(self, z: Tensor, grain: Tensor | None = None) -> Tensor:
-        """Return images of latents, smooth or with this grain."""
-        mean, log_std = self.expected(z * self.latent_std + self.latent_mean)
-        if grain is not None:
-            mean = mean + log_std.exp() * grain
-        return mean * self.pixel_std + self.pixel_mean
-
-    def loss(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return the negative evidence lower bound per pixel. ``noise`` is standard normal, in the shape of the latents.
-
-        Pixels are weighted by their predicted standard deviation, so that the mean is fitted also where that is large
-        (Seitzer, Tavakoli, Antic and Martius, 2022).
-        """
-        mean, log_variance = self.posterior(x)
-        expected, log_std = self.expected(mean + noise * (0.5 * log_variance).exp())
-        misfit = 0.5 * (((x - self.pixel_mean) / self.pixel_std - expected) * (-log_std).exp()) ** 2 + log_std
-        weight = log_std.exp().detach()
-        divergence = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum() / x.numel()
-        return (weight * misfit).mean() + weight.mean() * divergence
 
 
 class Layer(nn.Module):
@@ -421,6 +314,78 @@ class MorphologyFlow(_base.Model):
 
         return torch.stack([image(one) for one in z]) if trajectory else image(z)
 
+    def generate_cells(
+        self,
+        slides: Sequence[Slide],
+        rows: np.ndarray,
+        transition: str,
+        niche: np.ndarray,
+        *,
+        n_samples: int = 1,
+        n_steps: int = 5,
+        trajectory: bool = False,
+        batch_size: int = 256,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        update: Callable[[int], object] = lambda n: None,
+    ) -> dict[str, np.ndarray]:
+        """Return images of some cells in the target state of a transition, in the type and scale of the slides' images.
+
+        Parameters
+        ----------
+        slides
+            With crops in the model's channels, scaled by ``intensity``, and with features: the embeddings of cell, niche and
+            tissue side by side.
+        rows
+            Cells inside their image, as places among the cells of all slides, one slide after the other.
+        niche
+            Niche of each of the cells. Where the model does not know it, the mean shift over all niches is used.
+        n_samples
+            Images of each cell. The noise depends on the seed, the sample and the name of the cell.
+        batch_size
+            Images that are generated at a time.
+        update
+            Called with the number of images done.
+
+        Returns
+        -------
+        ``"image"`` and ``"source"``, n * n_samples x C x p x p, the samples of a cell one after the other; with ``trajectory``
+        also ``"trajectory"``, n * n_samples x n_steps + 1 x C x p x p.
+        """
+        c, n, first = self.config, len(rows), 0
+        level = int(self.card["level"] == "niche")
+        modules = self.network.to(device), self.autoencoder.to(device)
+        around = Context.of(slides, c.n_neighbors, c.crop_um)
+        shifts, which = self.shifts[transition], np.full(n, c.transitions.index(transition))
+        known = np.where(np.isin(niche, [*shifts]), niche, "")  # "": the mean over all niches
+        genes, profile = (
+            np.array([shifts[one][kind] for one in known]).reshape(n, -1) for kind in ("genes", "profile")
+        )
+        order = np.full(len(around.cell), -1)
+        order[rows] = np.arange(n)
+        made: dict[str, np.ndarray] = {}
+        for slide in slides:
+            own, crops = order[first : first + len(slide)], slide.crops
+            first += len(slide)
+            for some, found in crops.batches(batch_size, np.flatnonzero((own >= 0) & crops.inside)):
+                here, names = own[some], slide.obs_names[some]
+                control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
+                given = around.conditions(rows[here], which[here], genes[here], profile[here], level)
+                for sample in range(n_samples):
+                    noise = named_noise(names, seed, sample, c.n_latent).to(device)
+                    path = self.generate(control, given.to(device), noise, n_steps=n_steps, trajectory=trajectory).cpu()
+                    images = {"image": path[-1] if trajectory else path, "source": control.cpu()}
+                    if trajectory:
+                        images["trajectory"] = path.transpose(0, 1)
+                    for slot, values in images.items():
+                        pixels = unscaled((values + 1) / 2, self.intensity, c.channels, found.numpy().dtype)
+                        made.setdefault(slot, np.zeros((n, n_samples, *pixels.shape[1:]), pixels.dtype))
+                        made[slot][here, sample] = pixels
+                    update(len(here))
+        for module in modules:
+            module.cpu()
+        return {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
+
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Return description and tensors."""
         description = {
@@ -450,7 +415,7 @@ class MorphologyFlow(_base.Model):
         for name, module in parts.items():
             if module is not None:
                 found = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-                module.load_state_dict(found)
+                _base.fill(module, found)
         states = d["states"] and States(**d["states"])
         same = {name: d[name] for name in ("shifts", "intensity", "history", "card")}
         return cls(**parts, **same, states=states)
@@ -462,3 +427,12 @@ def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
     The noise is added to latents, where it changes the look of a cell. In pixels it would only be grain.
     """
     return noise if c.start == "noise" else control + c.noise * noise
+
+
+def named_noise(names: Sequence[str], seed: int, sample: int, n: int) -> Tensor:
+    """Return standard normal noise (cells x n) that depends on the name of each cell."""
+    draws = [
+        np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
+        for name in names
+    ]
+    return torch.from_numpy(np.stack(draws))

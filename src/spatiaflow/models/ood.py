@@ -1,4 +1,4 @@
-"""How far new features lie from the training data, and what that does to the spread of a prediction."""
+"""Distance of new features to the training data, and how it changes the standard deviation of a prediction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
 
 @dataclass
 class OutOfDomain:
-    """How far features lie from the training data: mean distance to the nearest references, among principal axes."""
+    """Distance of features to the training data: mean distance to the nearest references along principal axes."""
 
     components: np.ndarray  # F x d, whitened principal axes
     references: np.ndarray  # m x d
-    distances: np.ndarray  # sorted distances of training rows to the references of other groups
+    distances: np.ndarray  # sorted; of each training row to the references of the other groups
 
     N_NEAREST = 5
 
@@ -24,7 +24,7 @@ class OutOfDomain:
     def fit(
         cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000
     ) -> tuple[OutOfDomain, list[np.ndarray]]:
-        """Fit to features (n x F) of several groups of slides; return it and every group's distances to the others."""
+        """Fit to features (n x F) of several groups of slides. Also returns the distances of each group to the others."""
         stacked = np.concatenate(groups).astype(np.float64)
         thin = stacked[:: max(1, len(stacked) // 5000)]
         _, singular, axes = np.linalg.svd(thin, full_matrices=False)
@@ -43,23 +43,61 @@ class OutOfDomain:
         return nearest.reshape(len(points), -1).mean(1)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Distance of each row of features."""
+        """Return the distance of each row of features to the training data."""
         return self._distance(features @ self.components, self.references)
 
     def quantile(self, distance: np.ndarray) -> np.ndarray:
-        """Quantile in [0, 1] of distances among the training rows'."""
+        """Return the quantile in [0, 1] of distances among those of the training rows."""
         return np.searchsorted(self.distances, distance) / len(self.distances)
 
     def relative(self, distance: np.ndarray) -> np.ndarray:
-        """Logarithm of distances over the training rows' median."""
+        """Return the logarithm of distances divided by the median of the training rows."""
         median = float(np.median(self.distances))
         return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
 
 
-def inflation(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Factor on the variance of each spot of one slide, from how far the slide, and the spot within it, is out of domain."""
+@dataclass
+class Domain:
+    """Out-of-domain score of values that have no common unit: they are centred and scaled as the training rows are."""
+
+    centre: np.ndarray  # F
+    scale: np.ndarray  # F
+    ood: OutOfDomain
+
+    N_DISTANCES = 1000  # quantiles that stand for the distances of all training rows
+
+    @classmethod
+    def fit(cls, groups: list[np.ndarray]) -> Domain:
+        """Fit to values (n x F) of several groups of slides, or of several parts of one."""
+        stacked = np.concatenate(groups).astype(np.float64)
+        centre, scale = stacked.mean(0), np.maximum(stacked.std(0), 1e-6)
+        ood, _ = OutOfDomain.fit([(group - centre) / scale for group in groups])
+        ood.distances = np.quantile(ood.distances, (np.arange(cls.N_DISTANCES) + 0.5) / cls.N_DISTANCES)
+        return cls(centre, scale, ood)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Score of each row, n, float32 in [0, 1]: the quantile of its distance among the training rows'."""
+        return self.ood.quantile(self.ood((values - self.centre) / self.scale)).astype(np.float32)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file holds, by name, float32."""
+        arrays = {"centre": self.centre, "scale": self.scale, **vars(self.ood)}
+        return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, np.ndarray]) -> Domain:
+        """From what :meth:`tensors` gave."""
+        known = {name: value.astype(np.float64) for name, value in tensors.items()}
+        return cls(known.pop("centre"), known.pop("scale"), OutOfDomain(**known))
+
+
+def inflation(parameters: np.ndarray, relative: np.ndarray, middle: float | None = None) -> np.ndarray:
+    """Return the factor for the variance of each spot of a slide, from the distance of the slide and of the spot within it.
+
+    ``middle`` is where the slide lies; the median of its spots when None.
+    """
     level, of_slide, of_spot, nearest = parameters
-    middle = np.median(relative)
-    # more references bring a new slide nearer than any was when held out, but do not lessen its errors
+    middle = np.median(relative) if middle is None else middle
+    # the full model has more references than in cross-validation, so distances are smaller; errors are not
     slide = max(middle, nearest)
     return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - middle), -3, MAX_LOG_INFLATION))

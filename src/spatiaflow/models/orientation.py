@@ -1,4 +1,4 @@
-"""Images of cells in a canonical orientation. A cell has no up, so a model need not learn how it lies."""
+"""Turn images of cells to a canonical orientation. Cells have no preferred orientation, so models need not learn it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WINDOW = 0.15  # standard deviation of the window in which the long axis is found, over the side of the image
+WINDOW = 0.15  # standard deviation of the window in which the long axis is found, as a fraction of the image side
 
 
 def _steps() -> Tensor:
-    """What each of the eight turns does to an offset (x, y): 8 x 2 x 2."""
+    """Return the matrix of each of the eight turns for offsets (x, y): 8 x 2 x 2."""
     quarter, mirror = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.diag(torch.tensor([-1.0, 1.0]))
     turns = [torch.linalg.matrix_power(quarter, k % 4) for k in range(8)]
     return torch.stack([mirror @ turn if k >= 4 else turn for k, turn in enumerate(turns)])
@@ -30,21 +30,21 @@ def turned(x: Tensor, turns: np.ndarray) -> Tensor:
 
 
 def turned_offsets(offset: Tensor, turns: np.ndarray) -> Tensor:
-    """Turn offsets (n x k x 2; x, y) of what lies around images as :func:`turned` turns the images."""
+    """Turn offsets around images (n x k x 2; x, y) in the way in which :func:`turned` turns the images."""
     return torch.einsum("nkj,nij->nki", offset, STEPS.to(offset)[turns])
 
 
 def inverse(turns: np.ndarray) -> np.ndarray:
-    """Return the turns that undo these. A reflection is its own inverse."""
+    """Return the inverse turns. A reflection is its own inverse."""
     return np.where(turns < 4, -turns % 4, turns)
 
 
 def canonical(images: Tensor) -> np.ndarray:
-    """Return the turn of each image (n x C x p x p) that brings the long axis of its centre between 0 and 45 degrees."""
+    """Return the turn of each image (n x C x p x p) that brings the long axis of its central object between 0 and 45 degrees."""
     x = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1] - 0.5
     x, y = x[None], -x[:, None]  # 1 x p and p x 1; rows go down
     window = (-(x**2 + y**2) / (2 * WINDOW**2)).exp()
-    axis = window * (x**2 - y**2 + 2 * x * y + 1e-3 * x)  # the last term tells one end of the axis from the other
+    axis = window * (x**2 - y**2 + 2 * x * y + 1e-3 * x)  # the last term distinguishes the two ends of the axis
     flat = images.mean(1, keepdim=True)
     scores = [(turned(flat, np.full(len(flat), k)) * axis).flatten(1).sum(1) for k in range(8)]
     return torch.stack(scores).argmax(0).cpu().numpy()

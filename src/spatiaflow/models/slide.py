@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spatiaflow.models.spatial import Graph
 
 
+MIN_TISSUE = 0.05  # share of a patch: spots under tissue have .08 and more, glass 0 (benchmarks/glass.py)
 ABSENT: Any = None  # a slide without this array; whoever calls gather() says which arrays it needs
 
 
@@ -88,6 +89,8 @@ class Slide:
         A label of each row, n.
     tissue
         Name of the tissue. Tissues are drawn evenly in training.
+    tissue_share
+        Share of the patch around each row that is tissue, n; NaN where it is not known.
     rows, mpp, element, coordinate_system
         Where the slide comes from: rows of the table, µm per unit of the stored positions, and the SpatialData element and
         coordinate system of the positions.
@@ -112,6 +115,7 @@ class Slide:
     crops: CropReader = ABSENT
     labels: np.ndarray = ABSENT
     tissue: str = ""
+    tissue_share: np.ndarray = ABSENT
     rows: np.ndarray = ABSENT
     mpp: float = 1.0
     element: str | None = None
@@ -136,7 +140,7 @@ class Slide:
             set_field(self, "measured", np.ones(len(self.genes), bool))
         if self.measured.shape != (len(self.genes),):
             raise ValueError(f"slide {self.name!r}: measured must have one value for each of {len(self.genes)} genes.")
-        for field in ("library", "features", "crops", "labels", "rows", "counts"):
+        for field in ("library", "features", "crops", "labels", "tissue_share", "rows", "counts"):
             values = getattr(self, field)
             found = n if values is None else values.shape[0] if hasattr(values, "shape") else len(values)
             if found != n:
@@ -158,6 +162,13 @@ class Slide:
         return 1.0 if self.xy is None else pitch(self.xy)
 
     @property
+    def on_tissue(self) -> np.ndarray:
+        """Which rows stand on tissue, bool; also those of which it is not known."""
+        if self.tissue_share is None:
+            return np.ones(len(self), bool)
+        return ~(self.tissue_share < MIN_TISSUE)
+
+    @property
     def box(self) -> dict:
         """What a model's card says of a slide: rows, and the corners of its box in µm."""
         corners = {} if self.xy is None else {"box_um": [*self.xy.min(0), *self.xy.max(0)]}
@@ -168,7 +179,7 @@ class Slide:
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         parts: dict[str, Any] = {}
-        for field in ("obs_names", "xy", "library", "features", "labels", "rows"):
+        for field in ("obs_names", "xy", "library", "features", "labels", "tissue_share", "rows"):
             values = getattr(self, field)
             parts[field] = None if values is None else values[rows]
         counts = self.counts
@@ -206,7 +217,9 @@ class Slide:
         along = self._along
         edge = float(np.quantile(along, 1 - share))
         gap = min(gap, 0.1 * float(np.ptp(along)))
-        return self.take(along <= edge - gap), self.take(along > edge)
+        far = along > edge
+        far = far if far.any() else along >= edge  # the last column of an array may hold more than ``share``
+        return self.take((along <= edge - gap) & ~far), self.take(far)
 
     def log_normalized(self, target_sum: float | None = 1e4) -> sparse.csr_matrix:
         """log1p of counts per ``target_sum`` of each row's library, n x genes, CSR; None: log1p of raw counts."""

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
-from spatiaflow.models.slide import CropReader, Slide
+from spatiaflow.models.ood import Domain
+from spatiaflow.models.preprocess import full, in_vocabulary, relative_scale, scaled, standard_of
+from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import (
     GatedMLP,
     Graph,
@@ -268,7 +270,7 @@ class SpatiaNetwork(nn.Module):
         """Gene tokens (n x latents x d) from those counts (n x genes) that are seen.
 
         Normalised by what is seen, so that hidden counts leave no trace, then centred and scaled by ``standard`` (3 x genes
-        or n x 3 x genes, see :func:`gene_standard`), by default the training data's.
+        or n x 3 x genes, see :func:`spatiaflow.models.preprocess.gene_standard`), by default the training data's.
         """
         standard = cast("Tensor", self.gene.standard) if standard is None else standard
         visible = (counts * seen).sum(1)
@@ -329,123 +331,6 @@ class SpatiaNetwork(nn.Module):
         return F.softplus(self.log_theta) + 1e-2
 
 
-def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
-    """Crops in the model's channels, background 0 and bright end 1.
-
-    Parameters
-    ----------
-    crops
-        n x slide channels x p x p, any dtype.
-    intensity
-        Background and bright end of each slide channel.
-    places
-        For each channel of the model its place on the slide, or -1: missing, left at 0.
-    """
-    low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
-    x = ((crops.float() - low) / (high - low)).clamp(-0.5, 2)
-    out = x.new_zeros(len(x), len(places), *x.shape[2:])
-    have = np.flatnonzero(places >= 0)
-    out[:, have] = x[:, places[have]]
-    return out
-
-
-def intensity_of(slides: Sequence[Slide], channels: Sequence[str]) -> dict[str, list[float]]:
-    """Return background and bright end of each channel of a model: medians over the slides that have it.
-
-    Crops of the slides are matched with the channels, see :meth:`spatiaflow.pp.Crops.matched`.
-    """
-    out = {}
-    for i, name in enumerate(channels):
-        crops = [s.crops for s in slides if s.crops is not None and s.crops.places[i] >= 0]
-        if crops:
-            out[name] = [float(v) for v in np.median([c.range[c.places[i]] for c in crops], 0)]
-    return out
-
-
-def gene_standard(
-    counts: sparse.csr_matrix, measured: np.ndarray, target_sum: float, usual: np.ndarray | None = None
-) -> np.ndarray:
-    """How a slide's genes are standardised, 3 x genes, float32.
-
-    Parameters
-    ----------
-    counts
-        Of its cells, n x genes.
-    measured
-        Genes on its panel, bool.
-    usual
-        What the training data have; few cells lean on it, as if 50 of its cells were among them.
-
-    Returns
-    -------
-    Mean and deviation of log1p(counts per ``target_sum``), and the log of the share of all counts.
-    """
-    counts = sparse.csr_matrix(counts, dtype=np.float64)
-    n, total = counts.shape[0], np.asarray(counts.sum(1))
-    values = counts.multiply(target_sum / np.maximum(total, 1)).tocsr().log1p()
-    centre, square = (np.asarray(v.sum(0)).ravel() / n for v in (values, values.multiply(values)))
-    share = (np.asarray(counts.sum(0)).ravel() + 0.5) / max(total.sum(), 1)
-    if usual is not None:
-        own = n / (n + 50)
-        centre, square, share = (
-            own * now + (1 - own) * known
-            for now, known in ((centre, usual[0]), (square, usual[0] ** 2 + usual[1] ** 2), (share, np.exp(usual[2])))
-        )
-    spread = np.sqrt(np.maximum(square - centre**2, 0))
-    out = np.stack([centre, np.where(spread < 1e-3, 1.0, spread), np.log(share)])
-    return np.where(measured, out, [[0.0], [1.0], [0.0]]).astype(np.float32)
-
-
-def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None) -> np.ndarray | None:
-    """How the genes of a slide are standardised by its own cells, see :func:`gene_standard`; None without counts."""
-    if slide.counts is None:
-        return None
-    counts = slide.counts if sparse.issparse(slide.counts) else slide.counts[spread(len(slide), 4000)]
-    return gene_standard(counts, slide.measured, target_sum, usual)
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """At most ``most`` evenly spaced rows of ``n``."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
-
-
-def in_vocabulary(slide: Slide, config: SpatiaConfig, channels: Mapping[str, str] | None = None) -> Slide:
-    """The slide with a model's genes and channels. What the slide lacks is masked.
-
-    Parameters
-    ----------
-    channels
-        The model's names of channels that the image calls otherwise.
-    """
-    crops = slide.crops
-    if crops is not None:
-        crops = crops.matched(config.channels, channels, slide.name)
-    slide = slide.align(config.genes)
-    measured = np.zeros(0, bool) if slide.measured is None else slide.measured
-    return replace(slide, crops=crops, measured=measured)
-
-
-def relative_scale(crops: CropReader, rows: np.ndarray, c: SpatiaConfig) -> Tensor:
-    """Size of a pixel of some crops over the usual one, n."""
-    if not c.adaptive:
-        return torch.ones(len(rows))
-    return torch.from_numpy(crops.scale[rows] * c.crop_pixels / c.crop_um).float()
-
-
-def full(parts: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Join parts (rows, crops) to batches of one size: for each new size convolutions are planned, and kept, anew."""
-    held, n = [], 0
-    for part in parts:
-        held.append(part)
-        n += len(part[0])
-        if n >= size:
-            rows, crops = np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
-            yield rows[:size], crops[:size]
-            held, n = [(rows[size:], crops[size:])], n - size
-    if n:
-        yield np.concatenate([r for r, _ in held]), torch.cat([x for _, x in held])
-
-
 class Spatia(_base.Model):
     """A fitted SPATIA: network, scaling of images and counts, and what it was trained on.
 
@@ -459,6 +344,8 @@ class Spatia(_base.Model):
         Dict of lists, one entry an epoch.
     card
         Training data, settings and scores.
+    domains
+        Out-of-domain score of each modality, ``"image"`` and ``"genes"``; empty in weights that were saved without.
 
     Examples
     --------
@@ -469,9 +356,17 @@ class Spatia(_base.Model):
 
     verb = "sf.tl.embed_spatia"
 
-    def __init__(self, *, network: SpatiaNetwork, target_sum: float, history: dict, card: dict):
+    def __init__(
+        self,
+        *,
+        network: SpatiaNetwork,
+        target_sum: float,
+        history: dict,
+        card: dict,
+        domains: dict[str, Domain] | None = None,
+    ):
         self.network, self.config, self.target_sum = network.eval(), network.config, target_sum
-        self.history, self.card = history, card
+        self.history, self.card, self.domains = history, card, domains or {}
 
     def __repr__(self) -> str:
         c = self.config
@@ -517,7 +412,8 @@ class Spatia(_base.Model):
     ) -> dict[str, np.ndarray | sparse.csr_matrix]:
         """Embeddings (level -> n x d) of all cells of one slide; with ``attention`` also the niche's, n x n sparse.
 
-        Cells outside the image are embedded without it.
+        Cells outside the image are embedded without it. ``"ood"`` (n) is how far each cell is from the training data, NaN
+        where the model holds no statistics for it.
 
         Parameters
         ----------
@@ -529,16 +425,18 @@ class Spatia(_base.Model):
             Called with the number of cells done.
         """
         network = self.network.to(device).eval()
-        cells = torch.empty(len(slide), self.config.width)
-        for rows, crops in self._batches(slide, batch_size):
-            cells[rows] = self._cells(slide, standard, rows, crops, device).cpu()
+        cells, ood = torch.empty(len(slide), self.config.width), np.full(len(slide), np.nan, np.float32)
+        for rows, crops in self.batches(slide, batch_size):
+            image, genes = self.tokens(slide, standard, rows, crops, device)
+            cells[rows] = network.fuse(image, genes, len(rows)).cpu()
+            ood[rows] = self._score(slide, rows, image)
             update(len(rows))
         out = {"cell": cells}
         size = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
         if set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
             out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, size))
-        found = {level: out[level].numpy() for level in levels}
+        found: dict[str, Any] = {level: out[level].numpy() for level in levels} | {"ood": ood}
         if attention:
             weight = network.niche_attention(cells.to(device), around, size).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
@@ -547,15 +445,45 @@ class Spatia(_base.Model):
             found["attention"] = sparse.csr_matrix(entries, (len(slide), len(slide)))
         return found
 
-    def _cells(
+    def inputs(self, slide: Slide, rows: np.ndarray, image: Tensor | None) -> dict[str, np.ndarray]:
+        """What the out-of-domain score of some cells is measured on, by modality, cells x F.
+
+        Of images the mean of their tokens (n x t x d). Of genes what the encoder reads, scaled by the training data whatever
+        the slide is scaled by: its own scale would hide that it differs. A gene that is not measured is at its usual value.
+        """
+        out = {} if image is None else {"image": image.float().mean(1).cpu().numpy()}
+        if slide.counts is not None:
+            centre, spread, _ = self.network.gene.standard.cpu().numpy()
+            counts = slide.counts[rows].toarray()
+            per = self.usual_depth(slide) / np.maximum(counts.sum(1, keepdims=True), 1)
+            values = (np.log1p(counts * per) - centre) / spread
+            out["genes"] = np.where(slide.measured, values, 0).astype(np.float32)
+        return out
+
+    def usual_depth(self, slide: Slide) -> float:
+        """Median counts that a training cell has of the genes that a slide measures."""
+        share = np.exp(self.network.gene.standard[2].cpu().numpy().astype(np.float64))
+        return float(self.target_sum * share[slide.measured].sum() / share.sum())
+
+    def _score(self, slide: Slide, rows: np.ndarray, image: Tensor | None) -> np.ndarray | float:
+        """Out-of-domain score of some cells, that of their farther modality; NaN without statistics.
+
+        The larger of two uniform quantiles q has the quantile q squared.
+        """
+        if not self.domains:
+            return np.nan
+        scores = [self.domains[name](values) for name, values in self.inputs(slide, rows, image).items()]
+        return np.max(scores, 0) ** len(scores) if scores else np.nan
+
+    def tokens(
         self,
         slide: Slide,
         standard: np.ndarray | None,
         rows: np.ndarray,
         crops: Tensor | None,
         device: torch.device | str,
-    ) -> Tensor:
-        """Cell embeddings of some rows, n x d; ``crops`` None: without their images."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (n x t x d) of the images and of the genes of some rows; ``crops`` None: without their images."""
         image = genes = None
         if crops is not None:
             places = slide.crops.places
@@ -568,10 +496,10 @@ class Spatia(_base.Model):
             usual = None if standard is None else torch.from_numpy(standard).to(device)
             counts = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)).to(device)
             genes = self.network.gene_tokens(counts, measured, measured, self.target_sum, usual)
-        return self.network.fuse(image, genes, len(rows))
+        return image, genes
 
     @staticmethod
-    def _batches(slide: Slide, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor | None]]:
+    def batches(slide: Slide, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor | None]]:
         """Yield (rows, crops): cells with an image first, then the others."""
         with_image = np.zeros(0, int) if slide.crops is None else np.flatnonzero(slide.crops.inside)
         if len(with_image):
@@ -585,11 +513,24 @@ class Spatia(_base.Model):
         description = {
             "config": asdict(self.config), "target_sum": self.target_sum, "history": self.history, "card": self.card
         }  # fmt: skip
-        return description, self.network.state_dict()
+        tensors = dict(self.network.state_dict())
+        for seen, domain in self.domains.items():
+            tensors |= {f"domain.{seen}.{name}": torch.from_numpy(value) for name, value in domain.tensors().items()}
+        return description, tensors
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what makes embeddings: SHA-256 over the network's tensors."""
+        return _base.tensors_sha256(self.network.state_dict())
 
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
         network = SpatiaNetwork(SpatiaConfig(**d["config"]))
-        network.load_state_dict(tensors)
-        return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"])
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name in [name for name in tensors if name.startswith("domain.")]:
+            _, seen, part = name.split(".")
+            found.setdefault(seen, {})[part] = tensors.pop(name).numpy()
+        _base.fill(network, tensors)
+        domains = {seen: Domain.of(parts) for seen, parts in found.items()}
+        return cls(network=network, target_sum=d["target_sum"], history=d["history"], card=d["card"], domains=domains)

@@ -1,4 +1,4 @@
-"""Spatial graph, invariant edge geometry, and the local attention that every model of tissue here shares."""
+"""Spatial graph, invariant edge features, and local attention. STFlow and SPATIA share them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TIE_TOLERANCE = 1e-3  # of the pitch: spots closer than this in distance belong to one shell
+TIE_TOLERANCE = 1e-3  # in pitches: spots whose distances differ by less belong to the same shell
 
 
 @dataclass
 class Graph:
-    """Neighbours of every token inside its own slide, and where they lie."""
+    """Neighbours of each token within its slide, and their relative positions."""
 
-    index: Tensor  # n x k, int64; padding points at the token itself
+    index: Tensor  # n x k, int64; padding refers to the token itself
     mask: Tensor  # n x k, bool; False is padding
     offset: Tensor  # n x k x 2, float64: neighbour minus token, in units of the slide's pitch
 
@@ -31,14 +31,14 @@ def spatial_graph(xy: np.ndarray, n_neighbors: int, *, ties: str = "whole", scal
     Parameters
     ----------
     xy
-        Positions, n x 2, any length unit; float64, so that differences are exact before they are cast.
+        Positions, n x 2, in any unit of length. They are float64, so that differences are exact before they become float32.
     n_neighbors
-        Neighbours a token; fewer where the slide has fewer tokens. The token itself is never among them.
+        Neighbours per token, fewer if the slide has fewer tokens. The token itself is not counted.
     ties
-        ``"whole"`` takes every neighbour of the last distance shell, which makes the neighbour set independent of
-        orientation on lattices (at most ``4 * n_neighbors``); ``"cut"`` takes exactly ``n_neighbors``.
+        ``"whole"`` takes all neighbours of the last distance shell, at most ``4 * n_neighbors``. On regular spot arrays the
+        neighbours then do not depend on orientation. ``"cut"`` takes exactly ``n_neighbors``.
     scale
-        Length that offsets are divided by; the slide's pitch when None.
+        Length by which offsets are divided. If None, the slide's pitch (the median distance to the nearest neighbour).
     """
     xy = np.asarray(xy, dtype=np.float64)
     n = len(xy)
@@ -50,7 +50,7 @@ def spatial_graph(xy: np.ndarray, n_neighbors: int, *, ties: str = "whole", scal
     tree = cKDTree(xy)
     while True:
         distance, index = tree.query(xy, k=reach + 1, workers=-1)
-        # with duplicated positions the token need not come first: take itself out by index
+        # with duplicated positions the token itself may not come first, so it is removed by index
         itself = index == np.arange(n)[:, None]
         itself[~itself.any(1), -1] = True
         distance, index = distance[~itself].reshape(n, reach), index[~itself].reshape(n, reach)
@@ -69,10 +69,10 @@ def spatial_graph(xy: np.ndarray, n_neighbors: int, *, ties: str = "whole", scal
 
 
 def anchors(xy: np.ndarray, spacing: float) -> np.ndarray:
-    """Rows of points that cover a slide, none nearer than ``spacing`` to another; depends on the geometry alone.
+    """Return rows of points that cover a slide and are at least ``spacing`` apart.
 
-    Points are taken in the order of their distance to the slide's centroid, so neither the order of rows nor the
-    orientation of the slide matters. Linear in the number of points for a given density of anchors.
+    Points are taken in the order of their distance to the slide's centroid, so the result depends neither on the order of rows
+    nor on the slide's orientation. Time is linear in the number of points for a given density of anchors.
     """
     xy = np.asarray(xy, dtype=np.float64)
     tree, free, chosen = cKDTree(xy), np.ones(len(xy), bool), []
@@ -84,7 +84,7 @@ def anchors(xy: np.ndarray, spacing: float) -> np.ndarray:
 
 
 def anchor_graph(xy: np.ndarray, anchor_xy: np.ndarray, n_anchors: int, scale: float) -> Graph:
-    """Graph from every point to its nearest anchors; ``index`` counts anchors, offsets are in units of ``scale``."""
+    """Return the graph from each point to its nearest anchors. ``index`` holds rows of anchors; offsets are in ``scale``."""
     k = min(n_anchors, len(anchor_xy))
     index = cKDTree(anchor_xy).query(xy, k=[*range(1, k + 1)], workers=-1)[1]
     offset = (np.asarray(anchor_xy)[index] - np.asarray(xy)[:, None]) / scale
@@ -92,7 +92,7 @@ def anchor_graph(xy: np.ndarray, anchor_xy: np.ndarray, n_anchors: int, scale: f
 
 
 def join(graphs: list[Graph]) -> Graph:
-    """Put the graphs of several slides side by side; no edge crosses from one to another."""
+    """Join the graphs of several slides into one. No edge connects two slides."""
     width = max(g.index.shape[1] for g in graphs)
     start = np.cumsum([0, *(len(g) for g in graphs)])
     index = [F.pad(g.index, (0, width - g.index.shape[1]), value=-1) for g in graphs]
@@ -105,11 +105,11 @@ def join(graphs: list[Graph]) -> Graph:
 
 
 def invariants(graph: Graph) -> Tensor:
-    """Edge features (n x k x 1 x 4) exact under rotation, reflection and translation, on lattices too.
+    """Return edge features (n x k x 1 x 4) that do not change under rotation, reflection and translation.
 
-    The distance in pitches, and for m = 1, 2, 3 the direction of the edge relative to the whole neighbourhood,
-    Re(exp(i m theta_ij) conj(M_im)) with M_im = sum_j w(d_ij) exp(i m theta_ij). Not divided by abs(M_im): where the
-    neighbourhood has no direction the feature fades to zero instead of amplifying rounding.
+    The first feature is the distance in pitches. For m = 1, 2, 3 follows the direction of the edge relative to the whole
+    neighbourhood, Re(exp(i m theta_ij) conj(M_im)) with M_im = sum_j w(d_ij) exp(i m theta_ij). It is not divided by abs(M_im).
+    If the neighbourhood has no preferred direction, the feature then goes to zero instead of amplifying rounding errors.
     """
     distance = graph.offset.norm(dim=-1)
     unit = torch.view_as_complex(graph.offset / distance.clamp_min(1e-12)[..., None])
@@ -123,9 +123,9 @@ def invariants(graph: Graph) -> Tensor:
 
 
 def frames(graph: Graph) -> Tensor:
-    """Edge features (n x k x 4 x 3) of the paper: offsets in the four frames of the local covariance, and distance.
+    """Return the edge features (n x k x 4 x 3) of the paper: offsets in the four frames of the local covariance, and distance.
 
-    Invariant only where the covariance's two eigenvalues differ and no tie of distances is cut.
+    They are invariant only if the two eigenvalues of the covariance differ and no tie of distances is cut.
     """
     count = graph.mask.sum(1).clamp_min(1)[:, None, None]
     offset = graph.offset * graph.mask[..., None]
@@ -137,7 +137,7 @@ def frames(graph: Graph) -> Tensor:
 
 
 def degenerate_share(graph: Graph, tolerance: float = 0.05) -> float:
-    """Share of tokens whose local covariance has (nearly) equal eigenvalues, where :func:`frames` is not invariant."""
+    """Return the share of tokens whose local covariance has nearly equal eigenvalues; :func:`frames` is not invariant there."""
     if not graph.index.shape[1]:
         return 0.0
     count = graph.mask.sum(1).clamp_min(1)[:, None, None]
@@ -151,7 +151,7 @@ GEOMETRY = {"invariants": (invariants, 4), "frames": (frames, 3), "distance": (l
 
 
 class GatedMLP(nn.Module):
-    """Linear, gate (SiLU of one half times the other), LayerNorm, Linear."""
+    """Linear, gate (SiLU of one half times the other half), LayerNorm, Linear."""
 
     def __init__(self, n_in: int, hidden: int, n_out: int):
         super().__init__()
@@ -160,7 +160,7 @@ class GatedMLP(nn.Module):
         self.outer = nn.Linear(hidden // 2, n_out)
 
     def gate(self, x: Tensor) -> Tensor:
-        """The part before the last linear layer."""
+        """Return the output before the last linear layer."""
         a, b = self.inner(x).chunk(2, -1)
         return self.norm(F.silu(a) * b)
 
@@ -169,11 +169,11 @@ class GatedMLP(nn.Module):
 
 
 class LocalAttention(nn.Module):
-    """Additive attention of each token over its spatial neighbours.
+    """Additive attention of each token to its spatial neighbours.
 
-    logit_ij = MLP([q_i, k_j, e_ij, y_j - y_i]) for each head, with one MLP for all heads; output
-    [sum_j a_ij v_j, sum_j a_ij e_ij]. The MLP's first layer is linear, so queries, keys, geometry and signals ``y`` are
-    each projected once per token or edge and only added per edge: the difference y_j - y_i is never formed.
+    For each head, logit_ij = MLP([q_i, k_j, e_ij, y_j - y_i]), with the same MLP for all heads. The output is
+    [sum_j a_ij v_j, sum_j a_ij e_ij]. The first layer of the MLP is linear. So queries, keys, geometry and signals ``y`` are
+    projected once per token or edge, and only their sums are computed per edge. The differences y_j - y_i are never stored.
     """
 
     def __init__(self, width: int, n_heads: int, n_edge: int, n_signal: int, dropout: float = 0.0):
@@ -188,19 +188,19 @@ class LocalAttention(nn.Module):
     def geometry(self, edges: Tensor) -> Tensor:
         """Embed edge features (n x k x frames x f) to n x k x width/2, averaged over frames.
 
-        The last linear layer is left to :meth:`forward`: it commutes with the mean over frames and with the weighted
-        sum over neighbours. Independent of the flow's time, so at inference it is computed once a slide.
+        :meth:`weigh` and :meth:`attend` apply the last linear layer, because it commutes with the mean over frames and with
+        the weighted sum over neighbours. The result does not depend on the flow's time, so prediction computes it once per slide.
         """
         return self.edge.gate(edges).mean(2)
 
     def keys(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Project tokens, and the signals they show to others, to keys (n x heads x hidden) and values."""
+        """Project tokens and their signals ``y`` to keys (n x heads x hidden) and values (n x heads x head)."""
         k, v = self._qkv(h, slice(1, 3)).unbind(1)
         _, w_k, _, w_y = self._weights(y)
         return k @ w_k.T + (y @ w_y.T)[:, None], v
 
     def weigh(self, h: Tensor, y: Tensor, key: Tensor, index: Tensor, mask: Tensor, geometry: Tensor) -> Tensor:
-        """Attention of tokens ``h`` (some or all) over their neighbours, n x k x heads."""
+        """Return the attention of tokens ``h`` (some or all) to their neighbours, n x k x heads."""
         n, k = index.shape
         w_q, _, w_e, w_y = self._weights(y)
         query = self._qkv(h, slice(0, 1))[:, 0] @ w_q.T + (self.score.inner.bias - y @ w_y.T)[:, None]
@@ -209,22 +209,22 @@ class LocalAttention(nn.Module):
         pre += key.index_select(0, index.reshape(-1)).view(n, k, self.n_heads, -1)
         pre += query[:, None]
         a, b = pre.chunk(2, -1)
-        # in place where no gradient needs the input again
+        # in place if no gradient is needed, which saves memory
         gated = F.silu(a) * b if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
         logit = self._project(gated).masked_fill(~mask[..., None], -torch.inf)
-        return torch.nan_to_num(logit.softmax(1))  # a token without neighbours attends to nothing
+        return torch.nan_to_num(logit.softmax(1))  # without neighbours softmax gives NaN; the attention is 0
 
     def attend(
         self, h: Tensor, y: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, geometry: Tensor
     ) -> Tensor:
-        """Attend from tokens ``h`` (some or all) to the keys and values of all; n x 2 width."""
+        """Attend from tokens ``h`` (some or all) to the keys and values of all tokens. Returns n x 2 width."""
         n, k = index.shape
         heads, d = self.n_heads, self.head
         if not k:
             return h.new_zeros(n, 2 * heads * d)
         weight = self.dropout(self.weigh(h, y, key, index, mask, geometry))
         values = (weight[..., None] * value.index_select(0, index.reshape(-1)).view(n, k, heads, d)).sum(1)
-        # sum_j a_ij e_ij: the sum commutes with the edge embedding's last layer, so it is taken first
+        # sum_j a_ij e_ij commutes with the last layer of the edge embedding, and is cheaper before it
         summed = torch.bmm(weight.transpose(1, 2), geometry)  # n x heads x width/2
         w, bias = self.edge.outer.weight.view(heads, d, -1), self.edge.outer.bias.view(heads, d)
         edges = torch.einsum("nhc,hdc->nhd", summed, w) + weight.sum(1)[..., None] * bias
@@ -240,7 +240,7 @@ class LocalAttention(nn.Module):
         return self.score.inner.weight.split([d, d, d, y.shape[1]], 1)
 
     def _project(self, gated: Tensor) -> Tensor:
-        """LayerNorm then Linear to one number, without writing the normalised array: three reductions."""
+        """Apply LayerNorm and Linear to one number by three reductions, without storing the normalised array."""
         norm, outer = self.score.norm, self.score.outer
         w = norm.weight * outer.weight[0]
         flat = gated.flatten(0, -2)
@@ -250,6 +250,6 @@ class LocalAttention(nn.Module):
 
 
 def far_band(xy: np.ndarray, share: float) -> tuple[np.ndarray, float]:
-    """Places along the longer side (n), and where the far band with this share of the points begins."""
+    """Return positions along the longer side (n), and where the band at its far end with this share of the points begins."""
     along = xy[:, int(np.argmax(np.ptp(xy, axis=0)))]
     return along, float(np.quantile(along, 1 - share))

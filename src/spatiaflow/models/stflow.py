@@ -19,7 +19,7 @@ from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, CountPrior, GaussianPrior, ImagePrior, ScalarZINB, ZeroPrior
 from spatiaflow.models.flow import sample, schedule, time_features
 from spatiaflow.models.ood import OutOfDomain, inflation
-from spatiaflow.models.regression import Ridge, combine, smooth
+from spatiaflow.models.regression import Ridge, combine, own_spots, smooth, standardize
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, degenerate_share, spatial_graph
 
@@ -223,14 +223,8 @@ class Prediction:
     ood: np.ndarray  # n, in [0, 1]
     between_share: float  # share of the between-draw in the total variance
     degenerate_share: float  # share of spots without a unique frame; 0 where the geometry needs none
-
-
-def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: str) -> np.ndarray:
-    """Scale features of one slide by training statistics, or by its own with ``mode="slide"``."""
-    if mode == "slide" and len(features) > 1:
-        own = features.std(0)
-        mean, std = features.mean(0), np.where(own < 1e-6, 1.0, own)
-    return ((features - mean) / std).astype(np.float32)
+    standardized_on: list[int]  # of each slide: its own spots that features were scaled by; 0: the training data
+    n_glass: int  # rows that stand on no tissue
 
 
 class STFlow(_base.Model):
@@ -303,6 +297,7 @@ class STFlow(_base.Model):
         ----------
         slides
             With features as the encoder gave them. Noise belongs to the seed, the slide's name and the name of the row.
+            Rows that stand on no tissue are given the training mean and change nothing for the others.
         n_samples
             Draws from the prior.
         n_steps
@@ -337,13 +332,36 @@ class STFlow(_base.Model):
         n_rows, total = sum(map(len, mean)), sum(float(v.sum()) for v in variance)
         return Prediction(
             np.concatenate(mean), np.sqrt(np.concatenate(variance)), np.concatenate(ood), sum(between) / max(total, 1e-12),
-            sum(degenerate) / n_rows,
+            sum(degenerate) / n_rows, [own_spots(self.standardize, int(s.on_tissue.sum())) for s in slides],
+            sum(int((~s.on_tissue).sum()) for s in slides),
         )  # fmt: skip
 
     def _predict_slide(
         self, slide: Slide, times: list[float], n_samples: int, seed: int, batch_size: int, device: str | torch.device
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
         """Mean, variance and out-of-domain score; the sum of the between-draw variance; rows without a unique frame."""
+        a, tissue, degenerate = self.arrays, slide.on_tissue, 0.0
+        mean = np.tile(a["mean"].astype(np.float32), (len(slide), 1))
+        between = np.zeros(mean.shape)
+        if tissue.any():
+            mean[tissue], between[tissue], degenerate = self._mean(
+                slide if tissue.all() else slide.take(tissue), times, n_samples, seed, batch_size, device
+            )
+        distance = self.ood(standardize(slide.features, a["feature_mean"], a["feature_std"], "global"))
+        relative = self.ood.relative(distance)
+        # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
+        between = np.broadcast_to(a["between"], mean.shape) if n_samples == 1 else between * a["weights"][2] ** 2
+        expected = self.law.std_at(mean, a["theta"]) ** 2 * a["spread"]
+        middle = np.median(relative[tissue] if tissue.any() else relative)
+        inflated = expected * inflation(a["inflation"], relative, middle)[:, None]
+        variance = (np.maximum(inflated - a["between"], 0.05 * inflated) + between).astype(np.float32)
+        ood = self.ood.quantile(distance).astype(np.float32)
+        return mean, variance, ood, float(between.sum()), degenerate
+
+    def _mean(
+        self, slide: Slide, times: list[float], n_samples: int, seed: int, batch_size: int, device: str | torch.device
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Mean and between-draw variance of a slide without glass; rows without a unique frame."""
         a, degenerate = self.arrays, 0.0
         x = standardize(slide.features, a["feature_mean"], a["feature_std"], self.standardize)
         base = self.ridge.predict(x)
@@ -362,15 +380,7 @@ class STFlow(_base.Model):
             np.maximum(squares / n_samples - network.astype(np.float64) ** 2, 0) * n_samples / max(n_samples - 1, 1)
         )
         parts = [base, smooth(base, slide.graph(8), self.ridge.smoothing), network]
-        mean = combine(np.stack(parts), a["mean"], a["level"], a["weights"])
-        distance = self.ood(standardize(slide.features, a["feature_mean"], a["feature_std"], "global"))
-        # std^2 = between-draw + residual variance; one draw takes the between-draw variance seen in validation
-        between = np.broadcast_to(a["between"], network.shape) if n_samples == 1 else between * a["weights"][2] ** 2
-        expected = self.law.std_at(mean, a["theta"]) ** 2 * a["spread"]
-        inflated = expected * inflation(a["inflation"], self.ood.relative(distance))[:, None]
-        variance = (np.maximum(inflated - a["between"], 0.05 * inflated) + between).astype(np.float32)
-        ood = self.ood.quantile(distance).astype(np.float32)
-        return mean, variance, ood, float(between.sum()), degenerate
+        return combine(np.stack(parts), a["mean"], a["level"], a["weights"]), between, degenerate
 
     def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
         """Ridge regression alone, for one slide; smoothed over neighbours when positions are given."""
@@ -405,7 +415,7 @@ class STFlow(_base.Model):
         for i in range(d["n_networks"]):
             network = Denoiser(config.denoiser(len(arrays["feature_mean"]), len(d["genes"])))
             start = f"network.{i}."
-            network.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+            _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
         ridge = Ridge(tensors["ridge.coefficients"].numpy(), tensors["ridge.intercept"].numpy(), *d["ridge"])

@@ -1,4 +1,4 @@
-"""Entropic optimal transport between the cells of two states, and how far each pair can be trusted."""
+"""Entropic optimal transport between the cells of two states, with a confidence for each pair."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scipy.spatial.distance import pdist
 from spatiaflow.models import _base
 from spatiaflow.models.spatial import spatial_graph
 
-# The confidence comes from a wide plan that may refuse mass, whatever plan the pairs are drawn from. A narrow plan would count
-# the few targets that happen to be near as evidence, so that small and large groups could not be compared. A balanced plan has
-# no mass by which to tell a source without a counterpart.
+# The confidence is always computed from a wide, unbalanced plan, whatever plan the pairs are drawn from. In a narrow plan the few
+# targets that are near by chance would count as evidence, so small and large groups could not be compared. In a balanced plan
+# every source transports all its mass, so sources without a counterpart would not show.
 CONFIDENCE_EPSILON, CONFIDENCE_RHO = 0.25, 0.5
-N_AROUND = 30  # nearest cells whose states are the composition around a cell
+N_AROUND = 30  # number of nearest cells that make up the composition around a cell
 
 
 @dataclass
@@ -29,28 +29,28 @@ class PairingConfig(_base.Config):
     Attributes
     ----------
     epsilon
-        Entropic regularisation, over the median cost within the target state.
+        Entropic regularisation, in units of the median cost within the target state.
     unbalanced
         Weight of the Kullback-Leibler divergence of both marginals from uniform ones, in the unit of ``epsilon``. Sources
-        without a counterpart lose mass. None: balanced, every source and every target of a niche is used in full, so that the
-        pairs show the whole difference of the two states there. The confidence does not depend on it.
+        without a counterpart lose mass. If None, the plan is balanced: every source and every target of a niche is used fully,
+        so the pairs show the whole difference between the two states there. The confidence does not depend on this setting.
     confidence
-        ``"mass"``: min(1, transported mass / prescribed mass) times the agreement of the matches found from two binomial
-        halves of the counts. For comparison ``"entropy"`` (1 - entropy of the row / log of the number of targets) and
-        ``"peak"`` (largest entry of the row of the plan, which shrinks with the number of cells).
+        ``"mass"``: min(1, transported mass / prescribed mass) times the agreement between the matches from two binomial halves
+        of the counts. For comparison: ``"entropy"``, 1 - entropy of the row / log of the number of targets, and ``"peak"``, the
+        largest entry of the row of the plan, which decreases with the number of cells.
     pairs
         ``"sample"`` draws each source's target from its row of the plan, which keeps the variety of the targets.
-        ``"argmax"`` takes the largest entry, so that many sources may share a target.
+        ``"argmax"`` takes the largest entry, so many sources may share a target.
     min_cells
-        Fewest cells of either state in a niche. Niches with fewer are not paired.
+        Minimum number of cells of each state in a niche. Niches with fewer are not paired.
     min_share
-        For tiles: smallest share of a state among the cells of a tile that counts.
+        For tiles: minimum share of a state among the cells of a tile. Tiles with less do not have the state.
     n_components
-        Principal components of expression, fitted to the cells of both states.
+        Number of principal components of expression, fitted to the cells of both states.
     top_k
-        Entries of each row of the plan that are stored.
+        Number of entries of each row of the plan that are stored.
     n_rounds
-        Above ``batch_size`` cells a side, how often each source is paired with another part of the targets.
+        With more than ``batch_size`` cells per state, each source is paired with this many random parts of the targets.
 
     Examples
     --------
@@ -87,22 +87,22 @@ PairingConfig.named = {"default": PairingConfig()}
 
 @dataclass
 class Plan:
-    """A transport plan from n sources to m targets: the largest entries of each row."""
+    """The largest entries of each row of a transport plan from n sources to m targets."""
 
     index: np.ndarray  # n x k, targets, the largest entry first
-    share: np.ndarray  # n x k, of the row's mass
-    mass: np.ndarray  # n, transported over prescribed
-    entropy: np.ndarray  # n, of the row, over the logarithm of the targets it could choose from
-    mean: np.ndarray  # n x d, of the whole row's targets, in coordinates ``at``
-    marginal_error: float  # largest relative L1 of both marginals over the problems solved; NaN where they are free
+    share: np.ndarray  # n x k, shares of the row's mass
+    mass: np.ndarray  # n, transported mass / prescribed mass
+    entropy: np.ndarray  # n, entropy of the row / log of the number of its possible targets
+    mean: np.ndarray  # n x d, mean of the whole row's targets, in the coordinates ``at``
+    marginal_error: float  # largest relative L1 error of both marginals over the problems solved; NaN if unbalanced
 
     @property
     def dropped(self) -> np.ndarray:
-        """Share of each row's mass beyond the entries kept."""
+        """Share of each row's mass that is not among the kept entries."""
         return 1 - self.share.sum(1)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A target of each source, drawn from its row."""
+        """Draw a target for each source from its row."""
         edge = self.share.cumsum(1)
         place = (rng.random((len(edge), 1)) * edge[:, -1:] > edge).sum(1).clip(max=edge.shape[1] - 1)
         return self.index[np.arange(len(edge)), place]
@@ -121,12 +121,13 @@ def transport(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Plan:
-    """Entropic optimal transport from points ``x`` (n x d) to ``y`` (m x d), uniform masses.
+    """Solve entropic optimal transport from points ``x`` (n x d) to ``y`` (m x d) with uniform masses.
 
-    The cost is the squared distance over its median within the targets, so that ``epsilon`` and ``rho`` mean the same on
-    any data. ``rho`` weighs the Kullback-Leibler divergence of the marginals from the uniform ones; None holds them.
-    Above ``batch`` points a side random parts of both are paired, ``n_rounds`` times, and the rows averaged: no matrix is
-    larger than ``batch`` squared. ``at`` (m x d, by default ``y``) are the coordinates that the plan's means are taken in.
+    The cost is the squared distance divided by its median within the targets, so ``epsilon`` and ``rho`` mean the same on any
+    data. ``rho`` weights the Kullback-Leibler divergence of the marginals from uniform ones. If it is None, the marginals are
+    fixed. With more than ``batch`` points per side, random parts of both sides are paired ``n_rounds`` times and the rows are
+    averaged, so no matrix is larger than ``batch`` x ``batch``. ``at`` (m x d, by default ``y``) are the coordinates of the means
+    in :attr:`Plan.mean`.
     """
     rng, n, m = np.random.default_rng(seed), len(x), len(y)
     at = y if at is None else at
@@ -141,7 +142,7 @@ def transport(
 
 
 def _median_cost(y: np.ndarray, rng: np.random.Generator, n: int = 1000) -> float:
-    """Median squared distance between different targets, from some of them."""
+    """Return the median squared distance between targets, estimated from a random subset of them."""
     distance = pdist(np.asarray(y[rng.permutation(len(y))[:n]], np.float64), "sqeuclidean")
     return max(float(np.median(distance)), 1e-12) if len(distance) else 1.0
 
@@ -154,7 +155,7 @@ def _solve(
 
     x, y, at = (torch.from_numpy(np.asarray(v, np.float64)).to(device) for v in (x, y, at))
     n, m = len(x), len(y)
-    # far beyond what epsilon carries, and exp(-cost / epsilon) would be 0 for a whole row
+    # such a cost transports nothing; without the limit exp(-cost / epsilon) would be 0 for a whole row
     cost = (torch.cdist(x, y) ** 2 / unit).clamp_max(600 * epsilon)
     a, b = (torch.full((size,), 1 / size, dtype=cost.dtype, device=cost.device) for size in (n, m))
     if rho is None:
@@ -174,7 +175,7 @@ def _solve(
 
 
 def _merge(n: int, top_k: int, parts: list[tuple[np.ndarray, np.ndarray, Plan]]) -> Plan:
-    """Average the rows of several problems (rows, columns, plan), each row weighted by its mass."""
+    """Average the rows of several problems (rows, columns, plan), weighted by their mass."""
     d = parts[0][2].mean.shape[1]
     seen, mass, sums, found = np.zeros(n), np.zeros(n), np.zeros((n, d + 1)), []
     for rows, columns, plan in parts:
@@ -184,9 +185,9 @@ def _merge(n: int, top_k: int, parts: list[tuple[np.ndarray, np.ndarray, Plan]])
         entries = np.repeat(rows, plan.index.shape[1]), columns[plan.index].ravel()
         found.append((*entries, (plan.share * plan.mass[:, None]).ravel()))
     row, column, value = (np.concatenate(v) for v in zip(*found))
-    # a target that a source met in several rounds counts once
+    # entries of the same source and target from several rounds are summed
     whole = sparse.csr_matrix((value / mass.clip(1e-300)[row], (row, column)), (n, int(column.max()) + 1)).tocoo()
-    order = np.lexsort([-whole.data, whole.row])  # within each row the largest first
+    order = np.lexsort([-whole.data, whole.row])  # the largest entry of each row first
     row, column, value = whole.row[order], whole.col[order], whole.data[order]
     place = np.arange(len(row)) - np.searchsorted(row, row)
     k = min(top_k, int(place.max()) + 1)
@@ -199,10 +200,11 @@ def _merge(n: int, top_k: int, parts: list[tuple[np.ndarray, np.ndarray, Plan]])
 
 
 def agreement(one: Plan, other: Plan, at: np.ndarray) -> np.ndarray:
-    """How alike the matches of two plans are, n, in [0, 1].
+    """Return how similar the matches of two plans are: n values in [0, 1].
 
-    Cosine between what both plans assign to a source on average, as seen from the middle of the targets: 1 where both point
-    the same way, 0 where they have nothing in common. ``at``: coordinates of the targets that both took their means in.
+    This is the cosine between the mean targets of a source in both plans, relative to the mean of all targets. It is 1 if both
+    have the same direction, and 0 if they are unrelated. ``at`` (m x d) are the coordinates of the targets in which both plans
+    computed their means.
     """
     a, b = (plan.mean - at.mean(0) for plan in (one, other))
     return np.clip((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1)).clip(1e-300), 0, 1)
@@ -210,13 +212,13 @@ def agreement(one: Plan, other: Plan, at: np.ndarray) -> np.ndarray:
 
 @dataclass
 class StateShares:
-    """Share of every state in each row of a table: 0 or 1 in a cell, anything between in a tile."""
+    """Share of each state in each row of a table: 0 or 1 for a cell, a value between them for a tile."""
 
-    groupby: str  # name of the column or slot, for errors
+    groupby: str  # name of the column or slot, for error messages
     names: list[str]
     share: np.ndarray  # n x states
     min_share: float
-    order: np.ndarray  # n, rows sorted by name, so that draws do not depend on the order of the table
+    order: np.ndarray  # n, rows sorted by name, so that random draws do not depend on the order of the table
 
     def place(self, state: str) -> int:
         """Return the column of a state."""
@@ -234,7 +236,7 @@ class StateShares:
         return self.has(source) if source == target else self.has(source) & ~self.has(target)
 
     def sides(self, source: str, target: str, seed: Sequence[int], min_cells: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of sources and of targets; of one and the same state two random halves."""
+        """Return the rows of sources and of targets. If both states are the same, two random halves of its rows."""
         order = self.order
         rows, columns = order[self.is_source(source, target)[order]], order[self.has(target)[order]]
         if source == target:
@@ -250,14 +252,14 @@ class StateShares:
 
 @dataclass
 class Coordinates:
-    """What cells are compared by: blocks of n x d, each already times the square root of its weight."""
+    """Coordinates in which cells are compared: blocks of n x d, each multiplied by the square root of its weight."""
 
     fixed: list[np.ndarray]
     expression: np.ndarray | None = None  # n x components
-    halves: list[np.ndarray] = field(default_factory=list)  # the same from two binomial halves of the counts
+    halves: list[np.ndarray] = field(default_factory=list)  # expression from each of two binomial halves of the counts
 
     def between(self, rows: np.ndarray, columns: np.ndarray, half: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return coordinates of sources and targets; the spread of each block within the targets is 1."""
+        """Return coordinates of sources and targets, scaled so that each block has total variance 1 within the targets."""
         first = self.expression if half is None else self.halves[half]
         x, y = [], []
         for block in self.fixed if first is None else [first, *self.fixed]:
@@ -271,13 +273,13 @@ class Coordinates:
 def expression(
     counts: sparse.csr_matrix, weight: float, *, n_components: int, halved: bool, seed: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return principal components (n x components) of log counts (n x genes), and the same of two halves of the counts."""
+    """Return principal components (n x components) of log counts (n x genes), also of two binomial halves of the counts."""
     from sklearn.decomposition import PCA
 
     unit = max(float(np.median(np.asarray(counts.sum(1)))), 1.0)
     values = per_unit(counts, unit)
     n = min(n_components, min(values.shape) - 1)
-    # scanpy's pca keeps no projection, which the halves need
+    # not scanpy's pca: it does not keep the projection, which is needed for the halves
     pca = PCA(n, svd_solver="covariance_eigh" if values.shape[1] <= 3000 else "arpack", random_state=seed).fit(values)
     halves = []
     if halved:
@@ -288,7 +290,7 @@ def expression(
 
 
 def per_unit(counts: sparse.csr_matrix, unit: float) -> sparse.csr_matrix:
-    """Return log1p of counts per ``unit``, in float64: the components of near-equal cells need it."""
+    """Return log1p of counts per ``unit``, in float64. The components of nearly equal cells need this precision."""
     total = np.asarray(counts.sum(1)).ravel().clip(1)
     return sparse.csr_matrix(sparse.diags(unit / total) @ counts).log1p()
 
@@ -308,7 +310,7 @@ def matched(
     seed: int,
     device: str | torch.device,
 ) -> tuple[Plan, np.ndarray]:
-    """Return the plan from sources to targets of one group, and the confidence of each source."""
+    """Return the plan from the sources to the targets of one group, and the confidence of each source."""
     x, y = coordinates.between(rows, columns)
     options: dict[str, Any] = {
         "top_k": config.top_k,

@@ -1,15 +1,18 @@
 """Figures."""
 
-from spatiaflow.pl._benchmark import benchmark
-from spatiaflow.pl._calibration import calibration
-from spatiaflow.pl._crops import crops
-from spatiaflow.pl._expression import expression
-from spatiaflow.pl._generation import profile_shift, transition
-from spatiaflow.pl._imputation import imputation
-from spatiaflow.pl._levels import attention, levels
-from spatiaflow.pl._profile import profile
-from spatiaflow.pl._scores import gene_scores
-from spatiaflow.pl._transitions import pairs
+from spatiaflow._process import unchanged
+
+with unchanged():
+    from spatiaflow.pl._benchmark import benchmark
+    from spatiaflow.pl._calibration import calibration
+    from spatiaflow.pl._crops import crops
+    from spatiaflow.pl._expression import expression
+    from spatiaflow.pl._generation import profile_shift, transition
+    from spatiaflow.pl._imputation import imputation
+    from spatiaflow.pl._levels import attention, levels
+    from spatiaflow.pl._profile import profile
+    from spatiaflow.pl._scores import gene_scores
+    from spatiaflow.pl._transitions import pairs
 
 __all__ = [
     "attention",

@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import finish
 
 
+@verb
 def benchmark(
     data: pd.DataFrame,
     *,
@@ -43,6 +45,8 @@ def benchmark(
     ------
     KeyError
         A column is missing.
+    TypeError
+        ``data`` is not a DataFrame.
     ValueError
         No row has a method in ``ours``.
 
@@ -54,6 +58,8 @@ def benchmark(
     """
     import matplotlib.pyplot as plt
 
+    if not isinstance(data, pd.DataFrame):
+        raise TypeError(f"data must be one DataFrame with a row per task and method, not {type(data).__name__}.")
     if missing := [name for name in ("task", "metric", "method", "value") if name not in data]:
         raise KeyError(f"data has no column {missing[0]!r}; it has {', '.join(map(str, data.columns))}.")
     ours = [ours] if isinstance(ours, str) else list(ours)

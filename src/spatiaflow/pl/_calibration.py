@@ -10,9 +10,11 @@ from scipy.stats import norm
 from spatialdata import SpatialData
 
 from spatiaflow import _io, metrics
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import finish
 
 
+@verb
 def calibration(
     data: AnnData | SpatialData,
     *,

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._tissue import finish, scale_bar
 
@@ -21,6 +22,7 @@ COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#F
 SAMPLE, SAMPLE_PIXELS = 12, 512  # windows around cells whose pixels set the contrast
 
 
+@verb
 def crops(
     data: AnnData | SpatialData,
     groupby: str | None = None,

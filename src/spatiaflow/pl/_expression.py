@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io, metrics
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 
+@verb
 def expression(
     data: AnnData | SpatialData,
     genes: str | Sequence[str],

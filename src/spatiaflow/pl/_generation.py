@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed
 from spatiaflow.pl._crops import COLOURS
 from spatiaflow.pl._profile import _label
 from spatiaflow.pl._tissue import finish, scale_bar, violin
 
 
+@verb
 def transition(
     data: AnnData,
     targets: np.ndarray | None = None,
@@ -62,6 +64,8 @@ def transition(
     ------
     KeyError
         ``data`` holds no generated images, or a channel is unknown.
+    TypeError
+        ``data`` is not one AnnData.
     ValueError
         More channels than can be told apart, or targets of another shape.
 
@@ -74,6 +78,7 @@ def transition(
     """
     import matplotlib.pyplot as plt
 
+    data = _io.unpack(data)[1]
     if "image" not in data.obsm or "morphology" not in data.uns:
         raise KeyError("obsm has no 'image'. Give the result of sf.tl.generate_morphology(...).")
     known, mpp = [*map(str, data.uns["morphology"]["channels"])], float(data.uns["morphology"]["mpp"])
@@ -125,6 +130,7 @@ def transition(
     return finish(figure, show, return_fig)
 
 
+@verb
 def profile_shift(
     data: AnnData,
     *,
@@ -159,6 +165,8 @@ def profile_shift(
     ------
     KeyError
         A feature is missing.
+    TypeError
+        ``data`` is not one AnnData.
 
     Examples
     --------
@@ -170,6 +178,7 @@ def profile_shift(
     """
     import matplotlib.pyplot as plt
 
+    data = _io.unpack(data)[1]
     shared = [name for name in data.var_names if name in source and name in target]
     features = _io.names(features, "features")
     if features is None:

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from spatiaflow import _io, metrics
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 
+@verb
 def imputation(
     data: AnnData | SpatialData,
     genes: str | Sequence[str],
@@ -154,8 +156,8 @@ def _against(ax: Axes, found: np.ndarray, known: np.ndarray) -> None:
     r = metrics.pearson(known[:, None], found[:, None])[0]
     ax.text(0.04, 0.96, f"r = {r:.2f}\nn = {len(known):,}", transform=ax.transAxes, va="top", fontsize=6)
     ax.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-    ax.set_xlabel("imputed, means of tenths", fontsize=6)
-    ax.set_ylabel("measured, their means", fontsize=6)
+    ax.set_xlabel("imputed, mean per decile", fontsize=6)
+    ax.set_ylabel("measured, mean", fontsize=6)
     ax.tick_params(labelsize=6)
     sns.despine(ax=ax)
 
@@ -174,14 +176,14 @@ def _reliability(
         ax.set(
             xlim=(low - 0.02, max(x.max(), np.nanmax(y)) + 0.05), ylim=(low - 0.02, max(x.max(), np.nanmax(y)) + 0.05)
         )
-        ax.set_ylabel("r with measured", fontsize=6)
-        ax.set_xlabel("reliability, said before", fontsize=6)
+        ax.set_ylabel("r with measured values", fontsize=6)
+        ax.set_xlabel("reliability", fontsize=6)
         place = dict(zip(there, zip(x, y)))
     else:
         order = reliability.sort_values(ascending=False)
         x, y = np.arange(len(order)), order.to_numpy()
         ax.set_ylabel("reliability", fontsize=6)
-        ax.set_xlabel("genes, sorted", fontsize=6)
+        ax.set_xlabel("genes, sorted by reliability", fontsize=6)
         cast("Any", ax.xaxis.get_major_locator()).set_params(integer=True)
         place = {g: (i, v) for i, (g, v) in enumerate(order.items())}
     ax.plot(x, y, "o", ms=3, color=colors[0], alpha=0.7, mew=0, rasterized=True)

@@ -13,12 +13,14 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 from spatiaflow.pl._tissue import finish, scale_bar, tissue_panel
 
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give key=..."
 
 
+@verb
 def levels(
     data: AnnData | SpatialData,
     *,
@@ -104,6 +106,7 @@ def levels(
     return finish(figure, show, return_fig)
 
 
+@verb
 def attention(
     data: AnnData | SpatialData,
     cell: str,
@@ -201,10 +204,12 @@ def attention(
 
 def _components(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """First principal components (n x cells) and their shares of the variance; components that do not exist are left out."""
-    centred = x.astype(np.float64)
-    centred -= centred.mean(0)
-    _, singular, directions = np.linalg.svd(centred.T @ centred)
-    return directions[:n] @ centred.T, singular[:n] / max(singular.sum(), 1e-12)
+    from sklearn.decomposition import PCA
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # what does not vary has no shares
+        pca = PCA(min(n, *x.shape), random_state=0)
+        components = pca.fit_transform(x.astype(np.float64)).T
+    return components, np.nan_to_num(pca.explained_variance_ratio_)
 
 
 def _groups_panel(ax: Axes, slide: Slide, values: pd.Series, title: str) -> None:

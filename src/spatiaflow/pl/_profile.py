@@ -14,10 +14,12 @@ from scipy.stats import rankdata
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._settings import logger
 from spatiaflow.pl._tissue import finish, violin
 
 
+@verb
 def profile(
     data: AnnData | SpatialData,
     groupby: str,

@@ -10,9 +10,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import finish
 
 
+@verb
 def gene_scores(
     data: pd.DataFrame,
     *,

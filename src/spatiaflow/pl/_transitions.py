@@ -12,9 +12,11 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow.pl._tissue import SEQUENTIAL, finish, scale_bar, tissue_panel, violin
 
 
+@verb
 def pairs(
     data: AnnData | SpatialData,
     transition: str | None = None,

@@ -9,9 +9,11 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from spatiaflow import _io
+from spatiaflow._process import verb
 from spatiaflow._slides.crops import Crops, slide_crops
 
 
+@verb
 @_io.each_object
 def crops(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],

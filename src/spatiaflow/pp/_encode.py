@@ -15,8 +15,10 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
+from spatiaflow.models.slide import MIN_TISSUE
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide
@@ -27,6 +29,7 @@ MIN_PIXELS = 16  # of a patch, in a picture that stands in for the full resoluti
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 @_io.each_object
 def encode_patches(
     data: Data | Sequence[Data] | Mapping[str, Data],
@@ -67,8 +70,8 @@ def encode_patches(
     patch_um
         Width of a patch, µm.
     standardize
-        Scale the features of each slide to mean 0 and deviation 1. This uses all spots of the slide at once: results
-        are transductive, and it is recorded.
+        Scale the features of each slide to mean 0 and deviation 1 over its spots on tissue. This uses all of them at once:
+        results are transductive, and it is recorded (``params["standardized_on"]``, the number of spots of each slide).
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData; ``image_key`` may be omitted where one image shares the spots' coordinate system. For
         an AnnData, ``image_key`` is a key of ``.uns["spatial"][library]["images"]``.
@@ -91,6 +94,9 @@ def encode_patches(
     None, or with ``copy=True`` what was given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_features)
+    ``.obs["tissue"]`` : float32 in [0, 1], the share of the patch that is tissue (RGB images only), under this name whatever
+        ``key_added`` is. Optical density above the glass of the same image decides; black padding and what lies outside the
+        image are no tissue. A column of this name that holds something else is kept, and a warning is logged
     ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
         ``n_features`` and ``params`` (with ``feature_names`` where they have names)
 
@@ -126,30 +132,40 @@ def encode_patches(
     pixels = encoder.patch_pixels(patch_um)
     key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
     out = np.zeros((table.n_obs, 0), np.float32)
+    share, standardized_on = np.full(table.n_obs, np.nan, np.float32), []
     bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
-        found = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        found, tissue = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        share[slide.rows] = tissue
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
-            spread = np.nanstd(found, axis=0)
-            found = (found - np.nanmean(found, axis=0)) / np.where(spread < 1e-6, 1, spread)
+            own = found[on] if (on := ~(tissue < MIN_TISSUE)).sum() > 1 else found
+            spread = np.nanstd(own, axis=0)
+            found = (found - np.nanmean(own, axis=0)) / np.where(spread < 1e-6, 1, spread)
+            standardized_on.append(len(own))
         out[slide.rows] = found
     bar.close()
+    _io.write_tissue(table, share)
     _io.write(
         table, key_added, arrays={"": out},
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
             "standardize": standardize, "n_features": out.shape[1],
-            "params": _io.provenance(started, feature_names=list(encoder.feature_names)),
+            "params": _io.provenance(
+                started, feature_names=list(encoder.feature_names), standardized_on=standardized_on
+            ),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 
-def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar) -> np.ndarray:
-    """Features of all spots of one slide, n x F."""
-    from spatiaflow._slides.patches import cut
+def _encoded(
+    data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all spots of one slide, n x F, and the share of each patch that is tissue (NaN: the image is no RGB)."""
+    from spatiaflow._slides.patches import Tissue, cut
 
     coarsest = max(patch_um / MIN_PIXELS, 1.05 * patch_um / pixels)
     found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels, coarsest=coarsest)
@@ -160,6 +176,8 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
     there = np.flatnonzero(_io.inside(found.xy, sides, slide.name, found.name, "Their features are NaN."))
     image = _io.as_uint8(image, found.name)
     out: Any = None
+    size = image.shape[1:] if channels_first else image.shape[:2]
+    tissue = Tissue(found.xy, patch_um / found.mpp, size) if used == 3 and found.is_rgb(3) else None
     parts = cut(
         image, found.xy[there], patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size
     )
@@ -172,10 +190,12 @@ def _encoded(data, slide: Slide, encoder, image_key, patch_um, pixels, batch_siz
                 f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
             )
         out[there[rows]] = values
+        if tissue is not None:
+            tissue.add(there[rows], patches[:, :3])
         bar.update(len(rows))
     if bad := int((~np.isfinite(out[there])).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
-    return out
+    return out, np.full(len(slide), np.nan, np.float32) if tissue is None else tissue.share()
 
 
 def _check(image, found, encoder, patch_um: float, pixels: int) -> int:
@@ -191,6 +211,11 @@ def _check(image, found, encoder, patch_um: float, pixels: int) -> int:
             f"encoder {encoder.id!r} needs {encoder.channels} channels; image {found.name!r} has {used}"
             f"{' (' + ', '.join(found.channels) + ')' if found.channels else ''}. Give another image_key= or encoder=, or "
             "choose channels: sdata[new_key] = sdata[image_key].sel(c=[...])."
+        )
+    if image.dtype != np.uint8 and not found.is_rgb(shape[0]):
+        raise ValueError(
+            f"image {found.name!r} is {image.dtype} and no RGB picture; patches are encoded from uint8. Scale each channel to "
+            "0-255 first."
         )
     if patch_um > 4 * found.mpp * max(shape[1:]):
         raise ValueError(

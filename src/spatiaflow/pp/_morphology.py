@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Where
-from spatiaflow._settings import logger, progress
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, warn
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.slide import Slide
 
@@ -27,6 +27,7 @@ INTENSITY = ("mean", "std", "contrast", "correlation")
 STAINS = ("hematoxylin", "eosin")
 
 
+@verb
 @_io.each_object
 def morphology_profile(
     data: SpatialData,
@@ -146,17 +147,24 @@ def morphology_profile(
             ),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp)
     return data if copy else None
 
 
+@verb
+@_io.each_object
 def image_profile(
-    data: AnnData | Crops | np.ndarray,
+    data: AnnData
+    | Crops
+    | np.ndarray
+    | Sequence[AnnData | Crops | np.ndarray]
+    | Mapping[str, AnnData | Crops | np.ndarray],
     *,
     channels: Sequence[str] | None = None,
     mpp: float | None = None,
     nuclei: str | None = None,
     whole: bool = False,
-) -> pd.DataFrame:
+) -> pd.DataFrame | list[pd.DataFrame] | dict[str, pd.DataFrame]:
     """Measure the cell in the middle of each image, without polygons.
 
     Use it for generated images, and for real images to compare with them. The nucleus is brighter than Otsu's threshold in the
@@ -167,22 +175,22 @@ def image_profile(
     ----------
     data
         Images, n x channels x pixels x pixels, or the result of :func:`spatiaflow.tl.generate_morphology` or of
-        :func:`spatiaflow.pp.crops`.
+        :func:`spatiaflow.pp.crops`; or a list or dict of these.
     channels
-        Names of the channels, where ``data`` does not know them.
+        Names of the channels. Needed for arrays; otherwise they come from ``data``.
     mpp
-        µm per pixel, where ``data`` does not know it.
+        µm per pixel. Needed for arrays; otherwise it comes from ``data``.
     nuclei
-        Channel that shows nuclei. None: the first whose name contains "dapi", else the first.
+        Channel that shows nuclei. If None, the first channel whose name contains "dapi", else the first channel.
     whole
-        Measure the whole picture, for tiles: density, covered share and mean area of the nuclei, and each channel over all
-        pixels.
+        Measure the whole image instead of one cell, for tiles: density, covered share and mean area of the nuclei, and each
+        channel over all pixels.
 
     Returns
     -------
-    DataFrame with one row an image and the columns of :func:`morphology_profile`: shape in µm, and of each channel mean, standard
-    deviation, contrast and correlation inside the nucleus. NaN where no nucleus is found. With ``whole`` the columns
-    ``nuclei_per_mm2``, ``nuclear_share`` and ``mean_area_um2`` replace the shape.
+    DataFrame, or a list or dict of them. It has one row per image and the columns of :func:`morphology_profile`: shape in µm, and
+    mean, standard deviation, contrast and correlation of each channel inside the nucleus. Values are NaN if no nucleus is found.
+    With ``whole`` the columns ``nuclei_per_mm2``, ``nuclear_share`` and ``mean_area_um2`` replace the shape.
 
     Raises
     ------
@@ -200,7 +208,7 @@ def image_profile(
         for rows, found in data.batches():
             for size in np.unique(scale[rows]):
                 same = scale[rows] == size
-                part = image_profile(found.numpy()[same], channels=names, mpp=mpp or size, nuclei=nuclei, whole=whole)
+                part = measured(found.numpy()[same], names, mpp or size, nuclei=nuclei, whole=whole)
                 parts.append(part.set_index(rows[same]))
         return pd.concat(parts).sort_index()
     if isinstance(data, AnnData):
@@ -214,6 +222,13 @@ def image_profile(
         images = np.asarray(data)
     if channels is None or mpp is None:
         raise ValueError("images alone do not say what they show: give channels= and mpp= (µm per pixel).")
+    return measured(images, channels, mpp, nuclei=nuclei, whole=whole)
+
+
+def measured(
+    images: np.ndarray, channels: Sequence[str], mpp: float, *, nuclei: str | None = None, whole: bool = False
+) -> pd.DataFrame:
+    """Return what :func:`image_profile` returns, for an array of images."""
     channels = list(map(str, channels))
     if images.ndim != 4 or images.shape[1] != len(channels):
         raise ValueError(f"images must be n x {len(channels)} channels x pixels x pixels; they are {images.shape}.")
@@ -343,4 +358,4 @@ def _report(
     )
     if missing == len(values):
         raise ValueError(f"{message}. Do the transformations of {slide.element!r} and of the image agree?")
-    warnings.warn(f"{message}. Their rows are NaN.", UserWarning, stacklevel=3)
+    warn(f"{message}. Their rows are NaN.")

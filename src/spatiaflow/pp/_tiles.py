@@ -14,9 +14,11 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow.models.slide import Slide
 
 
+@verb
 @_io.each_object
 def tiles(
     data: AnnData | SpatialData,

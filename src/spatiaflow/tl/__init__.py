@@ -1,12 +1,15 @@
 """The verbs: check the input, gather arrays, run a model, write slots."""
 
-from spatiaflow.tl._expression import predict_expression, train_stflow
-from spatiaflow.tl._generation import generate_morphology
-from spatiaflow.tl._imputation import impute_genes, train_imputation
-from spatiaflow.tl._labels import annotate, cluster_niches
-from spatiaflow.tl._morphology import train_morphology
-from spatiaflow.tl._spatia import embed_spatia, train_spatia
-from spatiaflow.tl._transitions import pair_transitions
+from spatiaflow._process import unchanged
+
+with unchanged():
+    from spatiaflow.tl._expression import predict_expression, train_stflow
+    from spatiaflow.tl._generation import generate_morphology
+    from spatiaflow.tl._imputation import impute_genes, train_imputation
+    from spatiaflow.tl._labels import annotate, cluster_niches
+    from spatiaflow.tl._morphology import train_morphology
+    from spatiaflow.tl._spatia import embed_spatia, train_spatia
+    from spatiaflow.tl._transitions import pair_transitions
 
 __all__ = [
     "annotate",

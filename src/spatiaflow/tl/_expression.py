@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -14,8 +13,10 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow._slides import gather
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Data: TypeAlias = AnnData | SpatialData
 
 
+@verb
 def train_stflow(
     data: Data | Sequence[Data] | Mapping[str, Data],
     *,
@@ -74,9 +76,9 @@ def train_stflow(
     max_epochs
         Epochs of each network; the config's when None.
     checkpoint_dir
-        Folder for the state of the training. Nothing is written when None.
+        Folder for the state of the training, for this run alone. Nothing is written when None.
     resume
-        Continue from what ``checkpoint_dir`` holds.
+        Continue from what ``checkpoint_dir`` holds. The model is that of an uninterrupted run.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -97,7 +99,16 @@ def train_stflow(
     KeyError
         Features, layer or genes are missing.
     ValueError
-        Counts are not raw, values are not finite, the scale is unknown, or features differ between slides.
+        Counts are not raw, values are not finite, the scale is unknown, features differ between slides, a slide has
+        fewer than two spots on tissue with counts, or ``checkpoint_dir`` holds another run or a damaged file.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
+
+    Warns
+    -----
+    Spots on glass (``.obs["tissue"]`` below 0.05) and spots without any counts are left out, and their number is logged.
 
     See Also
     --------
@@ -124,7 +135,7 @@ def train_stflow(
     shared = _io.shared_genes(tables) if names is None else names
     slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep)
     _check_training(slides, shared, use_rep)
-    slides = [slide.align(shared) for slide in slides]
+    slides = [_usable(slide).align(shared) for slide in slides]
     if names is None:
         kept = _most_variable(slides, int(cast("int", genes)), target_sum)
         slides = [slide.align(kept) for slide in slides]
@@ -157,11 +168,27 @@ def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> 
             raise KeyError(
                 f"{len(missing)} of {len(genes)} genes are not in var_names of slide {slide.name!r} (first: {listed})."
             )
-        if n := int((slide.library == 0).sum()):
-            warnings.warn(f"{n} rows of slide {slide.name!r} have no counts at all.", UserWarning, stacklevel=3)
     first = slides[0].features[0]
     if all((slide.features == first).all() for slide in slides):
         raise ValueError(f"obsm[{use_rep!r}] is the same in every row; there is nothing to learn from.")
+
+
+def _usable(slide: Slide) -> Slide:
+    """A slide without spots that say nothing of tissue: on glass, or without any counts."""
+    glass, empty = ~slide.on_tissue, slide.library == 0
+    if not (glass | empty).any():
+        return slide
+    logger.warning(
+        "slide %r: %d spots on glass and %d more without any counts are left out of the training",
+        slide.name, glass.sum(), (empty & ~glass).sum(),
+    )  # fmt: skip
+    kept = slide.take(~glass & ~empty)
+    if len(kept) < 2:
+        raise ValueError(
+            f"slide {slide.name!r} has {len(kept)} spots on tissue with counts; leave it out of the training. If its patches "
+            "do show tissue, remove obs['tissue'] and train again."
+        )
+    return kept
 
 
 def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> list[str]:
@@ -179,6 +206,7 @@ def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> lis
     return [names[i] for i in order[:n]]
 
 
+@verb
 @_io.each_object
 def predict_expression(
     data: Data | Sequence[Data] | Mapping[str, Data],
@@ -204,6 +232,9 @@ def predict_expression(
     Integrates the flow from the model's prior to the data in ``n_steps`` evaluations (Huang et al. 2025, algorithm 1).
     Memory and time grow linearly with the number of spots. Noise belongs to the spot (its name, its slide and the seed), so
     the order of rows and ``batch_size`` do not change the result.
+
+    Spots on glass (``.obs["tissue"]`` below 0.05, see :func:`spatiaflow.pp.encode_patches`) get the training mean of every
+    gene, and a high ``ood``. They change nothing for the others: neither how features are scaled nor who is whose neighbour.
 
     Parameters
     ----------
@@ -243,7 +274,9 @@ def predict_expression(
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
         ``trusted`` (skill above 0), ``normalization``, ``between_share`` (share of the variance that differs between draws),
-        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``
+        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
+        ``standardized_on`` says for each slide by how many of its own spots on tissue features were scaled, or
+        ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
 
     Raises
     ------
@@ -253,6 +286,12 @@ def predict_expression(
         ``model`` is a model of another kind.
     ValueError
         Features come from another encoder or have the wrong width, are not finite, or the scale is unknown.
+
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: over a third of the spots on tissue have an out-of-domain
+        score above 0.95, or spots are not as far apart. What older models do not store is not compared.
 
     Examples
     --------
@@ -275,6 +314,7 @@ def predict_expression(
         slides, n_samples=n_samples, n_steps=n_steps, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
     )  # fmt: skip
+    warn_of_difference(ood=result.ood[np.concatenate([slide.on_tissue for slide in slides])])
     rows = np.concatenate([slide.rows for slide in slides])
     mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
     ood = np.full(table.n_obs, np.nan, np.float32)  # NaN: rows of a table that annotate another element
@@ -282,6 +322,7 @@ def predict_expression(
     params = _io.provenance(
         started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
         n_steps=n_steps or model.config.n_steps, standardize=model.standardize, spatial_key=spatial_key, n_vars=table.n_vars,
+        standardized_on=[str(n) if n else "training" for n in result.standardized_on], n_glass=result.n_glass,
     )  # fmt: skip
     _io.write(
         table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood},
@@ -291,6 +332,7 @@ def predict_expression(
             "between_share": result.between_share, "degenerate_share": result.degenerate_share, "params": params,
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
 
 
@@ -298,9 +340,7 @@ def _check_pitch(slides: list[Slide], model: STFlow) -> None:
     """Warn of slides whose spots are not as far apart as those the model was trained on."""
     for slide in slides:
         if len(slide) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
-            warnings.warn(
+            warn(
                 f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
-                f"{model.pitch:.3g} µm. Check mpp.",
-                UserWarning,
-                stacklevel=4,
+                f"{model.pitch:.3g} µm. Check mpp."
             )

@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import difflib
 import time
-import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
-from spatiaflow._settings import logger, progress, resolve_seed, settings
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import (
-    LEVELS,
     cells_with_images,
     channels_of,
     is_tiles,
     model_of,
     placed,
-    unscaled,
     with_channels,
 )
 from spatiaflow.tl._transitions import state_shares
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
-    from spatiaflow.train.pairs import Pairs
 
 DEFAULT_WEIGHTS = "morphology-pancreas-small"
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
+@verb
 @_io.each_object
 def generate_morphology(
     data: AnnData | SpatialData,
@@ -131,6 +128,13 @@ def generate_morphology(
         cells (or the reverse), no cell is of the source state, channels differ, or ``key_added`` is given with an AnnData or is
         the name of another element.
 
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: over a third of the source cells have a score above 0.95 in
+        ``.obs["X_spatia_ood"]`` (absent: not compared), or the image is many times brighter or darker.
+        What older models do not store is not compared.
+
     Examples
     --------
     >>> made = sf.tl.generate_morphology(
@@ -139,7 +143,7 @@ def generate_morphology(
     >>> made.obsm["image"].shape
     (46, 4, 32, 32)
     """
-    from spatiaflow.pp import image_profile
+    from spatiaflow.pp._morphology import measured
 
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     started, seed = time.perf_counter(), resolve_seed(random_state)
@@ -157,14 +161,17 @@ def generate_morphology(
     slides = _as_in_training(slides, model)
     place, inside = placed(table, slides)
     rows = _sources(table, groupby, model, source, target, cells, inside)
-    pairs, niche = _conditions(table, rows, place, model, name)
-    made = _generated(
-        model, slides, pairs, table.obs_names[rows], n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
-        batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device),
-    )  # fmt: skip
+    if (ood := Key.obs.ood(use_rep)) in table.obs:
+        warn_of_difference(ood=table.obs[ood].to_numpy()[rows])
+    niche = _niches(table, rows, model, name)
+    with progress(None, "generating", total=len(rows) * n_samples, unit="cell") as bar:
+        made = model.generate_cells(
+            slides, place[rows], name, niche, n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
+            batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device), update=bar.update,
+        )  # fmt: skip
     own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
     channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
-    profile = image_profile(made["image"], channels=channels, mpp=scale, whole=level == "niche")
+    profile = measured(made["image"], channels, scale, whole=level == "niche")
     repeated, sample = np.repeat(np.arange(len(rows)), n_samples), np.tile(np.arange(n_samples), len(rows))
     names = table.obs_names[rows[repeated]]
     obs = pd.DataFrame(
@@ -215,7 +222,7 @@ def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: Morphology
 
 def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slide]:
     """Return the slides with crops in the channels and scale of the training slides."""
-    from spatiaflow.models.spatia import intensity_of
+    from spatiaflow.models.preprocess import intensity_of
 
     found, channels = channels_of(slides), model.config.channels
     if sorted(found) != sorted(channels):
@@ -227,67 +234,16 @@ def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slid
     return with_channels(slides, channels, model.intensity)
 
 
-def _conditions(
-    table: AnnData, rows: np.ndarray, place: np.ndarray, model: MorphologyFlow, name: str
-) -> tuple[Pairs, np.ndarray]:
-    """Return the sources as pairs with themselves and with the shifts of their niche, and the niche of each."""
-    from spatiaflow.train.pairs import Pairs
-
-    shifts, niche_key = model.shifts[name], model.card["niche_key"]
+def _niches(table: AnnData, rows: np.ndarray, model: MorphologyFlow, name: str) -> np.ndarray:
+    """Return the niche of each source, "" where there is none; warn of niches that training did not see."""
+    niche_key = model.card["niche_key"]
     niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
-    known = np.where(np.isin(niche, [*shifts]), niche, "")  # "": the mean over all niches
-    if unknown := sorted(set(niche) - set(shifts)):
-        warnings.warn(
+    if unknown := sorted(set(niche) - set(model.shifts[name])):
+        warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
-            "niches is used there.",
-            UserWarning,
-            stacklevel=4,
+            "niches is used there."
         )
-    genes, profile = (
-        np.array([shifts[n][kind] for n in known]).reshape(len(rows), -1) for kind in ("genes", "profile")
-    )
-    one, which, at = np.ones(len(rows)), np.full(len(rows), model.config.transitions.index(name)), place[rows]
-    level = LEVELS.index(model.card["level"])
-    return Pairs(at, at[:, None], one[:, None], one, which, genes, profile, which, level), niche
-
-
-def _generated(
-    model: MorphologyFlow, slides: Sequence[Slide], pairs: Pairs, names: Sequence[str], *, n_samples: int, n_steps: int,
-    trajectory: bool, batch_size: int, seed: int, device: torch.device,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return images of all pairs' sources, ``n_samples`` rows each: generated, of the source, and on the way."""
-    from spatiaflow.models.spatia import scaled
-    from spatiaflow.train.pairs import Context, conditions
-
-    c, n = model.config, len(pairs)
-    around = Context.of(slides, c.n_neighbors, c.crop_um)
-    modules = model.network.to(device), model.autoencoder.to(device)
-    order, first = np.full(len(around.cell), -1), 0
-    order[pairs.source] = np.arange(n)
-    made: dict[str, np.ndarray] = {}
-    bar = progress(None, "generating", total=n * n_samples, unit="cell")
-    for slide in slides:
-        row_of, crops = order[first : first + len(slide)], slide.crops
-        first += len(slide)
-        for some, found in crops.batches(batch_size, np.flatnonzero((row_of >= 0) & crops.inside)):
-            control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
-            here = row_of[some]
-            given = conditions(pairs, here, around).to(device)
-            for sample in range(n_samples):
-                noise = _noise([names[i] for i in here], seed, sample, c.n_latent).to(device)
-                states = model.generate(control, given, noise, n_steps=n_steps, trajectory=trajectory).cpu()
-                images = {"image": states[-1] if trajectory else states, "source": control.cpu()}
-                if trajectory:
-                    images["trajectory"] = states.transpose(0, 1)
-                for slot, values in images.items():
-                    pixels = unscaled(values, model.intensity, c.channels, found.numpy().dtype)
-                    made.setdefault(slot, np.zeros((n, n_samples, *pixels.shape[1:]), pixels.dtype))
-                    made[slot][here, sample] = pixels
-                bar.update(len(here))
-    bar.close()
-    for module in modules:
-        module.cpu()
-    return {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
+    return niche
 
 
 def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]) -> None:
@@ -295,12 +251,10 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
     ratio = {name: (own[name][1] - own[name][0]) / max(known[name][1] - known[name][0], 1e-9) for name in known}
     name = max(ratio, key=lambda name: abs(np.log(max(ratio[name], 1e-9))))
     if not 1 / BRIGHTNESS < np.median([*ratio.values()]) < BRIGHTNESS:
-        warnings.warn(
+        warn(
             f"the bright end of channel {name!r} is {own[name][1]:.4g}; in the training slides it was {known[name][1]:.4g}. "
             "Crops are scaled as they were there and come out white or black (8 bits against 16?). Bring the image to the "
-            "scale of model.intensity, or train a model on this slide.",
-            UserWarning,
-            stacklevel=3,
+            "scale of model.intensity, or train a model on this slide."
         )
 
 
@@ -337,12 +291,3 @@ def _sources(
             f"{list(cells)[int(np.argmax(bad))]!r} is no cell of state {source!r} (by {where}) that lies in the image."
         )
     return rows
-
-
-def _noise(names: Sequence[str], seed: int, sample: int, n: int) -> torch.Tensor:
-    """Return standard normal noise (cells x n) that depends on the name of each cell."""
-    draws = [
-        np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)
-        for name in names
-    ]
-    return torch.from_numpy(np.stack(draws))

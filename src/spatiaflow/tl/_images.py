@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from anndata import AnnData
 
 from spatiaflow import _io
@@ -27,8 +26,12 @@ def cells_with_images(
     crop_pixels: int,
     counts: bool = False,
     layer: str | None = None,
+    together: bool = True,
 ) -> list[Slide]:
-    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side."""
+    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side.
+
+    ``together=False``: the caller has slides of more objects, and makes :func:`check_together` compare all of them.
+    """
     slots = [Key.obsm.level(use_rep, level) for level in LEVELS]
     for one in _io.objects_of(data).values():
         table = _io.unpack(one, where.table_key)[1]
@@ -36,7 +39,7 @@ def cells_with_images(
             _io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
     need = ("features", "crops", *(["counts"] if counts else []))
     slides = gather(
-        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer
+        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer, together=together
     )  # fmt: skip
     for slide in slides:
         check_inside(slide.crops, slide.name)
@@ -81,12 +84,3 @@ def is_tiles(table: AnnData) -> bool:
 def model_of(table: AnnData, use_rep: str) -> str:
     """Return the sha256 of the model that made the embeddings, "" where it is unknown."""
     return str(_io.entry(table, use_rep).get("params", {}).get("model_sha256", ""))
-
-
-def unscaled(x: torch.Tensor, intensity: dict, channels: list[str], dtype) -> np.ndarray:
-    """Return images in the scale and type of the slide."""
-    low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
-    values = (x.numpy() + 1) / 2 * (high - low) + low
-    if np.issubdtype(dtype, np.integer):
-        return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
-    return values.astype(np.float32)

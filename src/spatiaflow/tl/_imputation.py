@@ -17,9 +17,11 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key
-from spatiaflow._settings import logger, progress, resolve_seed
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, resolve_seed, warn
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import ABSENT, Slide
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Imputer
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 MIN_CELLS, MIN_SHARED = 50, 5
 MAX_INPUTS = 600  # genes that predictions read: of more, those of the largest variance; all count for the library size
 FEW = 500  # reference cells; with fewer the standard error of a correlation, 1 / sqrt(n), is above .045
+MUCH_LOWER = 0.5  # of the reliability in the reference: below it a warning
 MAX_SLOT = 2000  # genes: more are returned, not written into obsm
 
 
+@verb
 def train_imputation(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
     *,
@@ -101,6 +105,7 @@ def train_imputation(
     return train_imputer(slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep)
 
 
+@verb
 @_io.each_object
 def impute_genes(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | dict[str, AnnData | SpatialData],
@@ -147,8 +152,10 @@ def impute_genes(
         ``embed_spatia(..., modalities="image")``. Do not use features that were computed from counts: they contain the
         hidden genes.
     check
-        Check neighbours and image in ``data`` too. Genes that the data measure are hidden in turn. A branch that lowers their
-        correlation is dropped. The check uses all cells of ``data`` at once (``uns[key_added]["params"]["transductive"]``).
+        Check in ``data`` too. Genes that the data measure are hidden in turn. Neighbours and image are dropped where they lower
+        the correlation of these genes. The reliability of all genes is lowered by the ratio of the correlation that hidden
+        genes reach to the one that the reference promised for them. The check uses all cells of ``data`` at once
+        (``uns[key_added]["params"]["transductive"]``). False takes both from the reference alone.
     target_sum
         Values are log1p of counts per ``target_sum`` counts of the shared genes. None takes the median of these counts over the
         reference. A model has its own, and refers to all of its genes.
@@ -176,10 +183,11 @@ def impute_genes(
     ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law at the cell's own
         library size, with the dispersion found in held-out blocks of the reference
     ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library), ``library_share`` (their share in
-        the library; below 1 only with a model), ``reliability`` (correlation with measured values in held-out blocks),
-        ``denoised`` (genes whose own counts were used; at most 600, those of the largest variance), ``branches``,
-        ``validation_scores`` (mean correlation for each set of branches), ``checked`` (what a branch added in ``data``),
-        ``normalization`` and ``params``
+        the library; below 1 only with a model), ``reliability_reference`` (correlation with measured values in held-out blocks
+        of the reference), ``reliability`` (the same, lowered where hidden genes of ``data`` were predicted worse than the
+        reference promised), ``denoised`` (genes whose own counts were used; at most 600, those of the largest variance),
+        ``branches``, ``validation_scores`` (mean correlation for each set of branches), ``checked`` (what a branch added in
+        ``data``), ``normalization`` and ``params``
 
     With more than 2,000 genes the result is an AnnData of its own, with these values in ``.X``, ``.layers["std"]`` and ``.var``.
     For an AnnData it is returned. In a SpatialData it becomes the table ``key_added`` on the same region.
@@ -190,6 +198,13 @@ def impute_genes(
         A gene is neither in data nor in the reference, or a layer or slot is missing.
     ValueError
         Data and reference share too few genes, counts are not raw, or the reference has too few cells.
+
+    Warns
+    -----
+    UserWarning
+        Hidden genes of ``data`` reach less than half of the correlation that the reference promised: it may be of another
+        tissue, or genes may be named wrongly. Or the median library differs from the reference's by a factor of three, or
+        data have half of the model's genes or fewer.
 
     See Also
     --------
@@ -233,12 +248,17 @@ def impute_genes(
         _check_query(query, imputer, use_rep, spatial_key)
         share = float(imputer.share[imputer.seen].sum())
         query = [replace(slide, library=slide.library / share) for slide in query]
+    warn_of_difference(
+        genes=None if trained is None else (int(imputer.seen.sum()), len(imputer.seen)), depth=_depths(query, imputer)
+    )
     if check:
         imputer.adapt(query, seed=seed)
+    reliability = _in_query(imputer)
     mean, std = _predict(imputer, query, table.n_obs)
     scores = {"+".join(names): r for names, r in imputer.validation_scores.items()}
     uns = {
-        "genes": wanted, "shared": shared, "library_share": share, "reliability": imputer.reliability,
+        "genes": wanted, "shared": shared, "library_share": share, "reliability": reliability,
+        "reliability_reference": imputer.reliability,
         "denoised": imputer.measured, "branches": list(imputer.branches), "validation_scores": scores,
         "checked": imputer.checked, "normalization": {"target_sum": imputer.target_sum},
         "params": _io.provenance(
@@ -368,6 +388,28 @@ def _predict(imputer: Imputer, query: list[Slide], n_obs: int) -> tuple[np.ndarr
     return mean, std
 
 
+def _depths(query: list[Slide], imputer: Imputer) -> tuple[float, float]:
+    """Median library of the query, and of the reference cells."""
+    own, known = np.concatenate([slide.library for slide in query]), np.concatenate(imputer.libraries)
+    return float(np.median(own)), float(np.median(known))
+
+
+def _in_query(imputer: Imputer) -> np.ndarray:
+    """Reliability of every gene, lowered to what genes that the query measures reached when they were hidden."""
+    ratio, error, promised, achieved = imputer.transfer()
+    if ratio + 2 * error < MUCH_LOWER:
+        warn(
+            f"imputation is less reliable here than in the reference: genes that data measure, hidden and imputed, reach a "
+            f"median correlation of {achieved:.2f}; the reference promised {promised:.2f}. The reliability of all genes is "
+            f"lowered to {ratio:.2f} of it. Is the reference of the same tissue, and are the names of genes right?"
+        )
+    out = ratio * imputer.reliability
+    if (known := imputer.measured).any() and len(imputer.achieved):
+        own = imputer.achieved[imputer.own[known] - 1]  # what is known of the gene itself
+        out[known] = np.where(np.isfinite(own), np.minimum(np.maximum(own, 0), imputer.reliability[known]), out[known])
+    return out.astype(np.float32)
+
+
 def _in_both(query: list[Slide], known: list[Slide]) -> int:
     """Cells that both have, by name and number of counts; 0 where most cells that share a name differ."""
     there, here = (
@@ -396,7 +438,7 @@ def _own_table(
     data: AnnData | SpatialData, table: AnnData, key: str, mean: np.ndarray, std: np.ndarray, uns: dict, copy: bool
 ) -> AnnData | SpatialData | None:
     """The result as a table of its own."""
-    var = {name: uns.pop(name) for name in ("reliability", "denoised")}
+    var = {name: uns.pop(name) for name in ("reliability", "reliability_reference", "denoised")}
     out = AnnData(mean, obs=table.obs.copy(), var=pd.DataFrame(var, index=uns.pop("genes")), layers={"std": std})
     out.uns[key] = _io.storable(uns)
     if isinstance(data, AnnData):

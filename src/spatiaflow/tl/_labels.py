@@ -13,7 +13,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
-from spatiaflow._settings import resolve_seed
+from spatiaflow._process import verb
+from spatiaflow._settings import resolve_seed, warn
 
 MAX_FIT = 20_000  # cells that mixtures are fitted to
 UNKNOWN = "unknown"
@@ -21,6 +22,7 @@ MISSING = (UNKNOWN, "", "nan", "None", "<NA>")  # what text makes of a missing v
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
 
 
+@verb
 def cluster_niches(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
@@ -72,6 +74,11 @@ def cluster_niches(
     ValueError
         It has values that are not finite, fewer cells than clusters, or was made by different models.
 
+    Warns
+    -----
+    UserWarning
+        The number chosen is the largest that was tried.
+
     Examples
     --------
     >>> sf.tl.cluster_niches(sdata, n_clusters=3, key_added="found_niche")
@@ -85,6 +92,11 @@ def cluster_niches(
     objects, tables = _unpacked(data, table_key, copy=copy)
     x = _pooled(tables, use_rep).astype(np.float64)
     probability, bic = _mixture(x, n_clusters, max_clusters, seed)
+    if not n_clusters and 1 < len(bic) == probability.shape[1]:
+        warn(
+            f"{len(bic)} niches, the largest number tried, fit best: there may be more. Give a larger max_clusters=, or choose "
+            "n_clusters= yourself."
+        )
     niche, n_niches = probability.argmax(1), probability.shape[1]
     rank = np.argsort(np.argsort(-np.bincount(niche, minlength=n_niches), kind="stable"))  # the largest is "0"
     params = _io.provenance(started, random_state=seed, n_clusters=n_niches, use_rep=use_rep, n_objects=len(tables))
@@ -119,6 +131,7 @@ def _mixture(
     return best.predict_proba(x), bic
 
 
+@verb
 def annotate(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,

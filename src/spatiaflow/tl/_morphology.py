@@ -15,7 +15,10 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
+from spatiaflow._process import verb
 from spatiaflow._settings import resolve_seed, settings
+from spatiaflow._slides import check_together
+from spatiaflow._slides.crops import share_memory
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, model_of, placed, with_channels
 from spatiaflow.tl._transitions import standardised, targets_of
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from spatiaflow.train.pairs import Pairs
 
 
+@verb
 def train_morphology(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
     *,
@@ -75,7 +79,8 @@ def train_morphology(
     max_epochs
         Epochs. One is at least 200 steps of the flow, and 300 of the autoencoder up to 3,000 in all.
     checkpoint_dir, resume
-        Folder for checkpoints, and whether to continue the run that it holds.
+        Folder for checkpoints, for this run alone, and whether to continue the run that it holds. A continued run gives the
+        model of an uninterrupted one.
     layer
         Layer with raw counts, for the shift of genes. None reads ``X``.
     table_key, image_key, shapes_key, labels_key
@@ -96,11 +101,16 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, no pair lies in the image, or ``validation`` leaves none.
+        A transition has no pairs, no pair lies in the image, ``validation`` leaves none, or ``checkpoint_dir`` holds another
+        run or a damaged file.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     Examples
     --------
-    A small network for one epoch, so that it takes seconds:
+    A small network for one epoch takes about 20 seconds:
 
     >>> config = sf.models.MorphologyConfig(crop_um=16, crop_pixels=16, width=32, n_layers=2)
     >>> model = sf.tl.train_morphology(
@@ -127,6 +137,7 @@ def train_morphology(
         "crop_pixels": config.crop_pixels,
         "counts": True,
         "layer": layer,
+        "together": False,
     }
     for label, one in objects.items():
         own = cells_with_images({label: one} if len(objects) > 1 else one, where, use_rep, **options)
@@ -134,6 +145,8 @@ def train_morphology(
         rows.append((own, sum(map(len, slides))))
         tables.append(table)
         slides += own
+    check_together(slides)
+    share_memory(slides)
     params = _same_params(tables, pairs_key)
     level = "niche" if is_tiles(tables[0]) else "cell"
     profile, features = _profile(tables, [own for own, _ in rows], profile_key)

@@ -14,8 +14,10 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key
+from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Spatia, SpatiaConfig
@@ -27,6 +29,7 @@ LEVELS = ("cell", "niche", "tissue")
 MIN_COVERAGE = 0.1  # of the model's genes: with fewer an embedding would rest on what the model was never shown
 
 
+@verb
 def train_spatia(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData] | str | Path,
     *,
@@ -82,9 +85,9 @@ def train_spatia(
     max_epochs
         Epochs.
     checkpoint_dir
-        Folder for the state of the training; nothing is written when None.
+        Folder for the state of the training, for this run alone; nothing is written when None.
     resume
-        Continue from what ``checkpoint_dir`` holds.
+        Continue from what ``checkpoint_dir`` holds. The model is that of an uninterrupted run.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -106,9 +109,14 @@ def train_spatia(
     KeyError
         An element, a layer or every channel is missing.
     ValueError
-        Counts are not raw, the scale is unknown, an image is smaller than a crop, or a loss or gene is unknown.
+        Counts are not raw, the scale is unknown, an image is smaller than a crop, a loss or gene is unknown, or
+        ``checkpoint_dir`` holds another run or a damaged file.
     TypeError
         ``init`` or ``config`` is of another kind.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
+    OSError
+        The disk is full.
 
     See Also
     --------
@@ -116,10 +124,10 @@ def train_spatia(
 
     Examples
     --------
-    A small network for one epoch takes seconds:
+    A small network and a few batches take seconds:
 
     >>> slides = [sf.datasets.simulated_tissue(80, seed=seed) for seed in (1, 2)]
-    >>> small = sf.models.SpatiaConfig(width=32, crop_pixels=16)
+    >>> small = sf.models.SpatiaConfig(width=32, crop_pixels=16, batches_per_epoch=4)
     >>> model = sf.tl.train_spatia(slides, image_key="fluorescence", config=small, max_epochs=1)
     >>> model
     Spatia: 60 genes, channels dapi, bound, rna, prot, width 32, 20.4 µm crops
@@ -158,6 +166,7 @@ def train_spatia(
     )  # fmt: skip
 
 
+@verb
 @_io.each_object
 def embed_spatia(
     data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
@@ -231,6 +240,8 @@ def embed_spatia(
 
     ``.obsm[f"{key_added}_cell"]``, ``[f"{key_added}_niche"]``, ``[f"{key_added}_tissue"]`` : float32 array (n_obs, width)
     ``.obsm[key_added]`` : float32 array (n_obs, levels x width), the levels side by side, each scaled to unit norm
+    ``.obs[f"{key_added}_ood"]`` : float32 in [0, 1], how far a cell's image and genes, as the model encodes them, are from the
+        training cells, as a quantile of distances among these; not written by models that hold no statistics of them
     ``.obsp[f"{key_added}_attention"]`` : CSR (n_obs, n_obs), with ``attention=True``; each row sums to 1
     ``.uns[key_added]`` : dict with ``levels``, ``gene_coverage``, ``channels`` (those used) and ``params``
 
@@ -242,6 +253,13 @@ def embed_spatia(
         Too few of the model's genes are measured, counts are not raw, or the scale is unknown.
     TypeError
         ``model`` is of another kind.
+
+    Warns
+    -----
+    UserWarning
+        Data differ from the training data: half of the model's genes or channels or more are missing, the
+        median count differs by a factor of three, or over a third of the cells have an out-of-domain score above 0.95.
+        What older models do not store is not compared.
 
     Examples
     --------
@@ -262,10 +280,16 @@ def embed_spatia(
     slides = cells(data, where, modalities, model.config, layer)
     coverage = gene_coverage(table.var_names, model.config.genes) if "genes" in modalities else 0.0
     ready = [model.prepare(slide, channels=channels, scaling=scaling) for slide in slides]
-    found = _embedded(
+    found, ood = _embedded(
         model, ready, table.n_obs, levels=levels, attention=attention, batch_size=batch_size or 512,
         device=settings.torch_device(device),
     )  # fmt: skip
+    _compare(model, [slide for slide, _ in ready], coverage, ood)
+    table.obs.drop(columns=Key.obs.ood(key_added), errors="ignore", inplace=True)
+    if not np.isfinite(ood).any():
+        logger.info(
+            "the model holds no statistics of its training cells: obs[%r] is not written", Key.obs.ood(key_added)
+        )
     for level in set(LEVELS) - set(levels):  # of an earlier call, which uns no longer describes
         table.obsm.pop(Key.obsm.level(key_added, level), None)
     table.obsp.pop(Key.obsp.attention(key_added), None)
@@ -278,12 +302,26 @@ def embed_spatia(
     )  # fmt: skip
     _io.write(
         table, key_added, arrays={**{Key.obsm.level("", level): v for level, v in found.items()}, "": np.concatenate(unit, 1)},
+        obs={Key.obs.ood(""): ood} if np.isfinite(ood).any() else {},
         uns={
             "levels": list(levels), "gene_coverage": coverage, "params": params,
             "channels": _channels_used(model.config.channels, [slide for slide, _ in ready]),
         },
     )  # fmt: skip
+    _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
+
+
+def _compare(model: Spatia, slides: Sequence[Slide], coverage: float, ood: np.ndarray) -> None:
+    """Warn where the slides differ from those that the model was trained on."""
+    genes = channels = depth = None
+    if slides[0].counts is not None:
+        genes = round(coverage * len(model.config.genes)), len(model.config.genes)
+        counts = np.concatenate([np.asarray(slide.counts.sum(1)).ravel() for slide in slides])
+        depth = float(np.median(counts)), model.usual_depth(slides[0])
+    if slides[0].crops is not None:
+        channels = len(_channels_used(model.config.channels, slides)), len(model.config.channels)
+    warn_of_difference(genes=genes, channels=channels, depth=depth, ood=ood)
 
 
 def _embedded(
@@ -294,9 +332,10 @@ def _embedded(
     levels: Sequence[str],
     attention: bool,
     **options,
-) -> dict[str, np.ndarray | sparse.csr_matrix]:
-    """Embeddings of all rows of a table by level, n_obs x width, and with ``attention`` its matrix."""
+) -> tuple[dict[str, np.ndarray | sparse.csr_matrix], np.ndarray]:
+    """Embeddings of all rows of a table by level, n_obs x width, with ``attention`` its matrix; out-of-domain scores, n_obs."""
     out = {level: np.full((n_obs, model.config.width), np.nan, np.float32) for level in levels}
+    ood = np.full(n_obs, np.nan, np.float32)
     weights = []  # row, column and weight of the attention
     bar = progress(None, "embedding", total=sum(len(slide) for slide, _ in ready), unit="cell")
     for slide, standard in ready:
@@ -304,13 +343,14 @@ def _embedded(
         if attention:
             weight = cast("Any", found.pop("attention")).tocoo()
             weights.append((slide.rows[weight.row], slide.rows[weight.col], weight.data))
+        ood[slide.rows] = found.pop("ood")
         for level, values in found.items():
             out[level][slide.rows] = values
     bar.close()
     if attention:
         row, column, weight = (np.concatenate(v) for v in zip(*weights))
         out["attention"] = sparse.csr_matrix((weight, (row, column)), (n_obs, n_obs))
-    return out
+    return out, ood
 
 
 def cells(

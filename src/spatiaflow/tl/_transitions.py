@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Real
@@ -17,7 +16,8 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
-from spatiaflow._settings import logger, resolve_seed, settings
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, resolve_seed, settings, warn
 
 if TYPE_CHECKING:
     from spatiaflow.models.transport import Coordinates, PairingConfig, StateShares
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Sides = dict[str, tuple[np.ndarray, np.ndarray]]  # rows of sources and of targets, by transition
 
 
+@verb
 @_io.each_object
 def pair_transitions(
     data: AnnData | SpatialData,
@@ -229,11 +230,7 @@ def _comparable(table: AnnData, sides: Sides, cost: dict[str, float], layer: str
             keep &= np.isfinite(_io.matrix(table, name)).all(1)
     known = np.unique(np.concatenate([rows for pair in sides.values() for rows in pair]))
     if missing := int((~keep[known]).sum()):
-        warnings.warn(
-            f"{missing} rows have no counts, or no value in {', '.join(map(repr, cost))}, and are left out.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"{missing} rows have no counts, or no value in {', '.join(map(repr, cost))}, and are left out.")
     out = {}
     for name, (rows, columns) in sides.items():
         out[name] = rows[keep[rows]], columns[keep[columns]]
@@ -250,9 +247,7 @@ def _niches(table: AnnData, niche_key: str | None) -> np.ndarray | None:
     if (missing := int(niche.isna().sum())) == len(niche):
         raise ValueError(f"obs[{niche_key!r}] is missing in every row.")
     if missing:
-        warnings.warn(
-            f"{missing} rows have no niche in obs[{niche_key!r}] and are left out.", UserWarning, stacklevel=4
-        )
+        warn(f"{missing} rows have no niche in obs[{niche_key!r}] and are left out.")
     return niche.astype(object).where(niche.notna(), "").astype(str).to_numpy()
 
 

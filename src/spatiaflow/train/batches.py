@@ -1,4 +1,4 @@
-"""Contiguous regions of tissue as training batches, whole slides as validation batches."""
+"""Training batches of contiguous regions of tissue, and validation batches of whole slides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spatiaflow.models.stflow import STFlowConfig
 
 
 def region(xy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a random contiguous region: a random centre and its nearest u n spots, u ~ U(0, 1), at least two."""
+    """Return the rows of a random contiguous region: a random spot and its nearest u n spots, u ~ U(0, 1), at least two."""
     size = min(len(xy), max(2, int(rng.uniform() * len(xy))))
     distance = ((xy - xy[rng.integers(len(xy))]) ** 2).sum(1)
     return np.sort(np.argpartition(distance, size - 1)[:size])
@@ -22,8 +22,8 @@ def region(xy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class Regions(Dataset):
     """Batches of one epoch: ``config.regions`` regions of every slide in random order.
 
-    Item b is a function of the seed, :attr:`epoch` and b alone, so that a resumed run sees what an uninterrupted one does.
-    Regions of a batch are put side by side as one graph; nothing is padded.
+    Item b depends only on the seed, :attr:`epoch` and b, so a resumed run sees the same batches as an uninterrupted one. The
+    regions of a batch are joined to one graph without padding.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Regions(Dataset):
 
 
 class WholeSlides(Dataset):
-    """Every validation slide whole, with the same prior draw at each epoch."""
+    """Whole validation slides, with the same draw of the prior in each epoch."""
 
     def __init__(
         self, slides: list[Slide], expression: list[np.ndarray], base: list[np.ndarray] | None, config: STFlowConfig, prior,
@@ -74,11 +74,11 @@ def batch(
     slides: list[Slide], expression: list[np.ndarray], base: list[np.ndarray] | None, config: STFlowConfig, prior,
     times: list[float], rng: np.random.Generator,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Put slides (or regions) side by side.
+    """Join slides or regions to one batch.
 
     Returns
     -------
-    Features, expression, prior draw, simple prediction and time of each token, their graph, and its geometry.
+    Features, expression, draw of the prior, simple prediction and time of each token; the graph and its edge features.
     """
     graph = join([slide.graph(config.n_neighbors, ties=config.ties) for slide in slides])
     y, known = np.concatenate(expression), None if base is None else np.concatenate(base)

@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import pickle
-import shutil
+import math
+import signal
 import tempfile
+import threading
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from scipy import sparse
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from torch.utils.data import DataLoader, Dataset
 
 from spatiaflow._settings import logger, progress
-
-NEWEST, BEST, RUN = "last.ckpt", "best.ckpt", "run.json"
-
-
-def claim(folder: Path, resume: bool, **run) -> None:
-    """Note in a checkpoint folder what a run is made of; when resuming, refuse the state of another run.
-
-    Parameters
-    ----------
-    run
-        Settings (anything with a faithful ``repr``) and arrays, by name; a list of them counts as one.
-    """
-    now = {name: _digest(value) for name, value in run.items()}
-    note = folder / RUN
-    if resume and any(folder.rglob("*.ckpt")):
-        known = json.loads(note.read_text()) if note.exists() else {}
-        if other := [name for name in now if known.get(name) != now[name]]:
-            raise ValueError(
-                f"{str(folder)!r} holds another run: it differs in {', '.join(other)}. Give the arguments and data of that "
-                "run, or another checkpoint_dir."
-            )
-    if not resume:  # what an earlier run left must not be taken for this one's, should it be interrupted early
-        for old in [*folder.rglob("*.ckpt"), *folder.glob("fold_*")]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(now, indent=1))
-
-
-def _digest(value) -> str:
-    digest = hashlib.sha256()
-    for one in value if isinstance(value, list) else [value]:
-        if sparse.issparse(one):
-            parts = [one.data, one.indices, one.indptr]
-        else:
-            parts = [one] if isinstance(one, np.ndarray) else [np.frombuffer(repr(one).encode(), np.uint8)]
-        for part in parts:
-            digest.update(f"{part.shape}{part.dtype}".encode())
-            digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
+from spatiaflow.models import _base
+from spatiaflow.train.checkpoint import BEST, NEWEST, Files, check_newest, read_weights
 
 
 def fit(
@@ -83,48 +45,78 @@ def fit(
 
     With ``checkpoint_dir`` the state of the last epoch is kept there; ``resume`` goes on from it and gives what an
     uninterrupted run gives. Nothing is written anywhere else.
+
+    Raises
+    ------
+    ValueError
+        With ``resume``: a file in ``checkpoint_dir`` is damaged or of something else.
     """
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
-    with where as folder, warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
-        best = ModelCheckpoint(
-            folder, BEST.removesuffix(".ckpt"), monitor, save_weights_only=True, enable_version_counter=False
-        )
+    with where as folder, _quiet_lightning(), torch.random.fork_rng():
+        newest = check_newest(Path(folder), module.state_dict()) if resume else None
         epochs = _Epochs(training, seed, description)
-        callbacks = [EarlyStopping(monitor, patience=patience), best, epochs]
-        if checkpoint_dir is not None:
-            last = ModelCheckpoint(folder, NEWEST.removesuffix(".ckpt"), enable_version_counter=False)
-            callbacks.append(last)
+        kept = _Kept(Path(folder), monitor, newest=checkpoint_dir is not None)
         trainer = L.Trainer(
             accelerator=accelerator, devices=devices, precision=precision, max_epochs=max_epochs, logger=False,
-            callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            callbacks=[EarlyStopping(monitor, patience=patience), epochs, kept], plugins=[Files()],
+            enable_checkpointing=True, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             gradient_clip_val=1.0, default_root_dir=folder, log_every_n_steps=1,
         )  # fmt: skip
-        newest = Path(folder) / NEWEST
-        trainer.fit(
-            module,
-            DataLoader(training, batch_size=None, num_workers=workers),
-            DataLoader(validation, batch_size=None),
-            ckpt_path=newest if resume and _readable(newest) else None,
-            weights_only=True,
-        )
-        saved = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")
-        module.load_state_dict(saved["state_dict"])
+        with _interrupts():
+            trainer.fit(
+                module,
+                DataLoader(training, batch_size=None, num_workers=workers),
+                DataLoader(validation, batch_size=None),
+                ckpt_path=newest,
+                weights_only=True,
+            )
+        module.load_state_dict(read_weights(kept.folder / BEST, module.state_dict())[1])
         module.history = epochs.history  # also of a run that was done before it was resumed
+        _warn_if_worse(module.history.get(monitor, []), monitor, description)
 
 
-def _readable(checkpoint: Path) -> bool:
-    if not checkpoint.exists():
-        return False
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's messages and warnings away."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [one.level for one in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*(num_workers|Checkpoint directory|log_every_n_steps|LeafSpec).*")
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels):
+                one.setLevel(level)
+
+
+def _warn_if_worse(scores: list[float], monitor: str, description: str) -> None:
+    """Say which epoch is kept where training did not improve on the first one, or ended worse than it."""
+    if len(scores) < 2 or scores[-1] <= scores[0]:
+        return
+    kept = int(np.nanargmin(scores))
+    logger.log(
+        logging.INFO if kept else logging.WARNING,
+        "%s: %s was %.4g in the first epoch and is %.4g in the last, %d; the weights of epoch %d (%.4g) are kept%s",
+        description or "training", monitor, scores[0], scores[-1], len(scores), kept + 1, scores[kept],
+        "" if kept else ". Nothing improved on the first epoch: lower config.learning_rate, or give more data",
+    )  # fmt: skip
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let an interrupt be one: Lightning turns it into SystemExit and has the process ignore all later ones."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        torch.load(checkpoint, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        logger.warning("%s is damaged: this network starts anew", checkpoint)
-        return False
-    return True
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
 
 class _Epochs(Callback):
@@ -159,8 +151,49 @@ class _Epochs(Callback):
     def on_train_end(self, trainer, module):
         self.bar.close()
 
+    def on_exception(self, trainer, module, exception):
+        if self.bar is not None:
+            self.bar.close()
+
     def state_dict(self):
         return {"history": self.history}
 
     def load_state_dict(self, state):
         self.history = state["history"]
+
+
+class _Kept(Checkpoint):
+    """Writes the best weights, then the state of the last epoch, at the end of every epoch.
+
+    In this order: a run that is cut off in between repeats the epoch, and writes the same best weights again. Lightning's own
+    callback remembers the folder, so that a folder that was moved would lose what its best epoch was.
+    """
+
+    def __init__(self, folder: Path, monitor: str, newest: bool):
+        self.folder, self.monitor, self.newest = folder, monitor, newest
+        self.best: float | None = None
+        self.stopped = False
+
+    def setup(self, trainer, module, stage):
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # that of the first process
+
+    def on_train_start(self, trainer, module):
+        trainer.should_stop = self.stopped  # a run that was cut off after its last epoch has no other
+
+    def on_train_epoch_end(self, trainer, module):
+        self.stopped = trainer.should_stop
+        value = float(trainer.callback_metrics[self.monitor])
+        value = math.inf if math.isnan(value) else value
+        if self.best is None or value < self.best:
+            self.best = value
+            if trainer.is_global_zero:
+                _base.save(self.folder / BEST, type(module).__name__, {}, module.state_dict())
+        if self.newest:
+            trainer.save_checkpoint(self.folder / NEWEST)
+        trainer.strategy.barrier()
+
+    def state_dict(self):
+        return {"best": self.best, "stopped": self.stopped}
+
+    def load_state_dict(self, state):
+        self.best, self.stopped = state["best"], state["stopped"]

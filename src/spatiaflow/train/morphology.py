@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from spatiaflow import _files
 from spatiaflow._settings import progress
 from spatiaflow.models import _base
+from spatiaflow.models.autoencoder import Autoencoder
+from spatiaflow.models.conditions import Conditions, Context
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import (
-    Autoencoder,
-    Conditions,
     MorphologyConfig,
     MorphologyFlow,
     MorphologyNetwork,
@@ -31,12 +32,13 @@ from spatiaflow.models.morphology import (
     start,
 )
 from spatiaflow.models.orientation import canonical, turned
+from spatiaflow.models.preprocess import intensity_of, scaled
 from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatia import intensity_of, scaled
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
-from spatiaflow.train.fit import claim, fit
-from spatiaflow.train.pairs import Context, PairBatches, Pairs, with_shifts
+from spatiaflow.train.checkpoint import IMAGES, claim, identity
+from spatiaflow.train.fit import fit
+from spatiaflow.train.pairs import PairBatches, Pairs, with_shifts
 
 MARGIN, ALIGNED_FROM = 0.1, 0.75
 MAX_STEPS = 3000  # of the autoencoder
@@ -96,11 +98,19 @@ def train_morphology(
             f"validation={validation:g} leaves {len(training)} pairs to train on and {len(held_out)} to choose the epoch by "
             f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
         )
-    where = tempfile.TemporaryDirectory() if checkpoint_dir is None else nullcontext(checkpoint_dir)
     options: dict[str, Any] = {"seed": seed, "device": device}
-    with where as folder:
-        file = Path(folder) / "images.npy"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if checkpoint_dir is None:
+        held: Any = nullcontext()
+        where: Any = tempfile.TemporaryDirectory()
+    else:
+        held = claim(
+            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true"), seed=seed, max_epochs=max_epochs,
+            pairs=[*vars(pairs).values(), band], profile=profile, **identity(slides),
+        )  # fmt: skip
+        where = nullcontext(checkpoint_dir)
+    with held, where as folder, ExitStack() as after:
+        file = Path(folder) / IMAGES
+        after.callback(file.unlink, missing_ok=True)
         images, place = scaled_images(slides, used, file)
         autoencoder, rebuilt = fit_autoencoder(
             images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), **options
@@ -116,7 +126,6 @@ def train_morphology(
             checkpoint_dir=checkpoint_dir, resume=resume, device=device, seed=seed,
         )  # fmt: skip
         del images
-        file.unlink()
     card = _base.model_card(
         slides, config=asdict(config), seed=seed, epochs=max_epochs,
         scores={name: values[-1] for name, values in history.items() if name.startswith("val_") and len(values)},
@@ -139,6 +148,7 @@ def scaled_images(slides: Sequence[Slide], rows: np.ndarray, file: Path) -> tupl
     crops = slides[0].crops
     shape = (len(rows), len(crops.places), crops.pixels, crops.pixels)
     out = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+    _files.reserve(file)
     for slide in slides:
         here, crops = place[first : first + len(slide)], slide.crops
         first += len(slide)
@@ -334,12 +344,6 @@ def fit_morphology(
     resume: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> tuple[MorphologyNetwork, dict]:  # fmt: skip
     """Fit the flow to pairs, whose rows' latents are at ``place``. Return its averaged network and the history."""
-    if checkpoint_dir is not None:
-        claim(
-            checkpoint_dir, resume, config=config, seed=seed, max_epochs=max_epochs, learning_rate=learning_rate,
-            pairs=[v for p in (training, validation) for v in (p.source, p.target, p.confidence)],
-            around=[around.cell, around.offset],
-        )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = MorphologyNetwork(config)

@@ -1,8 +1,7 @@
-"""Pairs of cells: found between two states, and as training sees them, in batches of latents under conditions."""
+"""Find pairs of cells in two states, and make training batches of their latents and conditions."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,15 +14,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spatiaflow._settings import logger, progress
-from spatiaflow.models.morphology import Conditions
-from spatiaflow.models.orientation import turned_offsets
-from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatial import spatial_graph
+from spatiaflow._settings import logger, progress, warn
+from spatiaflow.models.conditions import Context
 from spatiaflow.models.transport import Coordinates, PairingConfig, matched
 
-POOL = 4  # batches among which targets are exchanged
-ALIKE = 0.3  # weight of the sources' own distance: about half of the sources exchange targets; at .1 nearly all, at 1 hardly any
+POOL = 4  # number of batches within which targets are exchanged
+ALIKE = 0.3  # weight of the distance between sources: about half of them exchange targets; at .1 nearly all, at 1 hardly any
 PROBLEMS = ("transition", "niche", "n_source", "n_target", "mass", "dropped", "marginal_error")
 
 
@@ -42,14 +38,14 @@ def pair_states(
     Parameters
     ----------
     sides
-        Sources and targets of each transition, rows of ``coordinates``.
+        Sources and targets of each transition, as rows of ``coordinates``.
     niches
-        Niche of each row, "" where it is missing; None pairs over all rows.
+        Niche of each row, "" if it is missing. If None, cells are paired over all rows.
 
     Returns
     -------
-    Pairs (``source`` and ``target`` are rows), entries of the plans (row, column, share of the row's prescribed mass), and one
-    row a problem that was solved.
+    Pairs (``source`` and ``target`` are rows), entries of the plans (row, column, share of the row's prescribed mass), and a
+    table with one row per problem solved.
     """
     groups = [
         (name, niche, rows, columns)
@@ -75,18 +71,14 @@ def pair_states(
 def _by_niche(
     name: str, rows: np.ndarray, columns: np.ndarray, niches: np.ndarray | None, min_cells: int
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return (niche, sources, targets) of every niche that holds both states; of the whole table where none does."""
+    """Return (niche, sources, targets) of each niche with both states. If there is none, of the whole table."""
     if niches is None:
         return [("", rows, columns)]
     both = [n for n in np.intersect1d(niches[rows], niches[columns]) if n]
     parts = [(n, rows[niches[rows] == n], columns[niches[columns] == n]) for n in both]
     parts = [part for part in parts if min(len(part[1]), len(part[2])) >= min_cells]
     if not parts:
-        warnings.warn(
-            f"{name}: no niche holds {min_cells} cells of both states; they are paired over the whole table.",
-            UserWarning,
-            stacklevel=5,
-        )
+        warn(f"{name}: no niche holds {min_cells} cells of both states; they are paired over the whole table.")
         return [("", rows, columns)]
     if left := len(rows) - sum(len(part[1]) for part in parts):
         logger.warning(
@@ -96,43 +88,14 @@ def _by_niche(
 
 
 @dataclass
-class Context:
-    """Embeddings of all cells of all slides, one slide after the other, and which cells lie where around each."""
-
-    cell: np.ndarray  # n x d
-    niche: np.ndarray  # n x d
-    tissue: np.ndarray  # n x d
-    neighbors: np.ndarray  # n x k, rows; a cell with fewer repeats itself
-    offset: np.ndarray  # n x k x 2 (x, y), in crops
-
-    @classmethod
-    def of(cls, slides: Sequence[Slide], k: int, crop_um: float) -> Context:
-        """Return the context of slides whose features are the embeddings of cell, niche and tissue side by side."""
-        embeddings = np.concatenate([slide.features for slide in slides])
-        n, first = len(embeddings), 0
-        near, offset = np.tile(np.arange(n)[:, None], (1, k)), np.zeros((n, k, 2), np.float32)
-        for slide in slides:
-            graph = spatial_graph(slide.xy, k, ties="cut", scale=crop_um)
-            m, here = graph.index.shape[1], slice(first, first + len(slide))
-            near[here, :m] = first + graph.index.numpy()
-            offset[here, :m] = graph.offset.numpy()
-            first += len(slide)
-        return cls(*np.split(embeddings, 3, axis=1), near, offset)  # type: ignore[call-arg]
-
-    def turn(self, rows: np.ndarray, turns: np.ndarray) -> None:
-        """Turn what lies around some cells as their images were turned."""
-        self.offset[rows] = turned_offsets(torch.from_numpy(self.offset[rows]), turns).numpy()
-
-
-@dataclass
 class Pairs:
-    """Sources with their rows of the transport plan."""
+    """Source cells with their rows of the transport plan."""
 
     source: np.ndarray  # n, rows of the context
     target: np.ndarray  # n x k, rows of the context
     share: np.ndarray  # n x k, sums to 1
     confidence: np.ndarray  # n
-    transition: np.ndarray  # n, place in the vocabulary
+    transition: np.ndarray  # n, number of the transition in the model's vocabulary
     genes: np.ndarray  # n x genes, mean shift of the transition in the niche
     profile: np.ndarray  # n x features, mean shift of the transition in the niche
     group: np.ndarray  # n, one number for each transition and niche
@@ -142,12 +105,12 @@ class Pairs:
         return len(self.source)
 
     def rows(self, which) -> Pairs:
-        """Return some of the pairs."""
+        """Return a subset of the pairs."""
         fields = {name: getattr(self, name)[which] for name in self.__dataclass_fields__ if name != "level"}
         return Pairs(**fields, level=self.level)
 
     def within(self, rows: np.ndarray) -> Pairs:
-        """Return the pairs whose source is among ``rows`` (bool), with those of their targets that are among them."""
+        """Return the pairs whose source is among ``rows`` (bool). Targets outside ``rows`` are dropped."""
         share = self.share * rows[self.target]
         kept = rows[self.source] & (share.sum(1) > 0)
         out = self.rows(kept)
@@ -155,25 +118,14 @@ class Pairs:
         return out
 
 
-def conditions(pairs: Pairs, which: np.ndarray, around: Context) -> Conditions:
-    """Return the conditions of some pairs."""
-    source = pairs.source[which]
-    arrays = (
-        around.cell[source], around.niche[source], around.tissue[source],
-        np.concatenate([around.cell[around.neighbors[source]], around.offset[source]], 2), pairs.transition[which],
-        pairs.genes[which], pairs.profile[which], np.full(len(which), pairs.level),
-    )  # fmt: skip
-    kinds = {"i": np.int64, "f": np.float32}
-    return Conditions(*(torch.from_numpy(np.ascontiguousarray(v, kinds[v.dtype.kind])) for v in arrays))
-
-
 def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return for each source the place of a target, so that their images are close: minibatch optimal transport.
+    """Return a new target for each source, so that the images of a pair are similar (minibatch optimal transport).
 
-    Sources exchange targets within their group. The cost of an exchange is the squared distance of the latents (n x d), and
-    ``ALIKE`` times that of the sources' ``context`` (n x c), each over its mean, so that targets stay with similar sources
-    (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The targets of a group remain the same, and so does
-    what a flow learns of them together. Shorter, straighter paths are learned faster and keep more of the source.
+    Sources exchange targets within their group. The cost is the squared distance of the latents (n x d), plus ``ALIKE`` times
+    that of the sources' ``context`` (n x c), each divided by its mean. The second term keeps targets with similar sources
+    (conditional optimal transport: Kerrigan, Migliorini and Smyth, 2024). The set of targets of a group does not change, so the
+    flow still learns their distribution. Paths become shorter and straighter. They are learned faster and preserve more of the
+    source.
     """
     place = np.arange(len(source))
     for g in np.unique(group):
@@ -188,20 +140,20 @@ def exchanged(source: Tensor, target: Tensor, context: np.ndarray, group: np.nda
 
 
 class PairBatches(Dataset):
-    """Item b of an epoch depends on the seed, the epoch and b alone.
+    """Batches of pairs. Item b depends only on the seed, the epoch and b.
 
-    Targets are drawn anew from the plan each time, so that a source meets the variety of its targets. Batches are slices of
-    pools, in which sources have :func:`exchanged` their targets unless ``exchange`` is off.
+    Targets are drawn from the plan in each epoch, so a source is trained with many of its targets. Batches are parts of larger
+    pools. Within a pool, sources exchange targets (see :func:`exchanged`) unless ``exchange`` is False.
     """
 
     def __init__(
         self, pairs: Pairs, latents: Tensor, place: np.ndarray, around: Context, n_batches: int, size: int, seed: int, *,
         exchange=True,
     ):  # fmt: skip
-        self.pairs, self.latents, self.place, self.around = pairs, latents, place, around  # place: of a row's latents
+        self.pairs, self.latents, self.place, self.around = pairs, latents, place, around  # place: row of the latents
         self.n_batches, self.size, self.seed, self.epoch = n_batches, min(size, len(pairs)), seed, 0
         self.exchange, self.per_pool = exchange, max(1, min(POOL, len(pairs) // size))
-        self._pool: Any = (None, None)  # which pool was drawn last, and what was drawn
+        self._pool: Any = (None, None)  # the last pool that was drawn, and its rows
 
     def __len__(self) -> int:
         return self.n_batches
@@ -215,12 +167,14 @@ class PairBatches(Dataset):
             "source": self._latents(p.source[which]),
             "target": self._latents(target),
             "confidence": torch.from_numpy(p.confidence[which].astype(np.float32)),
-            "conditions": conditions(p, which, self.around),
+            "conditions": self.around.conditions(
+                p.source[which], p.transition[which], p.genes[which], p.profile[which], p.level
+            ),
             "seed": int(np.random.default_rng([self.seed, self.epoch, b]).integers(2**31)),
         }
 
     def _drawn(self, pool: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of a pool, and the row of the target of each."""
+        """Return the pairs of a pool, and the row of each pair's target."""
         if self._pool[0] != (self.epoch, pool):
             rng, p = np.random.default_rng([self.seed, self.epoch, pool, 1]), self.pairs
             which = rng.permutation(len(p))[: self.per_pool * self.size]
@@ -240,9 +194,9 @@ class PairBatches(Dataset):
 
 
 def shares(plan: sparse.csr_matrix, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the entries of each row of a plan: columns and shares (n x k), which sum to 1, or to 0 where none is left.
+    """Return the columns and shares (n x k) of the entries of each row of a plan.
 
-    Only the columns in ``allowed`` (n x columns, bool) count.
+    Only entries in ``allowed`` (n x columns, bool) are used. The shares of a row sum to 1, or to 0 if no entry is left.
     """
     length = np.diff(plan.indptr)
     row = np.repeat(np.arange(len(length)), length)
@@ -254,7 +208,7 @@ def shares(plan: sparse.csr_matrix, allowed: np.ndarray) -> tuple[np.ndarray, np
 
 
 def mean_shift(pairs: Pairs, values) -> np.ndarray:
-    """Return the mean of the targets less that of the sources in ``values`` (n x d), weighted by confidence."""
+    """Return the mean of ``values`` (n x d) over the targets minus that over the sources, weighted by confidence."""
     weight = pairs.confidence / max(pairs.confidence.sum(), 1e-12)
     change = np.zeros(values.shape[0])
     np.add.at(change, pairs.target.ravel(), (pairs.share * weight[:, None]).ravel())
@@ -263,7 +217,7 @@ def mean_shift(pairs: Pairs, values) -> np.ndarray:
 
 
 def stacked(parts: Sequence[Pairs]) -> Pairs:
-    """Return the pairs of several tables as one."""
+    """Join the pairs of several tables."""
     if len(parts) == 1:
         return parts[0]
     k = max(part.target.shape[1] for part in parts)
@@ -283,14 +237,14 @@ def stacked(parts: Sequence[Pairs]) -> Pairs:
 def with_shifts(
     pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression, profile: np.ndarray
 ) -> tuple[Pairs, dict[str, dict[str, dict[str, list[float]]]]]:
-    """Return the pairs with the mean shifts of their transition and niche, and all shifts by name and niche.
+    """Add the mean shifts of their transition and niche to the pairs. Also returns all shifts by transition and niche.
 
     Parameters
     ----------
     niche
-        Niche of each pair, "" where there is none.
+        Niche of each pair, "" if it has none.
     names
-        Transitions.
+        Names of the transitions.
     expression, profile
         Log counts (n x genes) and standardised morphology (n x features) of all rows.
     """
@@ -304,7 +258,7 @@ def with_shifts(
         if not here.any():
             raise ValueError(f"{name} has no pair whose cells lie in the image.")
         shifts[name] = {}
-        for one in ["", *sorted(set(niche[here]) - {""})]:  # "": all together
+        for one in ["", *sorted(set(niche[here]) - {""})]:  # "": all niches together
             which = np.flatnonzero(here & (niche == one) if one else here)
             pairs.group[which] = pairs.group.max() + 1
             pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (expression, profile))

@@ -1,10 +1,11 @@
-"""Training SPATIA: scattered cells and contiguous fields as batches, and losses that need no labels."""
+"""Training SPATIA: the encoders on single cells, then the context on fields of cells; losses that need no labels."""
 
 from __future__ import annotations
 
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,21 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from spatiaflow._settings import logger
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.encoders._cell import published_mae
-from spatiaflow.models.orientation import turned
+from spatiaflow.models.preprocess import in_vocabulary, intensity_of, spread, standard_of
 from spatiaflow.models.slide import ABSENT, Slide
-from spatiaflow.models.spatia import (
-    TRAINING,
-    Spatia,
-    SpatiaConfig,
-    SpatiaNetwork,
-    Surroundings,
-    in_vocabulary,
-    intensity_of,
-    relative_scale,
-    scaled,
-    spread,
-    standard_of,
-)
+from spatiaflow.models.spatia import TRAINING, Spatia, SpatiaConfig, SpatiaNetwork
 from spatiaflow.models.spatial import Graph
-from spatiaflow.train.fit import claim, fit
-
-Standards = Mapping[str, np.ndarray | None]  # by name of the slide: how its genes are standardised, 3 x genes
+from spatiaflow.train.cells import Fields, ScatteredCells, SlideBatches, Standards
+from spatiaflow.train.checkpoint import claim, identity
+from spatiaflow.train.domain import fit_domains
+from spatiaflow.train.fit import fit
 
 
 def train_spatia(
@@ -83,27 +71,27 @@ def train_spatia(
     target_sum = usual_depth(training) if init is None else init.target_sum
     standards = {slide.name: standard_of(slide, target_sum) for slide in ready}  # of whole slides
     network = initial_network(config, training, standards, target_sum, init=init, backbone=backbone, seed=seed)
-    if checkpoint_dir is not None:
-        everything = [*training, *held_out]
-        claim(
-            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true", num_workers=0),
-            init=init and init.sha256, target_sum=target_sum, max_epochs=max_epochs, seed=seed,
-            slides=tuple(s.name for s in everything),
-            data=[v for s in everything for v in (s.xy, None if s.crops is None else s.crops.range)],
-            counts=[s.counts[spread(len(s), 4000)] for s in everything if s.counts is not None],
-        )  # fmt: skip
     logger.info("training SPATIA on %d cells of %d slide(s), %s", sum(map(len, training)), len(ready), accelerator)
-    history, scores = fit_spatia(
-        network, training, held_out, standards, target_sum, max_epochs=max_epochs, checkpoint_dir=checkpoint_dir, resume=resume,
-        accelerator=accelerator, seed=seed,
-    )  # fmt: skip
+    run: dict = {"config": replace(config, devices=1, precision="32-true", num_workers=0), "target_sum": target_sum}
+    run |= {"init": init and init.sha256, "max_epochs": max_epochs, "seed": seed}
+    with (
+        nullcontext()
+        if checkpoint_dir is None
+        else claim(checkpoint_dir, resume, **run, **identity([*training, *held_out]))
+    ):
+        history, scores = fit_spatia(
+            network, training, held_out, standards, target_sum, max_epochs=max_epochs, checkpoint_dir=checkpoint_dir,
+            resume=resume, accelerator=accelerator, seed=seed,
+        )  # fmt: skip
     settings = {name: getattr(config, name) for name in TRAINING}
     card = model_card(
         slides, config=settings | {"max_epochs": max_epochs, "validation": validation}, seed=seed,
         epochs=len(history.get("epoch", [])), scores=scores, intensity=intensity_of(training, config.channels),
         modalities=[name for name, there in (("image", config.channels), ("genes", config.genes)) if there],
     )  # fmt: skip
-    return Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model = Spatia(network=network, target_sum=target_sum, history=history, card=card)
+    model.domains = fit_domains(model, training)
+    return model
 
 
 def with_vocabulary(
@@ -142,137 +130,6 @@ def usual_depth(slides: Sequence[Slide]) -> float:
     """Median counts of a cell, at least 1; 1 without counts."""
     depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]
     return max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
-
-
-def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turn and mirror each crop; change gain, gamma and background of each channel a little, by the same for all crops.
-
-    Brightness carries information on expression. A large change, or another one for each cell, would teach to ignore it.
-    """
-    n, c = x.shape[:2]
-    x = turned(x, rng.integers(0, 8, n))
-    gain, gamma, shift = (
-        torch.from_numpy(v.astype(np.float32)).view(1, c, 1, 1)
-        for v in (rng.lognormal(0, 0.08, c), rng.lognormal(0, 0.06, c), rng.normal(0, 0.012, c))
-    )
-    return x.clamp_min(0) ** gamma * gain + shift
-
-
-class _Batches(Dataset):
-    """Item b of an epoch depends on the seed, the epoch and b alone.
-
-    Tissues, and slides within a tissue, are drawn with probability proportional to the square root of their cells, so that
-    large ones do not dominate.
-    """
-
-    def __init__(self, slides: Sequence[Slide], standards: Standards, config: SpatiaConfig, n_batches: int, seed: int):
-        self.slides, self.standards, self.config = slides, standards, config
-        self.n_batches, self.seed, self.epoch = n_batches, seed, 0
-        self.trees = [cKDTree(s.xy, leafsize=32) for s in slides]  # half the nodes, half the memory
-        cells_of = np.array([len(s) for s in slides], float)
-        tissue = np.array([s.tissue for s in slides])
-        share = np.zeros(len(slides))
-        for name in np.unique(tissue):
-            same = tissue == name
-            share[same] = np.sqrt(cells_of[same].sum()) * np.sqrt(cells_of[same]) / np.sqrt(cells_of[same]).sum()
-        self.share = share / share.sum()
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def __getitem__(self, b: int) -> dict:
-        if not 0 <= b < len(self):
-            raise IndexError(b)
-        rng = np.random.default_rng([self.seed, self.epoch, b])
-        return self.batch(b, rng) | {"seed": int(rng.integers(2**31))}
-
-    @abstractmethod
-    def batch(self, b: int, rng: np.random.Generator) -> dict:
-        """One batch."""
-
-    def place(self, rng: np.random.Generator) -> tuple[int, int]:
-        """A slide and one of its cells."""
-        which = int(rng.choice(len(self.slides), p=self.share))
-        return which, int(rng.integers(len(self.slides[which])))
-
-
-class ScatteredCells(_Batches):
-    """Batches for the losses of single cells: crops, counts and positions of cells from many places.
-
-    Neighbours look alike, so a step that sees few places teaches an encoder little. The cells are drawn from ``places``
-    contiguous regions that stay the same for ``stretch`` successive batches, so that images are read region by region.
-    """
-
-    def __init__(
-        self, slides: Sequence[Slide], standards: Standards, config: SpatiaConfig, n_batches: int, *, cells=256, places=24,
-        stretch=16, radius_um=150.0, seed=0, augment=True,
-    ):  # fmt: skip
-        super().__init__(slides, standards, config, n_batches, seed)
-        self.cells, self.places, self.stretch, self.radius_um, self.augment = cells, places, stretch, radius_um, augment
-        self._known: Any = None, None  # of the last stretch
-
-    def batch(self, b: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Crops, counts and positions of cells, and what is known of their slides."""
-        which, rows = self._pool(b // self.stretch)
-        chosen = rng.choice(len(rows), min(self.cells, len(rows)), replace=False)
-        parts = [self._read(k, np.sort(rows[chosen[which[chosen] == k]]), rng) for k in np.unique(which[chosen])]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _pool(self, stretch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Slide and row of all cells of the regions of one stretch."""
-        key = self.epoch, stretch
-        if self._known[0] != key:
-            rng = np.random.default_rng([self.seed, *key, 1])
-            pool: dict[int, np.ndarray] = {}
-            for which, first in (self.place(rng) for _ in range(self.places)):
-                around = self.trees[which].query_ball_point(self.slides[which].xy[first], self.radius_um)
-                pool[which] = np.union1d(pool.get(which, []), around).astype(int)
-            slides = np.repeat([*pool], [len(rows) for rows in pool.values()])
-            self._known = key, (slides, np.concatenate([*pool.values()]))
-        return self._known[1]
-
-    def _read(self, which: int, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        slide, n = self.slides[which], len(rows)
-        part = {"xy": torch.from_numpy(slide.xy[rows]), "measured": torch.from_numpy(np.tile(slide.measured, (n, 1)))}
-        if slide.counts is not None:
-            part["counts"] = torch.from_numpy(slide.counts[rows].toarray().astype(np.float32))
-            part["standard"] = torch.from_numpy(self.standards[slide.name]).expand(n, -1, -1)
-        if slide.crops is not None:
-            x = scaled(slide.crops.read(rows), slide.crops.range, slide.crops.places)
-            part["crops"] = augmented(x, rng) if self.augment else x
-            part["scale"] = relative_scale(slide.crops, rows, self.config)
-            part["present"] = torch.from_numpy(np.tile(slide.crops.places >= 0, (n, 1)))
-        return part
-
-
-class Fields(_Batches):
-    """Batches for the niche and tissue levels: one contiguous field of cells, embedded by encoders that are trained.
-
-    ``views`` holds for every slide its cell embeddings: from both modalities, from the image, from the genes.
-    """
-
-    def __init__(
-        self, slides: Sequence[Slide], standards: Standards, views: list[list[np.ndarray]], config: SpatiaConfig,
-        n_batches: int, *, cells=1024, seed=0,
-    ):  # fmt: skip
-        super().__init__(slides, standards, config, n_batches, seed)
-        self.views, self.cells = views, cells
-
-    def batch(self, b: int, rng: np.random.Generator) -> dict:
-        """Embeddings and counts of the cells of one field, and their surroundings."""
-        which, first = self.place(rng)
-        slide, views = self.slides[which], self.views[which]
-        k = min(self.cells, len(slide))
-        rows = np.sort(self.trees[which].query(slide.xy[first], k=[*range(1, k + 1)])[1])
-        share = np.array([2.0, 1.0, 1.0][: len(views)])  # both modalities twice as often as one of them
-        view = views[int(rng.choice(len(views), p=share / share.sum()))]
-        return {
-            "cells": torch.from_numpy(np.asarray(view[rows], np.float32)),
-            "counts": torch.from_numpy(slide.counts[rows].toarray().astype(np.float32)),
-            "measured": torch.from_numpy(np.tile(slide.measured, (len(rows), 1))),
-            "standard": torch.from_numpy(self.standards[slide.name])[None],
-            "around": Surroundings.of(slide.xy[rows], self.config),
-        }
 
 
 class _Training(L.LightningModule):
@@ -476,8 +333,8 @@ def fit_spatia(
     history: dict[str, list[float]] = {}
     scores: dict[str, float] = {}
 
-    held_out: _Batches
-    batches: _Batches
+    held_out: SlideBatches
+    batches: SlideBatches
 
     def stage(name, training, batches, held_out, max_epochs, **more):
         module = training(network, {k: weights[k] for k in training.NAMES}, target_sum, config.learning_rate)

@@ -27,6 +27,7 @@ from spatiaflow.models.regression import (
     fit_stack,
     gene_pearson,
     smooth,
+    standardize,
 )
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
@@ -36,10 +37,10 @@ from spatiaflow.models.stflow import (
     SlideTokens,
     STFlow,
     STFlowConfig,
-    standardize,
 )
 from spatiaflow.train.batches import Regions, WholeSlides
-from spatiaflow.train.fit import claim, fit
+from spatiaflow.train.checkpoint import FINISHED, claim, read_weights
+from spatiaflow.train.fit import fit
 
 MAX_FOLDS = 5
 CALIBRATION_DRAWS = 8
@@ -106,13 +107,23 @@ def train_stflow(
     validation
         Names of slides to hold out, a fraction of each, or None: each slide in turn.
     """
-    genes, n_epochs = list(slides[0].genes), max_epochs or config.max_epochs
-    if checkpoint_dir is not None:
-        claim(
-            checkpoint_dir, resume, config=config, genes=tuple(genes), target_sum=target_sum, validation=repr(validation),
-            max_epochs=n_epochs, seed=seed, slides=tuple(s.name for s in slides),
-            data=[value for s in slides for value in (s.xy, s.features, s.counts.toarray(), s.library)],
-        )  # fmt: skip
+    n_epochs = max_epochs or config.max_epochs
+    run: dict = {"target_sum": target_sum, "validation": validation, "seed": seed}
+    options: dict = {"checkpoint_dir": checkpoint_dir, "resume": resume, "accelerator": accelerator}
+    if checkpoint_dir is None:
+        return _fit_stflow(slides, config, encoder, n_epochs, **run, **options)
+    with claim(
+        checkpoint_dir, resume, config=config, genes=slides[0].genes, max_epochs=n_epochs, slides=tuple(s.name for s in slides),
+        data=[value for s in slides for value in (s.xy, s.features, s.counts.toarray(), s.library)], **run,
+    ):  # fmt: skip
+        return _fit_stflow(slides, config, encoder, n_epochs, **run, **options)
+
+
+def _fit_stflow(
+    slides: list[Slide], config: STFlowConfig, encoder: dict, n_epochs: int, *, target_sum: float | None, validation: Any,
+    checkpoint_dir: Path | None, resume: bool, accelerator: str, seed: int,
+) -> STFlow:  # fmt: skip
+    genes = list(slides[0].genes)
     features = np.concatenate([s.features for s in slides]).astype(np.float64)
     mean, std = features.mean(0), features.std(0)
     std = np.where(std < 1e-6, 1.0, std)
@@ -212,8 +223,10 @@ def _choose_standardization(scaled: dict[str, list[Slide]], config: STFlowConfig
     for mode, slides in scaled.items():
         groups = _groups(slides, 0)
         scores[mode] = choose_ridge([_parts(g, target_sum) for g in groups], [_graphs(g) for g in groups])[2]
-    logger.info("standardisation by leave-one-slide-out ridge: %s", scores)
-    return max(scores, key=lambda mode: scores[mode])
+    best = max(scores, key=lambda mode: scores[mode])
+    found = ", ".join(f"{mode!r} {score:.3f}" for mode, score in scores.items())
+    logger.info("standardize=%r is used: held-out Pearson of ridge regression is %s", best, found)
+    return best
 
 
 def _groups(slides: list[Slide], seed: int) -> list[list[Slide]]:
@@ -305,14 +318,11 @@ def _fit_network(fold: _Fold, config: STFlowConfig, weight, description, seed, w
         for layer in module.denoiser.layers:
             layer.head[4].bias.copy_(torch.as_tensor(0.0 * fold.mean if config.residual else fold.mean))
     if where is not None:
-        finished = where / "finished.safetensors"
+        finished = where / FINISHED
         if resume and finished.exists():
-            try:
-                description, tensors = _base.read(finished)
-                module.denoiser.load_state_dict(tensors)
-                return module.denoiser, description["history"]
-            except ValueError:
-                logger.warning("%s is damaged: its network is finished again from the last checkpoint", finished)
+            known, tensors = read_weights(finished, module.denoiser.state_dict())
+            module.denoiser.load_state_dict(tensors)
+            return module.denoiser, known["history"]
         where.mkdir(parents=True, exist_ok=True)
     fit(
         module, Regions(fold.training, fold.training_y, fold.training_base, config, fold.prior, seed),

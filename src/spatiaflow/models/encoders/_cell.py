@@ -109,9 +109,10 @@ def published_mae(name: str) -> tuple[dict, dict]:
     """Configuration and weights of a ViT-MAE by hub id or local folder."""
     from transformers import ViTMAEForPreTraining
 
+    from spatiaflow.models.encoders._image import safely_loaded
+
     try:
-        found: Any = ViTMAEForPreTraining.from_pretrained(name, output_loading_info=True)
-        model, loading = found
+        model, loading = safely_loaded(ViTMAEForPreTraining, name)
     except (OSError, ValueError) as error:
         raise OSError(
             f"the ViT-MAE {name!r} could not be loaded: {error}\nWithout network, copy its folder (config.json, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatiaflow._process import threads, verb
 from spatiaflow.models import _base
 from spatiaflow.models.encoders import _texture
 
@@ -76,7 +80,8 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, patches: Tensor) -> Tensor:
         """Encode uint8 patches, n x C x h x w; the result (n x F, float32) is on the CPU."""
-        out = self.function(patches)
+        with threads(large=bool(self.sha256)):  # published networks are large
+            out = self.function(patches)
         if not isinstance(out, Tensor | np.ndarray):
             raise TypeError(f"encoder {self.id!r} must return a tensor or an array, not {type(out).__name__}.")
         out = torch.as_tensor(out)
@@ -133,6 +138,7 @@ WEIGHT_FREE: dict[str, Callable[[], Encoder]] = {
 SHORT_NAMES = (*WEIGHT_FREE, *TIMM, "conch")
 
 
+@verb
 def load_encoder(
     encoder: str | Path | Callable | Encoder,
     *,
@@ -163,7 +169,7 @@ def load_encoder(
     ImportError
         The model needs a package.
     OSError
-        The weights cannot be loaded; the message says how to get them.
+        The weights cannot be loaded, or the model asks to run code of its own; the message says what to do.
 
     Examples
     --------
@@ -214,8 +220,11 @@ def _transformers(name: str, device: torch.device | str) -> Encoder:
     from transformers.utils import cached_file
 
     try:
-        model, loading = AutoModel.from_pretrained(name, output_loading_info=True)
+        model, loading = safely_loaded(AutoModel, name)
         found = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        settings = json.loads(Path(found).read_text()) if found else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{found!r} holds a {type(settings).__name__}, not settings by name")
     except (OSError, ValueError) as error:
         raise OSError(
             f"encoder {name!r} could not be loaded: {error}\nKnown short names: {', '.join(SHORT_NAMES)}. A hub model needs "
@@ -228,7 +237,6 @@ def _transformers(name: str, device: torch.device | str) -> Encoder:
             f"the weights of {name!r} lack {len(unknown)} tensors of the model (first: {sorted(unknown)[0]!r})."
         )
     model = model.eval().to(device)
-    settings = json.loads(Path(found).read_text()) if found else {}
     size = _input_size(settings, model.config)
     prepare = _prepare(size, settings.get("image_mean") or IMAGENET[0], settings.get("image_std") or IMAGENET[1])
     options: dict[str, Any] = {}
@@ -248,6 +256,49 @@ def _transformers(name: str, device: torch.device | str) -> Encoder:
     # a pooler that the file lacks is drawn at random: it is not used, and not part of the identity
     weights = {key: value for key, value in model.state_dict().items() if key not in random}
     return Encoder(name, encode, mpp=None, pixels=size, sha256=_base.tensors_sha256(weights))
+
+
+def safely_loaded(kind: Any, name: str) -> tuple[Any, dict]:
+    """Load a model of transformers by hub id or folder, from safetensors and without any code that is not installed.
+
+    Parameters
+    ----------
+    kind
+        Class of transformers.
+
+    Returns
+    -------
+    The model in single precision, and transformers' account of the loading.
+
+    Raises
+    ------
+    ValueError
+        The model brings code of its own, or its file is damaged or not of this network.
+    OSError
+        It is not there, or has no safetensors.
+    """
+    from transformers import PretrainedConfig
+    from transformers.utils import cached_file
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name)
+        if own := {
+            key: code for key, code in (config.get("auto_map") or {}).items() if key in ("AutoConfig", "AutoModel")
+        }:
+            raise ValueError(
+                f"its config.json asks to run code of its own (auto_map: {own}), and spatiaflow never runs code from a folder or "
+                "the hub. If you trust it, load the model yourself and give a function of patches as encoder. If transformers "
+                "knows the architecture, remove auto_map from config.json in a copy of the folder."
+            )
+        model, loading = kind.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        weights = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        if weights is not None:  # None: in several parts
+            _base.check_types(weights, model.state_dict())
+    except (RuntimeError, SafetensorError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"its weights or config.json are damaged, or not of this network: {error}") from error
+    return model, loading
 
 
 def _input_size(settings: dict, config: Any) -> int:
@@ -284,7 +335,8 @@ def _timm(name: str, checkpoint: str | Path | None, device: torch.device | str) 
         options |= {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
     where = f"hf-hub:{published.hub}" if checkpoint is None else f"local-dir:{_existing(checkpoint)}"
     try:
-        model = timm.create_model(where, pretrained=True, **options).eval().to(device)
+        with _tensors_only():
+            model = timm.create_model(where, pretrained=True, **options).eval().to(device)
     except Exception as error:  # hub errors of many kinds: gated, offline, not found
         raise OSError(_refused(name, published.hub, published.license, error)) from error
     prepare = _prepare(224, published.mean, published.std)
@@ -307,7 +359,8 @@ def _conch(checkpoint: str | Path | None, device: torch.device | str) -> Encoder
         ) from error
     where = _existing(checkpoint) if checkpoint is not None else f"hf_hub:{CONCH_HUB}"
     try:
-        model, _ = create_model_from_pretrained("conch_ViT-B-16", where)
+        with _tensors_only():
+            model, _ = create_model_from_pretrained("conch_ViT-B-16", where)
     except Exception as error:  # hub errors of many kinds: gated, offline, not found
         raise OSError(_refused("conch", CONCH_HUB, "CC-BY-NC-ND-4.0", error)) from error
     model = model.eval().to(device)
@@ -319,6 +372,21 @@ def _conch(checkpoint: str | Path | None, device: torch.device | str) -> Encoder
     return Encoder(
         f"hf-hub:{CONCH_HUB}", encode, pixels=CONCH_PIXELS, sha256=_base.tensors_sha256(model.visual.state_dict())
     )
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Have every torch.load refuse anything but tensors: the pages of some models have their weights in pickled files alone."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _existing(checkpoint: str | Path) -> str:

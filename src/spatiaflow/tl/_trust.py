@@ -1,0 +1,47 @@
+"""How data differ from what a model was trained on: what its scores, measured on the training data, do not cover."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spatiaflow._settings import warn
+
+COVERAGE = 0.5  # of genes or channels; with this share or less a warning
+DEPTH = 3.0  # times the counts of the training data, or one over it
+BEYOND, OOD_SHARE = 0.95, 1 / 3  # share of rows with a higher out-of-domain score; .05 in training
+
+
+def warn_of_difference(
+    *,
+    genes: tuple[int, int] | None = None,
+    channels: tuple[int, int] | None = None,
+    depth: tuple[float, float] | None = None,
+    ood: np.ndarray | None = None,
+) -> None:
+    """Warn once of everything that differs, with both figures. What a model does not store is None and not compared.
+
+    Parameters
+    ----------
+    genes, channels
+        How many of the model's are in the data, and how many it has.
+    depth
+        Median counts of a row in the data, and what it was in training.
+    ood
+        Out-of-domain scores of the rows; NaN counts for nothing.
+    """
+    found = []
+    for name, pair in (("genes", genes), ("channels", channels)):
+        if pair is not None and pair[0] <= COVERAGE * pair[1]:
+            found.append(f"they have {pair[0]} of its {pair[1]} {name}")
+    if depth is not None and min(depth) > 0 and not 1 / DEPTH < depth[0] / depth[1] < DEPTH:
+        found.append(f"a median of {depth[0]:.4g} counts per row, in training {depth[1]:.4g}")
+    known = np.zeros(0) if ood is None else ood[np.isfinite(ood)]
+    if len(known) and (share := float((known > BEYOND).mean())) > OOD_SHARE:
+        found.append(
+            f"{share:.0%} of the rows have an out-of-domain score above {BEYOND}, in training {1 - BEYOND:.0%}"
+        )
+    if found:
+        warn(
+            f"data differ from what the model was trained on: {'; '.join(found)}. Results can be worse than the model's scores "
+            "say. Compare some with measured values, or train on data like these."
+        )
