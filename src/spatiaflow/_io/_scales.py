@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -258,5 +258,5 @@ def remember(data: AnnData | SpatialData, slides: list[Slide], mpp: float | None
         return
     named = {slide.name for slide in slides} & set(libraries(data)) if key == "spatial" else set()
     for name, library in data.uns["spatial"].items() if named else ():
-        if str(name) in named and isinstance(library, Mapping):
+        if str(name) in named and isinstance(library, MutableMapping):
             library["metadata"] = dict(library.get("metadata", {})) | {"microns_per_pixel": float(mpp)}
