@@ -55,7 +55,7 @@ def check_positions(
             f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
             f"library_key={column!r}."
         )
-    check_scale(slide, points, area, "members" in entry(table, "tiles"))
+    check_scale(slide, points, area, "params" in entry(table, "tiles"))
 
 
 def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | None:

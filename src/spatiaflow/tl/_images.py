@@ -78,7 +78,7 @@ def placed(table: AnnData, slides: Sequence[Slide], first: int = 0) -> tuple[np.
 
 def is_tiles(table: AnnData) -> bool:
     """Whether the rows of a table are tiles of :func:`spatiaflow.pp.tiles`."""
-    return "members" in _io.entry(table, "tiles")
+    return "params" in _io.entry(table, "tiles")
 
 
 def model_of(table: AnnData, use_rep: str) -> str:
