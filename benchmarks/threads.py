@@ -1,6 +1,6 @@
 """How much slower is work on the CPU while another process keeps one core busy, by the number of threads of torch?
 
-    python benchmarks/threads.py                  # all of it: 10 minutes on two cores
+    python benchmarks/threads.py                  # all of it: 4 minutes on two cores that nobody else uses
     python benchmarks/threads.py --only STFlow    # what has this in its name
 
 Each kind of work is measured at each number of threads, alone and beside a process that counts in a loop. The four or more
@@ -129,7 +129,7 @@ def work() -> dict[str, Callable[[], Callable]]:
         "SPATIA, training": lambda: steps(spatia_training, lambda: sf.tl.train_spatia(sdata, **IMAGE)),
         "morphology, training": lambda: steps(morphology_training, train_morphology),
         "predict_expression, 900 spots": lambda: predict(),
-        "embed_spatia, 400 cells": lambda: lambda: sf.tl.embed_spatia(sdata, **IMAGE),
+        "embed_spatia, 400 cells": lambda: lambda: sf.tl.embed_spatia(sdata, modalities="image", **IMAGE),
         "generate_morphology": lambda: generate(),
         "encode_patches, texture": lambda: lambda: sf.pp.encode_patches(sdata, image_key="he", patch_um=32.0),
         "ViT-B/16, 4 patches": large_encoder,
@@ -193,7 +193,7 @@ def measure(name: str, call: Callable, a, table: results.Table) -> None:
                     found.setdefault((n, how), []).append(min(tries, key=lambda one: one[1]))
     for (n, how), values in found.items():
         seconds, others = np.median(values, 0)
-        scores = {"seconds": seconds, "cores used by others": others}
+        scores = {"seconds": seconds, "cores used by others": round(others, 3)}
         if how == BESIDE:
             scores["times as long as alone"] = seconds / np.median(found[n, ALONE], 0)[0]
         table.add(name, f"{n} thread{'s' * (n > 1)}", "", how, scores)
