@@ -42,6 +42,11 @@ class Key:
             return f"{key}_ood"
 
         @staticmethod
+        def depth(key: str) -> str:
+            """Predicted library size."""
+            return f"{key}_depth"
+
+        @staticmethod
         def confidence(key: str) -> str:
             """Confidence of a label."""
             return f"{key}_confidence"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anndata import AnnData
 from scipy import sparse
 
 from spatiaflow import _io
@@ -25,6 +26,7 @@ def gather(
     need: Collection[str] = (),
     layer: str | None = None,
     use_rep: str | Sequence[str] | None = None,
+    donor_key: str | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
     missing: bool = False,
@@ -48,6 +50,8 @@ def gather(
         Layer with raw counts; None reads ``X``.
     use_rep
         Slot of ``.obsm``, or several whose columns are put side by side.
+    donor_key
+        Column of ``.obs`` that names the donor of each slide.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
     missing
@@ -101,6 +105,8 @@ def gather(
                 parts |= {"counts": own, "library": library, "genes": genes, "measured": None}
             if features is not None:
                 parts["features"] = features[rows]
+            if donor_key is not None:
+                parts["donor"] = _donor(table, donor_key, slide)
             if "crops" in need:
                 from spatiaflow._slides.crops import slide_crops
 
@@ -111,6 +117,23 @@ def gather(
     if scaled and together:
         check_together(out)
     return out
+
+
+def _donor(table: AnnData, donor_key: str, slide: Slide) -> str:
+    """Name of a slide's donor; a slide has one."""
+    if donor_key not in table.obs:
+        raise KeyError(
+            f"obs has no {donor_key!r} (donor_key); it has {', '.join(map(repr, table.obs.columns)) or 'no columns'}."
+        )
+    found = table.obs[donor_key].to_numpy()[slide.rows]
+    names = {str(one) for one in found}
+    if len(names) != 1 or found[0] is None or found[0] != found[0]:
+        listed = ", ".join(sorted(map(repr, names))[:3])
+        raise ValueError(
+            f"obs[{donor_key!r}] must name one donor for each slide; slide {slide.name!r} has {len(names)} ({listed}). If one "
+            "table holds several slides, tell them apart with library_key."
+        )
+    return names.pop()
 
 
 def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], named: bool) -> str:

@@ -220,6 +220,13 @@ class CountLaw:
             out[:, g] = np.sqrt((1 - pi) * (s**2 + inner**2) - ((1 - pi) * inner) ** 2)
         return out
 
+    def mean_at(self, log_rate: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """Return the expected log1p expression of log rates (n x genes), without zero inflation; float32."""
+        out, known = np.empty(log_rate.shape, np.float32), np.log(self.rates)
+        for g, t in enumerate(theta):
+            out[:, g] = np.interp(log_rate[:, g], known, self._row(t)[0])
+        return out
+
     def rate_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Return the rate (fraction of the library) whose expected log1p expression is ``mean``."""
         out = np.empty_like(mean, dtype=np.float64)

@@ -5,9 +5,9 @@ All functions work on parts: a part is the features (n x F) and the expression (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from scipy.optimize import nnls
@@ -182,7 +182,7 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
 
     Returns
     -------
-    level : array of length parts, for slide means around the training mean
+    level : array of length parts, for slide means around the training mean; their sum is at most 1
     weights : array, parts x genes, for deviations from the slide's mean
     """
     names, n_parts = np.unique(groups), len(parts)
@@ -196,18 +196,17 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
         target.append((y[r] - y[r].mean(0, dtype=np.float64)) / unit)
         level_inputs.append(((centre - mean[r][0]) / scale).T)
         level_target.append((y[r].mean(0) - mean[r][0]) / scale)
-    level, _ = nnls(np.concatenate(level_inputs), np.concatenate(level_target))
+    level = _bounded(np.concatenate(level_inputs), np.concatenate(level_target))
+    # sums of products are all that the weights need; each slide adds its own
+    products = [(np.einsum("png,qng->gpq", x, x), np.einsum("png,ng->gp", x, t)) for x, t in zip(inputs, target)]
 
     def solve(which: Sequence[int], shrinkage: float) -> np.ndarray:
-        x, z = np.concatenate([inputs[i] for i in which], 1), np.concatenate([target[i] for i in which])
-        common, _ = nnls(x.reshape(n_parts, -1).T, z.reshape(-1))
+        xx, xz = (sum(products[i][k] for i in which) for k in (0, 1))
+        common = _nnls(xx.sum(0), xz.sum(0))
         if np.isinf(shrinkage):
             return np.repeat(common[:, None], y.shape[1], 1)
-        prior = np.sqrt(shrinkage * len(which)) * np.eye(n_parts)
-        genes = range(y.shape[1])
-        return np.stack(
-            [nnls(np.vstack([x[:, :, g].T, prior]), np.append(z[:, g], prior @ common))[0] for g in genes], 1
-        )
+        prior = shrinkage * len(which)
+        return np.stack([_nnls(a + prior * np.eye(n_parts), b + prior * common) for a, b in zip(xx, xz)], 1)
 
     everything, choices = range(len(names)), (0.01, 0.1, 1.0, np.inf)
     if len(names) == 1:
@@ -220,18 +219,29 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
     return level, solve(everything, choices[int(error.argmin())])
 
 
-def combine(
-    parts: np.ndarray, mean: np.ndarray, level: np.ndarray, weights: np.ndarray, slides: np.ndarray | None = None
-) -> np.ndarray:
-    """Apply weights of :func:`fit_stack` to predictions (parts x n x genes); expression is never negative.
+def _nnls(xx: np.ndarray, xz: np.ndarray) -> np.ndarray:
+    """Non-negative least squares from sums of products; a hint of a ridge keeps members apart that agree."""
+    root = np.linalg.cholesky(xx + (1e-6 * np.trace(xx) / len(xx) + 1e-12) * np.eye(len(xx)))
+    return nnls(root.T, np.linalg.solve(root, xz))[0]
 
-    ``slides`` names the slide of each row; None when all rows are of one.
-    """
-    out = np.empty(parts.shape[1:])
-    for name in [None] if slides is None else np.unique(slides):
-        rows = slice(None) if name is None else slides == name
-        centre = parts[:, rows].mean(1, keepdims=True, dtype=np.float64)
-        training = mean if mean.ndim == 1 else mean[rows]
-        out[rows] = training + np.einsum("p,png->ng", level, centre - training)
-        out[rows] += np.einsum("pg,png->ng", weights, parts[:, rows] - centre)
-    return np.maximum(out, 0).astype(np.float32)
+
+def _bounded(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Non-negative weights with a sum of at most 1: no prediction of a level lies outside what the members say."""
+    found, _ = nnls(x, z)
+    if found.sum() <= 1:
+        return found
+    heavy = 1e3 * max(float(np.abs(x).max()), 1e-6) * np.sqrt(len(x))
+    found, _ = nnls(np.vstack([x, np.full(x.shape[1], heavy)]), np.append(z, heavy))  # on the edge: the sum is 1
+    return found / max(found.sum(), 1.0)
+
+
+def combine(
+    parts: Iterable[np.ndarray], mean: np.ndarray, level: np.ndarray, weights: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """Apply weights of :func:`fit_stack` to the predictions (each n x genes) of one slide; expression is never negative."""
+    out: Any = 0.0
+    for part, of_level, of_pattern in zip(parts, level, weights):
+        centre = part.mean(0, keepdims=True, dtype=np.float64)
+        out = out + (part - centre.astype(np.float32)) * of_pattern.astype(np.float32)
+        out += (of_level * (centre - mean)).astype(np.float32)
+    return np.maximum(out + mean.astype(np.float32), 0)

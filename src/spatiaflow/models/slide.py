@@ -89,6 +89,8 @@ class Slide:
         A label of each row, n.
     tissue
         Name of the tissue. Tissues are drawn evenly in training.
+    donor
+        Name of the donor; "" where it is not known.
     tissue_share
         Share of the patch around each row that is tissue, n; NaN where it is not known.
     rows, mpp, element, coordinate_system
@@ -115,6 +117,7 @@ class Slide:
     crops: CropReader = ABSENT
     labels: np.ndarray = ABSENT
     tissue: str = ""
+    donor: str = ""
     tissue_share: np.ndarray = ABSENT
     rows: np.ndarray = ABSENT
     mpp: float = 1.0

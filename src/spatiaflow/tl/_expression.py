@@ -33,6 +33,7 @@ def train_stflow(
     layer: str | None = None,
     target_sum: float | None = 1e4,
     config: str | STFlowConfig = "default",
+    donor_key: str | None = None,
     validation: Sequence[str] | float | None = None,
     max_epochs: int | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -60,7 +61,7 @@ def train_stflow(
     use_rep
         Histology features, from :func:`spatiaflow.pp.encode_patches` or made elsewhere.
     genes
-        Names, or how many of the genes with the largest variance of log-normalised expression over all slides. Only genes
+        Names, or how many of the genes with the largest variance of log-normalised expression within slides. Only genes
         that every slide measures are considered.
     layer
         Layer with raw counts of all measured genes, whose sum is the library size. None reads ``X``.
@@ -69,10 +70,13 @@ def train_stflow(
     config
         ``"default"`` (chosen by inner validation, stacked with ridge regression), ``"paper"`` (the published configuration;
         1,147,724 parameters at 1024 features and 50 genes), or a :class:`spatiaflow.models.STFlowConfig`.
+    donor_key
+        Column of ``.obs`` that names the donor of each slide. With two donors or more, whole donors are held out in turn. None:
+        all slides are of one donor.
     validation
-        What is held out inside ``data`` to stop, stack and calibrate. None holds out each slide in turn, or contiguous bands
-        where there are fewer than three slides. Names hold out slides. A fraction of at most 0.5 holds out one of
-        1 / fraction contiguous bands of every slide.
+        What is held out inside ``data`` to stop, stack and calibrate. None holds out each donor in turn; with one donor each
+        slide, or contiguous bands where there are fewer than three slides. Names hold out slides. A fraction of at most 0.5
+        holds out one of 1 / fraction contiguous bands of every slide.
     max_epochs
         Epochs of each network; the config's when None.
     checkpoint_dir
@@ -133,7 +137,7 @@ def train_stflow(
     tables = [_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()]
     encoder = _io.same_encoder(tables, use_rep)
     shared = _io.shared_genes(tables) if names is None else names
-    slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep)
+    slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key)
     _check_training(slides, shared, use_rep)
     slides = [_usable(slide).align(shared) for slide in slides]
     if names is None:
@@ -192,14 +196,17 @@ def _usable(slide: Slide) -> Slide:
 
 
 def _most_variable(slides: list[Slide], n: int, target_sum: float | None) -> list[str]:
-    """The genes with the largest variance of log-normalised expression over all slides, found in blocks of genes."""
+    """The genes whose log-normalised expression varies most within slides, on average; found in blocks of genes.
+
+    Over all slides together, half of the variance of the genes that lead is between donors.
+    """
     from spatiaflow.models.counts import log_normalize
 
     names, variance = list(slides[0].genes), []
     for start in range(0, len(names), 1000):
         block = slice(start, start + 1000)
         y = [log_normalize(s.counts[:, block].toarray().astype(np.float64), s.library, target_sum) for s in slides]
-        variance.append(np.concatenate(y).var(0))
+        variance.append(np.mean([values.var(0) for values in y], 0))
     if n > len(names):
         logger.warning("genes=%d were requested; the slides share %d, and all are used", n, len(names))
     order = np.argsort(-np.concatenate(variance), kind="stable")
@@ -215,6 +222,7 @@ def predict_expression(
     use_rep: str | None = None,
     n_samples: int = 1,
     n_steps: int | None = None,
+    new_donor: bool = True,
     table_key: str = "table",
     shapes_key: str | None = None,
     labels_key: str | None = None,
@@ -248,6 +256,9 @@ def predict_expression(
         Draws from the prior; their mean is written.
     n_steps
         Evaluations of the network for each draw; the config's (5) when None.
+    new_donor
+        Whether the donor of these slides is not in the training data. True gives wider intervals: genes then have other levels.
+        False: the slides are further sections of a donor that the model was trained on.
     table_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key
@@ -311,25 +322,27 @@ def predict_expression(
     slides = gather(data, where, need=("features",), use_rep=use_rep)
     _check_pitch(slides, model)
     result = model.predict(
-        slides, n_samples=n_samples, n_steps=n_steps, seed=seed, batch_size=batch_size or 512,
+        slides, n_samples=n_samples, n_steps=n_steps, new_donor=new_donor, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
     )  # fmt: skip
     warn_of_difference(ood=result.ood[np.concatenate([slide.on_tissue for slide in slides])])
     rows = np.concatenate([slide.rows for slide in slides])
     mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
-    ood = np.full(table.n_obs, np.nan, np.float32)  # NaN: rows of a table that annotate another element
-    mean[rows], std[rows], ood[rows] = result.mean, result.std, result.ood
+    ood, depth = (np.full(table.n_obs, np.nan, np.float32) for _ in range(2))  # NaN: rows that annotate another element
+    mean[rows], std[rows], ood[rows], depth[rows] = result.mean, result.std, result.ood, result.depth
     params = _io.provenance(
         started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
-        n_steps=n_steps or model.config.n_steps, standardize=model.standardize, spatial_key=spatial_key, n_vars=table.n_vars,
+        n_steps=n_steps or model.config.n_steps, new_donor=new_donor, standardize=model.standardize, spatial_key=spatial_key,
+        n_vars=table.n_vars,
         standardized_on=[str(n) if n else "training" for n in result.standardized_on], n_glass=result.n_glass,
     )  # fmt: skip
     _io.write(
-        table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood},
+        table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood, Key.obs.depth(""): depth},
         uns={
-            "genes": model.genes, "skill": model.skill, "trusted": model.skill > 0,
+            "genes": model.genes, "skill": model.skill, "trusted": model.trusted(new_donor) & (model.skill > 0),
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},
-            "between_share": result.between_share, "degenerate_share": result.degenerate_share, "params": params,
+            "donor_effect": model.donor_effect(new_donor),
+            "degenerate_share": result.degenerate_share, "params": params,
         },
     )  # fmt: skip
     _io.remember(data, slides, mpp, spatial_key)

@@ -1,50 +1,39 @@
-"""Fitting STFlow: folds, networks, stack, and the calibration of its uncertainty."""
+"""Fitting STFlow: folds, networks, stack, and the joint law."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
 from spatiaflow import metrics
 from spatiaflow._settings import logger
 from spatiaflow.models import _base
 from spatiaflow.models._base import model_card
-from spatiaflow.models.counts import CountLaw, CountPrior, ImagePrior, library_quantiles, log_normalize
+from spatiaflow.models.counts import CountPrior, ImagePrior, draw_counts, library_quantiles, log_normalize
+from spatiaflow.models.denoiser import Denoiser, SlideTokens
 from spatiaflow.models.flow import interpolate, sample, schedule
-from spatiaflow.models.ood import OutOfDomain, inflation
-from spatiaflow.models.regression import (
-    choose_ridge,
-    combine,
-    cross_fitted,
-    fit_ridge,
-    fit_stack,
-    gene_pearson,
-    smooth,
-    standardize,
-)
+from spatiaflow.models.law import JointLaw
+from spatiaflow.models.members import NAMES, NETWORK, Members
+from spatiaflow.models.ood import OutOfDomain
+from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
-from spatiaflow.models.stflow import (
-    PRIORS,
-    Denoiser,
-    SlideTokens,
-    STFlow,
-    STFlowConfig,
-)
+from spatiaflow.models.stflow import PRIORS, STFlow, STFlowConfig
 from spatiaflow.train.batches import Regions, WholeSlides
 from spatiaflow.train.checkpoint import FINISHED, claim, read_weights
 from spatiaflow.train.fit import fit
+from spatiaflow.train.law import HeldOut, fit_law
+from spatiaflow.train.members import Choices, counts_of, expression, fit_members
+from spatiaflow.train.trust import trusted
 
 MAX_FOLDS = 5
-CALIBRATION_DRAWS = 8
-SMOOTHED_OVER = 8  # neighbours
+CALIBRATION_DRAWS = 8  # of the prior, for the network's held-out mean
+CRPS_DRAWS = 64
 
 
 class FlowMatching(L.LightningModule):
@@ -123,119 +112,103 @@ def _fit_stflow(
     slides: list[Slide], config: STFlowConfig, encoder: dict, n_epochs: int, *, target_sum: float | None, validation: Any,
     checkpoint_dir: Path | None, resume: bool, accelerator: str, seed: int,
 ) -> STFlow:  # fmt: skip
-    genes = list(slides[0].genes)
-    features = np.concatenate([s.features for s in slides]).astype(np.float64)
-    mean, std = features.mean(0), features.std(0)
-    std = np.where(std < 1e-6, 1.0, std)
-    scaled = {
-        m: [replace(s, features=standardize(s.features, mean, std, m)) for s in slides] for m in ("global", "slide")
-    }
-    training, mode = slides, _choose_standardization(scaled, config, target_sum)
-    slides = scaled[mode]
+    genes, library = list(slides[0].genes), np.concatenate([s.library for s in slides])
     groups, held_out = _folds(slides, validation, config, seed)
+    choices = Choices.of(slides, groups, config.standardize, target_sum, library_quantiles(library))
     # between tissues features shift; a slide's own z-scores would hide that from the out-of-domain score
-    apart, _ = _folds(scaled["global"], validation, config, seed)
-    ood, distances = OutOfDomain.fit([np.concatenate([s.features for s in group]) for group in apart])
-    parts = [_parts(group, target_sum) for group in groups]
-    alpha, smoothing, _ = choose_ridge(parts, [_graphs(group) for group in groups])
-
-    y, counts = (
-        np.concatenate(v) for v in ([_expression(s, target_sum) for s in slides], [_counts(s) for s in slides])
+    ood, _ = OutOfDomain.fit(
+        [np.concatenate([(s.features - choices.mean) / choices.std for s in group]) for group in groups]
     )
-    library = np.concatenate([s.library for s in slides])
-    variance = y.var(0) + 1e-6
-    weight = (1 / variance) / (1 / variance).mean() if config.weighted else np.ones(len(genes))
-    full_counts = CountPrior.fit(counts, library, target_sum)  # also gives the predictive law its zero inflation
-    ridge = fit_ridge(_parts(slides, target_sum), alpha, smoothing)
-    truth = np.concatenate([expression for group in parts for _, expression in group])
-    residual_std = np.sqrt(np.mean((np.concatenate(sum(cross_fitted(parts, alpha), [])) - truth) ** 2, 0))
-    prior = _prior(config, full_counts, residual_std)
-
+    y = np.concatenate([expression(s, target_sum) for s in slides])
+    task = _Task(config, choices, _loss_weight(y, config), _residual_std(groups, choices))
     networks: list[Denoiser] = []
     folds: list[dict] = []
     history: dict[str, Any] = {}
     for f in held_out:
         rest = [group for i, group in enumerate(groups) if i != f]
-        fold = _Fold(rest, groups[f], alpha, config, target_sum, residual_std)
+        fold = _Fold(rest, groups[f], task, seed + f)
         where = None if checkpoint_dir is None else Path(checkpoint_dir) / f"fold_{f}"
         network, log = _fit_network(
-            fold, config, weight, f"STFlow {len(networks) + 1}/{len(held_out)}", seed + f, where, resume,
+            fold, f"STFlow {len(networks) + 1}/{len(held_out)}", seed + f, where, resume,
             max_epochs=n_epochs, patience=config.patience, accelerator=accelerator, devices=config.devices,
             precision=config.precision,
         )  # fmt: skip
         for name, values in ({"fold": [f] * len(log.get("epoch", []))} | log).items():
             history.setdefault(name, []).extend(values)
         networks.append(network)
-        folds.append(fold.predict(network, smoothing, seed))
+        folds.append(fold.predict(network, seed))
     oof = {name: np.concatenate([fold[name] for fold in folds], axis=-2 if name == "parts" else 0) for name in folds[0]}
-
-    n_genes = len(genes)
-    level, weights = np.array([0.0, 0.0, 1.0]), np.repeat([[0.0], [0.0], [1.0]], n_genes, 1)  # the network alone
+    level, weights = np.zeros(len(NAMES) + 1), np.zeros((len(NAMES) + 1, len(genes)))
+    level[-1] = weights[-1] = 1.0  # the network alone
     if config.stack and len(oof["y"]) > 1:
-        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["group"])
-    prediction = combine(oof["parts"], oof["mean"], level, weights, oof["group"])
+        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["slide"])
+    prediction = np.empty_like(oof["y"])
+    for rows in _slides_of(oof):
+        prediction[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
+    law = _law(oof, prediction, choices, float(np.median([s.pitch for s in slides])))
     arrays = {
-        "feature_mean": mean, "feature_std": std, "mean": y.mean(0), "level": level, "weights": weights,
-        "between": oof["between"].mean(0) * weights[2] ** 2, "libraries": library_quantiles(library), "pi": full_counts.pi,
+        "mean": y.mean(0), "level": level, "weights": weights, "libraries": choices.counting.libraries,
+        "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
+        "trusted": trusted(oof["y"], prediction, oof["library"], oof["slide"], oof["donor"]),
         **{f"ood_{name}": value for name, value in vars(ood).items()},
     }  # fmt: skip
-    relative = ood.relative(np.concatenate([distances[f] for f in held_out]))
-    arrays |= _calibrate(oof, prediction, arrays, target_sum, relative, y, seed)
-    found = dict(zip(("ridge", "smoothed ridge", "network"), oof["parts"])) | {"model": prediction}
-    scores = {name: _mean_pearson(oof, value) for name, value in found.items()}
+    found = dict(zip((*NAMES, NETWORK), oof["parts"])) if config.stack else {NETWORK: oof["parts"][-1]}
+    scores = {name: _mean_pearson(oof, value) for name, value in (found | {"model": prediction}).items()}
     logger.info("held-out Pearson inside the training slides: %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    by_slide = weights[:-1][[", slide" in name for name in NAMES]].any() or (
+        weights[-1].any() and choices.mode == "slide"
+    )
     card = model_card(
-        slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=n_genes,
-        target_sum=target_sum, standardize=mode, transductive=mode == "slide",
+        slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=len(genes),
+        target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide), donors=sorted({s.donor for s in slides}),
+        donors_learned=law.donors_learned,
     )  # fmt: skip
     return STFlow(
-        config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks, prior=prior, ridge=ridge,
-        arrays={k: np.asarray(v, np.float64) for k, v in arrays.items()}, standardize=mode,
-        pitch=float(np.median([s.pitch for s in training])), history=history, card=card,
+        config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks,
+        prior=_prior(slides, task), members=fit_members(slides, choices, stacked=config.stack, seed=seed), law=law,
+        arrays={k: np.asarray(v, np.float64) for k, v in arrays.items()}, standardize=choices.mode,
+        pitch=float(np.median([s.pitch for s in slides])), history=history, card=card,
     )  # fmt: skip
 
 
-def _expression(slide: Slide, target_sum: float | None) -> np.ndarray:
-    """Log-normalised expression, n x genes."""
-    return log_normalize(_counts(slide), slide.library, target_sum)
+@dataclass(frozen=True)
+class _Task:
+    """What all folds have in common."""
+
+    config: STFlowConfig
+    choices: Choices
+    weight: np.ndarray  # of each gene in the loss
+    residual_std: np.ndarray  # of cross-fitted ridge regression, genes
 
 
-def _counts(slide: Slide) -> np.ndarray:
-    """Counts, n x genes, float64."""
-    return slide.counts.toarray().astype(np.float64)
+def _loss_weight(y: np.ndarray, config: STFlowConfig) -> np.ndarray:
+    variance = y.var(0) + 1e-6
+    return (1 / variance) / (1 / variance).mean() if config.weighted else np.ones(y.shape[1])
 
 
-def _parts(slides: list[Slide], target_sum: float | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Features and expression of each slide, for the regressions."""
-    return [(slide.features, _expression(slide, target_sum)) for slide in slides]
+def _parts(slides: list[Slide], choices: Choices) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scaled features and expression of each slide, for the ridge regression."""
+    return [(choices.scaled(slide).features, expression(slide, choices.target_sum)) for slide in slides]
 
 
-def _graphs(slides: list[Slide]) -> list[Graph]:
-    return [slide.graph(SMOOTHED_OVER) for slide in slides]
-
-
-def _choose_standardization(scaled: dict[str, list[Slide]], config: STFlowConfig, target_sum: float | None) -> str:
-    if config.standardize != "choose":
-        return config.standardize
-    if len(scaled["global"]) < 3:
-        return "global"
-    scores = {}
-    for mode, slides in scaled.items():
-        groups = _groups(slides, 0)
-        scores[mode] = choose_ridge([_parts(g, target_sum) for g in groups], [_graphs(g) for g in groups])[2]
-    best = max(scores, key=lambda mode: scores[mode])
-    found = ", ".join(f"{mode!r} {score:.3f}" for mode, score in scores.items())
-    logger.info("standardize=%r is used: held-out Pearson of ridge regression is %s", best, found)
-    return best
+def _residual_std(groups: list[list[Slide]], choices: Choices) -> np.ndarray:
+    parts = [_parts(group, choices) for group in groups]
+    truth = np.concatenate([y for group in parts for _, y in group])
+    return np.sqrt(np.mean((np.concatenate(sum(cross_fitted(parts, choices.alpha), [])) - truth) ** 2, 0))
 
 
 def _groups(slides: list[Slide], seed: int) -> list[list[Slide]]:
-    """Slides in at most MAX_FOLDS groups; one or two slides are cut into contiguous bands first."""
-    if len(slides) < 3:
-        slides = [band for s in slides for band in s.bands(min(4 // len(slides), max(1, len(s) // 2)))]
-    order = np.random.default_rng(seed).permutation(len(slides)) if len(slides) > MAX_FOLDS else range(len(slides))
-    n = min(MAX_FOLDS, len(slides))
-    return [[slides[i] for i in list(order)[g::n]] for g in range(n)]
+    """Slides in at most MAX_FOLDS groups: by donor where there are several; one or two slides are cut into bands first."""
+    donors = list(dict.fromkeys(s.donor for s in slides))
+    if len(donors) > 1:
+        pieces = [[s for s in slides if s.donor == donor] for donor in donors]
+    else:
+        if len(slides) < 3:
+            slides = [band for s in slides for band in s.bands(min(4 // len(slides), max(1, len(s) // 2)))]
+        pieces = [[s] for s in slides]
+    order = np.random.default_rng(seed).permutation(len(pieces)) if len(pieces) > MAX_FOLDS else range(len(pieces))
+    n = min(MAX_FOLDS, len(pieces))
+    return [[s for i in list(order)[g::n] for s in pieces[i]] for g in range(n)]
 
 
 def _folds(slides: list[Slide], validation, config: STFlowConfig, seed: int) -> tuple[list[list[Slide]], list[int]]:
@@ -258,59 +231,52 @@ def _folds(slides: list[Slide], validation, config: STFlowConfig, seed: int) -> 
     return [*groups, last], [len(groups)]
 
 
-def _prior(config: STFlowConfig, counts: CountPrior, residual_std: np.ndarray):
+def _prior(slides: list[Slide], task: _Task):
+    config, target_sum = task.config, task.choices.target_sum
     if config.prior == "counts":
-        return counts
-    return ImagePrior(0.5 * residual_std) if config.prior == "image" else PRIORS[config.prior]()
+        counts, library = np.concatenate([counts_of(s) for s in slides]), np.concatenate([s.library for s in slides])
+        return CountPrior.fit(counts, library, target_sum)
+    return ImagePrior(0.5 * task.residual_std) if config.prior == "image" else PRIORS[config.prior]()
 
 
 class _Fold:
     """Training and held-out slides of one fold, each with the simple prediction of models that never saw it."""
 
-    def __init__(
-        self, rest: list[list[Slide]], held_out: list[Slide], alpha: float, config: STFlowConfig, target_sum: float | None,
-        residual_std: np.ndarray,
-    ):  # fmt: skip
-        self.config, self.training, self.held_out = config, [s for group in rest for s in group], held_out
-        groups = [_parts(group, target_sum) for group in rest]
-        parts = [part for group in groups for part in group]
-        self.ridge = fit_ridge(parts, alpha)
-        self.training_y = [y for _, y in parts]
-        self.held_out_y = [_expression(s, target_sum) for s in held_out]
+    def __init__(self, rest: list[list[Slide]], held_out: list[Slide], task: _Task, seed: int):
+        c = task.choices
+        self.task, self.raw_held_out = task, held_out
+        raw = [s for group in rest for s in group]
+        self.members: Members = fit_members(raw, c, stacked=task.config.stack, seed=seed)
+        self.training, self.held_out = [c.scaled(s) for s in raw], [c.scaled(s) for s in held_out]
+        self.training_y, self.held_out_y = ([expression(s, c.target_sum) for s in some] for some in (raw, held_out))
         self.mean = np.concatenate(self.training_y).mean(0)
-        self.training_base = sum(cross_fitted(groups, alpha), [])
-        self.held_out_base = [self.ridge.predict(s.features) for s in held_out]
-        counts: Any = None
-        if config.prior == "counts":
-            counts = CountPrior.fit(
-                np.concatenate([_counts(s) for s in self.training]),
-                np.concatenate([s.library for s in self.training]),
-                target_sum,
-            )
-        self.prior = _prior(config, counts, residual_std)
+        self.training_base = sum(cross_fitted([_parts(group, c) for group in rest], c.alpha), [])
+        self.held_out_base = [self.members.ridges[c.mode].predict(s.features) for s in self.held_out]
+        self.prior = _prior(raw, task)
 
-    def predict(self, network: Denoiser, smoothing: float, seed: int) -> dict[str, np.ndarray]:
-        """Out-of-fold predictions of ridge, smoothed ridge and network, and the network's between-draw variance."""
-        stand_in = SimpleNamespace(
-            config=self.config, networks=[network.eval()], prior=self.prior, genes=range(len(self.mean))
-        )
-        n_draws = 1 if not self.config.flow or self.prior.deterministic else CALIBRATION_DRAWS
-        times = schedule(self.config.n_steps) if self.config.flow else [0.0]
-        rows = []
-        for i, (s, y, base) in enumerate(zip(self.held_out, self.held_out_y, self.held_out_base)):
-            tokens = SlideTokens(s.features, s.xy, base, stand_in, "cpu", 512)
-            draws = np.stack([tokens.run(np.random.default_rng([seed, i, d]), times) for d in range(n_draws)])
-            parts = np.stack([base, smooth(base, s.graph(SMOOTHED_OVER), smoothing), draws.mean(0)])
+    def predict(self, network: Denoiser, seed: int) -> dict[str, np.ndarray]:
+        """Out-of-fold predictions of simple models and network, and what they are compared with."""
+        config, c = self.task.config, self.task.choices
+        n_draws = 1 if not config.flow or self.prior.deterministic else CALIBRATION_DRAWS
+        times = schedule(config.n_steps) if config.flow else [0.0]
+        wanted, rows = np.full(len(NAMES), config.stack), []
+        for i, (raw, s, y, base) in enumerate(
+            zip(self.raw_held_out, self.held_out, self.held_out_y, self.held_out_base)
+        ):
+            tokens = SlideTokens(s.features, s.xy, base, [network.eval()], self.prior, config.residual, "cpu", 512)
+            drawn = np.mean([tokens.run(np.random.default_rng([seed, i, d]), times) for d in range(n_draws)], 0)
+            simple = self.members.predictions(raw, lambda log_rate: c.counting.mean_at(log_rate, c.theta), wanted)
             rows.append({
-                "parts": parts, "between": draws.var(0, ddof=1) if n_draws > 1 else np.zeros_like(y), "y": y,
-                "counts": _counts(s), "library": s.library, "features": s.features,
-                "mean": np.broadcast_to(self.mean, y.shape), "group": np.full(len(s), s.name),
+                "parts": np.stack([np.broadcast_to(p, y.shape) for p in (*simple, drawn)]), "y": y, "counts": counts_of(s),
+                "library": s.library, "xy": s.xy, "mean": np.broadcast_to(self.mean, y.shape),
+                "slide": np.full(len(s), s.name), "donor": np.full(len(s), s.donor),
             })  # fmt: skip
         return {k: np.concatenate([r[k] for r in rows], axis=-2 if k == "parts" else 0) for k in rows[0]}
 
 
-def _fit_network(fold: _Fold, config: STFlowConfig, weight, description, seed, where, resume, **options):
+def _fit_network(fold: _Fold, description, seed, where, resume, **options):
     """Train one network; a finished one in ``where`` is taken from there when resuming."""
+    config, weight = fold.task.config, fold.task.weight
     torch.manual_seed(seed)
     n_features, n_genes = fold.training[0].features.shape[1], len(fold.mean)
     module = FlowMatching(Denoiser(config.denoiser(n_features, n_genes)), config, weight)
@@ -334,71 +300,38 @@ def _fit_network(fold: _Fold, config: STFlowConfig, weight, description, seed, w
     return module.denoiser, module.history
 
 
-def _calibrate(oof, prediction, arrays, target_sum, relative, y, seed) -> dict[str, np.ndarray]:
-    """Dispersion, spread and skill of every gene, from predictions of slides not trained on."""
-    law = CountLaw(arrays["libraries"], target_sum, arrays["pi"])
-    theta = law.fit_theta(prediction, oof["counts"], oof["library"])
-    expected = np.maximum(law.std_at(prediction, theta) ** 2, 1e-6)
-    slides = [oof["group"] == name for name in np.unique(oof["group"])]
-    spread, widening, factor = fit_spread((oof["y"] - prediction) ** 2, expected, relative, slides)
-    draws = law.sample(prediction, np.sqrt(expected * spread * factor[:, None]), 64, seed)
-    marginal = np.quantile(y, (np.arange(64) + 0.5) / 64, axis=0)[:, None]
+def _slides_of(oof: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Rows of each held-out slide, bool."""
+    return [oof["slide"] == name for name in np.unique(oof["slide"])]
+
+
+def _law(oof: dict[str, np.ndarray], prediction: np.ndarray, choices: Choices, pitch: float) -> JointLaw:
+    """The joint law of held-out counts around the stacked mean."""
+    log_mean, held_out = np.log(choices.counting.rate_at(prediction, choices.theta)), []
+    library = oof["library"]
+    if choices.target_sum is None:  # expression is of raw counts: differences in depth belong to it
+        library = np.full(len(library), choices.counting.libraries.mean())
+    for rows in _slides_of(oof):
+        name, donor = (str(oof[key][rows][0]) for key in ("slide", "donor"))
+        held_out.append(HeldOut(name, donor, oof["xy"][rows], oof["counts"][rows], library[rows], log_mean[rows]))
+    return fit_law(held_out, pitch)
+
+
+def _skill(oof, prediction, law: JointLaw, choices: Choices, y: np.ndarray, seed: int) -> np.ndarray:
+    """CRPS skill of single spots over each gene's own distribution, on slides not trained on."""
+    rng, counting = np.random.default_rng(seed), choices.counting
+    theta = law.marginal_theta(new_donor=len(np.unique(oof["donor"])) > 1)
+    rate = counting.rate_at(prediction, choices.theta)
+    size = rng.choice(counting.libraries, (CRPS_DRAWS, len(rate)))
+    draws = np.stack(
+        [log_normalize(draw_counts(n[:, None] * rate, theta, 0, rng), n, choices.target_sum) for n in size]
+    )
+    marginal = np.quantile(y, (np.arange(CRPS_DRAWS) + 0.5) / CRPS_DRAWS, axis=0)[:, None]
     own = metrics.crps_ensemble(oof["y"], draws).mean(0)
     reference = metrics.crps_ensemble(oof["y"], np.broadcast_to(marginal, draws.shape), fair=False).mean(0)
-    skill = np.where(reference > 1e-9, 1 - own / np.maximum(reference, 1e-9), 0.0)  # a constant gene shows no skill
-    return {"theta": theta, "spread": spread, "inflation": widening, "skill": skill}
-
-
-def fit_spread(
-    error: np.ndarray, expected: np.ndarray, relative: np.ndarray, slides: list[np.ndarray], rounds: int = 4
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors on the variance of a count law, one for each gene and one for each spot, that match held-out errors.
-
-    Parameters
-    ----------
-    error, expected
-        Squared held-out errors and the law's variance, n x genes.
-    relative
-        :meth:`~spatiaflow.models.ood.OutOfDomain.relative` distance of each row.
-    slides
-        Rows of each slide (bool, n); slides count equally.
-
-    Returns
-    -------
-    spread (genes), parameters of :func:`~spatiaflow.models.ood.inflation` (4), and the inflation of each row (n)
-    """
-    factor = np.ones(len(error))
-    for _ in range(rounds):  # each given the other
-        mean_error = np.mean([(error[s] / factor[s, None]).mean(0) for s in slides], 0)
-        spread = np.clip(mean_error / np.mean([expected[s].mean(0) for s in slides], 0), 0.05, 20)
-        # over all genes of a spot together: single genes near zero would make the ratio explode
-        ratio = error.sum(1) / (expected * spread).sum(1)
-        widening = _fit_inflation([ratio[s] for s in slides], [relative[s] for s in slides])
-        for s in slides:
-            factor[s] = inflation(widening, relative[s])
-    return spread, widening, factor
-
-
-def _fit_inflation(ratio: list[np.ndarray], relative: list[np.ndarray], strength: float = 0.1) -> np.ndarray:
-    """Gaussian likelihood in the scale, with a weak prior for a standard deviation in proportion to distance (slopes of 2).
-
-    A few slides of one donor say nothing about another; without the prior no widening would be learned. The many spots
-    of a slide do say what distance means inside it: their prior is a hundred times weaker.
-    """
-    medians = [np.median(z) for z in relative]
-
-    def loss(p):
-        fit = 0.5 * strength * ((p[1] - 2) ** 2 + 0.01 * (p[2] - 2) ** 2)
-        for r, z, m in zip(ratio, relative, medians):
-            log_factor = p[0] + p[1] * m + p[2] * (z - m)
-            fit += np.mean(r * np.exp(-log_factor) + log_factor)
-        return fit
-
-    return np.append(minimize(loss, [0.0, 2.0, 2.0], bounds=[(-3, 3), (0, 8), (0, 8)]).x, min(medians))
+    return np.where(reference > 1e-9, 1 - own / np.maximum(reference, 1e-9), 0.0)  # a constant gene shows no skill
 
 
 def _mean_pearson(oof, prediction) -> float:
-    names = np.unique(oof["group"])
-    return float(
-        np.mean([np.nanmean(gene_pearson(oof["y"][oof["group"] == n], prediction[oof["group"] == n])) for n in names])
-    )
+    rows = _slides_of(oof)
+    return float(np.mean([np.nanmean(gene_pearson(oof["y"][r], prediction[r])) for r in rows]))

@@ -1,0 +1,130 @@
+"""Fitting the simple models of the stack, and what is chosen once for all folds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spatiaflow._settings import logger
+from spatiaflow.models.counts import CountLaw, log_normalize
+from spatiaflow.models.members import MODES, SMOOTHED_OVER, Members
+from spatiaflow.models.rates import Part, choose_penalty, fit_linear, fit_perceptron
+from spatiaflow.models.regression import choose_ridge, fit_ridge, standardize
+from spatiaflow.models.slide import Slide
+from spatiaflow.train.law import fit_theta
+
+MAX_ROWS = 20_000  # that a count regression is fitted to
+STOP_SHARE = 0.2  # of every slide, held out to stop the perceptron
+
+
+def expression(slide: Slide, target_sum: float | None) -> np.ndarray:
+    """Log-normalised expression, n x genes."""
+    return log_normalize(counts_of(slide), slide.library, target_sum)
+
+
+def counts_of(slide: Slide) -> np.ndarray:
+    """Counts, n x genes, float64."""
+    return slide.counts.toarray().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen on all training slides together, and then used in every fold."""
+
+    mean: np.ndarray  # of the features, F
+    std: np.ndarray
+    mode: str  # how the network's features are scaled, one of MODES
+    alpha: float  # penalty of the ridge regression
+    smoothing: float
+    penalty: float  # of the count regression
+    theta: np.ndarray  # inverse dispersion of counts around a simple prediction, genes
+    counting: CountLaw
+    target_sum: float | None
+
+    @classmethod
+    def of(
+        cls, slides: list[Slide], groups: list[list[Slide]], mode: str, target_sum: float | None, libraries: np.ndarray
+    ) -> Choices:
+        """Choose by leaving out one group of slides at a time.
+
+        Parameters
+        ----------
+        slides
+            All training slides, with raw features.
+        groups
+            The same spots as they are held out together.
+        mode
+            One of :data:`MODES`, or ``"choose"``.
+        libraries
+            Quantiles of the library sizes.
+        """
+        features = np.concatenate([s.features for s in slides]).astype(np.float64)
+        mean, std = features.mean(0), features.std(0)
+        std = np.where(std < 1e-6, 1.0, std)
+        found = {}
+        for one in MODES if mode == "choose" and len(slides) > 2 else ["global" if mode == "choose" else mode]:
+            scaled = [[replace(s, features=standardize(s.features, mean, std, one)) for s in group] for group in groups]
+            known = [[(s.features, expression(s, target_sum)) for s in group] for group in scaled]
+            found[one] = choose_ridge(known, [[s.graph(SMOOTHED_OVER) for s in group] for group in scaled])
+        best = max(found, key=lambda one: found[one][2])
+        if len(found) > 1:
+            scores = ", ".join(f"{one!r} {score:.3f}" for one, (_, _, score) in found.items())
+            logger.info("standardize=%r is used: held-out Pearson of ridge regression is %s", best, scores)
+        thin = [
+            [_part(replace(s, features=standardize(s.features, mean, std, best)), 3000) for s in group]
+            for group in groups
+        ]
+        penalty = choose_penalty(thin)
+        parts = [part for group in thin for part in group]
+        rates = fit_linear(parts, penalty)
+        levels = [_level(rates(x), c, n) for x, c, n in parts]
+        theta = fit_theta(
+            np.concatenate([c for _, c, _ in parts]),
+            np.concatenate([n[:, None] * np.exp(rates(x) + level) for (x, _, n), level in zip(parts, levels)]),
+        )
+        counting = CountLaw(libraries, target_sum, np.zeros(()))
+        return cls(mean, std, best, *found[best][:2], penalty, theta, counting, target_sum)
+
+    def scaled(self, slide: Slide) -> Slide:
+        """A slide with features as the network takes them."""
+        return replace(slide, features=standardize(slide.features, self.mean, self.std, self.mode))
+
+
+def fit_members(slides: list[Slide], choices: Choices, *, stacked: bool, seed: int) -> Members:
+    """Fit the simple models; without ``stacked``, the ridge regressions alone."""
+    c, ridges, rates = choices, {}, {}
+    share = _share(slides)
+    most = max(20, MAX_ROWS // len(slides))
+    for mode in MODES:
+        scaled = [replace(s, features=standardize(s.features, c.mean, c.std, mode)) for s in slides]
+        ridges[mode] = fit_ridge([(s.features, expression(s, c.target_sum)) for s in scaled], c.alpha, c.smoothing)
+        if stacked:
+            bands = [s.hold_out(STOP_SHARE) for s in scaled]
+            rates[mode] = (
+                fit_linear([_part(s, most) for s in scaled], c.penalty, share),
+                fit_perceptron(
+                    [_part(a, most) for a, _ in bands], [_part(b, most) for _, b in bands], share, seed=seed
+                ),
+            )
+    x = [standardize(s.features, c.mean, c.std, "global") for s in slides]
+    depth = fit_ridge([(f, np.log(np.maximum(s.library, 1))[:, None]) for f, s in zip(x, slides)], c.alpha)
+    return Members(c.mean, c.std, ridges, rates, depth)
+
+
+def _part(slide: Slide, most: int) -> Part:
+    """Features, counts and library sizes of at most ``most`` spots, evenly taken."""
+    step = -(-len(slide) // most)
+    return slide.features[::step], slide.counts[::step].toarray().astype(np.float32), np.asarray(slide.library[::step])
+
+
+def _share(slides: list[Slide]) -> np.ndarray:
+    """Weight of each slide's level; donors count equally."""
+    donors = np.array([s.donor for s in slides])
+    weight = np.array([1 / (donors == donor).sum() for donor in donors])
+    return weight / weight.sum()
+
+
+def _level(log_rate: np.ndarray, counts: np.ndarray, library: np.ndarray) -> np.ndarray:
+    """Log of how much more of each gene a slide has than a pattern says."""
+    return np.log((counts.sum(0) + 0.5) / ((library[:, None] * np.exp(log_rate)).sum(0) + 0.5))
