@@ -147,3 +147,32 @@ def test_he_lies_behind_the_spots_of_a_spatialdata():
     np.testing.assert_array_equal(picture, image[:, ::step, ::step].transpose(1, 2, 0))
     spot = (slide.xy[0] - corner) / scale  # of the small picture
     np.testing.assert_allclose(spot * step, found.xy[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_rgb"),
+    [
+        (["b", "g", "r"], True),
+        (["Blue", "Green", "Red"], True),
+        (["alpha", "red", "green", "blue"], True),
+        (["RFP", "GFP", "BFP"], False),
+        (["rna", "gfap", "bound"], False),
+    ],
+)
+def test_colours_are_known_by_their_names_in_any_order(channels, is_rgb):
+    pixels = np.stack([PIXELS["rgb".find(name[0].lower())] for name in channels])
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=channels, transformations={"global": Identity()})
+    shapes = ShapesModel.parse(POINTS, geometry=0, radius=1.0, transformations={"global": Identity()})
+    table = AnnData(np.ones((3, 2), np.float32))
+    table.obs["region"], table.obs["cell"] = "cells", shapes.index
+    table.obs["region"] = table.obs["region"].astype("category")
+    table = TableModel.parse(table, region="cells", region_key="region", instance_key="cell")
+    sdata = sd.SpatialData(images={"he": image}, shapes={"cells": shapes}, tables={"table": table})
+    sdata.attrs["microns_per_unit"] = {"global": 1.0}
+    found = found_in(sdata)
+    assert found.is_rgb(len(channels)) == is_rgb
+    if is_rgb:
+        np.testing.assert_array_equal(np.asarray(found.source)[:3], PIXELS)
+        assert [name[0].lower() for name in found.channels[:3]] == ["r", "g", "b"]
+    else:
+        assert found.channels == tuple(channels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,6 +21,7 @@ from spatiaflow._io._scales import libraries, stated
 from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
 
+COLOURS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
 
 
@@ -36,10 +39,14 @@ class SlideImage:
 
     def is_rgb(self, n_channels: int) -> bool:
         """Whether it is a picture (H&E) and not separate channels: by the names of its channels, or three without names."""
-        names = [name.lower() for name in self.channels]
-        if names in ([], ["0", "1", "2"]):
+        if self.channels in ((), ("0", "1", "2")):
             return n_channels == 3 or (n_channels == 4 and not self.channels_first)
-        return [name[:1] for name in names[:3]] == ["r", "g", "b"] and names[3:] in ([], ["a"], ["alpha"])
+        return _colours(self.channels) in (["r", "g", "b"], ["r", "g", "b", "a"])
+
+
+def _colours(channels: Iterable[str]) -> list[str]:
+    """Colours that names of channels stand for, "" for others: "Red" is one, and "RFP", a fluorescent protein, is not."""
+    return [COLOURS.get(re.split("[^a-z]", name.lower())[0], "") for name in channels]
 
 
 def slide_image(
@@ -183,7 +190,12 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
         check_named(sdata, slide, image_key)
     xy = pixels_of(slide, affine)
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
-    return SlideImage(level.data, xy, scale, True, name, channels, affine)
+    source, order = level.data, np.argsort(["rgba".find(colour) for colour in _colours(channels)])
+    if (
+        sorted(_colours(channels)) in (["b", "g", "r"], ["a", "b", "g", "r"]) and (np.diff(order) < 0).any()
+    ):  # as of OpenCV
+        source, channels = source[order], tuple(channels[i] for i in order)
+    return SlideImage(source, xy, scale, True, name, channels, affine)
 
 
 def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> None:

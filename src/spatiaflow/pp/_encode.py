@@ -203,8 +203,7 @@ def _check(image, found, encoder, patch_um: float, pixels: int) -> int:
     mpp = patch_um / pixels
     shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
     used = shape[0]
-    names = [name.lower()[:1] for name in found.channels]
-    if encoder.channels == 3 and used == 4 and (not found.channels_first or names == ["r", "g", "b", "a"]):
+    if encoder.channels == 3 and used == 4 and found.is_rgb(4):
         used = 3  # the fourth is alpha
     if encoder.channels is not None and used != encoder.channels:
         raise ValueError(
