@@ -1,5 +1,7 @@
 """Which image belongs to a slide, and where its spots lie in it."""
 
+import warnings
+
 import numpy as np
 import pytest
 import spatialdata as sd
@@ -176,3 +178,20 @@ def test_colours_are_known_by_their_names_in_any_order(channels, is_rgb):
         assert [name[0].lower() for name in found.channels[:3]] == ["r", "g", "b"]
     else:
         assert found.channels == tuple(channels)
+
+
+@pytest.mark.parametrize("name", ["full.png", "full.tif"])
+def test_a_file_of_another_resolution_is_a_warning(tmp_path, name):
+    adata = legacy(tmp_path, hires_scale=0.25)
+    library = adata.uns["spatial"]["s"]
+    library["images"]["hires"] = np.zeros((90, 130, 3), np.uint8)  # of a full resolution of 520 x 360
+    library["metadata"]["source_image_path"] = str(tmp_path / name)
+    for factor in (1, 2, 0.5):
+        picture = Image.fromarray(PIXELS.transpose(1, 2, 0)).resize((int(520 * factor), int(360 * factor)))
+        picture.save(tmp_path / name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found_in(adata)
+        told = [str(one.message) for one in caught]
+        assert told == [] if factor == 1 else f"{520 * factor:.0f} x {360 * factor:.0f} px" in told[0]
+        assert not told or "the full resolution has 520 x 360" in told[0]

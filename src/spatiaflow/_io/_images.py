@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
+from spatiaflow._io._files import size_of
 from spatiaflow._io._pictures import candidates, check_named, pictures, pixels_of
 from spatiaflow._io._pixels import as_uint8
 from spatiaflow._io._scales import libraries, stated
@@ -22,6 +23,7 @@ from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
 
 COLOURS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
+SAME_SIZE = 0.02  # by how much sides may differ through rounding
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
 
 
@@ -79,6 +81,7 @@ def _from_anndata(
         )
     xy = _full_resolution(adata, slide, library)
     if image_key is None and path and Path(path).is_file():
+        _check_size(Path(path), library, slot)
         return SlideImage(Path(path), xy, slide.mpp, False, str(path))
     if image_key is not None and image_key not in images:
         raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {listing(images)}.")
@@ -112,6 +115,26 @@ def _from_anndata(
         f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or pass the "
         f"obsm key of features made elsewhere with use_rep=.{coarse}"
     )
+
+
+def _check_size(path: Path, library: dict, slot: str) -> None:
+    """Warn of a file of another resolution than the positions: they would lie elsewhere on the tissue."""
+    try:
+        size = np.array(size_of(path), float)
+    except OSError:  # opening it tells what is wrong
+        return
+    for name, image in library["images"].items():
+        scale = _scale_of(library["scalefactors"], name, slot) if np.ndim(image) == 3 else None
+        if scale is None or max(np.shape(image)[:2]) < 100:  # too few pixels to tell
+            continue
+        ratio = size / (np.array(np.shape(image)[1::-1]) / scale)
+        if np.abs(ratio - 1).max() > SAME_SIZE:
+            warn(
+                f"image {str(path)!r} has {size[0]:.0f} x {size[1]:.0f} px, and by {slot}['images'][{name!r}] and its scale "
+                f"factor the full resolution has {size[0] / ratio[0]:.0f} x {size[1] / ratio[1]:.0f}. Positions are of the full "
+                "resolution and lie elsewhere in this file. Give the file that the positions were made with."
+            )
+            return
 
 
 def _full_resolution(table: AnnData, slide: Slide, library: dict) -> np.ndarray:
