@@ -18,6 +18,7 @@ from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")
+SHALLOW = 5.0  # times fewer counts per row than in training: rather a part of the genes than less depth
 FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
 
@@ -348,6 +349,13 @@ def log_expression(
                 "over all genes, is no longer known, and measured values are too high. Draw from the whole table."
             )
         library = library_sizes(table, layer)
+        usual = stored.get("params", {}).get("training_library") or 0.0
+        if table.n_vars >= known and np.median(library) < usual / SHALLOW:
+            warn(
+                f"the table has a median of {np.median(library):.4g} counts per row, and the training slides {usual:.4g}. The "
+                "library size is the sum over all genes: if the table was cut to some of them, measured values are too high. "
+                "Draw from the whole table."
+            )
     return np.log1p(values * (per / np.maximum(library, 1))[:, None])
 
 
