@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import spatiaflow as sf
 from spatiaflow import _io
@@ -86,3 +87,36 @@ def test_slides_that_lie_over_one_another_are_told_of(kind, name):
     obs = pd.DataFrame({name: pd.Series(values).astype(kind)})
     obs.index = obs.index.astype(str)
     assert f"give library_key={name!r}" in messages(xy, obs=obs)[0]
+
+
+def batches(genes=200, missing=0, mean=1.0, column="batch", split=150):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(1, mean, genes), (300, genes)).astype(np.float32)
+    counts[split:, :missing] = 0
+    obs = pd.DataFrame({column: np.where(np.arange(300) < split, "a", "b")}, index=map(str, range(300)))
+    table = ad.AnnData(sparse.csr_matrix(counts), obs=obs)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _io.check_measured(table, table.X, "mine")
+    return [str(one.message) for one in found]
+
+
+def test_genes_that_a_batch_did_not_measure():
+    (told,) = batches(missing=40)
+    assert told.split()[0] in ("33", "34", "35", "36", "37", "38", "39", "40")  # the others have few counts anywhere
+    assert "obs['batch'] 'b'" in told and "outer join" in told
+    assert batches(missing=40, column="mine")
+    assert not batches()
+    assert not batches(missing=40, column="cell_type")  # markers of a type are absent in others
+    assert not batches(missing=40, mean=0.01)  # too few counts to tell
+    assert not batches(missing=2)  # those of a chromosome, say
+    assert not batches(missing=40, split=297)  # three cells tell nothing
+
+
+def test_an_outer_join_is_a_warning():
+    data, reference = (sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (0, 1))
+    few = reference[:, ~reference.var_names.str.startswith("MORPH")]
+    joined = ad.concat({"a": reference[:75], "b": few[75:]}, label="batch", join="outer")
+    panel = data[:, few.var_names].copy()
+    with pytest.warns(UserWarning, match="4 genes .first: 'MORPH1'. have no count in obs.'batch'. 'b'"):
+        sf.tl.impute_genes(panel, reference=joined)

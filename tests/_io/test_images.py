@@ -1,5 +1,7 @@
 """Which image belongs to a slide, and where its spots lie in it."""
 
+import warnings
+
 import numpy as np
 import pytest
 import spatialdata as sd
@@ -147,3 +149,49 @@ def test_he_lies_behind_the_spots_of_a_spatialdata():
     np.testing.assert_array_equal(picture, image[:, ::step, ::step].transpose(1, 2, 0))
     spot = (slide.xy[0] - corner) / scale  # of the small picture
     np.testing.assert_allclose(spot * step, found.xy[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_rgb"),
+    [
+        (["b", "g", "r"], True),
+        (["Blue", "Green", "Red"], True),
+        (["alpha", "red", "green", "blue"], True),
+        (["RFP", "GFP", "BFP"], False),
+        (["rna", "gfap", "bound"], False),
+    ],
+)
+def test_colours_are_known_by_their_names_in_any_order(channels, is_rgb):
+    pixels = np.stack([PIXELS["rgb".find(name[0].lower())] for name in channels])
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=channels, transformations={"global": Identity()})
+    shapes = ShapesModel.parse(POINTS, geometry=0, radius=1.0, transformations={"global": Identity()})
+    table = AnnData(np.ones((3, 2), np.float32))
+    table.obs["region"], table.obs["cell"] = "cells", shapes.index
+    table.obs["region"] = table.obs["region"].astype("category")
+    table = TableModel.parse(table, region="cells", region_key="region", instance_key="cell")
+    sdata = sd.SpatialData(images={"he": image}, shapes={"cells": shapes}, tables={"table": table})
+    sdata.attrs["microns_per_unit"] = {"global": 1.0}
+    found = found_in(sdata)
+    assert found.is_rgb(len(channels)) == is_rgb
+    if is_rgb:
+        np.testing.assert_array_equal(np.asarray(found.source)[:3], PIXELS)
+        assert [name[0].lower() for name in found.channels[:3]] == ["r", "g", "b"]
+    else:
+        assert found.channels == tuple(channels)
+
+
+@pytest.mark.parametrize("name", ["full.png", "full.tif"])
+def test_a_file_of_another_resolution_is_a_warning(tmp_path, name):
+    adata = legacy(tmp_path, hires_scale=0.25)
+    library = adata.uns["spatial"]["s"]
+    library["images"]["hires"] = np.zeros((90, 130, 3), np.uint8)  # of a full resolution of 520 x 360
+    library["metadata"]["source_image_path"] = str(tmp_path / name)
+    for factor in (1, 2, 0.5):
+        picture = Image.fromarray(PIXELS.transpose(1, 2, 0)).resize((int(520 * factor), int(360 * factor)))
+        picture.save(tmp_path / name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found_in(adata)
+        told = [str(one.message) for one in caught]
+        assert told == [] if factor == 1 else f"{520 * factor:.0f} x {360 * factor:.0f} px" in told[0]
+        assert not told or "the full resolution has 520 x 360" in told[0]

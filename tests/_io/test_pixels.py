@@ -31,7 +31,23 @@ def test_a_picture_of_any_depth_becomes_uint8(kind, white, chunked):
 
 
 @pytest.mark.parametrize(
-    "image", [np.full((3, 9, 9), 300, np.uint16), np.full((3, 9, 9), -1), np.full((3, 9, 9), np.nan)]
+    ("factor", "shift"), [(1.02, 0), (1.3, 0), (np.float32(1) + np.finfo(np.float32).eps, 0), (1.0, -0.01)]
+)
+def test_a_float_picture_may_go_a_little_beyond_black_and_white(factor, shift):
+    image = (PIXELS / np.float32(PIXELS.max()) * factor + shift).astype(np.float32)
+    found = _io.as_uint8(image, "he")[...]
+    np.testing.assert_allclose(found.astype(int), np.clip(image * 255, 0, 255), atol=1)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((3, 9, 9), 2.0),
+        np.full((3, 9, 9), 3, np.uint16),
+        np.full((3, 9, 9), 300, np.uint16),
+        np.full((3, 9, 9), -1),
+        np.full((3, 9, 9), np.nan),
+    ],
 )
 def test_a_range_that_cannot_be_told_is_refused(image):
     with pytest.raises(ValueError, match="Convert it to uint8"):

@@ -1,3 +1,4 @@
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,3 +27,19 @@ def test_no_objects_and_no_result_are_refused():
         sf.get.expression([])
     with pytest.raises(KeyError, match="no result 'imputed'.*give key='stflow'|no result 'imputed'.*impute_genes"):
         sf.get.expression([with_prediction(1)], key="imputed")
+
+
+def test_a_result_that_uns_does_not_describe_is_refused():
+    first, second = with_prediction(1), with_prediction(2)
+    for table in (first, second):
+        table.uns["stflow"]["params"] = {"n_obs": 2}
+    second.uns["stflow"]["genes"] = ["c", "b", "a"]
+    second.obs_names = ["spot_3", "spot_4"]
+    with pytest.raises(ValueError, match="genes of 2 rows, and the slot has 3 of 4.*Predict once more"):
+        sf.get.expression(ad.concat([first, second], uns_merge="first"))
+    with pytest.raises(KeyError, match="it needs obsm.'stflow'. and uns.'stflow'...genes.*Predict once more|lose uns"):
+        sf.get.expression(ad.concat([first, second], uns_merge="same"))
+    assert sf.get.expression(first[:1]).n_obs == 1
+    first.uns["stflow"]["genes"] = ["a", "b"]
+    with pytest.raises(ValueError, match="describes 2 genes of 2 rows, and the slot has 3 of 2"):
+        sf.get.expression(first)

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.linalg import sqrtm
@@ -96,3 +97,21 @@ def test_samples_that_do_not_fit():
     a[0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         metrics.energy_distance(a, b)
+
+
+def test_frames_of_other_features_or_another_order_are_refused():
+    a, b = (pd.DataFrame(values, columns=list("wxyz")) for values in samples())
+    other = b[list("zyxw")]
+    for distance in (
+        metrics.energy_distance,
+        metrics.kernel_distance,
+        metrics.frechet_distance,
+        metrics.feature_distances,
+    ):
+        np.testing.assert_equal(distance(a, b), distance(a.to_numpy(), b.to_numpy()))
+        with pytest.raises(ValueError, match=r"'w' and 'z' in one place"):
+            distance(a, other)
+    for score in (metrics.effect_recovery, metrics.memorised):
+        for given in ((a, b, other), (a, other, b), (other, a, b)):
+            with pytest.raises(ValueError, match="another order"):
+                score(*given)

@@ -1,4 +1,5 @@
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -52,3 +53,14 @@ def test_a_figure_shows_one_object(name, predicted):
     required = {one.name: "G1" for one in others if one.default is inspect.Parameter.empty}
     with pytest.raises(TypeError, match="must be one|gene_scores draws a DataFrame"):
         figure([predicted], **required)
+
+
+def test_a_table_cut_before_it_was_predicted_is_a_warning(slides, model):
+    whole, cut = slides[0].copy(), slides[0][:, list(model.genes)[:1]].copy()
+    for table in (whole, cut):
+        sf.tl.predict_expression(table, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sf.pl.expression(whole, model.genes[0])
+    with pytest.warns(UserWarning, match="the training slides .* measured values are too high"):
+        sf.pl.expression(cut, model.genes[0])

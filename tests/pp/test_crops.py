@@ -54,3 +54,12 @@ def test_bad_crops_are_a_clear_error(slide, case):
     kwargs, error, message = BAD_CROPS[case]
     with pytest.raises(error, match=message):
         sf.pp.crops(adata, mpp=0.5, **({"image_key": "hires"} | kwargs))
+
+
+def test_rows_of_any_form():
+    crops = sf.pp.crops(sf.datasets.simulated_tissue(20, seed=0), image_key="he")
+    assert crops.read([]).shape == (0, 3, 48, 48)
+    assert torch.equal(crops.read(np.arange(20) < 2), crops.read([0, 1]))
+    for rows in ([20], ["cell_0"], np.ones(3, bool), [[0, 1]], [0.5]):
+        with pytest.raises(ValueError, match="rows must be numbers 0 to 19"):
+            crops.read(rows)

@@ -1,5 +1,7 @@
 """The verb: from objects to slots, and what it refuses."""
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -270,3 +272,26 @@ def test_standardize_leaves_glass_out(tmp_path):
     sf.pp.encode_patches(adata, encoder=centre, patch_um=12, standardize=True)
     np.testing.assert_allclose(adata.obsm["X_centre"][:2].mean(0), 0, atol=1e-6)
     assert list(adata.uns["X_centre"]["params"]["standardized_on"]) == [2]
+
+
+def test_a_dark_picture_is_a_warning():
+    sdata = sf.datasets.simulated_tissue(50, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sf.pp.encode_patches(sdata, image_key="he", patch_um=64, encoder=centre)
+    pixels = np.asarray(sdata["fluorescence"].data)[:3]
+    pixels = np.clip(pixels / pixels.max() * 255, 0, 255).astype(np.uint8)
+    sdata["composite"] = Image2DModel.parse(
+        pixels, dims=("c", "y", "x"), transformations=sdata["he"].attrs["transform"]
+    )
+    with pytest.warns(UserWarning, match="image 'composite' is dark around most spots: is it fluorescence"):
+        sf.pp.encode_patches(sdata, image_key="composite", patch_um=64, encoder=centre)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [80.0, 0.0, 5.0], [-1.0, 0.0, 1.0]])
+def test_numbers_that_are_no_shares_of_tissue_are_left_alone(tmp_path, values):
+    adata = spots(tmp_path)
+    adata.obs["tissue"] = values
+    assert sf._io.tissue_share(adata) is None
+    sf.pp.encode_patches(adata, encoder=centre, patch_um=8)
+    assert adata.obs["tissue"].tolist() == values

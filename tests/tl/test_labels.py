@@ -149,3 +149,31 @@ def test_labels_of_a_list_are_pooled(cells):
     second.uns["X_spatia"], first.uns["X_spatia"] = ({"params": {"model_sha256": x}} for x in "xy")
     with pytest.raises(ValueError, match="the objects of data was made by different models"):
         sf.tl.annotate([first, second], labels="known")
+
+
+@pytest.mark.parametrize("name", ["Unknown", "NA", "n/a", "Unassigned", "unlabeled", " ", "-1"])
+def test_cells_without_a_label_have_it_filled_in_whatever_they_are_called(cells, name):
+    cells.obs["known"] = cells.obs["truth"].where(np.arange(400) < 200)
+    expected = sf.tl.annotate(cells, labels="known", copy=True)
+    cells.obs["known"] = cells.obs["known"].fillna(name)
+    sf.tl.annotate(cells, labels="known")
+    assert (cells.obs["annotation"] == expected.obs["annotation"]).all()
+    assert cells.uns["annotation"]["classes"].tolist() == ["a", "b", "c"]
+
+
+def test_none_is_the_name_of_a_class(cells):
+    cells.obs["state"] = cells.obs["truth"].replace("a", "none")
+    sf.tl.annotate(cells, labels="state")
+    assert cells.uns["annotation"]["classes"].tolist() == ["b", "c", "none"]
+
+
+@pytest.mark.parametrize("differs", [{"modalities": ["genes"]}, {"scaling": "training"}])
+def test_embeddings_that_the_same_model_made_otherwise_are_refused(cells, differs):
+    other = cells.copy()
+    made = {"model_sha256": "1", "levels": ["cell"], "modalities": ["genes", "image"], "scaling": "slide"}
+    for adata, params in ((cells, made), (other, made | differs)):
+        adata.uns["X_spatia"] = {"params": params}
+    with pytest.raises(ValueError, match="modalities or scaling"):
+        sf.tl.annotate(cells, labels="truth", reference=other)
+    with pytest.raises(ValueError, match="modalities or scaling"):
+        sf.tl.cluster_niches([cells, other])

@@ -14,6 +14,7 @@ from spatiaflow._io._arguments import (
     slot_name,
     text,
 )
+from spatiaflow._io._checks import check_measured
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, objects_of
@@ -61,6 +62,7 @@ __all__ = [
     "check_counts",
     "check_encoder",
     "check_finite",
+    "check_measured",
     "counts",
     "dense",
     "each_object",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatiaflow._io._scales import XENIUM_MPP
@@ -25,6 +26,8 @@ SLIDE_COLUMNS = (
     "batch",
     "fov",
 )
+BATCH_COLUMNS = ("dataset", "dataset_id", "study", "donor_id", "assay", "technology", "platform", "panel")
+EXPECTED = 20.0  # counts of a gene, by the depth of a batch, that chance does not leave out
 HEXAGONAL = (100.0,)  # Visium
 # legacy ST and its denser array, DBiT-seq, Stereo-seq bins, Visium HD bins
 SQUARE = (200.0, 141.0, 100.0, 50.0, 25.0, 20.0, 16.0, 10.0, 8.0, 2.0)
@@ -45,6 +48,13 @@ def check_positions(
             f"{int(bad.sum())} positions of slide {slide.name!r} are NaN or infinite "
             f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
         )
+    points = check_separate(slide, table, library_key)
+    check_scale(slide, points, area, "params" in entry(table, "tiles"))
+
+
+def check_separate(slide: Slide, table: AnnData, library_key: str | None) -> np.ndarray:
+    """Return the distinct positions, and warn where several slides may lie over one another."""
+    bad = ~np.isfinite(slide.xy).all(1)
     points = np.unique(slide.xy[~bad], axis=0)
     distinct, known = len(points), int((~bad).sum())
     if distinct < known:
@@ -55,7 +65,7 @@ def check_positions(
             f"obs[{column!r}] seems to tell several slides apart that lie over one another here; if so, give "
             f"library_key={column!r}."
         )
-    check_scale(slide, points, area, "params" in entry(table, "tiles"))
+    return points
 
 
 def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | None:
@@ -89,6 +99,41 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
     low, high = np.maximum(first.min(0), second.min(0)), np.minimum(first.max(0), second.max(0))
     area = min(np.ptp(first, axis=0).prod(), np.ptp(second, axis=0).prod())
     return bool((high > low).all() and (high - low).prod() > 0.5 * area)
+
+
+def check_measured(table: AnnData, counts: sparse.csr_matrix, library_key: str | None) -> None:
+    """Warn of genes without any count in a whole batch: an outer join writes 0 where a gene was not measured.
+
+    Parameters
+    ----------
+    counts
+        Counts of the table, n_obs x n_vars.
+    library_key
+        A column of obs that tells batches apart, besides those of usual names.
+    """
+    for name in table.obs.columns:
+        if name != library_key and str(name).lower() not in (*SLIDE_COLUMNS, *BATCH_COLUMNS):
+            continue
+        codes, groups = pd.factorize(table.obs[name])
+        if not 2 <= len(groups) <= 50:
+            continue
+        known = np.flatnonzero(codes >= 0)
+        of = sparse.csr_matrix((np.ones(len(known)), (codes[known], known)), (len(groups), table.n_obs))
+        total = (of @ counts).toarray()
+        for group, own in zip(groups, total):
+            others = total.sum(0) - own
+            missing = others > 0
+            missing[own > 0] = False
+            # what the batch would have by its depth, judged by the genes that it does have
+            depth = own.sum() / max(others[own > 0].sum(), 1)
+            missing &= others * depth >= EXPECTED
+            if missing.sum() >= max(3, 0.01 * table.n_vars):
+                warn(
+                    f"{int(missing.sum())} genes (first: {table.var_names[np.argmax(missing)]!r}) have no count in obs[{name!r}] "
+                    f"{str(group)!r}, and many elsewhere. An outer join writes 0 for genes that were not measured, which counts "
+                    'as a measured 0: join with join="inner", or leave out those genes or rows.'
+                )
+                return
 
 
 def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_tiles: bool) -> None:

@@ -25,6 +25,23 @@ def open_file(path: Path, shrink: float) -> tuple[Any, bool, float]:
     return (_open_tiff if path.suffix.lower() in TIFF else _open_picture)(path, shrink)
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as :func:`open_file` gives them without shrinking; only its header is read."""
+    if path.suffix.lower() in TIFF:
+        array, channels_first, _ = _open_tiff(path, 1.0)
+        height, width = array.shape[1:3] if channels_first else array.shape[:2]
+        return int(width), int(height)
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
     import dask.array as da
     import tifffile

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,12 +15,15 @@ from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing
 from spatiaflow._io._elements import image_scales
+from spatiaflow._io._files import size_of
 from spatiaflow._io._pictures import candidates, check_named, pictures, pixels_of
 from spatiaflow._io._pixels import as_uint8
 from spatiaflow._io._scales import libraries, stated
 from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import ABSENT, Slide
 
+COLOURS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
+SAME_SIZE = 0.02  # by how much sides may differ through rounding
 MAX_PICTURE = 2_000_000_000  # values; a larger image is not read for the background of a figure
 
 
@@ -36,10 +41,14 @@ class SlideImage:
 
     def is_rgb(self, n_channels: int) -> bool:
         """Whether it is a picture (H&E) and not separate channels: by the names of its channels, or three without names."""
-        names = [name.lower() for name in self.channels]
-        if names in ([], ["0", "1", "2"]):
+        if self.channels in ((), ("0", "1", "2")):
             return n_channels == 3 or (n_channels == 4 and not self.channels_first)
-        return [name[:1] for name in names[:3]] == ["r", "g", "b"] and names[3:] in ([], ["a"], ["alpha"])
+        return _colours(self.channels) in (["r", "g", "b"], ["r", "g", "b", "a"])
+
+
+def _colours(channels: Iterable[str]) -> list[str]:
+    """Colours that names of channels stand for, "" for others: "Red" is one, and "RFP", a fluorescent protein, is not."""
+    return [COLOURS.get(re.split("[^a-z]", name.lower())[0], "") for name in channels]
 
 
 def slide_image(
@@ -72,6 +81,7 @@ def _from_anndata(
         )
     xy = _full_resolution(adata, slide, library)
     if image_key is None and path and Path(path).is_file():
+        _check_size(Path(path), library, slot)
         return SlideImage(Path(path), xy, slide.mpp, False, str(path))
     if image_key is not None and image_key not in images:
         raise KeyError(f"{slot}['images'] has no {image_key!r}; it has {listing(images)}.")
@@ -105,6 +115,26 @@ def _from_anndata(
         f"slide {slide.name!r} has no full-resolution image: {where} is not set. Set it to the image file, or pass the "
         f"obsm key of features made elsewhere with use_rep=.{coarse}"
     )
+
+
+def _check_size(path: Path, library: dict, slot: str) -> None:
+    """Warn of a file of another resolution than the positions: they would lie elsewhere on the tissue."""
+    try:
+        size = np.array(size_of(path), float)
+    except OSError:  # opening it tells what is wrong
+        return
+    for name, image in library["images"].items():
+        scale = _scale_of(library["scalefactors"], name, slot) if np.ndim(image) == 3 else None
+        if scale is None or max(np.shape(image)[:2]) < 100:  # too few pixels to tell
+            continue
+        ratio = size / (np.array(np.shape(image)[1::-1]) / scale)
+        if np.abs(ratio - 1).max() > SAME_SIZE:
+            warn(
+                f"image {str(path)!r} has {size[0]:.0f} x {size[1]:.0f} px, and by {slot}['images'][{name!r}] and its scale "
+                f"factor the full resolution has {size[0] / ratio[0]:.0f} x {size[1] / ratio[1]:.0f}. Positions are of the full "
+                "resolution and lie elsewhere in this file. Give the file that the positions were made with."
+            )
+            return
 
 
 def _full_resolution(table: AnnData, slide: Slide, library: dict) -> np.ndarray:
@@ -183,7 +213,12 @@ def _from_spatialdata(sdata: SpatialData, slide: Slide, image_key: str | None, m
         check_named(sdata, slide, image_key)
     xy = pixels_of(slide, affine)
     channels = tuple(str(name) for name in level.coords["c"].values) if "c" in level.coords else ()
-    return SlideImage(level.data, xy, scale, True, name, channels, affine)
+    source, order = level.data, np.argsort(["rgba".find(colour) for colour in _colours(channels)])
+    if (
+        sorted(_colours(channels)) in (["b", "g", "r"], ["a", "b", "g", "r"]) and (np.diff(order) < 0).any()
+    ):  # as of OpenCV
+        source, channels = source[order], tuple(channels[i] for i in order)
+    return SlideImage(source, xy, scale, True, name, channels, affine)
 
 
 def _check_square(linear: np.ndarray, image_key: str, system: str | None) -> None:

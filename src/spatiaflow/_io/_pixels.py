@@ -11,6 +11,8 @@ import numpy as np
 from spatiaflow._settings import warn
 
 DEPTHS = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
+BEYOND = 0.5  # how far resampling and normalisation of stains may go beyond 0 and 1
+DARKEST = 10  # of 255: no picture is darker all over
 MAX_OUTSIDE, WORTH_A_WARNING = 0.5, 0.01  # shares of positions outside of the image
 
 
@@ -47,11 +49,11 @@ def white_of(image: Any, name: str) -> float:
         return 255.0
     found = [(part.min(), part.max()) for part in _blocks(image) if part.size]
     low, high = min(float(one[0]) for one in found), max(float(one[1]) for one in found)
-    if np.issubdtype(image.dtype, np.inexact) and low >= 0 and 0 < high <= 1:
+    if np.issubdtype(image.dtype, np.inexact) and low >= -BEYOND and 0 < high <= 1 + BEYOND:  # resampled or normalised
         return 1.0
     white = next((depth for depth in DEPTHS if high <= depth), float("nan"))
     # glass is nearly white, so a picture whose brightest pixel is dark has another depth than its type says
-    if not (low >= 0 and 1 < high and (white == 255 or high >= 0.5 * white)):
+    if not (low >= 0 and DARKEST <= high and (white == 255 or high >= 0.5 * white)):
         raise ValueError(
             f"image {name!r} is {image.dtype} with values from {low:g} to {high:g}; a picture has 0-255, 0-1 (float) or the "
             "whole range of 10, 12, 14 or 16 bits. Convert it to uint8, white to 255."
@@ -84,7 +86,7 @@ class Picture:
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
         values = np.asarray(self.image[key], dtype=np.float32)
         check_finite(values, self.name)
-        return np.round(values * (255 / self.white)).astype(np.uint8)
+        return np.round(values * (255 / self.white)).clip(0, 255).astype(np.uint8)
 
 
 def as_uint8(image: Any, name: str) -> Any:

@@ -15,7 +15,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from spatiaflow._io._arguments import listing, text
-from spatiaflow._io._checks import check_positions
+from spatiaflow._io._checks import check_positions, check_separate
 from spatiaflow._io._elements import areas_of, centroids_of, copied, instances_of, known_instances
 from spatiaflow._io._scales import (
     MICRON_SYSTEMS,
@@ -102,6 +102,8 @@ def _unscaled(data: AnnData | SpatialData, table: AnnData, where: Where) -> list
                 f"positions of slide {name!r} in obsm[{where.spatial_key!r}] are NaN or infinite; drop those rows."
             )
         out.append(Slide(name, table.obs_names.to_numpy()[rows], xy[rows] if there else ABSENT, rows=rows))
+        if there:
+            check_separate(out[-1], table, where.library_key)
     return out
 
 

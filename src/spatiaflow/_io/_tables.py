@@ -18,6 +18,7 @@ from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")
+SHALLOW = 5.0  # times fewer counts per row than in training: rather a part of the genes than less depth
 FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
 
@@ -148,13 +149,20 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     text(key=key)
     names = entry(table, key).get("genes")
     if key not in table.obsm or names is None:
-        others = [k for k in table.obsm if "normalization" in entry(table, k)]
+        others = [k for k in table.obsm if k != key and {"normalization", "genes"} <= set(entry(table, k))]
         found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {listing(table.obsm)}"
         if others:
             found = f"there is {listing(others)}; give key={others[0]!r}"
         raise KeyError(
             f"no result {key!r}: {found}. "
             "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
+            + (" Objects joined by anndata.concat lose uns: predict once more after it." if key in table.obsm else "")
+        )
+    width, written = np.shape(table.obsm[key])[1], dict(entry(table, key).get("params", {})).get("n_obs", table.n_obs)
+    if width != len(names) or table.n_obs > written:
+        raise ValueError(
+            f"uns[{key!r}] was not written with obsm[{key!r}]: it describes {len(names)} genes of {written} rows, and the slot "
+            f"has {width} of {table.n_obs}. Were objects joined that have results of their own? Predict once more after it."
         )
     var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
     for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
@@ -268,7 +276,8 @@ def tissue_share(table: AnnData) -> np.ndarray | None:
     """
     if Key.obs.tissue not in table.obs or not pd.api.types.is_float_dtype(table.obs[Key.obs.tissue]):
         return None
-    return table.obs[Key.obs.tissue].to_numpy(np.float32)
+    share = table.obs[Key.obs.tissue].to_numpy(np.float32)
+    return None if ((share < 0) | (share > 1)).any() else share  # numbers of clusters, or percent
 
 
 def write_tissue(table: AnnData, share: np.ndarray) -> None:
@@ -340,6 +349,13 @@ def log_expression(
                 "over all genes, is no longer known, and measured values are too high. Draw from the whole table."
             )
         library = library_sizes(table, layer)
+        usual = stored.get("params", {}).get("training_library") or 0.0
+        if table.n_vars >= known and np.median(library) < usual / SHALLOW:
+            warn(
+                f"the table has a median of {np.median(library):.4g} counts per row, and the training slides {usual:.4g}. The "
+                "library size is the sum over all genes: if the table was cut to some of them, measured values are too high. "
+                "Draw from the whole table."
+            )
     return np.log1p(values * (per / np.maximum(library, 1))[:, None])
 
 

@@ -122,18 +122,32 @@ class Crops:
         self, batch_size: int = 512, rows: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield (rows, crops n x C x p x p), one tile of the image after the other, so that each is read once."""
-        rows = np.arange(len(self)) if rows is None else np.asarray(rows)
+        rows = np.arange(len(self)) if rows is None else self._rows(rows)
         for places, found in self._cut(rows, batch_size):
             yield rows[places], found
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Return the crops of some cells, n x C x p x p, in the order of ``rows``."""
-        rows, out = np.asarray(rows), None
+        rows, out = self._rows(rows), None
         for places, found in self._cut(rows, 64):  # few enough to stay in the processor's cache until they are copied
             if out is None:
                 out = np.empty((len(rows), *found.shape[1:]), found.numpy().dtype)
             out[places] = found.numpy()
         return torch.from_numpy(out) if out is not None else torch.empty(0, *self.shape[1:])
+
+    def _rows(self, given: Any) -> np.ndarray:
+        """Numbers of crops, of numbers or a mask."""
+        rows = np.asarray(given)
+        if rows.dtype == bool and rows.shape == (len(self),):
+            return np.flatnonzero(rows)
+        if rows.size == 0:
+            return np.zeros(0, int)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < -len(self) or rows.max() >= len(self):
+            raise ValueError(
+                f"rows must be numbers 0 to {len(self) - 1}, or {len(self)} values True or False; they are {str(given)[:50]}."
+                " Of names give data.obs_names.get_indexer(names)."
+            )
+        return rows
 
     def _cut(self, rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield (places in ``rows``, crops), one width after the other."""

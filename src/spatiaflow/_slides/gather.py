@@ -90,6 +90,7 @@ def gather(
         counts = None
         if "counts" in need:
             counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
+            _io.check_measured(table, counts, where.library_key)
         features = None
         if "features" in need:
             slots = _io.names(use_rep, "use_rep") or []

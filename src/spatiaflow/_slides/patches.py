@@ -13,6 +13,7 @@ TILE = 2048  # pixels of the source: points are visited tile by tile, one read a
 CELLS = 8  # a patch is judged as tissue or not in 8 x 8 cells, each the mean of its pixels
 WHITE = 200  # of 255: glass is at least as bright as this in every channel
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
+DARK = 80  # of 255: the brightest channel of stained tissue is brighter
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
 
 
@@ -95,6 +96,11 @@ class Tissue:
         """Take in patches (n x 3 x p x p, 0 to 255) of some rows."""
         pooled = F.adaptive_avg_pool2d(patches.float(), CELLS)
         self.colour[rows] = pooled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    @property
+    def dark(self) -> bool:
+        """Whether most of what the patches show is too dark for light that went through tissue."""
+        return bool((self.colour[self.inside].max(-1) < DARK).mean() > 0.5) if self.inside.any() else False
 
     def share(self) -> np.ndarray:
         """Share of each patch, n, float32 in [0, 1]."""

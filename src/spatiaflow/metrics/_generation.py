@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from spatiaflow.metrics import _arrays
 from spatiaflow.metrics._arrays import Table
@@ -174,8 +175,8 @@ def effect_recovery(source: Table, generated: Table, target: Table) -> dict[str,
     >>> {name: round(value, 3) for name, value in found.items()}
     {'share': 0.5, 'cosine': 1.0, 'left': 0.5}
     """
-    source, target = _samples(source, target)
     generated = _samples(generated, target)[0]
+    source, target = _samples(source, target)
     true, shown = target.mean(0) - source.mean(0), generated.mean(0) - source.mean(0)
     length = np.linalg.norm(true)
     if length == 0:
@@ -215,14 +216,22 @@ def memorised(generated: Table, training: Table, held_out: Table, *, quantile: f
     """
     from scipy.spatial import cKDTree
 
-    training, held_out = _samples(training, held_out)
     generated = _samples(generated, training)[0]
+    training, held_out = _samples(training, held_out)
     tree = cKDTree(training)
     usual = np.quantile(tree.query(held_out)[0], quantile)
     return float((tree.query(generated)[0] < usual).mean())
 
 
 def _samples(a: Table, b: Table) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(a, pd.DataFrame) and isinstance(b, pd.DataFrame) and not a.columns.equals(b.columns):
+        if len(a.columns) != len(b.columns):
+            raise ValueError(f"the samples have {len(a.columns)} and {len(b.columns)} features.")
+        one, other = next((x, y) for x, y in zip(a.columns, b.columns) if x != y)
+        raise ValueError(
+            f"the samples have other features, or another order of them ({one!r} and {other!r} in one place); take the same of "
+            "both: b[a.columns]."
+        )
     a, b = _arrays.table(a, "the first sample"), _arrays.table(b, "the second sample")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"the samples have {a.shape[1]} and {b.shape[1]} features.")

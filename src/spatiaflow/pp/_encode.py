@@ -16,7 +16,7 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, progress, settings
+from spatiaflow._settings import logger, progress, settings, warn
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import MIN_TISSUE
 
@@ -193,6 +193,11 @@ def _encoded(
         if tissue is not None:
             tissue.add(there[rows], patches[:, :3])
         bar.update(len(rows))
+    if tissue is not None and tissue.dark:
+        warn(
+            f"image {found.name!r} is dark around most spots: is it fluorescence, or inverted? It is read as H&E in "
+            "red, green and blue. Name the channels of others: sdata.set_channel_names(...)."
+        )
     if bad := int((~np.isfinite(out[there])).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
     return out, np.full(len(slide), np.nan, np.float32) if tissue is None else tissue.share()
@@ -203,8 +208,7 @@ def _check(image, found, encoder, patch_um: float, pixels: int) -> int:
     mpp = patch_um / pixels
     shape = image.shape if found.channels_first else (image.shape[2], *image.shape[:2])
     used = shape[0]
-    names = [name.lower()[:1] for name in found.channels]
-    if encoder.channels == 3 and used == 4 and (not found.channels_first or names == ["r", "g", "b", "a"]):
+    if encoder.channels == 3 and used == 4 and found.is_rgb(4):
         used = 3  # the fourth is alpha
     if encoder.channels is not None and used != encoder.channels:
         raise ValueError(

@@ -333,7 +333,7 @@ def predict_expression(
     params = _io.provenance(
         started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
         n_steps=n_steps or model.config.n_steps, new_donor=new_donor, standardize=model.standardize, spatial_key=spatial_key,
-        n_vars=table.n_vars,
+        n_vars=table.n_vars, n_obs=table.n_obs, training_library=float(np.median(model.arrays["libraries"])),
         standardized_on=[str(n) if n else "training" for n in result.standardized_on], n_glass=result.n_glass,
     )  # fmt: skip
     _io.write(

@@ -263,7 +263,7 @@ def impute_genes(
         "checked": imputer.checked, "normalization": {"target_sum": imputer.target_sum},
         "params": _io.provenance(
             started, model=trained, random_state=seed, n_shared=len(shared), n_reference=imputer.sums.n, use_rep=use_rep or "",
-            transductive=check, penalty=imputer.alpha, spatial_key=spatial_key, n_vars=table.n_vars,
+            transductive=check, penalty=imputer.alpha, spatial_key=spatial_key, n_vars=table.n_vars, n_obs=table.n_obs,
         ),
     }  # fmt: skip
     if len(wanted) > MAX_SLOT:

@@ -14,11 +14,12 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
-from spatiaflow._settings import resolve_seed, warn
+from spatiaflow._settings import logger, resolve_seed, warn
 
 MAX_FIT = 20_000  # cells that mixtures are fitted to
 UNKNOWN = "unknown"
-MISSING = (UNKNOWN, "", "nan", "None", "<NA>")  # what text makes of a missing value
+MISSING = ("", "nan", "None", "<NA>")  # what text makes of a missing value
+UNNAMED = (UNKNOWN, "na", "n/a", "unassigned", "unlabeled", "unlabelled", "-1")  # what cells without a label are called
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
 
 
@@ -181,7 +182,8 @@ def annotate(
     -------
     None, or with ``copy=True`` what was given. Sets:
 
-    ``.obs[key_added]`` : categories, the labels and "unknown"; cells that had a label keep it
+    ``.obs[key_added]`` : categories, the labels and "unknown"; cells that had a label keep it. A label such as "Unknown",
+        "NA", "unassigned" or "-1" is none
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], calibrated; 1 where the label was given
     ``.uns[key_added]`` : dict with ``classes``, ``held_out_accuracy`` and ``held_out_macro_f1`` (on labelled cells that
         the probe did not see) and ``params``
@@ -273,7 +275,14 @@ def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.nd
         raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, tables[0].obs.columns[:12]))}.")
     columns = [table.obs[labels].astype(object) if labels in table.obs else [None] * table.n_obs for table in tables]
     given = pd.Series(np.concatenate([np.asarray(column, dtype=object) for column in columns]))
-    rows = np.flatnonzero(given.notna() & ~given.isin(MISSING))
+    called = given.astype(str).str.strip()
+    unnamed = called.str.lower().isin(UNNAMED)
+    if found := sorted(set(called[unnamed]) - {UNKNOWN}):
+        logger.warning(
+            "%d cells of obs[%r] called %s are taken to have no label. If it is one, rename it", called.isin(found).sum(), labels,
+            _io.listing(found),
+        )  # fmt: skip
+    rows = np.flatnonzero(given.notna() & ~unnamed & ~called.isin(MISSING))
     y = given.iloc[rows].astype(str).to_numpy()
     if (n := len(np.unique(y))) < 2:
         raise ValueError(f"obs[{labels!r}] names {n} class(es); at least two are needed.")
@@ -363,11 +372,12 @@ def _check_alike(tables: Sequence[AnnData], use_rep: str, values: Sequence[np.nd
         params = table.uns[key]["params"] if key else {}
         if "model_sha256" in params:
             levels = [*map(str, params.get("levels", []))] if use_rep == key else []
-            found.append((params["model_sha256"], levels))
+            modalities = sorted(map(str, params.get("modalities", [])))
+            found.append((params["model_sha256"], levels, modalities, str(params.get("scaling", ""))))
     if any(one != found[0] for one in found[1:]):
         raise ValueError(
-            f"obsm[{use_rep!r}] of {whose} was made by different models, or of other levels. Run sf.tl.embed_spatia on all "
-            "of them with the same model= and levels=."
+            f"obsm[{use_rep!r}] of {whose} was made by different models, or of other levels, modalities or scaling. Run "
+            "sf.tl.embed_spatia on all of them with the same model=, levels=, modalities= and scaling=."
         )
     if len(set(widths)) > 1:
         raise ValueError(f"obsm[{use_rep!r}] of {whose} has {' and '.join(map(str, widths))} columns; embed all alike.")
