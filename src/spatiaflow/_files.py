@@ -60,6 +60,42 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give the path of a temporary folder, which gets the name ``path`` when the block ends without an error.
+
+    Parameters
+    ----------
+    path
+        Folder to make. It must not exist, and the folder that it is made in must.
+
+    Raises
+    ------
+    OSError
+        ``path`` exists, the folder that it is made in does not, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        raise FileExistsError(f"{str(path)!r} exists and is not overwritten; remove it, or give another path.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} cannot be written: there is no folder {str(target.parent)!r}.")
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full: {str(path)!r} was not written. Free some space in {str(target.parent)!r}, or give a path on "
+            "another disk",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish(temporary: Path, target: Path) -> None:
     """Move a finished file to its name, on the same disk, so that a crash of the machine leaves the old or the new one."""
     with open(temporary, "r+b") as file:

@@ -17,7 +17,7 @@ from spatiaflow._io._arguments import (
 from spatiaflow._io._checks import check_measured
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
-from spatiaflow._io._lists import each_object, objects_of
+from spatiaflow._io._lists import each_object, in_form_of, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
@@ -25,6 +25,7 @@ from spatiaflow._io._scales import libraries, microns_per_unit, remember
 from spatiaflow._io._slides import one_slide, places, positions, unpack, where_in_reference
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
+    beside,
     check_counts,
     check_encoder,
     counts,
@@ -59,6 +60,7 @@ __all__ = [
     "as_uint8",
     "at_least_one",
     "background",
+    "beside",
     "check_counts",
     "check_encoder",
     "check_finite",
@@ -71,6 +73,7 @@ __all__ = [
     "features",
     "groups",
     "held_out",
+    "in_form_of",
     "inside",
     "keep",
     "known_names",

@@ -34,8 +34,13 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
         rest = args[1:]
         arguments.pop("data", None)
         found = {name: verb(one, *rest, **arguments) for name, one in objects_of(data).items()}
-        if all(one is None for one in found.values()):
-            return None
-        return found if isinstance(data, Mapping) else list(found.values())
+        return None if all(one is None for one in found.values()) else in_form_of(data, found)
 
     return run
+
+
+def in_form_of(data: Any, found: dict[str, Any]) -> Any:
+    """Results by the name of their object, in the form of ``data``: a dict, a list, or what one object gave."""
+    if isinstance(data, Mapping):
+        return found
+    return list(found.values()) if isinstance(data, list | tuple) else found[""]

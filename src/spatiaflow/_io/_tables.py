@@ -168,12 +168,18 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
-    out = AnnData(np.array(table.obsm[key]), obs=table.obs.copy(), var=var)
+    out = beside(table, np.array(table.obsm[key]), var)
     if f"{key}_std" in table.obsm:
         out.layers["std"] = np.array(table.obsm[f"{key}_std"])
     where = dict(entry(table, key).get("params", {})).get("spatial_key", "spatial")
     if where in table.obsm:
         out.obsm[where] = owned(table.obsm[where])
+    return out
+
+
+def beside(table: AnnData, values: np.ndarray, var: pd.DataFrame) -> AnnData:
+    """Return values of the rows of a table as an AnnData of its own, with the table's ``obs`` and what says where rows are."""
+    out = AnnData(values, obs=table.obs.copy(), var=var)
     for name in ("spatial", "spatialdata_attrs"):
         if name in table.uns:
             out.uns[name] = deepcopy(table.uns[name])

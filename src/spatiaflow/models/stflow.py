@@ -194,6 +194,11 @@ class STFlow(_base.Model):
         """How far features are from the training data."""
         return OutOfDomain(*(self.arrays[f"ood_{name}"] for name in ("components", "references", "distances")))
 
+    def ood_score(self, slide: Slide) -> np.ndarray:
+        """How far each row's features are from the training data, n, float32 in [0, 1]: a quantile among the training rows."""
+        self._check(slide)
+        return self.ood.quantile(self.ood(self.members.scaled(slide.features, "global"))).astype(np.float32)
+
     def donor_effect(self, new_donor: bool) -> str:
         """What uncertainty of a slide's level rests on: ``"same donor"``, ``"learned"`` or ``"prior, not learned"``."""
         return ("learned" if self.law.donors_learned else "prior, not learned") if new_donor else "same donor"
@@ -231,11 +236,9 @@ class STFlow(_base.Model):
         theta, parts = self.law.marginal_theta(new_donor), []
         for slide in progress(slides):
             expected, degenerate = self._mean(slide, n_samples, n_steps, seed, batch_size, device)
-            distance = self.ood(self.members.scaled(slide.features, "global"))
             parts.append((
-                expected, self.counting.std_at(expected, theta).astype(np.float32),
-                self.ood.quantile(distance).astype(np.float32), np.exp(self.members.log_depth(slide)).astype(np.float32),
-                degenerate,
+                expected, self.counting.std_at(expected, theta).astype(np.float32), self.ood_score(slide),
+                np.exp(self.members.log_depth(slide)).astype(np.float32), degenerate,
             ))  # fmt: skip
         mean, std, ood, depth = (np.concatenate([part[i] for part in parts]) for i in range(4))
         return Prediction(

@@ -8,6 +8,8 @@ with unchanged():
     from spatiaflow.tl._imputation import impute_genes, train_imputation
     from spatiaflow.tl._labels import annotate, cluster_niches
     from spatiaflow.tl._morphology import train_morphology
+    from spatiaflow.tl._regions import summarize_expression
+    from spatiaflow.tl._samples import sample_expression
     from spatiaflow.tl._spatia import embed_spatia, train_spatia
     from spatiaflow.tl._transitions import pair_transitions
 
@@ -19,6 +21,8 @@ __all__ = [
     "impute_genes",
     "pair_transitions",
     "predict_expression",
+    "sample_expression",
+    "summarize_expression",
     "train_imputation",
     "train_morphology",
     "train_spatia",

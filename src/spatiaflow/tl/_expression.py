@@ -16,7 +16,7 @@ from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow._slides import gather
-from spatiaflow.tl._trust import warn_of_difference
+from spatiaflow.tl._trust import trusted_genes, warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -339,7 +339,7 @@ def predict_expression(
     _io.write(
         table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood, Key.obs.depth(""): depth},
         uns={
-            "genes": model.genes, "skill": model.skill, "trusted": model.trusted(new_donor) & (model.skill > 0),
+            "genes": model.genes, "skill": model.skill, "trusted": trusted_genes(model, new_donor),
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},
             "donor_effect": model.donor_effect(new_donor),
             "degenerate_share": result.degenerate_share, "params": params,
