@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -261,7 +263,7 @@ def _columns(model: STFlow, genes: list[str] | None) -> np.ndarray:
     return np.array([place[gene] for gene in genes])
 
 
-def _sum_of_draws(
+def _mean_of_draws(
     sampler: Sampler, columns: np.ndarray, put: Callable[[int, np.ndarray, np.ndarray], None]
 ) -> np.ndarray:
     """Put away the rows of each draw, and return the mean of all draws, n_obs x genes."""
@@ -280,7 +282,7 @@ def _filled(out: AnnData, sampler: Sampler, columns: np.ndarray) -> AnnData:
     def put(i: int, rows: np.ndarray, values: np.ndarray) -> None:
         layers[i][rows] = values
 
-    out.X = _sum_of_draws(sampler, columns, put)
+    out.X = _mean_of_draws(sampler, columns, put)
     for i, layer in enumerate(layers):
         out.layers[f"draw_{i:03d}"] = layer
     return out
@@ -294,7 +296,8 @@ def _stored(out: AnnData, sampler: Sampler, columns: np.ndarray, store: str | Pa
 
     names = [f"draw_{i:03d}" for i in range(sampler.n_samples)]
     with new_folder(store) as folder:
-        out.write_zarr(folder)
+        with _quiet():
+            out.write_zarr(folder)
         root: Any = zarr.open_group(folder, mode="r+", use_consolidated=False)
 
         def put(i: int, rows: np.ndarray, values: np.ndarray) -> None:
@@ -303,11 +306,22 @@ def _stored(out: AnnData, sampler: Sampler, columns: np.ndarray, store: str | Pa
                 return
             whole = np.full(out.shape, np.nan, np.float32)
             whole[rows] = values
-            write_elem(root["layers"], names[i], whole)
+            with _quiet():
+                write_elem(root["layers"], names[i], whole)
 
-        out.X = _sum_of_draws(sampler, columns, put)
-        write_elem(root, "X", out.X)
+        out.X = _mean_of_draws(sampler, columns, put)
+        with _quiet():
+            write_elem(root, "X", out.X)
+            zarr.consolidate_metadata(folder)  # anndata did so before there were draws
     layers: Any = zarr.open_group(store, mode="r", use_consolidated=False)["layers"]
     for name in names:
         out.layers[name] = da.from_array(layers[name], chunks=layers[name].chunks)
     return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what anndata and zarr say of formats to come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
