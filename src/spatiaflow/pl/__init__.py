@@ -11,6 +11,7 @@ with unchanged():
     from spatiaflow.pl._imputation import imputation
     from spatiaflow.pl._levels import attention, levels
     from spatiaflow.pl._profile import profile
+    from spatiaflow.pl._regions import regions
     from spatiaflow.pl._scores import gene_scores
     from spatiaflow.pl._transitions import pairs
 
@@ -26,5 +27,6 @@ __all__ = [
     "pairs",
     "profile",
     "profile_shift",
+    "regions",
     "transition",
 ]
