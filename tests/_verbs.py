@@ -158,6 +158,16 @@ VERBS = {
             {"positions", "features"},
         ),
         Verb(
+            "tl.sample_expression",
+            lambda m: {"model": m.stflow, "n_samples": 3, "random_state": 0},
+            {"positions", "features"},
+        ),
+        Verb(
+            "tl.summarize_expression",
+            lambda m: {"model": m.stflow, "groupby": "cell_type", "n_samples": 20, "random_state": 0},
+            {"positions", "features", "groups"},
+        ),
+        Verb(
             "tl.train_spatia",
             lambda m: {"config": _tiny_spatia(), "max_epochs": 1, "random_state": 0},
             {"positions", "counts", "image"},

@@ -46,7 +46,7 @@ WHOLE = {
 NO_NUMBER = ["0.5", True, [0.5, 0.5], {}, np.array([0.5]), np.nan, -1]
 WRONG = {
     **dict.fromkeys(POSITIVE, [*NO_NUMBER, 0, np.inf]), **dict.fromkeys(WHOLE, [*NO_NUMBER, 0, 1.5]),
-    "random_state": [*NO_NUMBER, 1.5], "threshold": [*NO_NUMBER, 1.1], "validation": [*NO_NUMBER, 1.1],
+    "random_state": [*NO_NUMBER, 1.5], "level": [*NO_NUMBER, 0, 1, 1.1], "depth": [*NO_NUMBER, 0, np.inf], "threshold": [*NO_NUMBER, 1.1], "validation": [*NO_NUMBER, 1.1],
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ NAMES = {
     "table_key", "image_key", "shapes_key", "labels_key", "library_key", "spatial_key", "layer", "use_rep", "groupby", "labels",
     "niche_key", "key", "library_id", "pool", "pairs_key", "profile_key", "genes", "cells", "cell", "color", "channels",
     "features", "source", "target", "transition", "transitions", "model", "levels", "modalities", "method", "scaling",
-    "config", "init", "device", "cost", "validation",
+    "config", "init", "device", "cost", "validation", "gene_sets", "contrast", "donor_key",
 }  # fmt: skip
 # arguments that only one kind of object has a use for, or that another argument replaces
 UNUSED = {"AnnData": {"table_key", "image_key", "shapes_key", "labels_key"}, "SpatialData": {"spatial_key"}}
@@ -218,7 +218,7 @@ FORMS = {
 }  # fmt: skip
 LISTS = {
     ("tl.train_stflow", "genes"): GENES, ("tl.train_spatia", "genes"): GENES, ("tl.train_imputation", "genes"): None,
-    ("tl.impute_genes", "genes"): GENES, ("pl.expression", "genes"): GENES[:2], ("pl.imputation", "genes"): GENES[:2],
+    ("tl.impute_genes", "genes"): GENES, ("tl.sample_expression", "genes"): GENES[:2], ("pl.expression", "genes"): GENES[:2], ("pl.imputation", "genes"): GENES[:2],
     ("pp.tiles", "pool"): ["F", "E_cell"], ("pl.profile", "features"): ["solidity", "r_mean"],
     ("pl.crops", "channels"): ["0", "1"],
     ("pl.crops", "groups"): ["fibroblast", "epithelial"], ("tl.embed_spatia", "levels"): ["cell", "niche"],

@@ -271,8 +271,8 @@ def _regions(sampler: Sampler, groupby: str, pair: tuple[str, str] | None) -> _R
     wanted = [name for name, n in zip(known, n_spots) if n] if pair is None else list(pair)
     chosen = np.array([known.index(name) for name in wanted], int)
     if not len(chosen) or not n_spots[chosen].all():
-        empty = wanted[int(np.argmin(n_spots[chosen]))] if wanted else "any region"
-        raise ValueError(f"obs[{groupby!r}] has no spot on tissue in {empty!r}.")
+        empty = repr(wanted[int(np.argmin(n_spots[chosen]))]) if wanted else "any region"
+        raise ValueError(f"obs[{groupby!r}] has no spot on tissue in {empty}.")
     new = np.full(len(known) + 1, -1)  # the last for -1
     new[chosen] = np.arange(len(chosen))
     depth = np.array([np.median(size[code == i]) for i in chosen])
