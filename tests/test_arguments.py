@@ -46,7 +46,8 @@ WHOLE = {
 NO_NUMBER = ["0.5", True, [0.5, 0.5], {}, np.array([0.5]), np.nan, -1]
 WRONG = {
     **dict.fromkeys(POSITIVE, [*NO_NUMBER, 0, np.inf]), **dict.fromkeys(WHOLE, [*NO_NUMBER, 0, 1.5]),
-    "random_state": [*NO_NUMBER, 1.5], "level": [*NO_NUMBER, 0, 1, 1.1], "depth": [*NO_NUMBER, 0, np.inf], "threshold": [*NO_NUMBER, 1.1], "validation": [*NO_NUMBER, 1.1],
+    "random_state": [*NO_NUMBER, 1.5], "threshold": [*NO_NUMBER, 1.1], "validation": [*NO_NUMBER, 1.1],
+    "level": [*NO_NUMBER, 0, 1, 1.1], "depth": [*NO_NUMBER, 0, np.inf],
 }  # fmt: skip
 
 
@@ -218,8 +219,8 @@ FORMS = {
 }  # fmt: skip
 LISTS = {
     ("tl.train_stflow", "genes"): GENES, ("tl.train_spatia", "genes"): GENES, ("tl.train_imputation", "genes"): None,
-    ("tl.impute_genes", "genes"): GENES, ("tl.sample_expression", "genes"): GENES[:2], ("pl.expression", "genes"): GENES[:2], ("pl.imputation", "genes"): GENES[:2],
-    ("pp.tiles", "pool"): ["F", "E_cell"], ("pl.profile", "features"): ["solidity", "r_mean"],
+    ("tl.impute_genes", "genes"): GENES, ("pl.expression", "genes"): GENES[:2], ("pl.imputation", "genes"): GENES[:2],
+    ("tl.sample_expression", "genes"): GENES[:2], ("pp.tiles", "pool"): ["F", "E_cell"], ("pl.profile", "features"): ["solidity", "r_mean"],
     ("pl.crops", "channels"): ["0", "1"],
     ("pl.crops", "groups"): ["fibroblast", "epithelial"], ("tl.embed_spatia", "levels"): ["cell", "niche"],
     ("tl.embed_spatia", "modalities"): ["image", "genes"], ("pl.levels", "levels"): ["cell", "niche"],
