@@ -7,6 +7,7 @@ import pytest
 import spatialdata as sd
 
 import spatiaflow as sf
+from spatiaflow._slides import gather
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def test_intervals_hold_on_a_new_slide(result):
     table = sdata["table"]
     counts = table[:, model.genes].X.toarray()
     truth = np.log1p(counts / np.asarray(table.X.sum(1)).reshape(-1, 1) * 1e4)
-    draws = model.law.sample(table.obsm["stflow"], table.obsm["stflow_std"], 100)
+    (slide,) = gather(sdata, need=("counts", "features"), use_rep="X_texture")
+    draws = np.stack(list(model.draws(slide, 100, depth=slide.library, new_donor=False)))
     low, high = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")
     assert 0.84 < sf.metrics.interval_coverage(truth, low, high).mean() < 0.97
 

@@ -18,7 +18,7 @@ import numpy as np
 from spatiaflow.models.counts import MAX_THETA
 from spatiaflow.models.fields import Fields
 
-DONOR_SD = 0.8  # of log rate between donors, where fewer than MIN_DONORS were seen
+DONOR_SD = 1.0  # of log rate between donors, where fewer than MIN_DONORS were seen
 MIN_DONORS = 4
 DONOR_DF = 5.0  # of the t distribution of donor effects
 SHARED = 0.3  # share of the donor effect that all genes have in common

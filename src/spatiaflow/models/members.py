@@ -31,7 +31,7 @@ class Members:
     ridges
         Ridge regression of log expression for each of :data:`MODES`.
     rates
-        Count regressions for each of :data:`MODES`: linear, perceptron.
+        Count regressions for each of :data:`MODES`: linear, perceptron. Empty for a network that is not stacked.
     depth
         Ridge regression of the log library size.
     """
@@ -85,7 +85,7 @@ class Members:
         for mode in MODES:
             ridge = self.ridges[mode]
             out |= {f"{mode}.ridge.coefficients": ridge.coefficients, f"{mode}.ridge.intercept": ridge.intercept}
-            for kind, rates in zip(("linear", "perceptron"), self.rates[mode]):
+            for kind, rates in zip(("linear", "perceptron"), self.rates.get(mode, ())):
                 out |= {f"{mode}.{kind}.{name}": value for name, value in rates.tensors().items()}
         return out
 
@@ -96,8 +96,9 @@ class Members:
         def under(start: str) -> dict[str, Any]:
             return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
-        return cls(
-            tensors["mean"], tensors["std"], {mode: Ridge(**under(f"{mode}.ridge.")) for mode in MODES},
-            {mode: (Rates.of(under(f"{mode}.linear.")), Rates.of(under(f"{mode}.perceptron."))) for mode in MODES},
-            Ridge(**under("depth.")),
-        )  # fmt: skip
+        rates = {}
+        for mode in MODES:
+            if linear := under(f"{mode}.linear."):
+                rates[mode] = (Rates.of(linear), Rates.of(under(f"{mode}.perceptron.")))
+        ridges = {mode: Ridge(**under(f"{mode}.ridge.")) for mode in MODES}
+        return cls(tensors["mean"], tensors["std"], ridges, rates, Ridge(**under("depth.")))

@@ -1,4 +1,4 @@
-"""Distance of new features to the training data, and how it changes the standard deviation of a prediction."""
+"""Distance of new features to the training data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial import cKDTree
-
-MAX_LOG_INFLATION = float(np.log(100.0))  # of the variance
 
 
 @dataclass
@@ -50,11 +48,6 @@ class OutOfDomain:
         """Return the quantile in [0, 1] of distances among those of the training rows."""
         return np.searchsorted(self.distances, distance) / len(self.distances)
 
-    def relative(self, distance: np.ndarray) -> np.ndarray:
-        """Return the logarithm of distances divided by the median of the training rows."""
-        median = float(np.median(self.distances))
-        return np.log(np.maximum(distance, 1e-3 * median + 1e-12) / (median + 1e-12))
-
 
 @dataclass
 class Domain:
@@ -89,15 +82,3 @@ class Domain:
         """From what :meth:`tensors` gave."""
         known = {name: value.astype(np.float64) for name, value in tensors.items()}
         return cls(known.pop("centre"), known.pop("scale"), OutOfDomain(**known))
-
-
-def inflation(parameters: np.ndarray, relative: np.ndarray, middle: float | None = None) -> np.ndarray:
-    """Return the factor for the variance of each spot of a slide, from the distance of the slide and of the spot within it.
-
-    ``middle`` is where the slide lies; the median of its spots when None.
-    """
-    level, of_slide, of_spot, nearest = parameters
-    middle = np.median(relative) if middle is None else middle
-    # the full model has more references than in cross-validation, so distances are smaller; errors are not
-    slide = max(middle, nearest)
-    return np.exp(np.clip(level + of_slide * slide + of_spot * (relative - middle), -3, MAX_LOG_INFLATION))

@@ -162,7 +162,10 @@ def _sum(moments: list[Moments], but: int) -> Moments:
     return sum(rest[1:], rest[0])
 
 
-def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_stack(
+    y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.ndarray, prior: np.ndarray | None = None,
+    strength: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Non-negative weights that combine several predictions; what a slide's mean is and what varies inside it apart.
 
     A slide of another donor shifts all its spots alike; weights fitted to that shift would misjudge who predicts the
@@ -179,6 +182,8 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
     groups
         Slide of each row; the shrinkage of per-gene weights to common ones is the one that predicts held-out slides
         best.
+    prior, strength
+        Weights that the common ones are drawn to, and how strongly: 1 is as much as the data.
 
     Returns
     -------
@@ -198,15 +203,17 @@ def fit_stack(y: np.ndarray, parts: np.ndarray, mean: np.ndarray, groups: np.nda
         level_target.append((y[r].mean(0) - mean[r][0]) / scale)
     level = _bounded(np.concatenate(level_inputs), np.concatenate(level_target))
     # sums of products are all that the weights need; each slide adds its own
+    prior = np.full(n_parts, 1 / n_parts) if prior is None else prior
     products = [(np.einsum("png,qng->gpq", x, x), np.einsum("png,ng->gp", x, t)) for x, t in zip(inputs, target)]
 
     def solve(which: Sequence[int], shrinkage: float) -> np.ndarray:
         xx, xz = (sum(products[i][k] for i in which) for k in (0, 1))
-        common = _nnls(xx.sum(0), xz.sum(0))
+        pull = strength * np.trace(xx.sum(0)) / n_parts
+        common = _nnls(xx.sum(0) + pull * np.eye(n_parts), xz.sum(0) + pull * prior)
         if np.isinf(shrinkage):
             return np.repeat(common[:, None], y.shape[1], 1)
-        prior = shrinkage * len(which)
-        return np.stack([_nnls(a + prior * np.eye(n_parts), b + prior * common) for a, b in zip(xx, xz)], 1)
+        pull = shrinkage * len(which)
+        return np.stack([_nnls(a + pull * np.eye(n_parts), b + pull * common) for a, b in zip(xx, xz)], 1)
 
     everything, choices = range(len(names)), (0.01, 0.1, 1.0, np.inf)
     if len(names) == 1:

@@ -90,7 +90,7 @@ def _windows(slide: HeldOut, mean: np.ndarray, theta: np.ndarray) -> list[_Windo
     n_parts, out = -(-len(slide.xy) // MAX_SPOTS), []
     axis = int(np.argmax(np.ptp(slide.xy, axis=0)))
     for rows in np.array_split(np.argsort(slide.xy[:, axis], kind="stable"), n_parts)[:5]:
-        m = np.maximum(mean[rows], 1e-9)
+        m = np.maximum(mean[rows], 1e-6)
         w = m / (1 + m / theta)
         z = slide.counts[rows] / m - 1
         out.append(_Window(cdist(slide.xy[rows], slide.xy[rows]), z - (w * z).sum(0) / w.sum(0), w))
@@ -200,10 +200,10 @@ def _factors(windows: list[_Window], pitch: float, lengths: np.ndarray, field: n
         variance = np.expm1(field)
         own = (np.einsum("brg,rg->bg", m.kernels, variance)[near] * np.einsum("bgg->bg", m.weight)[near]).sum(0)
         own = own / np.einsum("bgg->bg", m.weight)[near].sum(0)
-        own = np.maximum(own, 0.3 * np.median(own))
+        own = np.maximum(own, max(0.3 * float(np.median(own)), 1e-6))
         return cross / np.sqrt(np.outer(own, own))
 
-    found, n_genes = np.clip(correlation(windows), -1, 1), field.shape[1]
+    found, n_genes = np.clip(np.nan_to_num(correlation(windows)), -1, 1), field.shape[1]
     off = ~np.eye(n_genes, dtype=bool)
     trust, halves = 0.5, _halves(windows)
     if halves:

@@ -34,6 +34,8 @@ from spatiaflow.train.trust import trusted
 MAX_FOLDS = 5
 CALIBRATION_DRAWS = 8  # of the prior, for the network's held-out mean
 CRPS_DRAWS = 64
+PRIOR_DONORS = 4  # a few donors do not say who predicts the next: rates of counts are then trusted alike
+RATES_ALIKE = np.array([*("NB" in name for name in NAMES), False]) / sum("NB" in name for name in NAMES)
 
 
 class FlowMatching(L.LightningModule):
@@ -141,7 +143,9 @@ def _fit_stflow(
     level, weights = np.zeros(len(NAMES) + 1), np.zeros((len(NAMES) + 1, len(genes)))
     level[-1] = weights[-1] = 1.0  # the network alone
     if config.stack and len(oof["y"]) > 1:
-        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["slide"])
+        n_donors = len(np.unique(oof["donor"]))
+        strength = PRIOR_DONORS / n_donors if n_donors > 1 else 0.0
+        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["slide"], RATES_ALIKE, strength)
     prediction = np.empty_like(oof["y"])
     for rows in _slides_of(oof):
         prediction[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)

@@ -1,0 +1,185 @@
+"""Joint laws of expression: do intervals of regions, sums of genes and differences hold, within a donor and on a new one?
+
+    python benchmarks/joint.py --tasks her2st lung brain kidney donors --seeds 3
+    python benchmarks/joint.py --table
+
+The split is a section that no choice has seen, or all sections of a donor. Draws are the model's own, at the measured library size
+of the spots. Baselines have the same mean: "independent" draws every count alone. Regions are a spot and its nearest 8 or 24.
+"""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+import results
+import spatiaflow as sf
+from spatiaflow._slides import gather
+from spatiaflow.models.counts import draw_counts, log_normalize
+from spatiaflow.models.regression import gene_pearson
+from spatiaflow.models.slide import Slide
+from spatiaflow.models.stflow import STFlow, STFlowConfig
+from spatiaflow.train.stflow import train_stflow
+from spatiaflow.train.trust import partial
+
+FFPE = {"lung": "lungorganoid/V19D02-088", "brain": "mousebrain/V10F24-078", "kidney": "kidneyorganoid/V19D02-085"}
+SECTIONS = {
+    "her2st": ("C2", "C3", "C4", "C5"),
+    "lung": ("A1", "B1", "C1"),
+    "brain": ("A1", "B1"),
+    "kidney": ("B1", "C1"),
+}
+DONORS = {"A1": "A", "B4": "B", "C2": "C", "C3": "C", "C4": "C", "C5": "C"}
+N_GENES, N_DRAWS, LEVEL = 50, 200, 0.9
+
+
+def load(task: str) -> list[Slide]:
+    """Slides of a task with features and counts of the genes that all of them measure."""
+    names = DONORS if task == "donors" else SECTIONS[task]
+    slides = []
+    for name in names:
+        adata = (
+            sf.datasets.her2st(name)
+            if task in ("her2st", "donors")
+            else sf.datasets.visium_ffpe(f"{FFPE[task]}_{name}")
+        )
+        sf.pp.encode_patches(adata)
+        (slide,) = gather(adata, need=("counts", "features"), use_rep="X_texture")
+        slide = slide.take(slide.on_tissue & (slide.library > 0))
+        slides.append(replace(slide, name=name, donor=DONORS[name] if task == "donors" else ""))
+    shared = set.intersection(*(set(slide.genes) for slide in slides))
+    return [slide.align([gene for gene in slides[0].genes if gene in shared]) for slide in slides]
+
+
+def most_variable(slides: list[Slide]) -> list[str]:
+    """Genes that vary most within training slides."""
+    variance = np.mean([s.log_normalized().toarray().var(0) for s in slides], 0)
+    return [slides[0].genes[i] for i in np.argsort(-variance, kind="stable")[:N_GENES]]
+
+
+def gene_sets(slides: list[Slide], size: int = 10) -> list[np.ndarray]:
+    """Ten sets of genes that go together in training slides."""
+    correlation = np.corrcoef(np.concatenate([s.log_normalized().toarray() for s in slides]).T)
+    strength = np.sort(correlation, 1)[:, -size:].mean(1)
+    return [np.argsort(-correlation[g])[:size] for g in np.argsort(-strength)[:: max(1, len(strength) // 10)][:10]]
+
+
+def inside(truth: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
+    """Coverage and width of intervals."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0, method="weibull")
+    return float(((truth >= low) & (truth <= high)).mean()), float((high - low).mean())
+
+
+def energy(truth: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Energy score over genes of every region (fair), from truth (regions x genes) and draws (draws x regions x genes)."""
+    n = len(draws)
+    apart = sum(np.linalg.norm(draws - one, axis=2).sum(0) for one in draws)
+    return np.linalg.norm(draws - truth, axis=2).mean(0) - apart / (2 * n * (n - 1))
+
+
+def variogram(truth: np.ndarray, draws: np.ndarray, neighbors: np.ndarray) -> float:
+    """Variogram score (power .5) of neighbouring spots, mean over pairs and genes."""
+    first, second = np.repeat(np.arange(len(truth)), neighbors.shape[1]), neighbors.ravel()
+    known = np.abs(truth[first] - truth[second]) ** 0.5
+    drawn = np.mean([np.abs(one[first] - one[second]) ** 0.5 for one in draws], 0)
+    return float(((known - drawn) ** 2).mean())
+
+
+def scores(slide: Slide, draws: np.ndarray, sets: list[np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
+    """What people read of draws (draws x n x genes), and the energy of every region of nine spots."""
+    y, tree, rng = slide.log_normalized().toarray(), cKDTree(slide.xy), np.random.default_rng(0)
+    out, regions = {}, {}
+    out["coverage single"], out["width single"] = inside(y, draws)
+    for k in (9, 25):
+        index = tree.query(slide.xy, k=k)[1]
+        regions[k] = y[index].mean(1), np.stack([one[index].mean(1) for one in draws])
+        out[f"coverage {k} spots"], out[f"width {k} spots"] = inside(*regions[k])
+    truth, drawn = regions[9]
+    pairs = rng.integers(0, len(y), (300, 2))
+    pairs = pairs[np.linalg.norm(slide.xy[pairs[:, 0]] - slide.xy[pairs[:, 1]], axis=1) > 4 * slide.pitch]
+    out["coverage differences"], _ = inside(
+        truth[pairs[:, 0]] - truth[pairs[:, 1]], drawn[:, pairs[:, 0]] - drawn[:, pairs[:, 1]]
+    )
+    out["coverage sums"], _ = inside(
+        np.stack([y[:, s].sum(1) for s in sets], 1), np.stack([draws[:, :, s].sum(2) for s in sets], 2)
+    )
+    out["crps"] = float(sf.metrics.crps_ensemble(y, draws).mean())
+    out["variogram"] = variogram(y, draws[:100], tree.query(slide.xy, k=5)[1][:, 1:])
+    each = energy(truth, drawn[:100])
+    return out | {"energy 9 spots": float(each.mean())}, each
+
+
+def independent(model: STFlow, slide: Slide, mean: np.ndarray, seed: int) -> np.ndarray:
+    """Draws of the same mean in which every count is alone; dispersion fitted to the same held-out counts."""
+    rng, rate = np.random.default_rng(seed), model.counting.rate_at(mean, model.arrays["theta"])
+    theta, size = model.law.marginal_theta(None), slide.library
+    return np.stack([log_normalize(draw_counts(size[:, None] * rate, theta, 0, rng), size) for _ in range(N_DRAWS)])
+
+
+def interval(difference: np.ndarray, xy: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean over regions, by bootstrap over 4 x 4 blocks of the slide."""
+    place = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-9)
+    block = np.minimum((place * 4).astype(int), 3) @ [4, 1]
+    names, rng = np.unique(block), np.random.default_rng(seed)
+    sums = np.array([[difference[block == b].sum(), (block == b).sum()] for b in names])
+    drawn = sums[rng.integers(0, len(names), (2000, len(names)))].sum(1)
+    return tuple(np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
+
+
+def evaluate(table: results.Table, task: str, model: STFlow, test: Slide, sets, seed: int, started: float) -> None:
+    """Write the rows of one test slide."""
+    new, y = task == "donors", test.log_normalized().toarray()
+    found = model.predict([test], new_donor=new, seed=seed)
+    part, trusted = partial(y, found.mean, test.library), model.trusted(new) & (model.skill > 0)
+    own, energies = scores(
+        test, np.stack(list(model.draws(test, N_DRAWS, depth=test.library, new_donor=new, seed=seed))), sets
+    )
+    alone, alone_energies = scores(test, independent(model, test, found.mean, seed), sets)
+    low, high = interval(energies - alone_energies, test.xy)
+    own |= {
+        "pearson": float(np.nanmean(gene_pearson(y, found.mean))), "partial": float(part.mean()),
+        "trusted": int(trusted.sum()), "trusted but wrong": int((trusted & (part <= 0)).sum()),
+        "energy minus independent": float((energies - alone_energies).mean()), "energy minus independent, low": low,
+        "energy minus independent, high": high, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    table.add(task, test.name, seed, "STFlow default", own)
+    table.add(task, test.name, seed, "independent", alone)
+
+
+def run(args) -> None:
+    table = results.Table("joint", again=args.again)
+    for task in args.tasks:
+        slides = load(task)
+        groups = sorted({s.donor for s in slides}) if task == "donors" else [s.name for s in slides]
+        for seed in range(args.seeds):
+            for group in groups:
+                tests = [s for s in slides if group == (s.donor if task == "donors" else s.name)]
+                if not any(table.lacks(task, s.name, seed, "STFlow default") for s in tests):
+                    continue
+                train, started = [s for s in slides if all(s is not t for t in tests)], time.perf_counter()
+                genes = most_variable(train)
+                train = [s.align(genes) for s in train]
+                model = train_stflow(train, STFlowConfig.of("default"), encoder={"id": "texture"}, seed=seed)
+                for test in tests:
+                    evaluate(table, task, model, test.align(genes), gene_sets(train), seed, started)
+
+
+def show() -> None:
+    """Print the means over seeds."""
+    rows = results.read("joint")
+    for task in rows["data"].unique():
+        part = results.select(rows, data=task)
+        mean = results.pivot(part, ["method", "split"])
+        print(f"\n### {task}\n\n{mean.round(3).reset_index().to_markdown(index=False)}")
+        print(results.pivot(part).round(3).reset_index().to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    command_line = results.parser(__doc__)
+    command_line.add_argument("--tasks", nargs="+", default=["her2st", "lung", "brain", "kidney", "donors"])
+    command_line.add_argument("--seeds", type=int, default=3)
+    command_line.add_argument("--table", action="store_true", help="print the table")
+    arguments = command_line.parse_args()
+    show() if arguments.table else run(arguments)
