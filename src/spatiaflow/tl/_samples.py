@@ -18,7 +18,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io, datasets
 from spatiaflow._files import new_folder
-from spatiaflow._io import Where
+from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import progress, resolve_seed, settings
 from spatiaflow._slides import gather
@@ -102,7 +102,8 @@ def sample_expression(
         With ``store`` dask arrays that read the store; :func:`anndata.io.read_zarr` reads all of it
     ``.X`` : float32, mean of the draws
     ``.var`` : ``skill`` and ``trusted`` of each gene
-    ``.obs``, ``.obsm["spatial"]``, ``.uns["spatial"]``, ``.uns["spatialdata_attrs"]`` : those of ``data``
+    ``.obsm["spatial"]`` : positions, in the unit in which they are stored
+    ``.obs``, ``.uns["spatial"]``, ``.uns["spatialdata_attrs"]`` : those of ``data``
     ``.uns["draws"]`` : dict with ``depth`` (the number, or the name of the column), ``donor_effect`` (``"same donor"``,
         ``"learned"`` or ``"prior, not learned"``), ``normalization`` and ``params``
 
@@ -160,7 +161,7 @@ def sample_expression(
             index=[model.genes[i] for i in columns],
         )
         out = _io.beside(sampler.table, np.full((sampler.table.n_obs, len(columns)), np.nan, np.float32), var)
-        out.obsm[spatial_key] = sampler.positions(spatial_key)
+        out.obsm[Key.obsm.spatial] = sampler.positions(spatial_key)
         out.uns["draws"] = _io.storable({
             "depth": sampler.depth, "donor_effect": model.donor_effect(new_donor),
             "normalization": {"target_sum": "raw" if model.target_sum is None else model.target_sum, "log1p": True},
@@ -196,10 +197,10 @@ class Sampler:
                     yield slide, i, values
                     bar.update()
 
-    def positions(self, spatial_key: str) -> Any:
-        """Positions of the rows of the table, in the unit in which they are stored; NaN where there are none."""
+    def positions(self, spatial_key: str) -> np.ndarray:
+        """Positions of the rows of the table, n_obs x 2, in the unit in which they are stored; NaN where there are none."""
         if spatial_key in self.table.obsm:
-            return _io.owned(self.table.obsm[spatial_key])
+            return _io.positions(self.table, spatial_key).copy()
         xy = np.full((self.table.n_obs, 2), np.nan)
         for slide in self.slides:
             xy[slide.rows] = slide.xy / slide.mpp
