@@ -325,7 +325,7 @@ class STFlow(_base.Model):
         mean[order] = combine(parts(), a["mean"], a["level"], a["weights"])
         if bad := int((~np.isfinite(mean)).any(1).sum()):
             raise ValueError(
-                f"slide {slide.name!r}: the prediction is not finite in {bad} rows. Are their features (obsm) on the scale of the "
+                f"slide {slide.name!r}: the prediction is not finite in {bad} rows. Are features (obsm) on the scale of the "
                 f"training data? The largest is {np.abs(slide.features).max():.3g}."
             )
         return mean, degenerate[0]

@@ -41,7 +41,8 @@ def calibration(
     layer
         Layer with raw counts; None reads ``X``.
     draws
-        Draws from the predictive distribution (n_draws, n_obs, n_genes), e.g. ``model.law.sample(mean, std, 100)``.
+        Draws from the predictive distribution (n_draws, n_obs, n_genes): the layers of
+        :func:`spatiaflow.tl.sample_expression`, at the measured depth.
     table_key
         Table of a SpatialData.
     show
@@ -66,8 +67,9 @@ def calibration(
 
     With draws of the predictive distribution:
 
-    >>> draws = model.law.sample(adata.obsm["stflow"], adata.obsm["stflow_std"], 100)
-    >>> sf.pl.calibration(adata, draws=draws)
+    >>> adata.obs["total_counts"] = np.asarray(adata.X.sum(1)).ravel()
+    >>> draws = sf.tl.sample_expression(adata, model=model, n_samples=50, depth="total_counts")
+    >>> sf.pl.calibration(adata, draws=np.stack(list(draws.layers.values())))
     """
     import matplotlib.pyplot as plt
 

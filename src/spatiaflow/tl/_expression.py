@@ -281,11 +281,13 @@ def predict_expression(
     None, or with ``copy=True`` what was given. Sets:
 
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p counts per 10,000; columns are ``.uns[key_added]["genes"]``
-    ``.obsm[f"{key_added}_std"]`` : same shape and unit; between-draw plus residual deviation learned on held-out slides
+    ``.obsm[f"{key_added}_std"]`` : same shape and unit; standard deviation of a measured value, learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
+    ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
-        ``trusted`` (skill above 0), ``normalization``, ``between_share`` (share of the variance that differs between draws),
-        ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
+        ``trusted`` (skill above 0, and a pattern that holds on other slides, with ``new_donor`` on those of another donor),
+        ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``, ``"learned"`` or
+        ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
         ``standardized_on`` says for each slide by how many of its own spots on tissue features were scaled, or
         ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
 
