@@ -286,8 +286,8 @@ def predict_expression(
     ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
         ``trusted`` (skill above 0, and a pattern that holds on other slides, with ``new_donor`` on those of another donor),
-        ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``, ``"learned"`` or
-        ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
+        ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``,
+        ``"learned"`` or ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
         ``standardized_on`` says for each slide by how many of its own spots on tissue features were scaled, or
         ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
 
