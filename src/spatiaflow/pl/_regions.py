@@ -62,7 +62,8 @@ def regions(
 
     Examples
     --------
-    >>> adata.obs["side"] = np.where(adata.obsm["spatial"][:, 0] > 250, "right", "left")
+    >>> x = adata.obsm["spatial"][:, 0]
+    >>> adata.obs["side"] = np.where(x > np.median(x), "right", "left")
     >>> table = sf.tl.summarize_expression(adata, model=model, groupby="side", n_samples=20)
     >>> sf.pl.regions(table)
     """
@@ -105,7 +106,7 @@ def regions(
 def _check(data: pd.DataFrame) -> str:
     """Refuse what is no table of regions; return the column that names genes or sets."""
     if not isinstance(data, pd.DataFrame):
-        raise TypeError(f"data must be the DataFrame of sf.tl.summarize_expression, not {type(data).__name__}.")
+        raise TypeError(f"data must be one DataFrame, of sf.tl.summarize_expression, not {type(data).__name__}.")
     kind = "gene_set" if "gene_set" in data else "gene"
     if missing := [name for name in (*NEEDED, kind) if name not in data]:
         raise KeyError(

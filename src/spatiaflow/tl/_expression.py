@@ -287,9 +287,9 @@ def predict_expression(
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
         ``trusted`` (skill above 0, and a pattern that holds on other slides, with ``new_donor`` on those of another donor),
         ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``,
-        ``"learned"`` or ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is arbitrary) and ``params``, where
-        ``standardized_on`` says for each slide by how many of its own spots on tissue features were scaled, or
-        ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
+        ``"learned"`` or ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is
+        arbitrary) and ``params``, where ``standardized_on`` says for each slide by how many of its own spots on tissue features
+        were scaled, or ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
 
     Raises
     ------

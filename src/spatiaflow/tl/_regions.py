@@ -137,7 +137,8 @@ def summarize_expression(
 
     Examples
     --------
-    >>> adata.obs["side"] = np.where(adata.obsm["spatial"][:, 0] > 250, "right", "left")
+    >>> x = adata.obsm["spatial"][:, 0]
+    >>> adata.obs["side"] = np.where(x > np.median(x), "right", "left")
     >>> table = sf.tl.summarize_expression(adata, model=model, groupby="side", n_samples=20)
     >>> table[["region", "gene"]].head(2).values.tolist()
     [['left', 'TYPE_epithelial1'], ['left', 'NICHE_gland1']]
