@@ -289,7 +289,8 @@ def predict_expression(
         ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``,
         ``"learned"`` or ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is
         arbitrary) and ``params``, where ``standardized_on`` says for each slide by how many of its own spots on tissue features
-        were scaled, or ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on glass
+        were scaled, or ``"training"``: by the training data (always so of fewer than 20 spots), and ``n_glass`` counts spots on
+        glass
 
     Raises
     ------
