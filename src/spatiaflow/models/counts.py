@@ -269,7 +269,7 @@ class CountLaw:
         rng = np.random.default_rng(seed)
         out = np.empty((n_draws, *mean.shape), np.float32)
         library = rng.choice(self.libraries, (n_draws, len(mean)))
-        for g, pi in enumerate(self.pi):
+        for g, pi in enumerate(np.broadcast_to(self.pi, mean.shape[1])):
             inner = np.maximum(mean[:, g], 0) / (1 - pi)
             wanted = np.sqrt(np.maximum((std[:, g] ** 2 + mean[:, g] ** 2) / (1 - pi) - inner**2, 0))
             rates = np.stack([np.exp(np.interp(inner, m, np.log(self.rates))) for m in self.mean])
