@@ -7,13 +7,11 @@ HEST benchmark: official folds, log1p of raw counts, the task's published gene l
 test included). Pearson is per gene over the pooled spots of a fold's test slides, mean over genes, then folds; the mean of
 per-slide values stands beside. A gene that is constant in the truth is left out; a constant prediction scores 0.
 
-``--selection inner`` (default) chooses epochs inside the training slides. ``--selection test`` repeats the published
-protocol, whose "validation" slides ARE the test slides: such a method is called TEST-SELECTED in every row.
+Epochs are chosen inside the training slides. The published protocol chose them on the test slides: its numbers are no comparison.
 """
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -34,10 +32,6 @@ from spatiaflow.models.regression import gene_pearson, smooth
 from spatiaflow.models.slide import pitch as pitch_of
 from spatiaflow.models.stflow import STFlowConfig
 from spatiaflow.train.stflow import train_stflow
-
-BANNER = (
-    "TEST-SELECTED (published protocol: the epoch was chosen on the test slides; not comparable with honest numbers)"
-)
 
 
 def hest_slide(task: Path, row: pd.Series, genes: list[str], encoder, cache: Path) -> Scored:
@@ -132,11 +126,7 @@ def scores(test: list[Scored], predictions: list[np.ndarray]) -> dict[str, float
     }
 
 
-def stflow_name(preset: str, selection: str) -> str:
-    return f"STFlow {preset}" + (" TEST-SELECTED" if selection == "test" else "")
-
-
-def run_fold(train: list[Scored], test: list[Scored], preset: str, selection: str, seed: int) -> dict[str, dict]:
+def run_fold(train: list[Scored], test: list[Scored], preset: str, seed: int) -> dict[str, dict]:
     """Score ridge, smoothed ridge and STFlow on one fold."""
     a, b = scaled(train, test, "global")
     alpha, weight = chosen_ridge(a)[:2] if len(train) > 1 else (1e3, 0.25)
@@ -148,13 +138,9 @@ def run_fold(train: list[Scored], test: list[Scored], preset: str, selection: st
     }
     options = {"encoder": {"id": "benchmark"}, "target_sum": None, "seed": seed}
     config, started = STFlowConfig.of(preset), time.perf_counter()
-    if selection == "test":
-        seen, names = [*train, *test], [s.name for s in test]
-        model = train_stflow([s.slide for s in seen], config, validation=names, **options)
-    else:
-        model = train_stflow([s.slide for s in train], config, **options)
+    model = train_stflow([s.slide for s in train], config, **options)
     predictions = [model.predict([s.slide], seed=seed).mean for s in test]
-    out[stflow_name(preset, selection)] = scores(test, predictions) | {"seconds": time.perf_counter() - started}
+    out[f"STFlow {preset}"] = scores(test, predictions) | {"seconds": time.perf_counter() - started}
     return out
 
 
@@ -167,7 +153,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--genes", type=int, default=50)
     out.add_argument("--encoder", default="texture")
     out.add_argument("--preset", choices=list(STFlowConfig.named), default="default")
-    out.add_argument("--selection", choices=("inner", "test"), default="inner")
     out.add_argument("--seeds", type=int, default=1)
     out.add_argument("--cache", type=Path, default=Path("features"), help="folder that keeps features of patches")
     return out
@@ -175,8 +160,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.selection == "test":
-        print(BANNER, file=sys.stderr)
     encoder = load_encoder(args.encoder, device=sf.settings.torch_device())
     table = results.Table("hest", again=args.again)
     tasks = args.tasks or sorted(p.parent.name for p in args.root.glob("*/splits"))
@@ -188,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 folds = stimage_folds(args.root, task, args.genes, args.encoder, seed)
             for fold, train, test in folds:
-                if table.lacks(data, f"fold {fold}", seed, stflow_name(args.preset, args.selection)):
-                    found = run_fold(train, test, args.preset, args.selection, seed)
+                if table.lacks(data, f"fold {fold}", seed, f"STFlow {args.preset}"):
+                    found = run_fold(train, test, args.preset, seed)
                     table.add_all(data, f"fold {fold}", seed, found)
     rows = results.select(results.read("hest"), metric=["pearson_pooled", "pearson_per_slide"])
     by_fold = rows.groupby(["method", "data", "metric", "split"])["value"].mean()

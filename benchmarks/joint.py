@@ -3,8 +3,9 @@
     python benchmarks/joint.py --tasks her2st lung brain kidney donors --seeds 3
     python benchmarks/joint.py --table
 
-The split is a section that no choice has seen, or all sections of a donor. Draws are the model's own, at the measured library size
-of the spots. Baselines have the same mean: "independent" draws every count alone. Regions are a spot and its nearest 8 or 24.
+The split is a section that no choice has seen, or all sections of a donor. Draws are the model's own, at the measured library
+size of the spots. Baselines have the same mean: "independent" draws every count alone. A region is a spot and its nearest 8 or
+24.
 """
 
 import time

@@ -17,7 +17,9 @@ import torch
 import results
 import spatiaflow as sf
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.regression import gene_pearson
+from spatiaflow.models.members import SMOOTHING
+from spatiaflow.models.regression import gene_pearson, smooth
+from spatiaflow.models.spatial import spatial_graph
 
 DRIVERS = ("type", "niche", "state", "morphology", "none")  # of genes, as the simulation plants them
 
@@ -34,7 +36,7 @@ def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.n
         sf.pp.encode_patches(slide, image_key="he", patch_um=64)
     model = sf.tl.train_stflow(slides[:3], genes=list(slides[0]["table"].var_names), random_state=seed)
     test, genes = slides[3], model.genes
-    sf.tl.predict_expression(test, model=model, n_samples=10, random_state=seed)
+    sf.tl.predict_expression(test, model=model, n_samples=10, new_donor=False, random_state=seed)
     table = test["table"]
     y, mean, std = log_expression(table, genes), table.obsm["stflow"], table.obsm["stflow_std"]
     rate = table[:, genes].layers["rate"].astype(float)
@@ -44,12 +46,13 @@ def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.n
         library, (200, len(table))
     )  # the law that made the counts, library unknown as it is to the model
     oracle = np.stack([log_normalize(rng.poisson(rng.gamma(theta, s[:, None] * rate / theta)), s, 1e4) for s in sizes])
-    draws = model.law.sample(mean.astype(float), std.astype(float), 200, seed)
+    draws = model.counting.sample(mean.astype(float), std.astype(float), 200, seed)
     low, high = np.quantile(draws, [0.05, 0.95], axis=0, method="weibull")
     training = np.concatenate([log_expression(s["table"], genes) for s in slides[:3]])
     grid = np.quantile(training, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(y), 1))
     flat = [np.tile(np.quantile(training, q, axis=0), (len(y), 1)) for q in (0.05, 0.95)]
     features, xy = table.obsm["X_texture"], table.obsm["spatial"]
+    ridge = model.members.ridges["global"].predict(model.members.scaled(features, "global"))
     counts, interval_score = "pearson with counts", sf.metrics.interval_score
     scores = {
         "STFlow": {
@@ -57,8 +60,8 @@ def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.n
             "coverage90": ((y >= low) & (y <= high)).mean(0), "crps": sf.metrics.crps_ensemble(y, draws).mean(0),
             "interval": interval_score(y, low, high).mean(0), "skill": model.skill,
         },
-        "ridge": {counts: gene_pearson(y, model.simple_prediction(features))},
-        "ridge + smoothing": {counts: gene_pearson(y, model.simple_prediction(features, xy))},
+        "ridge": {counts: gene_pearson(y, ridge)},
+        "ridge + smoothing": {counts: gene_pearson(y, smooth(ridge, spatial_graph(xy, 8), SMOOTHING))},
         "planted rates": {counts: gene_pearson(y, np.log(rate))},
         "training distribution": {
             "crps": sf.metrics.crps_ensemble(y, grid, fair=False).mean(0), "interval": interval_score(y, *flat).mean(0),

@@ -14,10 +14,11 @@ import torch
 
 import results
 from spatiaflow.models.counts import ScalarZINB
+from spatiaflow.models.denoiser import Denoiser, SlideTokens
 from spatiaflow.models.flow import schedule
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import LocalAttention, frames, spatial_graph
-from spatiaflow.models.stflow import Denoiser, SlideTokens, STFlowConfig
+from spatiaflow.models.stflow import STFlowConfig
 from spatiaflow.train.batches import Regions
 from spatiaflow.train.stflow import FlowMatching
 
@@ -55,16 +56,12 @@ def epoch(repeats: int = 4) -> list[float]:
 
 def predict(n: int, n_steps: int = 5) -> tuple[float, float]:
     """Seconds and peak memory (GB, the whole process with its input) of one prediction of a slide."""
-    from types import SimpleNamespace
-
     torch.manual_seed(0)
-    model = SimpleNamespace(
-        config=PAPER, networks=[Denoiser(PAPER.denoiser(1024, 50)).eval()], prior=ScalarZINB(), genes=range(50)
-    )
+    network = Denoiser(PAPER.denoiser(1024, 50)).eval()
     rng, xy = np.random.default_rng(0), lattice(n)
     x = rng.standard_normal((n, 1024), dtype=np.float32)
     started = time.perf_counter()
-    tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), model, "cpu", 512)
+    tokens = SlideTokens(x, xy, np.zeros((n, 50), np.float32), [network], ScalarZINB(), False, "cpu", 512)
     tokens.run(rng, schedule(n_steps))
     return time.perf_counter() - started, results.peak_gb()
 

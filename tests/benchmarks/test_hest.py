@@ -96,12 +96,6 @@ def test_a_fold_that_is_held_is_not_fitted_again(once, hest_root, monkeypatch):
     assert len(fitted) == 2
 
 
-def test_selection_on_test_is_labelled_loudly(hest_root, tmp_path, capsys):
-    table = measured(tmp_path, "--root", hest_root, "--selection", "test", "--preset", "paper")
-    assert "TEST-SELECTED" in capsys.readouterr().err
-    assert "STFlow paper TEST-SELECTED" in set(table["method"])
-
-
 def test_pooled_and_per_slide_differ_as_they_should():
     rng = np.random.default_rng(0)
     y = [rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 10]

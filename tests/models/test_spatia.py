@@ -8,13 +8,13 @@ from scipy import sparse
 from spatiaflow import models
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.encoders._cell import ImageEncoder
+from spatiaflow.models.fusion import Surroundings
 from spatiaflow.models.preprocess import in_vocabulary, standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import (
     Spatia,
     SpatiaConfig,
     SpatiaNetwork,
-    Surroundings,
 )
 from spatiaflow.models.spatial import anchor_graph, anchors
 

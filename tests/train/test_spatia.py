@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spatiaflow.models.spatia import SpatiaConfig, SpatiaNetwork, Surroundings
+from spatiaflow.models.fusion import Surroundings
+from spatiaflow.models.spatia import SpatiaConfig, SpatiaNetwork
 from spatiaflow.train.spatia import ContextTraining, nearest_hidden
 
 pytestmark = pytest.mark.usefixtures("own_draws")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.special import digamma
 from torch import Tensor
 
 MAX_THETA = 1e4  # above this value a negative binomial is practically a Poisson distribution
@@ -43,6 +44,21 @@ def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor, pi: Tensor | Non
         return log_p
     zero = torch.log(pi + (1 - pi) * torch.exp(log_p))
     return torch.where(counts == 0, zero, torch.log1p(-pi) + log_p)
+
+
+def log_variance(theta: np.ndarray) -> np.ndarray:
+    """Variance of log rate that a lognormal rate needs, for counts to be fitted best by this inverse dispersion.
+
+    The gamma distribution closest to a lognormal one in likelihood has the same mean logarithm:
+    log theta - digamma(theta) = variance / 2.
+    """
+    return 2 * (np.log(theta) - digamma(theta))
+
+
+def theta_of(variance: np.ndarray) -> np.ndarray:
+    """Inverse dispersion that :func:`log_variance` gives this variance, at most MAX_THETA."""
+    theta = np.geomspace(MAX_THETA, 1e-3, 2000)
+    return np.exp(np.interp(np.maximum(variance, 0), log_variance(theta), np.log(theta)))
 
 
 def fit_counts(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,7 +269,7 @@ class CountLaw:
         rng = np.random.default_rng(seed)
         out = np.empty((n_draws, *mean.shape), np.float32)
         library = rng.choice(self.libraries, (n_draws, len(mean)))
-        for g, pi in enumerate(self.pi):
+        for g, pi in enumerate(np.broadcast_to(self.pi, mean.shape[1])):
             inner = np.maximum(mean[:, g], 0) / (1 - pi)
             wanted = np.sqrt(np.maximum((std[:, g] ** 2 + mean[:, g] ** 2) / (1 - pi) - inner**2, 0))
             rates = np.stack([np.exp(np.interp(inner, m, np.log(self.rates))) for m in self.mean])

@@ -8,7 +8,7 @@ from scipy.linalg import cholesky
 from scipy.spatial.distance import cdist
 
 MAX_DENSE = 1500  # spots; a Cholesky factor of them takes 18 MB and .1 s
-CELLS_PER_RANGE = 4  # of the grid of the FFT
+CELLS_PER_RANGE = 8  # of the grid of the FFT
 MAX_GRID = 2**24  # cells
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from spatiaflow.models.counts import MAX_THETA
+from spatiaflow.models.counts import log_variance, theta_of
 from spatiaflow.models.fields import Fields
 
 DONOR_SD = 1.0  # of log rate between donors, where fewer than MIN_DONORS were seen
@@ -74,7 +74,7 @@ class JointLaw:
         variance = self.variance
         if new_donor is not None:
             variance = variance + np.minimum((self.donor_sd if new_donor else self.slide_sd) ** 2, 1)
-        return 1 / np.maximum((1 + 1 / self.theta) * np.exp(variance) - 1, 1 / MAX_THETA)
+        return theta_of(log_variance(self.theta) + variance)
 
     def correlated(self, common: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Give independent normals the correlation between genes: ... x factors and ... x genes to ... x genes."""

@@ -112,6 +112,8 @@ def fit_linear(parts: list[Part], penalty: float, share: np.ndarray | None = Non
         Weight of each slide's level in the level of the prediction; equal when None.
     """
     x, counts, library, slide = _stacked(parts)
+    centre = torch.stack([x[slide == s].mean(0) for s in range(len(parts))])  # else levels and coefficients compete
+    x = x - centre[slide]
     pattern = nn.Linear(x.shape[1], counts.shape[1], bias=False)
     nn.init.zeros_(pattern.weight)
     model = _Levels(counts, library, slide, pattern)
@@ -126,6 +128,8 @@ def fit_linear(parts: list[Part], penalty: float, share: np.ndarray | None = Non
         return loss
 
     optimizer.step(closure)
+    with torch.no_grad():
+        model.level.sub_(centre @ pattern.weight.T)
     return model.fitted(_float(share))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MIN_TISSUE = 0.05  # share of a patch: spots under tissue have .08 and more, glass 0 (benchmarks/glass.py)
+LEVELS = ("cell", "niche", "tissue")  # of SPATIA's embeddings
 ABSENT: Any = None  # a slide without this array; whoever calls gather() says which arrays it needs
 
 

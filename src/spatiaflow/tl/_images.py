@@ -12,9 +12,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._slides import gather
 from spatiaflow._slides.crops import check_inside, share_memory
-from spatiaflow.models.slide import Slide
-
-LEVELS = ("cell", "niche", "tissue")
+from spatiaflow.models.slide import LEVELS, Slide
 
 
 def cells_with_images(

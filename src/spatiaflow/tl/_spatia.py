@@ -17,6 +17,7 @@ from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow.datasets._weights import resolve
+from spatiaflow.models.slide import LEVELS
 from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_WEIGHTS = "spatia-pancreas-small"
 MODALITIES = ("image", "genes")
-LEVELS = ("cell", "niche", "tissue")
 MIN_COVERAGE = 0.1  # of the model's genes: with fewer an embedding would rest on what the model was never shown
 
 

@@ -12,10 +12,11 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from spatiaflow.models.fusion import Surroundings
 from spatiaflow.models.orientation import turned
 from spatiaflow.models.preprocess import relative_scale, scaled
 from spatiaflow.models.slide import Slide
-from spatiaflow.models.spatia import SpatiaConfig, Surroundings
+from spatiaflow.models.spatia import SpatiaConfig
 
 Standards = Mapping[str, np.ndarray | None]  # by name of the slide: how its genes are standardised, 3 x genes
 

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import minimize_scalar, nnls
 from scipy.spatial.distance import cdist
 
-from spatiaflow.models.counts import MAX_THETA, log_likelihood
+from spatiaflow.models.counts import MAX_THETA, log_likelihood, log_variance, theta_of
 from spatiaflow.models.fields import kernel
 from spatiaflow.models.law import DONOR_SD, MIN_DONORS, JointLaw
 
@@ -44,18 +44,19 @@ def fit_law(slides: list[HeldOut], pitch: float) -> JointLaw:
     levels = np.stack([_level(s.counts, mean) for s, mean in zip(slides, means)])
     means = [mean * np.exp(level) for mean, level in zip(means, levels)]
     theta = fit_theta(np.concatenate([s.counts for s in slides]), np.concatenate(means))
-    extra = np.log1p(1 / theta)  # variance of log rate that a single count has room for
+    extra = log_variance(theta)  # of log rate in a single spot, field and nugget included
     windows = [w for s, mean in zip(slides, means) for w in _windows(s, mean, theta)]
     lengths, field = _field(windows, pitch)
-    field = np.minimum(field, 0.9 * extra * field / np.maximum(field.sum(0), 1e-12))
+    field = field * np.minimum(1, extra / np.maximum(field.sum(0), 1e-12))
     moments = _Moments.of(windows, pitch, lengths)
     factors = _factors(windows, pitch, lengths, field)
     nugget = _nugget(moments, field, np.maximum(extra - field.sum(0), 0), factors)
-    rest = np.maximum((1 + 1 / theta) / np.exp(field.sum(0) + nugget) - 1, 1 / MAX_THETA)
     slide, donor, learned = _between(slides, levels, means, theta, windows, lengths, field)
+    rest = theta_of(extra - field.sum(0) - nugget)
     return JointLaw(
-        1 / rest, lengths, np.sqrt(field), np.sqrt(nugget), np.sqrt(slide), np.sqrt(donor), factors, learned
-    )
+        theta=rest, lengths=lengths, field_sd=np.sqrt(field), nugget_sd=np.sqrt(nugget), slide_sd=np.sqrt(slide),
+        donor_sd=np.sqrt(donor), factors=factors, donors_learned=learned,
+    )  # fmt: skip
 
 
 def fit_theta(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:

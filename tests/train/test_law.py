@@ -1,0 +1,91 @@
+"""The law is fitted to counts that it made, and has to find itself again."""
+
+import numpy as np
+import pytest
+
+from spatiaflow.models.law import JointLaw
+from spatiaflow.train.law import HeldOut, fit_law, fit_theta
+
+XY = np.stack(np.meshgrid(np.arange(20) * 100.0, np.arange(20) * 100.0), -1).reshape(-1, 2)
+N_GENES, N_SLIDES = 12, 6
+
+
+def simulated(field=0.5, slide=0.2, *, theta=20.0, seed=0, donors=1, counts=30.0):
+    """Held-out slides from a known law, six genes of one programme, six on their own."""
+    factors = np.repeat([0.85, 0.0], N_GENES // 2)[:, None]
+    law = JointLaw(
+        np.full(N_GENES, theta), np.array([200.0, 900.0]), np.array([[field] * N_GENES, [0.0] * N_GENES]), np.zeros(N_GENES),
+        np.full(N_GENES, slide), np.full(N_GENES, 1.0), factors,
+    )  # fmt: skip
+    mean = np.full((len(XY), N_GENES), np.log(counts / 1e4), np.float32)
+    library = np.full(len(XY), 1e4)
+    slides = []
+    for i in range(N_SLIDES):
+        (drawn,) = law.draws(f"s{i}", XY, mean, library, 1, new_donor=False, seed=seed)
+        slides.append(HeldOut(f"s{i}", f"d{i % donors}", XY, drawn.astype(np.float64), library, mean))
+    return slides
+
+
+@pytest.mark.parametrize("field", [0.3, 0.6])
+def test_planted_field_is_recovered(field):
+    found = fit_law(simulated(field), 100.0)
+    near = sum(
+        sd**2 * np.exp(-100 / length) for sd, length in zip(found.field_sd, found.lengths)
+    )  # what neighbours share
+    assert near.mean() == pytest.approx(field**2 * np.exp(-0.5), rel=0.25)
+    correlation = found.factors @ found.factors.T
+    inside, across = correlation[:6, :6][~np.eye(6, dtype=bool)].mean(), np.abs(correlation[:6, 6:]).mean()
+    assert inside == pytest.approx(0.85**2, abs=0.15)
+    assert across < 0.15
+
+
+def test_without_a_field_none_is_found():
+    found = fit_law(simulated(1e-6, 0.05), 100.0)
+    assert (found.field_sd**2).sum(0).mean() < 0.01
+
+
+def test_planted_slide_effect_is_recovered():
+    small, large = (fit_law(simulated(0.2, slide), 100.0).slide_sd.mean() for slide in (0.05, 0.5))
+    assert small < 0.15
+    assert large == pytest.approx(0.5, rel=0.35)
+
+
+def test_one_far_slide_does_not_widen_everything():
+    slides = simulated(0.2, 0.05)
+    far = slides[0]
+    slides[0] = HeldOut(far.name, far.donor, far.xy, far.counts * 8, far.library, far.log_mean)
+    assert fit_law(slides, 100.0).slide_sd.mean() < 0.2
+
+
+def test_donor_effects_are_learned_from_four_donors_on():
+    few, many = (fit_law(simulated(0.2, 0.1, donors=n), 100.0) for n in (2, 6))
+    assert (few.donors_learned, many.donors_learned) == (False, True)
+    assert few.donor_sd.min() >= 1.0
+    assert many.donor_sd.mean() < 0.5
+
+
+def test_dispersion_is_that_of_the_counts():
+    rng, mean = np.random.default_rng(0), np.full((4000, 3), 20.0)
+    planted = np.array([1.0, 5.0, 50.0])
+    counts = rng.poisson(rng.gamma(planted, mean / planted)).astype(float)
+    np.testing.assert_allclose(fit_theta(counts, mean), planted, rtol=0.2)
+
+
+@pytest.mark.parametrize("case", ["never seen", "one slide", "two spots", "one gene"])
+def test_little_data_gives_a_finite_law(case):
+    slides = simulated()
+    if case == "never seen":
+        for slide in slides:
+            slide.counts[:, 0] = 0
+    if case == "one slide":
+        slides = slides[:1]
+    if case == "two spots":
+        slides = [HeldOut(s.name, s.donor, s.xy[:2], s.counts[:2], s.library[:2], s.log_mean[:2]) for s in slides]
+    if case == "one gene":
+        slides = [HeldOut(s.name, s.donor, s.xy, s.counts[:, :1], s.library, s.log_mean[:, :1]) for s in slides]
+    law = fit_law(slides, 100.0)
+    assert all(np.isfinite(value).all() for value in law.tensors().values())
+    (drawn,) = law.draws(
+        "t", XY, np.full((len(XY), len(law.theta)), -6.0, np.float32), np.full(len(XY), 1e4), 1, new_donor=True, seed=0
+    )
+    assert np.isfinite(drawn).all()
