@@ -211,3 +211,17 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
     with claim(tmp_path / "run", False, seed=0):
         assert (tmp_path / "run" / "run.json").is_file()
     assert names(tmp_path) == ["run"]
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    with _files.new_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "x").read_text() == "1"
+    with pytest.raises(KeyboardInterrupt), _files.new_folder(tmp_path / "b") as folder:
+        raise KeyboardInterrupt
+    with pytest.raises(FileExistsError, match="is not overwritten"), _files.new_folder(tmp_path / "a"):
+        pass
+    with pytest.raises(FileNotFoundError, match="there is no folder"), _files.new_folder(tmp_path / "no" / "c"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
