@@ -44,6 +44,14 @@ def test_what_is_returned(quick):
     assert not np.shares_memory(draws.obsm["spatial"], test.obsm["spatial"])
 
 
+def test_writing_into_a_result_leaves_the_model_alone(quick):
+    test, skill = make_slide("t", n=6, seed=7), quick.skill.copy()
+    sf.tl.predict_expression(test, model=quick)
+    test.uns["stflow"]["skill"][:] = 0
+    sf.tl.sample_expression(test, model=quick, n_samples=1).var["skill"] = 0.0
+    np.testing.assert_array_equal(quick.skill, skill)
+
+
 def test_neighbours_err_together(quick):
     test = make_slide("t", n=8, seed=7)
     y = stacked(sf.tl.sample_expression(test, model=quick, n_samples=300, new_donor=False))

@@ -307,7 +307,7 @@ def _written(key: str, arrays: dict | None, obs: dict | None, uns: dict | None) 
 
 
 def storable(value: Any) -> Any:
-    """Return ``value`` as what h5ad and Zarr keep: dict, str, int, float, bool, list of str, array. None becomes ""."""
+    """Return a copy of ``value`` as what h5ad and Zarr keep: dict, str, int, float, bool, list of str, array. None: ""."""
     if isinstance(value, dict):
         for name in value:
             slot_name(str(name), "a key of uns")
@@ -319,7 +319,7 @@ def storable(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return value
+        return value.copy()  # of a model, which writing into uns would change
     if isinstance(value, list | tuple):
         if all(isinstance(item, str) for item in value):
             return np.asarray(value, dtype=object) if len(value) else np.asarray([], dtype=str)
