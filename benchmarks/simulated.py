@@ -17,9 +17,7 @@ import torch
 import results
 import spatiaflow as sf
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.members import SMOOTHING
-from spatiaflow.models.regression import gene_pearson, smooth
-from spatiaflow.models.spatial import spatial_graph
+from spatiaflow.models.regression import gene_pearson
 
 DRIVERS = ("type", "niche", "state", "morphology", "none")  # of genes, as the simulation plants them
 
@@ -52,7 +50,6 @@ def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.n
     grid = np.quantile(training, (np.arange(100) + 0.5) / 100, axis=0)[:, None] * np.ones((1, len(y), 1))
     flat = [np.tile(np.quantile(training, q, axis=0), (len(y), 1)) for q in (0.05, 0.95)]
     features, xy = table.obsm["X_texture"], table.obsm["spatial"]
-    ridge = model.members.ridges["global"].predict(model.members.scaled(features, "global"))
     counts, interval_score = "pearson with counts", sf.metrics.interval_score
     scores = {
         "STFlow": {
@@ -60,8 +57,8 @@ def one(seed: int, n_cells: int) -> tuple[dict[str, dict[str, np.ndarray]], np.n
             "coverage90": ((y >= low) & (y <= high)).mean(0), "crps": sf.metrics.crps_ensemble(y, draws).mean(0),
             "interval": interval_score(y, low, high).mean(0), "skill": model.skill,
         },
-        "ridge": {counts: gene_pearson(y, ridge)},
-        "ridge + smoothing": {counts: gene_pearson(y, smooth(ridge, spatial_graph(xy, 8), SMOOTHING))},
+        "ridge": {counts: gene_pearson(y, model.simple_prediction(features))},
+        "ridge + smoothing": {counts: gene_pearson(y, model.simple_prediction(features, xy))},
         "planted rates": {counts: gene_pearson(y, np.log(rate))},
         "training distribution": {
             "crps": sf.metrics.crps_ensemble(y, grid, fair=False).mean(0), "interval": interval_score(y, *flat).mean(0),

@@ -1,4 +1,4 @@
-"""The bundled weights give what they gave in version 0.1.0: no rebuilding moves a number.
+"""Weights give what they gave when they were saved: no rebuilding moves a number.
 
 ``python tests/test_reference_values.py`` writes the values anew (only when a number is meant to move).
 """
@@ -82,9 +82,9 @@ def impute_by_reference():
 
 
 def predict_spots():
-    """By a small model that version 0.1.0 saved."""
+    """By a small model that version 0.2.0 saved."""
     adata = sf.pp.tiles(encoded(0), tile_um=20, pool=["X_texture"])
-    sf.tl.predict_expression(adata, model=DATA / "stflow-0.1.0.safetensors", n_samples=2, random_state=0)
+    sf.tl.predict_expression(adata, model=DATA / "stflow.safetensors", n_samples=2, random_state=0)
     return {"mean": adata.obsm["stflow"], "std": adata.obsm["stflow_std"], "ood": adata.obs["stflow_ood"].to_numpy()}
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     predicted = sf.get.expression(test)
     counts = table[:, model.genes].X.toarray()
     truth = np.log1p(counts / np.asarray(table.X.sum(1)).reshape(-1, 1) * 1e4)
-    ridge = model.members.ridges["global"].predict(model.members.scaled(table.obsm["X_texture"], "global"))
+    ridge = model.simple_prediction(table.obsm["X_texture"])
     scores = pd.DataFrame(
         {"STFlow": sf.metrics.pearson(truth, predicted.X), "ridge": sf.metrics.pearson(truth, ridge)}, index=model.genes
     )

@@ -28,10 +28,11 @@ from spatiaflow.models.counts import (
 from spatiaflow.models.denoiser import Denoiser, DenoiserConfig, SlideTokens
 from spatiaflow.models.flow import schedule
 from spatiaflow.models.law import JointLaw
-from spatiaflow.models.members import NAMES, Members
+from spatiaflow.models.members import NAMES, SMOOTHED_OVER, SMOOTHING, Members
 from spatiaflow.models.ood import OutOfDomain
-from spatiaflow.models.regression import combine, own_spots
+from spatiaflow.models.regression import combine, own_spots, smooth
 from spatiaflow.models.slide import Slide
+from spatiaflow.models.spatial import spatial_graph
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,11 @@ class STFlow(_base.Model):
             values = out.copy()
             values[order] = log_normalize(counts, size, self.target_sum)
             yield values
+
+    def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
+        """Ridge regression alone, for one slide, n x genes; smoothed over neighbours when positions are given."""
+        base = self.members.ridges[self.standardize].predict(self.members.scaled(features, self.standardize))
+        return base if xy is None else smooth(base, spatial_graph(xy, SMOOTHED_OVER), SMOOTHING)
 
     def _check(self, slide: Slide) -> None:
         width = len(self.members.mean)
