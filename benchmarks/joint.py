@@ -133,7 +133,7 @@ def evaluate(table: results.Table, task: str, model: STFlow, test: Slide, sets, 
     """Write the rows of one test slide."""
     new, y = task == "donors", test.log_normalized().toarray()
     found = model.predict([test], new_donor=new, seed=seed)
-    part, trusted = partial(y, found.mean, test.library), model.trusted(new) & (model.skill > 0)
+    part, trusted = partial(y, found.mean, test.library), model.trusted(new)
     own, energies = scores(
         test, np.stack(list(model.draws(test, N_DRAWS, depth=test.library, new_donor=new, seed=seed))), sets
     )

@@ -84,7 +84,7 @@ def test_a_region_is_pooled_over_slides_by_spots(quick):
 @pytest.mark.filterwarnings("ignore:data differ")
 def test_what_is_trusted(quick, test, monkeypatch):
     trusted = np.isin(quick.genes, ["G0", "G1"])
-    monkeypatch.setattr("spatiaflow.tl._regions.trusted_genes", lambda model, new_donor: trusted)
+    monkeypatch.setattr(quick, "trusted", lambda new_donor: trusted)
     sets = {"most": ["G0", "G1", "G7"], "half": ["G0", "G7"]}
     options = {"model": quick, "groupby": "region", "n_samples": 20}
     found = sf.tl.summarize_expression(test, gene_sets=sets, **options)

@@ -16,7 +16,7 @@ from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow._slides import gather
-from spatiaflow.tl._trust import trusted_genes, warn_of_difference
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -285,7 +285,7 @@ def predict_expression(
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),
-        ``trusted`` (skill above 0, and a pattern that holds on other slides, with ``new_donor`` on those of another donor),
+        ``trusted`` (the pattern holds on other slides, with ``new_donor`` on those of another donor; one in ten may be wrong),
         ``normalization``, ``donor_effect`` (what the uncertainty of a slide's level rests on: ``"same donor"``,
         ``"learned"`` or ``"prior, not learned"``), ``degenerate_share`` (``config="paper"``: spots whose local frame is
         arbitrary) and ``params``, where ``standardized_on`` says for each slide by how many of its own spots on tissue features
@@ -342,7 +342,7 @@ def predict_expression(
     _io.write(
         table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood, Key.obs.depth(""): depth},
         uns={
-            "genes": model.genes, "skill": model.skill, "trusted": trusted_genes(model, new_donor),
+            "genes": model.genes, "skill": model.skill, "trusted": model.trusted(new_donor),
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},
             "donor_effect": model.donor_effect(new_donor),
             "degenerate_share": result.degenerate_share, "params": params,

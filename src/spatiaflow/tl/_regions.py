@@ -19,7 +19,7 @@ from spatiaflow._io import Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, warn
 from spatiaflow.tl._samples import Sampler, sampler_of
-from spatiaflow.tl._trust import BEYOND, trusted_genes
+from spatiaflow.tl._trust import BEYOND
 
 if TYPE_CHECKING:
     from spatiaflow.models import STFlow
@@ -195,7 +195,7 @@ class _Scores:
 
 def _scores(model: STFlow, sets: dict[str, list[str]] | None, new_donor: bool) -> _Scores:
     """Genes of the model, or sets without the genes that it does not predict."""
-    trusted, n = trusted_genes(model, new_donor), len(model.genes)
+    trusted, n = model.trusted(new_donor), len(model.genes)
     if sets is None:
         return _Scores("gene", np.array(model.genes, object), np.eye(n), trusted)
     place = {gene: i for i, gene in enumerate(model.genes)}

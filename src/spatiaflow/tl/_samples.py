@@ -24,7 +24,7 @@ from spatiaflow._settings import progress, resolve_seed, settings
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import Slide
 from spatiaflow.tl._expression import _check_pitch
-from spatiaflow.tl._trust import trusted_genes, warn_of_difference
+from spatiaflow.tl._trust import warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import STFlow
@@ -157,7 +157,7 @@ def sample_expression(
     for name, one in objects.items():
         sampler = sampler_of(one, where, model, use_rep, n_samples, depth, new_donor, batch_size, device, random_state)
         var = pd.DataFrame(
-            {"skill": model.skill[columns], "trusted": trusted_genes(model, new_donor)[columns]},
+            {"skill": model.skill[columns], "trusted": model.trusted(new_donor)[columns]},
             index=[model.genes[i] for i in columns],
         )
         out = _io.beside(sampler.table, np.full((sampler.table.n_obs, len(columns)), np.nan, np.float32), var)

@@ -9,16 +9,11 @@ import numpy as np
 from spatiaflow._settings import warn
 
 if TYPE_CHECKING:
-    from spatiaflow.models import STFlow
+    pass
 
 COVERAGE = 0.5  # of genes or channels; with this share or less a warning
 DEPTH = 3.0  # times the counts of the training data, or one over it
 BEYOND, OOD_SHARE = 0.95, 1 / 3  # share of rows with a higher out-of-domain score; .05 in training
-
-
-def trusted_genes(model: STFlow, new_donor: bool) -> np.ndarray:
-    """Genes whose predicted pattern holds on slides of a known or a new donor, and that have skill, bool."""
-    return model.trusted(new_donor) & (model.skill > 0)
 
 
 def warn_of_difference(
