@@ -67,6 +67,7 @@ COMMANDS = {
     ),
     "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --seeds 3",
     "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
+    "joint": "python benchmarks/joint.py",
     "threads": "python benchmarks/threads.py",
 }
 QUICK = {  # the same in minutes, and no pancreas
@@ -76,6 +77,7 @@ QUICK = {  # the same in minutes, and no pancreas
     "imputation-starmap": "python benchmarks/imputation.py starmap --seeds 1 --folds 1 --only BZ5",
     "morphology-simulated": "python benchmarks/morphology.py simulated --seeds 1 --train 1500 --test 1500 --epochs 1 --pixels 16",
     "morphology-tiles": "python benchmarks/morphology.py tiles --seeds 1 --train 2000 --test 1500 --epochs 1 --pixels 16",
+    "joint": "python benchmarks/joint.py --tasks her2st --seeds 1 --epochs 1",
     "threads": "python benchmarks/threads.py --only STFlow --threads 1 --rounds 1 --patience 0",
 }
 DONOR, OTHER_DONOR = ["C2", "C3", "C4", "C5"], ["B4"]
@@ -160,6 +162,10 @@ ROWS = [
         STFLOW, IMAGE_ONLY),
     Row("uncertainty of expression", SAME, "CRPS", "expression", {"data": "her2st", "split": DONOR}, "crps", STFLOW, [*SPREAD],
         less=True, over="sections", columns=SPREAD),
+    Row("regions of nine spots", SAME, "energy", "joint", {"data": "her2st", "split": DONOR}, "energy 9 spots", STFLOW,
+        ["independent"], less=True, over="sections"),
+    Row("regions of nine spots", "her2st, a new donor", "energy", "joint", {"data": "donors", "split": ["A1", "B4", *DONOR]},
+        "energy 9 spots", STFLOW, ["independent"], less=True, over="sections"),
     Row("image to genes", "pancreas", "Pearson", "embedding", TEST, "pearson50", "SPATIA image, cell + niche",
         ["hand features", "hand features + neighbours", "CNN, supervised", "CNN, supervised + neighbours"]),
     Row("image found by genes", "pancreas", "share in first 10", "embedding", TEST, "top 10", "SPATIA", ["untrained"]),

@@ -162,7 +162,9 @@ def run(args) -> None:
                 train, started = [s for s in slides if all(s is not t for t in tests)], time.perf_counter()
                 genes = most_variable(train)
                 train = [s.align(genes) for s in train]
-                model = train_stflow(train, STFlowConfig.of("default"), encoder={"id": "texture"}, seed=seed)
+                model = train_stflow(
+                    train, STFlowConfig.of("default"), encoder={"id": "texture"}, seed=seed, max_epochs=args.epochs
+                )
                 for test in tests:
                     evaluate(table, task, model, test.align(genes), gene_sets(train), seed, started)
 
@@ -181,6 +183,7 @@ if __name__ == "__main__":
     command_line = results.parser(__doc__)
     command_line.add_argument("--tasks", nargs="+", default=["her2st", "lung", "brain", "kidney", "donors"])
     command_line.add_argument("--seeds", type=int, default=3)
+    command_line.add_argument("--epochs", type=int, help="of each network; the default's when omitted")
     command_line.add_argument("--table", action="store_true", help="print the table")
     arguments = command_line.parse_args()
     show() if arguments.table else run(arguments)

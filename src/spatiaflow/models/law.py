@@ -24,6 +24,7 @@ DONOR_DF = 5.0  # of the t distribution of donor effects
 SHARED = 0.3  # share of the donor effect that all genes have in common
 FIELD_SCALE = {False: 0.1, True: 0.35}  # sd of the log of the factor on the field's sd; True: a new donor
 MAX_EFFECT = 4.0  # sds
+ROWS = 20_000  # whose counts are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class JointLaw:
             variance = scale**2 * (self.field_sd**2).sum(0) + self.nugget_sd**2
             log_rate += (effects[i] - variance / 2).astype(np.float32)  # so that the mean is the mean
             log_rate += log_mean
-            rate = size * np.exp(np.minimum(log_rate, 0))
-            rate *= rng.standard_gamma(np.broadcast_to(self.theta, rate.shape)).astype(np.float32)
-            rate /= self.theta.astype(np.float32)
-            yield rng.poisson(rate).astype(np.float32)
+            for start in range(0, n, ROWS):  # numpy draws in float64: a part at a time
+                rows = slice(start, start + ROWS)
+                rate = size[rows] * np.exp(np.minimum(log_rate[rows], 0)) / self.theta
+                log_rate[rows] = rng.poisson(rate * rng.standard_gamma(np.broadcast_to(self.theta, rate.shape)))
+            yield log_rate
 
     def _normal(self, independent: np.ndarray) -> np.ndarray:
         """Correlated normals, n x genes, from n x (factors + genes) independent ones."""
