@@ -147,7 +147,7 @@ def fit_perceptron(
     model = _Levels(counts, library, slide, pattern)
     optimizer = torch.optim.AdamW([
         {"params": pattern.parameters(), "weight_decay": 0.1}, {"params": [model.level, model.log_theta], "weight_decay": 0.0},
-    ], lr=3e-3)  # fmt: skip
+    ], lr=3e-3, fused=True)  # fmt: skip
     best, kept, since = np.inf, model.fitted(_float(share)), 0
     for _ in range(max_epochs):
         model.train()

@@ -15,6 +15,7 @@ from spatiaflow.models.slide import Slide
 from spatiaflow.train.law import fit_theta
 
 MAX_ROWS = 20_000  # that a count regression is fitted to
+UNCHOSEN = 100.0  # penalty of the regression that gives the dispersions alone
 STOP_SHARE = 0.2  # of every slide, held out to stop the perceptron
 
 
@@ -44,8 +45,9 @@ class Choices:
 
     @classmethod
     def of(
-        cls, slides: list[Slide], groups: list[list[Slide]], mode: str, target_sum: float | None, libraries: np.ndarray
-    ) -> Choices:
+        cls, slides: list[Slide], groups: list[list[Slide]], mode: str, target_sum: float | None, libraries: np.ndarray,
+        *, stacked: bool,
+    ) -> Choices:  # fmt: skip
         """Choose by leaving out one group of slides at a time.
 
         Parameters
@@ -58,6 +60,8 @@ class Choices:
             One of :data:`MODES`, or ``"choose"``.
         libraries
             Quantiles of the library sizes.
+        stacked
+            Whether count regressions are used; the penalty is chosen only then.
         """
         features = np.concatenate([s.features for s in slides]).astype(np.float64)
         mean, std = features.mean(0), features.std(0)
@@ -75,7 +79,7 @@ class Choices:
             [_part(replace(s, features=standardize(s.features, mean, std, best)), 3000) for s in group]
             for group in groups
         ]
-        penalty = choose_penalty(thin)
+        penalty = choose_penalty(thin) if stacked else UNCHOSEN
         parts = [part for group in thin for part in group]
         rates = fit_linear(parts, penalty)
         levels = [_level(rates(x), c, n) for x, c, n in parts]
@@ -91,8 +95,11 @@ class Choices:
         return replace(slide, features=standardize(slide.features, self.mean, self.std, self.mode))
 
 
-def fit_members(slides: list[Slide], choices: Choices, *, stacked: bool, seed: int) -> Members:
-    """Fit the simple models; without ``stacked``, the ridge regressions alone."""
+def fit_members(slides: list[Slide], choices: Choices, *, stacked: bool, max_epochs: int, seed: int) -> Members:
+    """Fit the simple models; without ``stacked``, the ridge regressions alone.
+
+    ``max_epochs`` is the longest training of a perceptron.
+    """
     c, ridges, rates = choices, {}, {}
     share = _share(slides)
     most = max(20, MAX_ROWS // len(slides))
@@ -101,11 +108,10 @@ def fit_members(slides: list[Slide], choices: Choices, *, stacked: bool, seed: i
         ridges[mode] = fit_ridge([(s.features, expression(s, c.target_sum)) for s in scaled], c.alpha, c.smoothing)
         if stacked:
             bands = [s.hold_out(STOP_SHARE) for s in scaled]
+            first, last = ([_part(pair[i], most) for pair in bands] for i in (0, 1))
             rates[mode] = (
                 fit_linear([_part(s, most) for s in scaled], c.penalty, share),
-                fit_perceptron(
-                    [_part(a, most) for a, _ in bands], [_part(b, most) for _, b in bands], share, seed=seed
-                ),
+                fit_perceptron(first, last, share, seed=seed, max_epochs=max_epochs),
             )
     x = [standardize(s.features, c.mean, c.std, "global") for s in slides]
     depth = fit_ridge([(f, np.log(np.maximum(s.library, 1))[:, None]) for f, s in zip(x, slides)], c.alpha)

@@ -34,6 +34,7 @@ from spatiaflow.train.trust import trusted
 MAX_FOLDS = 5
 CALIBRATION_DRAWS = 8  # of the prior, for the network's held-out mean
 CRPS_DRAWS = 64
+PERCEPTRON_EPOCHS = 60
 PRIOR_DONORS = 4  # a few donors do not say who predicts the next: rates of counts are then trusted alike
 RATES_ALIKE = np.array([*("NB" in name for name in NAMES), False]) / sum("NB" in name for name in NAMES)
 
@@ -116,13 +117,15 @@ def _fit_stflow(
 ) -> STFlow:  # fmt: skip
     genes, library = list(slides[0].genes), np.concatenate([s.library for s in slides])
     groups, held_out = _folds(slides, validation, config, seed)
-    choices = Choices.of(slides, groups, config.standardize, target_sum, library_quantiles(library))
+    choices = Choices.of(
+        slides, groups, config.standardize, target_sum, library_quantiles(library), stacked=config.stack
+    )
     # between tissues features shift; a slide's own z-scores would hide that from the out-of-domain score
     ood, _ = OutOfDomain.fit(
         [np.concatenate([(s.features - choices.mean) / choices.std for s in group]) for group in groups]
     )
     y = np.concatenate([expression(s, target_sum) for s in slides])
-    task = _Task(config, choices, _loss_weight(y, config), _residual_std(groups, choices))
+    task = _Task(config, choices, n_epochs, _loss_weight(y, config), _residual_std(groups, choices))
     networks: list[Denoiser] = []
     folds: list[dict] = []
     history: dict[str, Any] = {}
@@ -169,7 +172,7 @@ def _fit_stflow(
     )  # fmt: skip
     return STFlow(
         config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks,
-        prior=_prior(slides, task), members=fit_members(slides, choices, stacked=config.stack, seed=seed), law=law,
+        prior=_prior(slides, task), members=_members(slides, task, seed), law=law,
         arrays={k: np.asarray(v, np.float64) for k, v in arrays.items()}, standardize=choices.mode,
         pitch=float(np.median([s.pitch for s in slides])), history=history, card=card,
     )  # fmt: skip
@@ -181,6 +184,7 @@ class _Task:
 
     config: STFlowConfig
     choices: Choices
+    max_epochs: int
     weight: np.ndarray  # of each gene in the loss
     residual_std: np.ndarray  # of cross-fitted ridge regression, genes
 
@@ -243,6 +247,11 @@ def _prior(slides: list[Slide], task: _Task):
     return ImagePrior(0.5 * task.residual_std) if config.prior == "image" else PRIORS[config.prior]()
 
 
+def _members(slides: list[Slide], task: _Task, seed: int) -> Members:
+    epochs = min(task.max_epochs, PERCEPTRON_EPOCHS)
+    return fit_members(slides, task.choices, stacked=task.config.stack, max_epochs=epochs, seed=seed)
+
+
 class _Fold:
     """Training and held-out slides of one fold, each with the simple prediction of models that never saw it."""
 
@@ -250,7 +259,7 @@ class _Fold:
         c = task.choices
         self.task, self.raw_held_out = task, held_out
         raw = [s for group in rest for s in group]
-        self.members: Members = fit_members(raw, c, stacked=task.config.stack, seed=seed)
+        self.members = _members(raw, task, seed)
         self.training, self.held_out = [c.scaled(s) for s in raw], [c.scaled(s) for s in held_out]
         self.training_y, self.held_out_y = ([expression(s, c.target_sum) for s in some] for some in (raw, held_out))
         self.mean = np.concatenate(self.training_y).mean(0)
