@@ -179,11 +179,15 @@ def show() -> None:
         print(results.pivot(part).round(3).reset_index().to_markdown(index=False))
 
 
+def parser():
+    out = results.parser(__doc__)
+    out.add_argument("--tasks", nargs="+", default=["her2st", "lung", "brain", "kidney", "donors"])
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--epochs", type=int, help="of each network; the default's when omitted")
+    out.add_argument("--table", action="store_true", help="print the table")
+    return out
+
+
 if __name__ == "__main__":
-    command_line = results.parser(__doc__)
-    command_line.add_argument("--tasks", nargs="+", default=["her2st", "lung", "brain", "kidney", "donors"])
-    command_line.add_argument("--seeds", type=int, default=3)
-    command_line.add_argument("--epochs", type=int, help="of each network; the default's when omitted")
-    command_line.add_argument("--table", action="store_true", help="print the table")
-    arguments = command_line.parse_args()
+    arguments = parser().parse_args()
     show() if arguments.table else run(arguments)
