@@ -75,7 +75,7 @@ def scribble(value):
         for name in value.columns:
             if value[name].dtype.kind in "biuf":
                 scribble(value[name].to_numpy())
-                value.iloc[:, value.columns.get_loc(name)] = 0
+                value.iloc[:, value.columns.get_loc(name)] = value[name].dtype.type(0)
             elif value[name].dtype == "category":
                 scribble(value[name].cat.codes.to_numpy())
     elif sparse.issparse(value):

@@ -177,6 +177,6 @@ def test_the_order_of_rows_and_genes_does_not_matter(verb):
             if one.obs[name].dtype.kind == "f":
                 np.testing.assert_allclose(other.obs[name], one.obs[name], 1e-3, 1e-3, err_msg=name)
             elif name not in ("region", "instance"):
-                assert (other.obs[name].astype(str) == one.obs[name].astype(str)).all(), name
+                assert (other.obs[name].astype(str).fillna("") == one.obs[name].astype(str).fillna("")).all(), name
 
     check()
