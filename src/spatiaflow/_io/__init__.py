@@ -25,6 +25,7 @@ from spatiaflow._io._scales import libraries, microns_per_unit, remember
 from spatiaflow._io._slides import one_slide, places, positions, unpack, where_in_reference
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
+    as_text,
     beside,
     check_counts,
     check_encoder,
@@ -57,6 +58,7 @@ __all__ = [
     "SlideImage",
     "StoredCounts",
     "Where",
+    "as_text",
     "as_uint8",
     "at_least_one",
     "background",

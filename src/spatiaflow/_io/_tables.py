@@ -144,6 +144,11 @@ def groups(table: AnnData, groupby: str) -> pd.Series:
     return column.astype("category").cat.remove_unused_categories()
 
 
+def as_text(column: pd.Series) -> np.ndarray:
+    """Values of a column of obs as text, "" where they are missing: pandas 2 makes "nan" of these, pandas 3 leaves them."""
+    return column.astype(object).where(column.notna(), "").astype(str).to_numpy(object)
+
+
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
     text(key=key)

@@ -132,7 +132,8 @@ def generate_morphology(
     -----
     UserWarning
         Data differ from the training data: over a third of the source cells have a score above 0.95 in
-        ``.obs["X_spatia_ood"]`` (absent: not compared), or the image is many times brighter or darker.
+        ``.obs["X_spatia_ood"]`` (absent: not compared), or the image is many times brighter or darker. Source cells
+        have no niche, or one that training did not see.
         What older models do not store is not compared.
 
     Examples
@@ -235,9 +236,13 @@ def _as_in_training(slides: Sequence[Slide], model: MorphologyFlow) -> list[Slid
 
 
 def _niches(table: AnnData, rows: np.ndarray, model: MorphologyFlow, name: str) -> np.ndarray:
-    """Return the niche of each source, "" where there is none; warn of niches that training did not see."""
+    """Return the niche of each source, "" where there is none; warn of these, and of niches that training did not see."""
     niche_key = model.card["niche_key"]
-    niche = table.obs[niche_key].astype(str).to_numpy()[rows] if niche_key in table.obs else np.full(len(rows), "")
+    niche = _io.as_text(table.obs[niche_key])[rows] if niche_key in table.obs else np.full(len(rows), "")
+    if niche_key in table.obs and (missing := int((niche == "").sum())):
+        warn(
+            f"{missing} source cells have no niche in obs[{niche_key!r}]: the mean shift over all niches is used there."
+        )
     if unknown := sorted(set(niche) - set(model.shifts[name])):
         warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
@@ -274,10 +279,11 @@ def _sources(
         logger.info("obs has no %r: states by the rule that comes with the model", column)
         where, chosen = "the model's rule", np.array(model.states(sparse.csr_matrix(counts)), dtype=str) == source
     else:
-        states = _io.groups(table, column).astype(str).to_numpy()
+        states = _io.as_text(_io.groups(table, column))
         where, chosen = f"obs[{column!r}]", states == source
         if not (chosen & inside).any():
-            near = difflib.get_close_matches(source, np.unique(states), 3, 0.4) or np.unique(states)[:8]
+            there = sorted(set(states) - {""})
+            near = difflib.get_close_matches(source, there, 3, 0.4) or there[:8]
             raise ValueError(f"no cell of {where} in the image is {source!r}; there are {', '.join(map(repr, near))}.")
     if not (chosen & inside).any():
         raise ValueError(f"by {where} no {model.card['level']} in the image is {source!r}.")

@@ -248,7 +248,7 @@ def _niches(table: AnnData, niche_key: str | None) -> np.ndarray | None:
         raise ValueError(f"obs[{niche_key!r}] is missing in every row.")
     if missing:
         warn(f"{missing} rows have no niche in obs[{niche_key!r}] and are left out.")
-    return niche.astype(object).where(niche.notna(), "").astype(str).to_numpy()
+    return _io.as_text(niche)
 
 
 def _coordinates(
