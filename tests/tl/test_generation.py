@@ -8,6 +8,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
 import spatiaflow as sf
+from spatiaflow.train import morphology
 
 TINY = {"n_latent": 16, "width": 32, "n_layers": 2, "n_neighbors": 4}
 IMAGE = {"image_key": "fluorescence"}
@@ -21,6 +22,15 @@ def tissue(seed, n=400):
     near = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 30)[1]
     table.obsm["E_cell"], table.obsm["E_niche"], table.obsm["E_tissue"] = x, x[near[:, :10]].mean(1), x[near].mean(1)
     return sdata
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """An autoencoder of seconds: what it can learn is tested with its own module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(morphology, "MAX_STEPS", 150)
+        patch.setattr(morphology, "MIN_BATCHES", 30)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +296,27 @@ def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
 
 def test_a_niche_that_training_did_not_see_is_named(slide, model):
     other = tissue(1)
-    other["table"].obs["niche"] = other["table"].obs["niche"].astype(str).replace("immune", "marsh")
-    with pytest.warns(UserWarning, match="'marsh'"):
+    obs = other["table"].obs
+    obs["niche"] = obs["niche"].astype(str).replace("immune", "marsh")
+    with pytest.warns(UserWarning, match="in obs.'niche'. 'marsh': the mean shift"):
         generate(other, model, n_steps=1)
+
+
+def test_sources_without_a_niche_and_cells_without_a_state(slide, model):
+    other = tissue(1)
+    obs = other["table"].obs
+    chosen = list(obs.index[obs["state"] == "A"][:3])
+    obs["niche"] = obs["niche"].astype(object).mask(obs.index == chosen[1], None)
+    obs.loc[obs.index == chosen[2], "niche"] = "marsh"
+    with (
+        pytest.warns(UserWarning, match="1 source cells have no niche"),
+        pytest.warns(UserWarning, match="niche'. 'marsh'"),
+    ):
+        made = generate(other, model, n_steps=1, cells=chosen)
+    assert list(made.obs["niche"]) == [obs["niche"].iloc[obs.index.get_loc(chosen[0])], "", "marsh"]
+    obs["state"] = obs["state"].astype(object).where(obs["state"] == "B", None)
+    with pytest.raises(ValueError, match="no cell of .* is 'A'; there are 'B'"):
+        generate(other, model)
 
 
 @pytest.mark.slow
