@@ -62,3 +62,15 @@ def test_models_read_a_picture_of_any_depth_as_uint8(kind, white):
     )
     assert first.dtype == second.dtype == torch.uint8
     np.testing.assert_allclose(second.int(), first.int(), atol=1)
+
+
+def test_a_slide_has_one_donor(slide):
+    one, two = slide("s0"), slide("s1", seed=1)
+    one.obs["donor"], two.obs["donor"] = "A", "B"
+    found = gather([one, two], need=("features",), use_rep="X_texture", donor_key="donor")
+    assert [s.donor for s in found] == ["A", "B"]
+    with pytest.raises(KeyError, match="obs has no 'patient'"):
+        gather(one, donor_key="patient")
+    one.obs.loc[one.obs_names[:3], "donor"] = "B"
+    with pytest.raises(ValueError, match="must name one donor for each slide; slide .* has 2"):
+        gather(one, donor_key="donor")

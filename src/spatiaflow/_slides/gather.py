@@ -122,6 +122,7 @@ def gather(
 
 def _donor(table: AnnData, donor_key: str, slide: Slide) -> str:
     """Name of a slide's donor; a slide has one."""
+    _io.text(donor_key=donor_key)
     if donor_key not in table.obs:
         raise KeyError(
             f"obs has no {donor_key!r} (donor_key); it has {', '.join(map(repr, table.obs.columns)) or 'no columns'}."
