@@ -12,8 +12,8 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 SMALLER = {
     "expression_from_histology": ({"MAX_EPOCHS = 60": "MAX_EPOCHS = 2"}, 4),
     "impute_with_trust": ({}, 1),
-    "levels_of_tissue": ({}, 4),
-    "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(1200, seed=7)"}, 5),
+    "levels_of_tissue": ({'table = sdata["table"]': 'sdata["table"] = table = sdata["table"][::3].copy()'}, 4),
+    "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(800, seed=7)"}, 5),
     "your_own_data": (
         {
             "SIZE = 1536": "SIZE = 1024",

@@ -41,19 +41,20 @@ def test_uncertain_values_are_called_different_less_often():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [True, False])
-def test_heads_find_a_planted_mean_and_the_flow_its_spread(flow):
-    from flow_head import fit_head
+def test_heads_find_a_planted_mean_and_the_flow_its_spread(flow, monkeypatch):
+    import flow_head
 
+    monkeypatch.setattr(flow_head, "WIDTH", 128)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3000, 6)).astype(np.float32)
     truth = 5 + x @ rng.normal(size=(6, 3))
     spread = np.array([0.5, 1.0, 2.0])
     y = truth + spread * rng.normal(size=truth.shape)
-    head = fit_head(x[:2500], y[:2500], np.arange(2500) % 10, flow, seed=0)
+    head = flow_head.fit_head(x[:2500], y[:2500], np.arange(2500) % 10, flow, seed=0)
     mean = head.mean(x[2500:])
     assert np.min([np.corrcoef(mean[:, j], truth[2500:, j])[0, 1] for j in range(3)]) > 0.9
     if flow:
-        draws = head.draws(x[2500:], 100)
+        draws = head.draws(x[2500:], 50)
         np.testing.assert_allclose(draws.std(0).mean(0), spread, rtol=0.25)
         assert np.corrcoef(draws.mean(0).ravel(), mean.ravel())[0, 1] > 0.97  # a mean of draws, without their noise
 

@@ -20,6 +20,7 @@ TINY = {
     "gene_layers": 1,
     "anchor_um": 40.0,
     "crop_um": 12.0,
+    "batches_per_epoch": 6,
 }
 LEVELS = ("X_spatia_cell", "X_spatia_niche", "X_spatia_tissue")
 
@@ -309,7 +310,8 @@ def test_one_modality_and_going_on(slides):
     assert not genes.config.channels
     with pytest.raises(ValueError, match="trained without image"):
         embedded(slides[0], genes)
-    more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, max_epochs=1)
+    quick = sf.models.SpatiaConfig(batches_per_epoch=TINY["batches_per_epoch"])  # its sizes are not taken
+    more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, config=quick, max_epochs=1)
     assert more.config == genes.config
     image = train(slides, modalities="image", config=tiny(losses={"reconstruction": 1.0}))
     assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)

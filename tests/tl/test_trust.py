@@ -37,7 +37,7 @@ def test_what_is_alike_or_not_known_is_silent():
 def trained():
     """A small SPATIA, and a slide that it was not trained on."""
     slides = [sf.datasets.simulated_tissue(300, seed=seed) for seed in (1, 2, 3)]
-    small = sf.models.SpatiaConfig(width=32, crop_pixels=16)
+    small = sf.models.SpatiaConfig(width=32, crop_pixels=16, batches_per_epoch=8)
     model = sf.tl.train_spatia(slides[:2], image_key="fluorescence", config=small, max_epochs=1, random_state=0)
     return model, slides[2]
 
