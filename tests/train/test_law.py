@@ -71,6 +71,22 @@ def test_dispersion_is_that_of_the_counts():
     np.testing.assert_allclose(fit_theta(counts, mean), planted, rtol=0.2)
 
 
+def test_of_many_genes_those_with_most_counts_go_together(monkeypatch):
+    """No array has genes x genes elements beyond these."""
+    rng, share = np.random.default_rng(0), np.where(np.arange(N_GENES) % 2, 0.05, 1.0)
+    weak = [
+        HeldOut(s.name, s.donor, s.xy, rng.binomial(s.counts.astype(int), share), s.library, s.log_mean + np.log(share))
+        for s in simulated(0.5)
+    ]
+    monkeypatch.setattr("spatiaflow.train.law.MAX_GENES", 6)
+    law = fit_law(weak, 100.0)
+    strong = np.arange(N_GENES) % 2 == 0
+    assert (law.factors[~strong] == 0).all()
+    correlation = law.factors @ law.factors.T
+    assert correlation[0, 2] > 0.5
+    assert (law.field_sd.sum(0) > 0).all()
+
+
 @pytest.mark.parametrize("case", ["never seen", "one slide", "two spots", "one gene"])
 def test_little_data_gives_a_finite_law(case):
     slides = simulated()

@@ -74,7 +74,7 @@ class JointLaw:
         """Inverse dispersion of a single count, with everything else integrated out; None: given the slide effect."""
         variance = self.variance
         if new_donor is not None:
-            variance = variance + np.minimum((self.donor_sd if new_donor else self.slide_sd) ** 2, 1)
+            variance = variance + (self.donor_sd if new_donor else self.slide_sd) ** 2
         return theta_of(log_variance(self.theta) + variance)
 
     def correlated(self, common: np.ndarray, own: np.ndarray) -> np.ndarray:

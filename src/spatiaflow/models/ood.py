@@ -19,10 +19,8 @@ class OutOfDomain:
     N_NEAREST = 5
 
     @classmethod
-    def fit(
-        cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000
-    ) -> tuple[OutOfDomain, list[np.ndarray]]:
-        """Fit to features (n x F) of several groups of slides. Also returns the distances of each group to the others."""
+    def fit(cls, groups: list[np.ndarray], n_components: int = 16, n_references: int = 2000) -> OutOfDomain:
+        """Fit to features (n x F) of several groups of slides."""
         stacked = np.concatenate(groups).astype(np.float64)
         thin = stacked[:: max(1, len(stacked) // 5000)]
         _, singular, axes = np.linalg.svd(thin, full_matrices=False)
@@ -33,7 +31,7 @@ class OutOfDomain:
         chosen = np.concatenate([rng.permutation(np.flatnonzero(group == g))[:quota] for g in range(len(groups))])
         points = stacked @ components
         distances = [cls._distance(points[group == g], points[chosen[group[chosen] != g]]) for g in range(len(groups))]
-        return cls(components, points[chosen], np.sort(np.concatenate(distances))), distances
+        return cls(components, points[chosen], np.sort(np.concatenate(distances)))
 
     @classmethod
     def _distance(cls, points: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -64,7 +62,7 @@ class Domain:
         """Fit to values (n x F) of several groups of slides, or of several parts of one."""
         stacked = np.concatenate(groups).astype(np.float64)
         centre, scale = stacked.mean(0), np.maximum(stacked.std(0), 1e-6)
-        ood, _ = OutOfDomain.fit([(group - centre) / scale for group in groups])
+        ood = OutOfDomain.fit([(group - centre) / scale for group in groups])
         ood.distances = np.quantile(ood.distances, (np.arange(cls.N_DISTANCES) + 0.5) / cls.N_DISTANCES)
         return cls(centre, scale, ood)
 

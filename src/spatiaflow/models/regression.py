@@ -107,17 +107,15 @@ class Ridge:
     coefficients: np.ndarray = field(repr=False)  # F x genes
     intercept: np.ndarray = field(repr=False)  # genes
     alpha: float = 0.0
-    smoothing: float = 0.0
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Unsmoothed prediction, n x genes."""
         return features @ self.coefficients + self.intercept
 
 
-def fit_ridge(parts: list[Part], alpha: float, smoothing: float = 0.0) -> Ridge:
+def fit_ridge(parts: list[Part], alpha: float) -> Ridge:
     """Fit to all rows of some parts."""
     (ridge,) = Moments.of(parts).ridges((alpha,))
-    ridge.smoothing = smoothing
     return ridge
 
 

@@ -14,9 +14,9 @@ from spatialdata import SpatialData
 from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
+from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow._slides import gather
-from spatiaflow.tl._trust import warn_of_difference
+from spatiaflow.tl._trust import check_pitch, warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -323,7 +323,7 @@ def predict_expression(
     use_rep = use_rep or model.encoder["key"]
     _io.check_encoder(table, use_rep, model.encoder)
     slides = gather(data, where, need=("features",), use_rep=use_rep)
-    _check_pitch(slides, model)
+    check_pitch(slides, model)
     result = model.predict(
         slides, n_samples=n_samples, n_steps=n_steps, new_donor=new_donor, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),
@@ -350,13 +350,3 @@ def predict_expression(
     )  # fmt: skip
     _io.remember(data, slides, mpp, spatial_key)
     return data if copy else None
-
-
-def _check_pitch(slides: list[Slide], model: STFlow) -> None:
-    """Warn of slides whose spots are not as far apart as those the model was trained on."""
-    for slide in slides:
-        if len(slide) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
-            warn(
-                f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
-                f"{model.pitch:.3g} µm. Check mpp."
-            )

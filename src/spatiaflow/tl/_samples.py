@@ -23,8 +23,7 @@ from spatiaflow._process import verb
 from spatiaflow._settings import progress, resolve_seed, settings
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import Slide
-from spatiaflow.tl._expression import _check_pitch
-from spatiaflow.tl._trust import warn_of_difference
+from spatiaflow.tl._trust import check_pitch, warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import STFlow
@@ -221,7 +220,7 @@ def sampler_of(
     _io.check_encoder(table, use_rep, model.encoder)
     slides = gather(data, where, need=("features",), use_rep=use_rep)
     stated, sizes = _depths(table, depth, slides, model)
-    _check_pitch(slides, model)
+    check_pitch(slides, model)
     ood = [model.ood_score(slide) for slide in slides]
     warn_of_difference(ood=np.concatenate([score[slide.on_tissue] for slide, score in zip(slides, ood)]))
     arguments = {

@@ -9,7 +9,7 @@ import numpy as np
 from spatiaflow._settings import warn
 
 if TYPE_CHECKING:
-    pass
+    from spatiaflow.models import Slide, STFlow
 
 COVERAGE = 0.5  # of genes or channels; with this share or less a warning
 DEPTH = 3.0  # times the counts of the training data, or one over it
@@ -50,3 +50,13 @@ def warn_of_difference(
             f"data differ from what the model was trained on: {'; '.join(found)}. Results can be worse than the model's scores "
             "say. Compare some with measured values, or train on data like these."
         )
+
+
+def check_pitch(slides: list[Slide], model: STFlow) -> None:
+    """Warn of slides whose spots are not as far apart as those the model was trained on."""
+    for slide in slides:
+        if len(slide) > 15 and abs(slide.pitch / model.pitch - 1) > 0.15:
+            warn(
+                f"spots of slide {slide.name!r} are {slide.pitch:.3g} µm apart; the model was trained at "
+                f"{model.pitch:.3g} µm. Check mpp."
+            )

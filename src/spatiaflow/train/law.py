@@ -23,6 +23,7 @@ SHORT, LONG = (1.0, 1.5, 2.0, 3.0), (4.0, 6.0, 9.0, 14.0)  # ranges tried, in pi
 NEAR = 4  # lags that tell how genes go together
 MAX_SPOTS = 2000  # of a window in which pairs are counted
 N_FACTORS = 6
+MAX_GENES = 500  # whose correlation is fitted, those with most information; others vary on their own
 PRIOR_SLIDES = 8  # weight of the mean of all genes in the variance between slides
 
 
@@ -41,7 +42,7 @@ class HeldOut:
 def fit_law(slides: list[HeldOut], pitch: float) -> JointLaw:
     """Fit the joint law to slides that were predicted without themselves."""
     means = [s.library[:, None] * np.exp(s.log_mean) for s in slides]
-    levels = np.stack([_level(s.counts, mean) for s, mean in zip(slides, means)])
+    levels = np.stack([level_of(s.counts, mean) for s, mean in zip(slides, means)])
     means = [mean * np.exp(level) for mean, level in zip(means, levels)]
     theta = fit_theta(np.concatenate([s.counts for s in slides]), np.concatenate(means))
     extra = log_variance(theta)  # of log rate in a single spot, field and nugget included
@@ -49,8 +50,9 @@ def fit_law(slides: list[HeldOut], pitch: float) -> JointLaw:
     lengths, field = _field(windows, pitch)
     field = field * np.minimum(1, extra / np.maximum(field.sum(0), 1e-12))
     moments = _Moments.of(windows, pitch, lengths)
-    factors = _factors(windows, pitch, lengths, field)
-    nugget = _nugget(moments, field, np.maximum(extra - field.sum(0), 0), factors)
+    genes = np.sort(np.argsort(-moments.weight[0], kind="stable")[:MAX_GENES])
+    factors = _factors(windows, pitch, moments, field, genes)
+    nugget = _nugget(windows, pitch, moments, field, np.maximum(extra - field.sum(0), 0), factors, genes)
     slide, donor, learned = _between(slides, levels, means, theta, windows, lengths, field)
     rest = theta_of(extra - field.sum(0) - nugget)
     return JointLaw(
@@ -72,7 +74,7 @@ def fit_theta(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return out
 
 
-def _level(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def level_of(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Log of how much more a slide has of each gene than was predicted; half a count keeps it finite."""
     return np.log((counts.sum(0) + 0.5) / (mean.sum(0) + 0.5))
 
@@ -98,71 +100,76 @@ def _windows(slide: HeldOut, mean: np.ndarray, theta: np.ndarray) -> list[_Windo
     return out
 
 
+def _lags(window: _Window, pitch: float) -> np.ndarray:
+    """Lag of each pair of spots, n x n: 0 the same spot, then by LAGS; the last are too close or too far apart."""
+    lag = np.digitize(window.distance, np.array(LAGS) * pitch)
+    lag[lag == 0] = len(LAGS)  # positions closer than any lag
+    np.fill_diagonal(lag, 0)
+    return lag
+
+
 @dataclass(frozen=True)
 class _Moments:
-    """Products of ratios by lag (lag 0: the same spot), and what kernels of variance 1 would give.
+    """Products of a gene's ratios by lag, and what kernels of variance 1 would give.
 
-    Centring a window takes the mean of its field away; ``kernels`` are centred alike.
+    Centring a window takes the mean of its field away; ``kernels`` are centred alike, and ``products`` are without what
+    counting noise becomes by it.
     """
 
-    cross: np.ndarray  # lags x genes x genes
-    weight: np.ndarray  # lags x genes x genes
+    products: np.ndarray  # lags x genes
+    weight: np.ndarray  # lags x genes
     kernels: np.ndarray  # lags x ranges x genes
-    bias: np.ndarray  # lags x genes, of counting noise by centring
 
     @classmethod
     def of(cls, windows: list[_Window], pitch: float, lengths: np.ndarray) -> _Moments:
-        n_genes, n_lags = windows[0].z.shape[1], len(LAGS)
-        cross, weight = np.zeros((2, n_lags, n_genes, n_genes))
-        kernels, bias = np.zeros((n_lags, len(lengths), n_genes)), np.zeros((n_lags, n_genes))
+        shape = len(LAGS), windows[0].z.shape[1]
+        products, weight = np.zeros((2, *shape))
+        kernels = np.zeros((shape[0], len(lengths), shape[1]))
         for window in windows:
-            w, zw = window.w, window.w * window.z
+            w, zw, lag = window.w, window.w * window.z, _lags(window, pitch)
             total = w.sum(0)
-            shares = w / total
-            lag = np.digitize(window.distance, np.array(LAGS) * pitch)
-            np.fill_diagonal(lag, 0)
-            lag[(lag == 0) & ~np.eye(len(lag), dtype=bool)] = n_lags  # positions closer than any lag
             correlations = [kernel(window.distance, length) for length in lengths]
-            around = [k @ shares for k in correlations]
-            overall = [(shares * a).sum(0) for a in around]
-            for b in range(n_lags):
+            around = [k @ (w / total) for k in correlations]
+            overall = [(w / total * a).sum(0) for a in around]
+            for b in range(len(LAGS)):
                 pairs = (lag == b).astype(np.float64)
                 p_w = pairs @ w
-                den = w.T @ p_w
-                cross[b] += zw.T @ (pairs @ zw)
-                weight[b] += den
-                own = np.diag(den)
+                own = (w * p_w).sum(0)
+                products[b] += (zw * (pairs @ zw)).sum(0) + own / total
+                weight[b] += own
                 for r, k in enumerate(correlations):
                     near = (w * ((pairs * k) @ w)).sum(0) - 2 * (w * around[r] * p_w).sum(0)
                     kernels[b, r] += near + overall[r] * own
-                bias[b] -= own / total
-        own = np.maximum(np.einsum("bgg->bg", weight), 1e-12)
-        return cls(cross / np.maximum(weight, 1e-12), weight, kernels / own[:, None], bias / own)
-
-    @property
-    def diagonal(self) -> np.ndarray:
-        """Products of a gene with itself, without the bias of counting noise, lags x genes."""
-        return np.einsum("bgg->bg", self.cross) - self.bias
+        some = np.maximum(weight, 1e-12)
+        return cls(products / some, weight, kernels / some[:, None])
 
     def solve(self) -> np.ndarray:
         """Non-negative variance of every kernel, ranges x genes."""
-        weight = np.sqrt(np.einsum("bgg->bg", self.weight))[1:]
-        return np.stack(
-            [
-                nnls(self.kernels[1:, :, g] * weight[:, g, None], self.diagonal[1:, g] * weight[:, g])[0]
-                for g in range(weight.shape[1])
-            ],
-            1,
-        )
+        root = np.sqrt(self.weight)[1:]
+        x, y = self.kernels[1:] * root[:, None], self.products[1:] * root
+        return np.stack([nnls(x[:, :, g], y[:, g])[0] for g in range(root.shape[1])], 1)
 
     def pooled(self) -> tuple[np.ndarray, float]:
         """Variance of every kernel that all genes have in common, and the misfit."""
-        weight = np.einsum("bgg->bg", self.weight)[1:]
-        weight = weight / weight.sum(0)
-        x = (self.kernels[1:] * weight[:, None]).sum(2) / np.sqrt(weight.sum(1))[:, None]
-        y = (self.diagonal[1:] * weight).sum(1) / np.sqrt(weight.sum(1))
-        found, residual = nnls(x[np.isfinite(y)], y[np.isfinite(y)])
+        weight = self.weight[1:] / np.maximum(self.weight[1:].sum(0), 1e-12)
+        root = np.sqrt(weight.sum(1))
+        seen = root > 0
+        x, y = (self.kernels[1:] * weight[:, None]).sum(2)[seen], (self.products[1:] * weight).sum(1)[seen]
+        found, residual = nnls(x / root[seen, None], y / root[seen])
         return found, float(residual)
+
+
+def _cross(
+    windows: list[_Window], pitch: float, genes: np.ndarray, lags: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean product of the ratios of two genes over pairs of spots with some lags, and its weight; genes x genes."""
+    products, weight = np.zeros((2, len(genes), len(genes)))
+    for window in windows:
+        w, pairs = window.w[:, genes], np.isin(_lags(window, pitch), lags).astype(np.float64)
+        zw = w * window.z[:, genes]
+        products += zw.T @ (pairs @ zw)
+        weight += w.T @ (pairs @ w)
+    return products / np.maximum(weight, 1e-12), weight
 
 
 def _field(windows: list[_Window], pitch: float) -> tuple[np.ndarray, np.ndarray]:
@@ -191,47 +198,49 @@ def _halves(windows: list[_Window]) -> list[list[_Window]]:
     return [windows[::2], windows[1::2]] if len(windows) > 1 else []
 
 
-def _factors(windows: list[_Window], pitch: float, lengths: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Correlation between genes from neighbouring spots, as factors (genes x at most N_FACTORS)."""
+def _factors(
+    windows: list[_Window], pitch: float, moments: _Moments, field: np.ndarray, genes: np.ndarray
+) -> np.ndarray:
+    """Correlation between genes from neighbouring spots, as factors (genes x at most N_FACTORS); 0 for other genes."""
+    near, n = tuple(range(1, 1 + NEAR)), len(genes)
+    weight = moments.weight[1 : 1 + NEAR, genes]
+    own = (np.einsum("brg,rg->bg", moments.kernels, np.expm1(field))[1 : 1 + NEAR, genes] * weight).sum(0)
+    own = own / np.maximum(weight.sum(0), 1e-12)
+    scale = np.sqrt(np.maximum(own, max(0.3 * float(np.median(own)), 1e-6)))
 
     def correlation(some: list[_Window]) -> np.ndarray:
-        m = _Moments.of(some, pitch, lengths)
-        near = slice(1, 1 + NEAR)
-        cross = (m.cross[near] * m.weight[near]).sum(0) / m.weight[near].sum(0)
-        variance = np.expm1(field)
-        own = (np.einsum("brg,rg->bg", m.kernels, variance)[near] * np.einsum("bgg->bg", m.weight)[near]).sum(0)
-        own = own / np.einsum("bgg->bg", m.weight)[near].sum(0)
-        own = np.maximum(own, max(0.3 * float(np.median(own)), 1e-6))
-        return cross / np.sqrt(np.outer(own, own))
+        return _cross(some, pitch, genes, near)[0] / np.outer(scale, scale)
 
-    found, n_genes = np.clip(np.nan_to_num(correlation(windows)), -1, 1), field.shape[1]
-    off = ~np.eye(n_genes, dtype=bool)
+    found, off = np.clip(correlation(windows), -1, 1), ~np.eye(n, dtype=bool)
     trust, halves = 0.5, _halves(windows)
     if halves:
-        r = np.corrcoef(correlation(halves[0])[off], correlation(halves[1])[off])[0, 1]
-        trust = float(np.clip(2 * r / (1 + r), 0, 1)) if np.isfinite(r) and r > -1 else 0.0
-    target = np.where(off, np.sqrt(trust) * found, 1.0)
-    communality, factors = np.full(n_genes, 0.5), np.zeros((n_genes, 0))
+        one, two = (correlation(half)[off] for half in halves)
+        r = float(np.corrcoef(one, two)[0, 1]) if n > 1 and one.std() > 0 and two.std() > 0 else 0.0
+        trust = max(2 * r / (1 + r), 0.0) if r > -1 else 0.0
+    target, communality = np.where(off, np.sqrt(trust) * found, 1.0), np.full(n, 0.5)
     for _ in range(50):  # principal factors
         np.fill_diagonal(target, communality)
         values, axes = np.linalg.eigh((target + target.T) / 2)
-        kept = np.argsort(-values)[: min(N_FACTORS, max(1, n_genes // 3))]
+        kept = np.argsort(-values)[: min(N_FACTORS, max(1, n // 3))]
         factors = axes[:, kept] * np.sqrt(np.maximum(values[kept], 0))
         size = (factors**2).sum(1)
         communality = np.clip(size, 0.05, 0.9)
-    return factors * np.sqrt(np.minimum(1, 0.9 / np.maximum(size, 1e-12)))[:, None]
+    out = np.zeros((field.shape[1], factors.shape[1]))
+    out[genes] = factors * np.sqrt(np.minimum(1, 0.9 / np.maximum(size, 1e-12)))[:, None]
+    return out
 
 
-def _nugget(moments: _Moments, field: np.ndarray, room: np.ndarray, factors: np.ndarray) -> np.ndarray:
+def _nugget(
+    windows: list[_Window], pitch: float, moments: _Moments, field: np.ndarray, room: np.ndarray, factors: np.ndarray,
+    genes: np.ndarray,
+) -> np.ndarray:  # fmt: skip
     """Variance of log rate in single spots that genes share: the share of what a gene has room for that agrees best."""
-    off = ~np.eye(len(room), dtype=bool)
-    correlation = factors @ factors.T
-    at = np.einsum("rg,rg->g", moments.kernels[0], np.expm1(field))
-    expected = np.sqrt(np.outer(np.maximum(at, 0), np.maximum(at, 0))) * correlation
-    shape = np.sqrt(np.outer(room, room)) * correlation
-    weight = moments.weight[0]
-    share = (weight * (moments.cross[0] - expected) * shape)[off].sum() / max((weight * shape**2)[off].sum(), 1e-12)
-    return float(np.clip(share, 0, 1)) * room
+    off, correlation = ~np.eye(len(genes), dtype=bool), factors[genes] @ factors[genes].T
+    at = np.sqrt(np.maximum(np.einsum("rg,rg->g", moments.kernels[0], np.expm1(field))[genes], 0))
+    shape = np.sqrt(np.outer(room[genes], room[genes])) * correlation
+    products, weight = _cross(windows, pitch, genes, (0,))
+    share = (weight * (products - np.outer(at, at) * correlation) * shape)[off].sum()
+    return float(np.clip(share / max((weight * shape**2)[off].sum(), 1e-12), 0, 1)) * room
 
 
 def _between(slides, levels, means, theta, windows, lengths, field):

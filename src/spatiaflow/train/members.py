@@ -12,7 +12,7 @@ from spatiaflow.models.members import MODES, SMOOTHED_OVER, Members
 from spatiaflow.models.rates import Part, choose_penalty, fit_linear, fit_perceptron
 from spatiaflow.models.regression import choose_ridge, fit_ridge, standardize
 from spatiaflow.models.slide import Slide
-from spatiaflow.train.law import fit_theta
+from spatiaflow.train.law import fit_theta, level_of
 
 MAX_ROWS = 20_000  # that a count regression is fitted to
 UNCHOSEN = 100.0  # penalty of the regression that gives the dispersions alone
@@ -37,7 +37,6 @@ class Choices:
     std: np.ndarray
     mode: str  # how the network's features are scaled, one of MODES
     alpha: float  # penalty of the ridge regression
-    smoothing: float
     penalty: float  # of the count regression
     theta: np.ndarray  # inverse dispersion of counts around a simple prediction, genes
     counting: CountLaw
@@ -82,13 +81,11 @@ class Choices:
         penalty = choose_penalty(thin) if stacked else UNCHOSEN
         parts = [part for group in thin for part in group]
         rates = fit_linear(parts, penalty)
-        levels = [_level(rates(x), c, n) for x, c, n in parts]
-        theta = fit_theta(
-            np.concatenate([c for _, c, _ in parts]),
-            np.concatenate([n[:, None] * np.exp(rates(x) + level) for (x, _, n), level in zip(parts, levels)]),
-        )
+        means = [n[:, None] * np.exp(rates(x)) for x, _, n in parts]
+        means = [mean * np.exp(level_of(c, mean)) for mean, (_, c, _) in zip(means, parts)]
+        theta = fit_theta(np.concatenate([c for _, c, _ in parts]), np.concatenate(means))
         counting = CountLaw(libraries, target_sum, np.zeros(()))
-        return cls(mean, std, best, *found[best][:2], penalty, theta, counting, target_sum)
+        return cls(mean, std, best, found[best][0], penalty, theta, counting, target_sum)
 
     def scaled(self, slide: Slide) -> Slide:
         """A slide with features as the network takes them."""
@@ -105,7 +102,7 @@ def fit_members(slides: list[Slide], choices: Choices, *, stacked: bool, max_epo
     most = max(20, MAX_ROWS // len(slides))
     for mode in MODES:
         scaled = [replace(s, features=standardize(s.features, c.mean, c.std, mode)) for s in slides]
-        ridges[mode] = fit_ridge([(s.features, expression(s, c.target_sum)) for s in scaled], c.alpha, c.smoothing)
+        ridges[mode] = fit_ridge([(s.features, expression(s, c.target_sum)) for s in scaled], c.alpha)
         if stacked:
             bands = [s.hold_out(STOP_SHARE) for s in scaled]
             first, last = ([_part(pair[i], most) for pair in bands] for i in (0, 1))
@@ -129,8 +126,3 @@ def _share(slides: list[Slide]) -> np.ndarray:
     donors = np.array([s.donor for s in slides])
     weight = np.array([1 / (donors == donor).sum() for donor in donors])
     return weight / weight.sum()
-
-
-def _level(log_rate: np.ndarray, counts: np.ndarray, library: np.ndarray) -> np.ndarray:
-    """Log of how much more of each gene a slide has than a pattern says."""
-    return np.log((counts.sum(0) + 0.5) / ((library[:, None] * np.exp(log_rate)).sum(0) + 0.5))

@@ -105,7 +105,8 @@ def train_stflow(
     if checkpoint_dir is None:
         return _fit_stflow(slides, config, encoder, n_epochs, **run, **options)
     with claim(
-        checkpoint_dir, resume, config=config, genes=slides[0].genes, max_epochs=n_epochs, slides=tuple(s.name for s in slides),
+        checkpoint_dir, resume, config=config, genes=slides[0].genes, max_epochs=n_epochs,
+        slides=tuple(s.name for s in slides), donors=tuple(s.donor for s in slides),
         data=[value for s in slides for value in (s.xy, s.features, s.counts.toarray(), s.library)], **run,
     ):  # fmt: skip
         return _fit_stflow(slides, config, encoder, n_epochs, **run, **options)
@@ -121,7 +122,7 @@ def _fit_stflow(
         slides, groups, config.standardize, target_sum, library_quantiles(library), stacked=config.stack
     )
     # between tissues features shift; a slide's own z-scores would hide that from the out-of-domain score
-    ood, _ = OutOfDomain.fit(
+    ood = OutOfDomain.fit(
         [np.concatenate([(s.features - choices.mean) / choices.std for s in group]) for group in groups]
     )
     y = np.concatenate([expression(s, target_sum) for s in slides])
