@@ -120,7 +120,7 @@ def make_slide(name="s0", n=12, seed=0, n_genes=12, pitch=200.0, mpp=0.5):
     return adata
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def slide():
     """Factory of simulated spot arrays."""
     return make_slide

@@ -6,13 +6,12 @@ import pandas as pd
 import pytest
 
 import spatiaflow as sf
-from conftest import make_slide
 
 
 @pytest.fixture
-def test():
+def test(slide):
     """A slide with three regions, spots without one, an unused category, and glass."""
-    adata = make_slide("t", n=10, seed=7)
+    adata = slide("t", n=10, seed=7)
     x = adata.obsm["spatial"][:, 0]
     names = np.select([x > 2500, x > 1200], ["stroma", "tumour"], "fat").astype(object)
     names[::17] = None
@@ -70,8 +69,8 @@ def test_the_effect_of_the_donor_cancels_within_a_slide(quick, test):
     assert (difference < 0.6 * independent[difference.index]).all()
 
 
-def test_a_region_is_pooled_over_slides_by_spots(quick):
-    both = ad.concat([make_slide("a", n=8, seed=7), make_slide("b", n=5, seed=8)], uns_merge="first", label="slide")
+def test_a_region_is_pooled_over_slides_by_spots(quick, slide):
+    both = ad.concat([slide("a", n=8, seed=7), slide("b", n=5, seed=8)], uns_merge="first", label="slide")
     both.obs["region"] = np.where(np.arange(89) % 3, "x", "y")
     options = {"model": quick, "n_samples": 20, "library_key": "slide", "mpp": 0.5}
     draws = sf.tl.sample_expression(both, **options)
@@ -98,8 +97,8 @@ def test_what_is_trusted(quick, test, monkeypatch):
     assert not found["trusted"].any()
 
 
-def test_samples_have_a_column_and_are_as_alone(quick, test):
-    other = make_slide("u", n=6, seed=8)
+def test_samples_have_a_column_and_are_as_alone(quick, test, slide):
+    other = slide("u", n=6, seed=8)
     other.obs["region"] = "stroma"
     options = {"model": quick, "groupby": "region", "n_samples": 20}
     found = sf.tl.summarize_expression({"one": test, "two": other}, **options)

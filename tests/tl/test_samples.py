@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 import spatiaflow as sf
-from conftest import make_slide
 
 
 def stacked(draws):
     return np.stack([np.asarray(layer) for layer in draws.layers.values()])
 
 
-def test_draws_belong_to_names(quick):
-    test = make_slide("t", n=8, seed=7)
+def test_draws_belong_to_names(quick, slide):
+    test = slide("t", n=8, seed=7)
     options = {"model": quick, "n_samples": 6, "random_state": 3}
     right = sf.tl.sample_expression(test, **options)
     shuffled = test[np.random.default_rng(0).permutation(64)].copy()
@@ -26,8 +25,8 @@ def test_draws_belong_to_names(quick):
     assert np.abs(stacked(other) - stacked(right)).max() > 0.1
 
 
-def test_what_is_returned(quick):
-    test = make_slide("t", n=8, seed=7)
+def test_what_is_returned(quick, slide):
+    test = slide("t", n=8, seed=7)
     test.obs["tissue"] = np.where(np.arange(64) < 5, 0.0, 1.0)
     before = test.copy()
     draws = sf.tl.sample_expression(test, model=quick, n_samples=3, new_donor=False)
@@ -44,16 +43,16 @@ def test_what_is_returned(quick):
     assert not np.shares_memory(draws.obsm["spatial"], test.obsm["spatial"])
 
 
-def test_writing_into_a_result_leaves_the_model_alone(quick):
-    test, skill = make_slide("t", n=6, seed=7), quick.skill.copy()
+def test_writing_into_a_result_leaves_the_model_alone(quick, slide):
+    test, skill = slide("t", n=6, seed=7), quick.skill.copy()
     sf.tl.predict_expression(test, model=quick)
     test.uns["stflow"]["skill"][:] = 0
     sf.tl.sample_expression(test, model=quick, n_samples=1).var["skill"] = 0.0
     np.testing.assert_array_equal(quick.skill, skill)
 
 
-def test_neighbours_err_together(quick):
-    test = make_slide("t", n=8, seed=7)
+def test_neighbours_err_together(quick, slide):
+    test = slide("t", n=8, seed=7)
     y = stacked(sf.tl.sample_expression(test, model=quick, n_samples=300, new_donor=False))
     error = (y - y.mean(0)) / np.maximum(y.std(0), 1e-6)
     covariance = np.einsum("dig,djg->ij", error, error) / error.shape[0] / error.shape[2]
@@ -63,8 +62,8 @@ def test_neighbours_err_together(quick):
     assert near > 0 and near > far + 0.01
 
 
-def test_fewer_counts_are_more_noise(quick):
-    test = make_slide("t", n=8, seed=7)
+def test_fewer_counts_are_more_noise(quick, slide):
+    test = slide("t", n=8, seed=7)
     test.obs["counts"] = 1000.0
     test.obs.loc[test.obs_names[:20], "counts"] = 30.0
     options = {"model": quick, "n_samples": 60, "new_donor": False}
@@ -76,8 +75,8 @@ def test_fewer_counts_are_more_noise(quick):
     np.testing.assert_allclose(step, np.round(step), atol=1e-2)  # counts of a spot with 50 of them
 
 
-def test_a_store_holds_what_memory_would(quick, tmp_path):
-    both = ad.concat([make_slide("a", n=6, seed=7), make_slide("b", n=6, seed=8)], uns_merge="first", label="slide")
+def test_a_store_holds_what_memory_would(quick, tmp_path, slide):
+    both = ad.concat([slide("a", n=6, seed=7), slide("b", n=6, seed=8)], uns_merge="first", label="slide")
     both = both[np.random.default_rng(0).permutation(72)].copy()  # rows of a slide are not together
     options = {"model": quick, "n_samples": 4, "library_key": "slide", "mpp": 0.5, "genes": ["G3", "G0"]}
     right = sf.tl.sample_expression(both, **options)
@@ -96,19 +95,19 @@ def test_a_store_holds_what_memory_would(quick, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["d.zarr"]
 
 
-def test_nothing_half_written_stays(quick, tmp_path, monkeypatch):
+def test_nothing_half_written_stays(quick, tmp_path, monkeypatch, slide):
     def full(*args, **options):
         yield np.zeros((36, 12), np.float32)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(quick), "draws", full)
     with pytest.raises(OSError, match="the disk is full: .*d.zarr"):
-        sf.tl.sample_expression(make_slide("t", n=6), model=quick, n_samples=2, store=tmp_path / "d.zarr")
+        sf.tl.sample_expression(slide("t", n=6), model=quick, n_samples=2, store=tmp_path / "d.zarr")
     assert not list(tmp_path.iterdir())
 
 
-def test_lists_and_dicts_come_back_in_their_form(quick, tmp_path):
-    a, b = make_slide("a", n=6, seed=7), make_slide("b", n=6, seed=8)
+def test_lists_and_dicts_come_back_in_their_form(quick, tmp_path, slide):
+    a, b = slide("a", n=6, seed=7), slide("b", n=6, seed=8)
     alone = sf.tl.sample_expression(b, model=quick, n_samples=2)
     found = sf.tl.sample_expression({"a": a, "b": b}, model=quick, n_samples=2)
     assert list(found) == ["a", "b"]
@@ -127,8 +126,8 @@ def test_lists_and_dicts_come_back_in_their_form(quick, tmp_path):
      ({"n_samples": 0}, ValueError, "n_samples"), ({"new_donor": "no"}, ValueError, "new_donor must be one of"),
      ({"store": 3}, ValueError, "store must be the path")],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_refused(quick, bad, error, match):
-    test = make_slide("t", n=6, seed=7)
+def test_what_cannot_be_meant_is_refused(quick, bad, error, match, slide):
+    test = slide("t", n=6, seed=7)
     test.obs["words"], test.obs["gaps"] = "a", np.where(np.arange(36) < 2, np.nan, 5.0)
     with pytest.raises(error, match=match):
         sf.tl.sample_expression(test, model=quick, **{"n_samples": 2} | bad)

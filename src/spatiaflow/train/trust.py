@@ -9,7 +9,7 @@ from spatiaflow.models.law import MIN_DONORS
 
 MAX_ERROR = 0.1  # share of trusted genes whose pattern may be wrong
 DONOR_SHIFT = 0.1  # sd of a gene's partial correlation between donors, where fewer than MIN_DONORS were seen
-DONOR_LOSS = 0.4  # what remains on a new donor of a partial correlation within a donor (benchmarks/LOG.md)
+DONOR_LOSS = 0.4  # share of a partial correlation within a donor that remains on a new one (benchmarks/LOG.md)
 EFFECTIVE = 0.25  # independent spots in a spot, since neighbours are alike
 
 
