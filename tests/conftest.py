@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from _process import process_is_left
 
@@ -27,6 +28,14 @@ def pytest_terminal_summary(terminalreporter):
     called = [report for report in ran if getattr(report, "when", "") == "call"]
     slow = sum("slow" in report.keywords for report in called)
     terminalreporter.write_line(f"{len(called)} tests ran, {slow} of them slow")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Libraries of other tests raise the number of threads, and threads that wait for each other are many times slower."""
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(autouse=True)
