@@ -12,6 +12,7 @@ import spatiaflow as sf
 from spatiaflow import _io
 from spatiaflow._io import Where
 from spatiaflow._io._checks import Lattice
+from spatiaflow._slides import gather
 
 
 def messages(xy, mpp=1.0, obs=None, **uns):
@@ -89,12 +90,13 @@ def test_slides_that_lie_over_one_another_are_told_of(kind, name):
     assert f"give library_key={name!r}" in messages(xy, obs=obs)[0]
 
 
-def batches(genes=200, missing=0, mean=1.0, column="batch", split=150):
+def batches(genes=200, missing=0, mean=1.0, column="batch", split=150, mixed=False):
     rng = np.random.default_rng(0)
     counts = rng.poisson(rng.gamma(1, mean, genes), (300, genes)).astype(np.float32)
     counts[split:, :missing] = 0
     obs = pd.DataFrame({column: np.where(np.arange(300) < split, "a", "b")}, index=map(str, range(300)))
     table = ad.AnnData(sparse.csr_matrix(counts), obs=obs)
+    table = table[rng.permutation(300)].copy() if mixed else table
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         _io.check_measured(table, table.X, "mine")
@@ -107,7 +109,7 @@ def test_genes_that_a_batch_did_not_measure():
     assert "obs['batch'] 'b'" in told and "outer join" in told
     assert batches(missing=40, column="mine")
     assert not batches()
-    assert not batches(missing=40, column="cell_type")  # markers of a type are absent in others
+    assert not batches(missing=40, column="cell_type", mixed=True)  # markers of a type are absent in others
     assert not batches(missing=40, mean=0.01)  # too few counts to tell
     assert not batches(missing=2)  # those of a chromosome, say
     assert not batches(missing=40, split=297)  # three cells tell nothing
@@ -120,3 +122,94 @@ def test_an_outer_join_is_a_warning():
     panel = data[:, few.var_names].copy()
     with pytest.warns(UserWarning, match="4 genes .first: 'MORPH1'. have no count in obs.'batch'. 'b'"):
         sf.tl.impute_genes(panel, reference=joined)
+
+
+def told(table):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _io.check_measured(table, sparse.csr_matrix(table.X), None)
+    return [str(one.message) for one in found]
+
+
+def joined(*parts):
+    """Objects joined as ``anndata.concat`` does it, without a column that tells them apart."""
+    return ad.concat(parts, join="outer", index_unique="-")
+
+
+@pytest.mark.parametrize("order", ["ab", "ba", "aba", "abab"])
+def test_an_outer_join_without_a_column_of_batches(order):
+    a, b = (sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (0, 1))
+    parts = {"a": a, "b": b[:, ~b.var_names.str.match("MORPH|STATE")]}
+    table = joined(*[parts[one] for one in order])
+    (message,) = told(table)
+    first = order.index("b")
+    rows = f"150 rows from 'cell_0-{first}' to 'cell_149-{first}'"
+    assert "6 genes (first: 'MORPH1') have no count in " + rows in message
+    assert 'join with join="inner", give the samples as a list' in message
+    assert not told(joined(*[parts["b"] for _ in order]))
+
+
+def test_counts_are_gathered_with_the_warning():
+    a, b = (sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (0, 1))
+    with pytest.warns(UserWarning, match="10 genes .* have no count in 150 rows from 'cell_0-1' to 'cell_149-1'"):
+        gather(joined(a, b[:, :-10]), need=("counts",), scaled=False)
+
+
+def test_both_sides_of_an_outer_join_are_seen_or_one():
+    a, b = (sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (0, 1))
+    (message,) = told(joined(a[:, 10:], b[:, :-20]))
+    assert "genes (first: " in message and "150 rows" in message
+
+
+def test_an_outer_join_of_regions_is_told_by_their_names():
+    a, b = (sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (0, 1))
+    table = joined(a, b[:, ~b.var_names.str.startswith("MORPH")])
+    table.obs["tissue_region"] = np.repeat(["left", "right"], 150)
+    table.uns["spatialdata_attrs"] = {"region_key": "tissue_region"}
+    assert "4 genes (first: 'MORPH1') have no count in obs['tissue_region'] 'right'" in told(table)[0]
+
+
+@pytest.mark.parametrize("sorted_by", ["cell_type", "niche", "state", "library", "axis_ratio"])
+def test_tissue_in_any_order_is_no_outer_join(sorted_by):
+    table = sf.datasets.simulated_tissue(300, seed=1)["table"]
+    order = table.obs[sorted_by].argsort(kind="stable") if sorted_by in ("library", "axis_ratio") else None
+    order = table.obs[sorted_by].astype(str).argsort(kind="stable") if order is None else order
+    assert not told(table[order.to_numpy()])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_genes_of_a_region_are_no_outer_join(seed):
+    rng = np.random.default_rng(seed)
+    place = np.arange(600) / 600
+    middle, width = rng.uniform(0, 1, 200), rng.uniform(0.05, 0.3, 200)
+    rate = 3 * np.exp(-(((place[:, None] - middle) / width) ** 2))
+    counts = rng.poisson(np.c_[rate, np.ones((600, 100))]).astype(np.float32)
+    assert not told(ad.AnnData(sparse.csr_matrix(counts)))
+
+
+@pytest.mark.parametrize("section", ["her2st", "visium_ffpe", "starmap"])
+def test_real_tissue_in_any_order_is_no_outer_join(mirror, section):
+    if section == "starmap":
+        tables = [table for _, table in _by(sf.datasets.starmap_mpfc(), "mouse")]
+    elif section == "her2st":
+        tables = [sf.datasets.her2st("C2")]
+    else:
+        tables = [sf.datasets.visium_ffpe("lungorganoid/V19D02-088_A1")]
+    for table in tables:
+        for values in (np.arange(table.n_obs), *np.asarray(table.obsm["spatial"]).T):
+            assert not told(table[np.argsort(values, kind="stable")])
+
+
+def _by(table, column):
+    return [(name, table[table.obs[column] == name]) for name in table.obs[column].unique()]
+
+
+def test_an_outer_join_of_arrays_is_refused_as_such():
+    a, b = (sf.datasets.simulated_tissue(60, seed=seed)["table"] for seed in (0, 1))
+    for part in (a, b):
+        part.X = part.X.toarray()
+    table = joined(a, b[:, 5:])
+    with pytest.raises(
+        ValueError, match="X has NaN .*outer join writes NaN .*join=.inner., or give the samples as a list"
+    ):
+        _io.counts(table)

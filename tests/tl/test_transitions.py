@@ -241,6 +241,47 @@ def test_pairs_are_drawn():
         sf.pl.pairs(adata, mpp=1)
 
 
+def drawn(figure):
+    """Ends of the lines of a figure of pairs, and how many pairs each niche has."""
+    import matplotlib.pyplot as plt
+    from matplotlib.collections import LineCollection
+
+    (lines,) = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    plt.close(figure)
+    return {tuple(np.ravel(one)) for one in lines.get_segments()}, [
+        t.get_text() for t in figure.axes[1].get_yticklabels()
+    ]
+
+
+def test_pairs_of_rows_that_were_dropped_are_not_drawn():
+    adata, _ = tissue(60, 80)
+    found = paired(adata)
+    kept = adata[adata.obsm["spatial"][:, 0] < 300].copy()
+    left = found[found["source"].isin(kept.obs_names) & found["target"].isin(kept.obs_names)]
+    assert 0 < len(left) < len(found)
+    with pytest.warns(
+        UserWarning, match=f"{len(found) - len(left)} of {len(found)} pairs of 'A -> B' name rows .*pair_trans"
+    ):
+        lines, niches = drawn(sf.pl.pairs(kept, mpp=1, return_fig=True))
+    xy = pd.DataFrame(kept.obsm["spatial"], kept.obs_names)
+    assert lines == {(*xy.loc[s], *xy.loc[t]) for s, t in zip(left["source"], left["target"])}
+    assert niches == [f"whole table ({len(left)})"]
+    sources = adata[adata.obs["state"] == "A"].copy()
+    with pytest.raises(
+        ValueError, match="60 of 60 pairs of 'A -> B' name rows that obs_names no longer has .*pair_trans"
+    ):
+        sf.pl.pairs(sources, mpp=1)
+
+
+def test_pairing_samples_of_an_outer_join_is_a_warning():
+    one, other = tissue(60, 80, seed=0)[0], tissue(60, 80, seed=1)[0]
+    joined = ad.concat([one, other[:, :100]], join="outer", index_unique="-")
+    with pytest.warns(
+        UserWarning, match="genes .* have no count in 140 rows from 'c0-1' to 'c139-1', and many elsewhere"
+    ):
+        paired(joined)
+
+
 def test_bad_input():
     adata, _ = tissue(30, 30)
     with pytest.raises(ValueError, match="no state 'C'; did you mean"):

@@ -1,4 +1,4 @@
-"""Checks of positions: what cannot be, and what hints at a wrong scale or at several slides taken for one."""
+"""Checks of positions and counts: what cannot be, and what hints at a wrong scale, slides taken for one, or genes not measured."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ SLIDE_COLUMNS = (
 )
 BATCH_COLUMNS = ("dataset", "dataset_id", "study", "donor_id", "assay", "technology", "platform", "panel")
 EXPECTED = 20.0  # counts of a gene, by the depth of a batch, that chance does not leave out
+PARTS = (64, 16)  # consecutive parts of a table: the more, the better their edges fit a block, and the fewer the genes
+SMALLEST = 1 / 16  # share of the rows: a smaller block of rows without some genes may be a border of the tissue
+JOIN = (
+    'An outer join writes 0 for genes that were not measured, which counts as a measured 0: join with join="inner", give the '
+    "samples as a list, or leave out those genes or rows."
+)
 HEXAGONAL = (100.0,)  # Visium
 # legacy ST and its denser array, DBiT-seq, Stereo-seq bins, Visium HD bins
 SQUARE = (200.0, 141.0, 100.0, 50.0, 25.0, 20.0, 16.0, 10.0, 8.0, 2.0)
@@ -104,6 +110,8 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
 def check_measured(table: AnnData, counts: sparse.csr_matrix, library_key: str | None) -> None:
     """Warn of genes without any count in a whole batch: an outer join writes 0 where a gene was not measured.
 
+    Batches are told by columns of obs. Without one, rows of a batch follow each other.
+
     Parameters
     ----------
     counts
@@ -111,8 +119,9 @@ def check_measured(table: AnnData, counts: sparse.csr_matrix, library_key: str |
     library_key
         A column of obs that tells batches apart, besides those of usual names.
     """
+    regions = entry(table, "spatialdata_attrs").get("region_key")
     for name in table.obs.columns:
-        if name != library_key and str(name).lower() not in (*SLIDE_COLUMNS, *BATCH_COLUMNS):
+        if name not in (library_key, regions) and str(name).lower() not in (*SLIDE_COLUMNS, *BATCH_COLUMNS):
             continue
         codes, groups = pd.factorize(table.obs[name])
         if not 2 <= len(groups) <= 50:
@@ -121,19 +130,78 @@ def check_measured(table: AnnData, counts: sparse.csr_matrix, library_key: str |
         of = sparse.csr_matrix((np.ones(len(known)), (codes[known], known)), (len(groups), table.n_obs))
         total = (of @ counts).toarray()
         for group, own in zip(groups, total):
-            others = total.sum(0) - own
-            missing = others > 0
-            missing[own > 0] = False
-            # what the batch would have by its depth, judged by the genes that it does have
-            depth = own.sum() / max(others[own > 0].sum(), 1)
-            missing &= others * depth >= EXPECTED
+            missing, _ = _missing(own, total.sum(0) - own)
             if missing.sum() >= max(3, 0.01 * table.n_vars):
-                warn(
-                    f"{int(missing.sum())} genes (first: {table.var_names[np.argmax(missing)]!r}) have no count in obs[{name!r}] "
-                    f"{str(group)!r}, and many elsewhere. An outer join writes 0 for genes that were not measured, which counts "
-                    'as a measured 0: join with join="inner", or leave out those genes or rows.'
-                )
+                _warn_of_join(table, missing, f"obs[{name!r}] {str(group)!r}")
                 return
+    for n_parts in PARTS:
+        if table.n_obs >= 2 * n_parts and (found := _unmeasured_rows(counts, n_parts)) is not None:
+            missing, first, last = found
+            names = table.obs_names
+            _warn_of_join(table, missing, f"{last - first + 1} rows from {names[first]!r} to {names[last]!r}")
+            return
+
+
+def _warn_of_join(table: AnnData, missing: np.ndarray, where: str) -> None:
+    """Warn of ``missing`` genes (bool) of the rows that ``where`` describes."""
+    first = table.var_names[np.argmax(missing)]
+    warn(
+        f"{int(missing.sum())} genes (first: {first!r}) have no count in {where}, and many elsewhere. Were samples joined? {JOIN}"
+    )
+
+
+def _missing(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Genes that have counts in other rows and, against all chance, none in their own; and the counts to expect of each.
+
+    ``own``, ``others``: counts of each gene in some rows, and in all others. The depth of the rows is judged by the genes that
+    they do have.
+    """
+    expected = others * (own.sum() / max(others[own > 0].sum(), 1))
+    return (own == 0) & (expected >= EXPECTED), expected
+
+
+def _unmeasured_rows(counts: sparse.csr_matrix, n_parts: int) -> tuple[np.ndarray, int, int] | None:
+    """Genes that whole blocks of rows did not measure, and the first and last row of the first block; None without any.
+
+    Genes that were not measured are absent from the very same parts of the table, and present in all others, also right
+    beside. Genes that belong to a region or a type of cell differ in where they are absent, become rare before they are, and
+    others of their kind have a few counts there.
+    """
+    n = counts.shape[0]
+    part = np.arange(n) * n_parts // n
+    total = (sparse.csr_matrix((np.ones(n), (part, np.arange(n))), (n_parts, n)) @ counts).toarray()
+    empty = total == 0
+    n_empty = empty.sum(0)
+    # improbable: in as many parts others have many counts
+    genes = np.flatnonzero((n_empty >= SMALLEST * n_parts) & (total.sum(0) * n_empty >= EXPECTED * (n_parts - n_empty)))
+    packed = np.packbits(empty[:, genes], axis=0).T
+    _, pattern, size = np.unique(packed, axis=0, return_inverse=True, return_counts=True)
+    for one in np.argsort(-size, kind="stable")[:20]:
+        alike = genes[pattern.ravel() == one]
+        parts = empty[:, alike[0]]
+        own = total[parts].sum(0)
+        missing, expected = _missing(own, total[~parts].sum(0))
+        rare = (own > 0) & (expected >= EXPECTED) & (own < 0.1 * expected)
+        enough = missing[alike].sum() >= max(5, 0.01 * (expected >= EXPECTED).sum())
+        if enough and missing.sum() > rare.sum() and _begins_at_once(total[:, alike], total[:, own > 0].sum(1), parts):
+            seen = np.flatnonzero(np.asarray(counts[:, np.flatnonzero(missing)].sum(1)).ravel())
+            inside = int(np.argmax(parts[part]))
+            after = int(np.searchsorted(seen, inside))
+            first = int(seen[after - 1]) + 1 if after else 0
+            return missing, first, int(seen[after]) - 1 if after < len(seen) else n - 1
+    return None
+
+
+def _begins_at_once(total: np.ndarray, depth: np.ndarray, absent: np.ndarray) -> bool:
+    """Whether genes (counts, parts x genes) are as frequent beside the parts in which they are ``absent`` as elsewhere.
+
+    ``depth``: counts of other genes in each part. A part next to an absent one may lie in the block to a large share, so the
+    one after it is judged.
+    """
+    rate = (total / total.sum(0)).mean(1) / np.maximum(depth, 1)
+    near = np.convolve(absent, np.ones(3), "same") > 0
+    beside = (np.convolve(absent, np.ones(5), "same") > 0) & ~near
+    return not beside.any() or rate[beside].mean() > 0.5 * rate[~absent].mean()
 
 
 def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_tiles: bool) -> None:

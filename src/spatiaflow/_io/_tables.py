@@ -236,7 +236,10 @@ def counts(
     values = _summable(values, where)
     flat: Any = values.data if sparse.issparse(values) else values
     if not np.isfinite(flat).all():
-        raise ValueError(f"{where} has NaN or infinite values; raw counts are needed.")
+        raise ValueError(
+            f"{where} has NaN or infinite values; raw counts are needed. An outer join writes NaN for genes that were not "
+            'measured: join with join="inner", or give the samples as a list.'
+        )
     if flat.size and flat.min() < 0:
         raise ValueError(
             f"{where} has negative values (minimum {flat.min():g}); raw counts are needed, e.g. {argument}='counts'."

@@ -132,7 +132,7 @@ def pair_transitions(
     wanted, cost = _transitions(transitions), _cost(cost)
     states, niches = state_shares(table, groupby, config.min_share), _niches(table, niche_key)
     sides = {f"{a} -> {b}": states.sides(a, b, [seed, 1], config.min_cells) for a, b in wanted}
-    sides = _comparable(table, sides, cost, layer, config.min_cells)
+    sides = _comparable(table, sides, cost, layer, library_key, config.min_cells)
     used = _by_name(table, np.unique(np.concatenate([rows for pair in sides.values() for rows in pair])))
     place = np.full(table.n_obs, -1)
     place[used] = np.arange(len(used))
@@ -220,11 +220,15 @@ def _cost(given: Mapping[str, float] | None) -> dict[str, float]:
     return cost
 
 
-def _comparable(table: AnnData, sides: Sides, cost: dict[str, float], layer: str | None, min_cells: int) -> Sides:
+def _comparable(
+    table: AnnData, sides: Sides, cost: dict[str, float], layer: str | None, library_key: str | None, min_cells: int
+) -> Sides:
     """Leave out rows without counts, and rows without a value in a slot of the cost."""
     keep = np.ones(table.n_obs, bool)
     if "genes" in cost:
-        keep &= np.asarray(_io.counts(table, None, layer)[0].sum(1)).ravel() > 0
+        counts = sparse.csr_matrix(_io.counts(table, None, layer)[0])
+        _io.check_measured(table, counts, library_key)
+        keep &= np.asarray(counts.sum(1)).ravel() > 0
     for name in cost:
         if name not in ("genes", "composition") and name in table.obsm:
             keep &= np.isfinite(_io.matrix(table, name)).all(1)
