@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
+from spatiaflow._settings import warn
 from spatiaflow.pl._tissue import SEQUENTIAL, finish, scale_bar, tissue_panel, violin
 
 
@@ -70,7 +71,12 @@ def pairs(
     KeyError
         There are no pairs, or no such transition or slide.
     ValueError
-        Several transitions and none is named, or no pair lies on the slide.
+        Several transitions and none is named, no pair lies on the slide, or all name rows that the table no longer has.
+
+    Warns
+    -----
+    UserWarning
+        Rows were dropped since they were paired. Their pairs are not drawn.
 
     Examples
     --------
@@ -96,6 +102,7 @@ def pairs(
     slide = _io.one_slide(_io.places(data, where), library_id)
     place = np.full(table.n_obs, -1)
     place[slide.rows] = np.arange(len(slide.rows))
+    found = _of_known_rows(table, found, transition)
     ends = np.stack([place[table.obs_names.get_indexer(found[side])] for side in ("source", "target")], 1)
     here = (ends >= 0).all(1)
     if not here.any():
@@ -123,6 +130,22 @@ def pairs(
     scale_bar(axes[0])
     _by_niche(axes[1], found, limit)
     return finish(figure, show, return_fig)
+
+
+def _of_known_rows(table: AnnData, found: pd.DataFrame, transition: str) -> pd.DataFrame:
+    """Pairs whose source and target are rows of the table: rows may have been dropped since they were paired."""
+    known = found["source"].isin(table.obs_names) & found["target"].isin(table.obs_names)
+    if known.all():
+        return found
+    gone = (
+        f"{int((~known).sum())} of {len(found)} pairs of {transition!r} name rows that obs_names no longer has (first: "
+        f"{found.loc[~known, ['source', 'target']].iloc[0].tolist()})"
+    )
+    again = "Run sf.tl.pair_transitions(data, ...) once more to pair the rows that are left."
+    if not known.any():
+        raise ValueError(f"{gone}. {again}")
+    warn(f"{gone}; they are not drawn. {again}")
+    return found[known]
 
 
 def _by_niche(ax: Axes, found: pd.DataFrame, limit: float) -> None:

@@ -211,7 +211,11 @@ def _pairs(
     found, params = table.uns[Key.uns.pairs(key)], table.uns[Key.uns.plan(key)]["params"]
     source = table.obs_names.get_indexer(found["source"])
     if (source < 0).any():
-        raise KeyError(f"uns names a source that is no row: {found['source'].iloc[int(np.argmax(source < 0))]!r}.")
+        raise KeyError(
+            f"uns[{Key.uns.pairs(key)!r}] names a source that is no row of the table (first: "
+            f"{found['source'].iloc[int(np.argmax(source < 0))]!r}). If rows were dropped, run sf.tl.pair_transitions(data, ...) "
+            "once more."
+        )
     transition = pd.Index(names).get_indexer(found["transition"])
     allowed = np.zeros((len(names), table.n_obs), bool)
     for name, rows in targets_of(table, params).items():
