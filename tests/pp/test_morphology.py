@@ -1,5 +1,7 @@
 """Known shapes, known intensities, obvious references; what the grid, the order and the chunks must not change."""
 
+import warnings
+
 import anndata as ad
 import dask.array as da
 import geopandas as gpd
@@ -200,6 +202,35 @@ def test_h_and_e_measures_tissue_and_not_glass():
     np.testing.assert_allclose(found["hematoxylin_mean"][:4], 1 / np.log(10), rtol=0.1)  # decadic optical density
     assert found["hematoxylin_mean"].iloc[4] < 0.05 < found["eosin_mean"].iloc[4]
     np.testing.assert_allclose(found.iloc[5, 6:9], 0, atol=1e-6)
+
+
+def fluorescent(factor, names):
+    """Cells in fluorescence, bright or dim, as three channels."""
+    cells = label_image(SHAPES, [1, 2, 3, 4]) > 0
+    rgb = RNG.normal(12, 2, (3, 240, 320))
+    rgb[0, cells], rgb[1, cells] = 60 * factor, 40
+    return tissue(SHAPES, rgb.clip(0, 255).astype(np.uint8), names=names)
+
+
+@pytest.mark.parametrize("names", [["r", "g", "b"], None])
+@pytest.mark.parametrize("factor", [1, 4])
+def test_fluorescence_without_names_of_channels_is_a_warning(names, factor):
+    with pytest.warns(
+        UserWarning, match="image 'image' is dark around most cells: is it fluorescence.*set_channel_names"
+    ):
+        profile(fluorescent(factor, names))
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0, 5.0])
+def test_named_channels_and_stained_tissue_are_no_reason_to_warn(density):
+    cells = label_image(SHAPES, [1, 2, 3, 4]) > 0
+    he = np.full((3, 240, 320), 235.0)
+    he[:, cells] = 245 * np.exp(-density * np.array([0.65, 0.70, 0.29]))[:, None]
+    he[:, :, 300:] = 0  # padding
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        profile(tissue(SHAPES, he.astype(np.uint8), names=["r", "g", "b"]))
+        profile(fluorescent(1, ["dapi", "rna", "protein"]))
 
 
 def test_simulated_states_are_recovered():

@@ -1,4 +1,4 @@
-"""Checks of positions and counts: what cannot be, and what hints at a wrong scale, slides taken for one, or genes not measured."""
+"""Checks of positions and counts: what cannot be, and hints at a wrong scale, at slides or at panels taken for one."""
 
 from __future__ import annotations
 

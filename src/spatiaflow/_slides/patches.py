@@ -9,12 +9,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from spatiaflow._settings import warn
+
 TILE = 2048  # pixels of the source: points are visited tile by tile, one read a tile
 CELLS = 8  # a patch is judged as tissue or not in 8 x 8 cells, each the mean of its pixels
 WHITE = 200  # of 255: glass is at least as bright as this in every channel
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
 DARK = 80  # of 255: the brightest channel of stained tissue is brighter
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
+
+
+def warn_of_dark(name: str, where: str) -> None:
+    """Warn of a picture that is darker than stained tissue ``where`` it is read."""
+    warn(
+        f"image {name!r} is dark {where}: is it fluorescence, or inverted? It is read as H&E in red, green and blue. Name the "
+        "channels of others: sdata.set_channel_names(...)."
+    )
 
 
 def by_tile(xy: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, progress, settings, warn
+from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import MIN_TISSUE
 
@@ -165,7 +165,7 @@ def _encoded(
     data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of all spots of one slide, n x F, and the share of each patch that is tissue (NaN: the image is no RGB)."""
-    from spatiaflow._slides.patches import Tissue, cut
+    from spatiaflow._slides.patches import Tissue, cut, warn_of_dark
 
     coarsest = max(patch_um / MIN_PIXELS, 1.05 * patch_um / pixels)
     found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels, coarsest=coarsest)
@@ -194,10 +194,7 @@ def _encoded(
             tissue.add(there[rows], patches[:, :3])
         bar.update(len(rows))
     if tissue is not None and tissue.dark:
-        warn(
-            f"image {found.name!r} is dark around most spots: is it fluorescence, or inverted? It is read as H&E in "
-            "red, green and blue. Name the channels of others: sdata.set_channel_names(...)."
-        )
+        warn_of_dark(found.name, "around most spots")
     if bad := int((~np.isfinite(out[there])).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
     return out, np.full(len(slide), np.nan, np.float32) if tissue is None else tissue.share()

@@ -97,6 +97,12 @@ def morphology_profile(
     ValueError
         The scale is unknown, rows of the table have no instance, no cell lies in the image, or slides differ in channels.
 
+    Warns
+    -----
+    UserWarning
+        Some cells have no pixel in the image. Or a picture taken for H&E is dark around most cells: it may be fluorescence, whose
+        channels need names (``sdata.set_channel_names``), or inverted.
+
     Examples
     --------
     >>> sf.pp.morphology_profile(sdata, image_key="fluorescence")
@@ -286,7 +292,7 @@ def _column_names(channels: tuple[str, ...]) -> list[str]:
 
 def _profiles(image, masks, found: _io.SlideImage, texture_um: float, is_rgb: bool, bar) -> np.ndarray:
     """Measure the cells, reading one tile of the image after the other; n x features, NaN where there is no pixel."""
-    from spatiaflow._slides.patches import by_tile
+    from spatiaflow._slides.patches import DARK, by_tile, warn_of_dark
 
     step = max(1, round(texture_um / found.mpp))
     n_channels, height, width = image.shape
@@ -295,6 +301,7 @@ def _profiles(image, masks, found: _io.SlideImage, texture_um: float, is_rgb: bo
     out = np.full((len(windows), n_features), np.nan)
     inside = np.flatnonzero((windows[:, 2:] > windows[:, :2]).all(1))
     bar.update(len(windows) - len(inside))
+    dark = []
     for group in by_tile((windows[inside, :2] + windows[inside, 2:]) / 2):
         rows = inside[group]
         left, top = windows[rows, :2].min(0)
@@ -307,7 +314,13 @@ def _profiles(image, masks, found: _io.SlideImage, texture_um: float, is_rgb: bo
                 _io.check_finite(np.where(mask, values, 0), found.name, found.channels)
                 values = _optical_density(values[:3]) if is_rgb else values.astype(np.float64)
                 out[row] = np.concatenate([_shape(mask, found.mpp), _intensity(values, mask, step).ravel()])
+                if is_rgb:  # a nucleus may be dark, what lies around it is not
+                    high, wide = (y1 - y0) // 2 + 1, (x1 - x0) // 2 + 1
+                    around = block[:3, max(0, y0 - high) : y1 + high, max(0, x0 - wide) : x1 + wide]
+                    dark.append((around.max(0) < DARK).mean() > 0.5)
         bar.update(len(rows))
+    if dark and np.mean(dark) > 0.5:
+        warn_of_dark(found.name, "around most cells")
     return out
 
 
