@@ -213,3 +213,50 @@ def test_an_outer_join_of_arrays_is_refused_as_such():
         ValueError, match="X has NaN .*outer join writes NaN .*join=.inner., or give the samples as a list"
     ):
         _io.counts(table)
+
+
+def cut(genes=60, **columns):
+    """Sixty genes, of which some are kept."""
+    table = sf.datasets.simulated_tissue(60, seed=0)["table"]
+    total = np.asarray(table.X.sum(1)).ravel()
+    table.obs = table.obs.assign(**{name: factor * total for name, factor in columns.items()})
+    table.raw = table
+    table.var["highly_variable"] = np.arange(60) < genes
+    return table[:, :genes].copy()
+
+
+def of_library(*tables, layer=None):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _io.check_library(list(tables), layer, "sf.tl.verb(data, genes=[...])")
+    return [str(one.message) for one in found]
+
+
+@pytest.mark.parametrize("column", ["total_counts", "n_counts", "nCount_Spatial", "transcript_counts", "n_umi"])
+def test_fewer_counts_than_a_column_states_hint_at_a_cut(column):
+    (message,) = of_library(cut(15, **{column: 1}))
+    assert "the table has 15 genes, and they have" in message and f"of the counts in obs[{column!r}]" in message
+    assert "Keep all genes in the table" in message and "sf.tl.verb(data, genes=[...])" in message
+    whole = cut(60, **{column: 1.0})
+    whole.var["highly_variable"] = False
+    whole.obs[f"log1p_{column}"] = 1e9
+    assert not of_library(whole)
+    assert len(of_library(whole, cut(15, **{column: 1}), cut(10, **{column: 1}))) == 1
+
+
+def test_other_signs_of_a_table_cut_to_some_genes():
+    few = cut(20)
+    assert "its raw has 60" in of_library(few)[0]
+    few.raw = None
+    assert "var['highly_variable'] is True for all" in of_library(few)[0]
+    del few.var["highly_variable"]
+    assert (
+        "the table has 20 genes, and so few tell the depth only if the panel measures no others" in of_library(few)[0]
+    )
+    few.layers["counts"], few.X = few.X, None
+    assert of_library(few, layer="counts")
+
+
+@pytest.mark.parametrize("name", ["her2st", "starmap_mpfc", "mouse_olfactory_bulb"])
+def test_whole_tables_are_not_taken_for_cut_ones(mirror, name):
+    assert not of_library(getattr(sf.datasets, name)())

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import warnings
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -265,6 +266,21 @@ def test_measured_values_of_a_table_cut_to_some_genes_are_noticed(slide, model):
     few.uns["stflow"]["genes"] = test.uns["stflow"]["genes"]
     with pytest.warns(UserWarning, match="library size"):
         plt.close(sf.pl.expression(few, model.genes[0], return_fig=True))
+
+
+@pytest.mark.parametrize("target_sum", [1e4, None])
+def test_training_on_a_table_cut_to_some_genes_is_noticed(slide, target_sum):
+    whole = slide(n=6, n_genes=80)
+    few = whole[:, :20].copy()
+    options = {"config": FAST, "max_epochs": 1, "target_sum": target_sum}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sf.tl.train_stflow(whole, genes=list(few.var_names), **options)
+        assert not [one for one in found if "library size" in str(one.message)]
+        sf.tl.train_stflow(few, genes=20, **options)
+    said = [str(one.message) for one in found if "library size" in str(one.message)]
+    assert len(said) == (target_sum is not None)  # raw counts have no need of it
+    assert all("the table has 20 genes" in one and "sf.tl.train_stflow(data, genes=[...])" in one for one in said)
 
 
 def test_several_slides_in_one_table_are_noticed(slide):

@@ -14,7 +14,7 @@ from spatiaflow._io._arguments import (
     slot_name,
     text,
 )
-from spatiaflow._io._checks import check_measured
+from spatiaflow._io._checks import check_library, check_measured
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, in_form_of, objects_of
@@ -66,6 +66,7 @@ __all__ = [
     "check_counts",
     "check_encoder",
     "check_finite",
+    "check_library",
     "check_measured",
     "counts",
     "dense",

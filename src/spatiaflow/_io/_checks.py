@@ -9,6 +9,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatiaflow._io._scales import XENIUM_MPP
+from spatiaflow._io._tables import counts as counts_of
 from spatiaflow._io._tables import entry
 from spatiaflow._settings import warn
 from spatiaflow.models.slide import Slide
@@ -30,6 +31,15 @@ BATCH_COLUMNS = ("dataset", "dataset_id", "study", "donor_id", "assay", "technol
 EXPECTED = 20.0  # counts of a gene, by the depth of a batch, that chance does not leave out
 PARTS = (64, 16)  # consecutive parts of a table: the more, the better their edges fit a block, and the fewer the genes
 SMALLEST = 1 / 16  # share of the rows: a smaller block of rows without some genes may be a border of the tissue
+TOTALS = (
+    "total_counts",
+    "n_counts",
+    "n_umi",
+    "ncount_",
+    "transcript_counts",
+)  # columns of counts of all genes, or how they begin
+FEW = 50  # genes: of so many the sum is no measure of depth, unless the panel has no more
+CUT = 0.8  # share of the counts of all genes; less is lost by no filter of rare genes
 JOIN = (
     'An outer join writes 0 for genes that were not measured, which counts as a measured 0: join with join="inner", give the '
     "samples as a list, or leave out those genes or rows."
@@ -202,6 +212,39 @@ def _begins_at_once(total: np.ndarray, depth: np.ndarray, absent: np.ndarray) ->
     near = np.convolve(absent, np.ones(3), "same") > 0
     beside = (np.convolve(absent, np.ones(5), "same") > 0) & ~near
     return not beside.any() or rate[beside].mean() > 0.5 * rate[~absent].mean()
+
+
+def check_library(tables: list[AnnData], layer: str | None, fix: str) -> None:
+    """Warn of tables that were cut to some of their genes: the library size, a sum over all genes, is no longer known.
+
+    ``fix``: the call that needs no such cut.
+    """
+    for table in tables:
+        if hint := _sign_of_a_cut(table, layer):
+            warn(
+                f"the table has {table.n_vars:,} genes, and {hint}. The library size is the sum over all genes: if the table was "
+                "cut to some of them, expression is a share of these and too high. Keep all genes in the table, and name those "
+                f"to predict: {fix}."
+            )
+            return
+
+
+def _sign_of_a_cut(table: AnnData, layer: str | None) -> str:
+    """What hints at genes that a table had and lost; "" where nothing does."""
+    rows = np.unique(np.linspace(0, table.n_obs - 1, 1000).astype(int))
+    own = np.asarray(counts_of(table, None, layer, rows)[0].sum(1), float).ravel()
+    for name in table.obs.columns:
+        if not str(name).lower().startswith(TOTALS) or not pd.api.types.is_numeric_dtype(table.obs[name]):
+            continue
+        total = table.obs[name].to_numpy(np.float64, na_value=np.nan)[rows]
+        known = np.isfinite(total) & (total > 0)
+        if known.any() and (share := own[known].sum() / total[known].sum()) < CUT:
+            return f"they have {share:.0%} of the counts in obs[{name!r}]"
+    if table.raw is not None and table.n_vars < 0.5 * table.raw.n_vars:
+        return f"its raw has {table.raw.n_vars:,}"
+    if "highly_variable" in table.var and table.var["highly_variable"].eq(True).all():
+        return "var['highly_variable'] is True for all"
+    return "so few tell the depth only if the panel measures no others" if table.n_vars <= FEW else ""
 
 
 def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_tiles: bool) -> None:

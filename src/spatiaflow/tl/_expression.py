@@ -114,6 +114,11 @@ def train_stflow(
     -----
     Spots on glass (``.obs["tissue"]`` below 0.05) and spots without any counts are left out, and their number is logged.
 
+    UserWarning
+        A table seems to be cut to some of its genes: it has at most 50, or far fewer counts than a column of ``.obs`` such as
+        ``total_counts``, or half of the genes of ``.raw``, or highly variable ones alone. The library size is the sum over all
+        genes. Or samples seem to be joined of which some did not measure some genes.
+
     See Also
     --------
     predict_expression : apply the model.
@@ -139,6 +144,8 @@ def train_stflow(
     shared = _io.shared_genes(tables) if names is None else names
     slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key)
     _check_training(slides, shared, use_rep)
+    if target_sum is not None:
+        _io.check_library(tables, layer, "sf.tl.train_stflow(data, genes=[...])")
     slides = [_usable(slide).align(shared) for slide in slides]
     if names is None:
         kept = _most_variable(slides, int(cast("int", genes)), target_sum)
