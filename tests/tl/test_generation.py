@@ -52,6 +52,17 @@ def model(slide):
     return train(slide)
 
 
+def test_pairs_whose_source_was_dropped_are_refused(slide):
+    data, table = sf._io.unpack(slide, copy=True)
+    first = table.uns["transitions"]["source"].iloc[0]
+    del data["table"]
+    data["table"] = table[table.obs_names != first].copy()
+    with pytest.raises(
+        KeyError, match=f"uns..transitions.. names a source .*first: '{first}'.*pair_transitions.* once more"
+    ):
+        train(data)
+
+
 def generate(slide, model, **options):
     return sf.tl.generate_morphology(slide, **({"source": "A", "target": "B", "model": model} | IMAGE | options))
 
