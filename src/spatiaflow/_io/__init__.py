@@ -14,6 +14,7 @@ from spatiaflow._io._arguments import (
     slot_name,
     text,
 )
+from spatiaflow._io._bare import bare_image, plain_stem
 from spatiaflow._io._checks import check_library, check_measured
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
@@ -62,6 +63,7 @@ __all__ = [
     "as_uint8",
     "at_least_one",
     "background",
+    "bare_image",
     "beside",
     "check_counts",
     "check_encoder",
@@ -95,6 +97,7 @@ __all__ = [
     "open_image",
     "owned",
     "places",
+    "plain_stem",
     "positions",
     "positive",
     "provenance",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 TIFF = (".tif", ".tiff", ".svs", ".btf", ".ndpi", ".scn", ".qptiff")
+VENDORS = (".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".dcm")  # read by openslide; it has no other use here
 FORMATS = "Convert it to a TIFF, PNG or JPEG (bioformats2raw, QuPath and ImageJ read the vendors' formats)."
 ORIENTATION = 274  # the tag of TIFF and EXIF
 
@@ -22,7 +23,8 @@ def open_file(path: Path, shrink: float) -> tuple[Any, bool, float]:
     """
     if path.is_dir():
         raise OSError(f"{path} is a folder, not an image file. Read a Zarr store with spatialdata.read_zarr(path).")
-    return (_open_tiff if path.suffix.lower() in TIFF else _open_picture)(path, shrink)
+    suffix = path.suffix.lower()
+    return (_open_tiff if suffix in TIFF else _open_vendor if suffix in VENDORS else _open_picture)(path, shrink)
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -31,6 +33,8 @@ def size_of(path: Path) -> tuple[int, int]:
         array, channels_first, _ = _open_tiff(path, 1.0)
         height, width = array.shape[1:3] if channels_first else array.shape[:2]
         return int(width), int(height)
+    if path.suffix.lower() in VENDORS:
+        return open_openslide(path).dimensions
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -50,8 +54,7 @@ def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
     try:
         with tifffile.TiffFile(path) as tif:
             _check_siblings(path, tif)
-            # a thumbnail may come first
-            number = max(range(len(tif.series)), key=lambda i: _pixels(tif.series[i]))
+            number = largest_series(tif)
             series = tif.series[number]
             axes, levels = series.axes, series.levels
             if "X" not in axes or "Y" not in axes:
@@ -75,6 +78,11 @@ def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
         raise ValueError(f"{path} has axes {axes}: both samples (S) and channels (C). {FORMATS}")
     array = _upright(array, int(tag.value) if tag is not None else 1, axes.index("Y"))
     return array, axes.index("Y") > 0, widths[0] / widths[level]
+
+
+def largest_series(tif: Any) -> int:
+    """Number of the image of a TIFF with most pixels: a thumbnail may come first."""
+    return max(range(len(tif.series)), key=lambda i: _pixels(tif.series[i]))
 
 
 def _pixels(series: Any) -> int:
@@ -108,6 +116,41 @@ def _check_complete(path: Path, level: Any) -> None:
             )
         if (offsets + counts).max() > size:
             raise OSError(f"{path} is cut off: it has {size:,} bytes and should have more. Copy it again.")
+
+
+class _Level:
+    """A level of a slide that openslide reads: y x x x 3, sliced like an array."""
+
+    ndim, dtype, chunks = 3, np.dtype(np.uint8), (1024, 1024, 3)
+
+    def __init__(self, slide: Any, level: int):
+        self.slide, self.level, self.factor = slide, level, slide.level_downsamples[level]
+        width, height = slide.level_dimensions[level]
+        self.shape = (height, width, 3)
+
+    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
+        (top, bottom, _), (left, right, _) = (part.indices(length) for part, length in zip(key, self.shape))
+        corner = int(left * self.factor), int(top * self.factor)  # of the finest level
+        region = np.asarray(self.slide.read_region(corner, self.level, (right - left, bottom - top)))
+        return np.where(region[..., 3:] == 0, np.uint8(255), region[..., :3])  # what was not scanned is glass
+
+
+def open_openslide(path: Path) -> Any:
+    """Open a file with openslide, or say how to install it."""
+    try:
+        import openslide
+    except ImportError as error:
+        raise ImportError(f"{path.suffix} is read by openslide: pip install 'spatiaflow[wsi]'.") from error
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise OSError(f"{path} is damaged, or parts of it are missing: {error}. {FORMATS}") from error
+
+
+def _open_vendor(path: Path, shrink: float) -> tuple[Any, bool, float]:
+    slide = open_openslide(path)
+    level = max(i for i, factor in enumerate(slide.level_downsamples) if factor <= shrink * 1.05 or i == 0)
+    return _Level(slide, level), False, float(slide.level_downsamples[level])
 
 
 def _open_picture(path: Path, shrink: float) -> tuple[np.ndarray, bool, float]:

@@ -13,7 +13,17 @@ from spatiaflow._settings import warn
 DEPTHS = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
 BEYOND = 0.5  # how far resampling and normalisation of stains may go beyond 0 and 1
 DARKEST = 10  # of 255: no picture is darker all over
+FINEST, COARSEST = 0.05, 20.0  # µm per pixel that a microscope, or a copy of its picture, can have
 MAX_OUTSIDE, WORTH_A_WARNING = 0.5, 0.01  # shares of positions outside of the image
+
+
+def plausible(mpp: float, name: str) -> None:
+    """Refuse a scale that no microscope has."""
+    if not FINEST <= mpp <= COARSEST:
+        raise ValueError(
+            f"image {name!r} has {mpp:.4g} µm per pixel, and microscopes have {FINEST:g} to {COARSEST:g}. Give mpp= in µm per "
+            "pixel of this very file."
+        )
 
 
 def check_finite(pixels: Any, name: str, channels: tuple[str, ...] = ()) -> None:

@@ -17,7 +17,7 @@ from spatiaflow._settings import logger, warn
 from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
-ENCODER = ("id", "sha256", "mpp", "patch_um", "standardize", "n_features")
+ENCODER = ("id", "sha256", "mpp", "patch_um", "resolution_um", "standardize", "n_features")
 SHALLOW = 5.0  # times fewer counts per row than in training: rather a part of the genes than less depth
 FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
@@ -71,6 +71,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
     if known and "patch_um" in expected:
         how = (
             f"sf.pp.encode_patches(data, encoder={expected['id']!r}, patch_um={expected['patch_um']:g}"
+            + (f", resolution_um={expected['resolution_um']:g}" if expected.get("resolution_um") else "")
             + (", standardize=True" if expected.get("standardize") else "")
             + (f", key_added={key!r})" if key in table.obsm else ")")
         )
@@ -89,7 +90,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             "the model does not know what made the features it was trained on; obsm[%r] is taken for it", key
         )
         return
-    for name in ("n_features", "id", "sha256", "patch_um", "mpp", "standardize"):
+    for name in ("n_features", "id", "sha256", "patch_um", "mpp", "resolution_um", "standardize"):
         known = name in found and name in expected and (name != "id" or key in table.uns)
         if known and found[name] != expected[name]:
             raise ValueError(

@@ -13,7 +13,10 @@ from spatiaflow._settings import warn
 
 TILE = 2048  # pixels of the source: points are visited tile by tile, one read a tile
 CELLS = 8  # a patch is judged as tissue or not in 8 x 8 cells, each the mean of its pixels
-WHITE = 200  # of 255: glass is at least as bright as this in every channel
+WHITE = 200  # of 255: where no glass is seen, it is taken to be at least as bright as this in every channel
+GREY, DIM = 12, 120  # of 255: channels of glass differ by no more than GREY, and the darkest is above DIM
+PADDING = 254  # of 255: what is as bright in every channel is padding, or glass that the camera could not resolve
+ENOUGH_GLASS = 0.01  # of the cells
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
 DARK = 80  # of 255: the brightest channel of stained tissue is brighter
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
@@ -40,7 +43,14 @@ def corners(xy: np.ndarray, size: int) -> np.ndarray:
 
 
 def cut(
-    image: Any, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, batch_size: int
+    image: Any,
+    xy: np.ndarray,
+    width: float,
+    pixels: int,
+    *,
+    channels_first: bool,
+    batch_size: int,
+    coarse: int | None = None,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield (rows, patches n x C x pixels x pixels) around points; uint8 where the image is, else float32.
 
@@ -56,6 +66,8 @@ def cut(
         Side of a patch after resampling (anti-aliased).
     batch_size
         Patches yielded at a time.
+    coarse
+        Side in pixels that patches are averaged to first, where they have more: detail that coarser pictures lack is gone.
 
     Patches are cut at whole pixels, so that all are resampled in the same way: centres move by at most half a pixel of the
     image. Beyond the border of the image its last pixels are repeated.
@@ -79,8 +91,9 @@ def cut(
             # uint8 is kept: it is resampled many times faster than float32. Wider integers become float32, which holds 16
             # bits exactly.
             patches = torch.from_numpy(found if found.dtype == np.uint8 else found.astype(np.float32, copy=False))
-            if size != pixels:
-                patches = F.interpolate(patches, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
+            for side in (min(coarse or size, size), pixels):
+                if side != patches.shape[-1]:
+                    patches = F.interpolate(patches, (side, side), mode="bilinear", antialias=True, align_corners=False)
             yield part, patches
 
 
@@ -88,8 +101,9 @@ class Tissue:
     """Which share of each patch of a bright-field image is tissue. Fed with the patches as they are cut.
 
     A patch is judged in 8 x 8 cells, each the mean of its pixels (14 µm of a patch of 112 µm). A cell is tissue where its
-    mean optical density against the glass of the image is above a threshold. The glass of a channel is the 99 % quantile
-    over all patches. The threshold is Otsu's (1979), within bounds: without them an image with little glass would be cut
+    mean optical density against the glass of the image is above a threshold. Glass is the commonest of the bright cells without a
+    colour, white padding left out: scans may have glass at two thirds of white. Where there are none, it is the 99 % quantile of
+    all cells. The threshold is Otsu's (1979), within bounds: without them an image with little glass would be cut
     between pale and dark tissue, and one without tissue in the noise of its glass. Black cells are padding, and what lies
     outside the image is no tissue.
     """
@@ -117,11 +131,23 @@ class Tissue:
         known = self.inside & (self.colour.max(-1) >= BLACK)
         if not known.any():
             return np.zeros(len(known), np.float32)
-        white = np.clip(np.quantile(self.colour[known], 0.99, axis=0), WHITE, 255).astype(np.float32)
+        white = glass(self.colour[known])
         density = np.zeros(known.shape, np.float32)
         for channel in range(3):  # one at a time: 64 floats of a patch, not 192
             density -= np.log(np.maximum(self.colour[..., channel], 1) / white[channel]) / 3
         return (known & (density > np.clip(otsu(density[known]), *OD))).mean((1, 2), dtype=np.float32)
+
+
+def glass(colour: np.ndarray) -> np.ndarray:
+    """Colour of the glass among the colours of cells (n x 3, uint8), float32."""
+    low, high = colour.min(1), colour.max(1)
+    grey = colour[(high - low <= GREY) & (low > DIM) & (low < PADDING)]
+    if len(grey) < max(ENOUGH_GLASS * len(colour), 1):
+        return np.clip(np.quantile(colour, 0.99, axis=0), WHITE, 255).astype(np.float32)
+    brightness = grey.mean(1)
+    count, edges = np.histogram(brightness, np.arange(DIM, 260, 4))
+    common = edges[np.argmax(count)] + 2
+    return np.median(grey[np.abs(brightness - common) <= 6], axis=0).astype(np.float32)
 
 
 def otsu(values: np.ndarray, bins: int = 256) -> float:

@@ -1,8 +1,9 @@
-"""Results as plain AnnData objects."""
+"""Results as objects and files that other packages open."""
 
 from spatiaflow._process import unchanged
 
 with unchanged():
+    from spatiaflow.get._export import geojson, spatialdata
     from spatiaflow.get._expression import expression
 
-__all__ = ["expression"]
+__all__ = ["expression", "geojson", "spatialdata"]

@@ -245,6 +245,11 @@ class Slide:
         return self.xy[:, int(np.argmax(np.ptp(self.xy, axis=0)))]
 
 
+def square_corners(xy: np.ndarray, side: float) -> np.ndarray:
+    """Corners of squares around points, n x 4 x 2, in turn."""
+    return xy[:, None] + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * side / 2
+
+
 def pitch(xy: np.ndarray) -> float:
     """Median distance to the nearest distinct neighbour; 1 for a single position."""
     distinct = np.unique(xy, axis=0)

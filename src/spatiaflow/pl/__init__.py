@@ -8,6 +8,7 @@ with unchanged():
     from spatiaflow.pl._crops import crops
     from spatiaflow.pl._expression import expression
     from spatiaflow.pl._generation import profile_shift, transition
+    from spatiaflow.pl._grid import tissue
     from spatiaflow.pl._imputation import imputation
     from spatiaflow.pl._levels import attention, levels
     from spatiaflow.pl._profile import profile
@@ -28,5 +29,6 @@ __all__ = [
     "profile",
     "profile_shift",
     "regions",
+    "tissue",
     "transition",
 ]

@@ -88,7 +88,7 @@ def expression(
     per = _io.target_sum(table, key)
     unit = "log1p counts" if per is None else f"log1p per {per / 1000:g}k" if per >= 1000 else f"log1p per {per:g}"
     truth: Any = _io.log_expression(table, genes, layer, key)[slide.rows] if has_truth else None
-    background = _io.background(data, table, slide)
+    background, side = _io.background(data, table, slide), _io.entry(table, "grid").get("step_um")
 
     aspect = np.clip(np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9), 0.3, 3)
     width = 7.1 / 3 * len(columns)
@@ -113,8 +113,9 @@ def expression(
             cmap = "viridis" if column != "std" else "magma"
             title = f"{gene}, {column}" + ("" if trusted or column != "predicted" else " (untrusted)")
             points = tissue_panel(
-                ax, slide, values[column], vmin=limit[0], vmax=limit[1], cmap=cmap, background=background, title=title
-            )
+                ax, slide, values[column], vmin=limit[0], vmax=limit[1], cmap=cmap, background=background, title=title,
+                side=side,
+            )  # fmt: skip
             if column == "predicted" and has_truth:
                 r = metrics.pearson(values["measured"][:, None], values["predicted"][:, None])[0]
                 ax.text(0.98, 0.02, f"r = {r:.2f}", transform=ax.transAxes, ha="right", va="bottom", fontsize=7,

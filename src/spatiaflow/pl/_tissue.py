@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import EllipseCollection
+from matplotlib.collections import Collection, EllipseCollection, PolyCollection
 from matplotlib.figure import Figure
+
+from spatiaflow.models.slide import square_corners
 
 SEQUENTIAL = "viridis"
 BARS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # µm
 
 
-def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, background=None, title=""):
-    """Draw one value a spot and return the collection; coordinates are µm."""
+def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, background=None, title="", side=None):
+    """Draw one value a spot and return the collection; coordinates are µm. Spots are circles, or squares of ``side``."""
     x, y = slide.xy.T
     if background is not None:
         image, scale, (left, upper) = background
@@ -26,11 +28,14 @@ def tissue_panel(ax: Axes, slide, values, *, vmin, vmax, cmap=SEQUENTIAL, backgr
             interpolation="bilinear",
             zorder=0,
         )
-    size = 0.92 * slide.pitch
-    points = EllipseCollection(
-        size, size, 0, units="xy", offsets=slide.xy, offset_transform=ax.transData, array=np.asarray(values, float),
-        cmap=cmap, linewidths=0, rasterized=True,
-    )  # fmt: skip
+    size, drawn = 0.92 * slide.pitch, {"array": np.asarray(values, float), "cmap": cmap, "rasterized": True}
+    points: Collection = (
+        EllipseCollection(
+            size, size, 0, units="xy", offsets=slide.xy, offset_transform=ax.transData, linewidths=0, **drawn
+        )
+        if side is None
+        else PolyCollection(list(square_corners(slide.xy, side)), linewidths=0, antialiased=False, **drawn)
+    )
     points.set_clim(vmin, vmax)
     ax.add_collection(points)
     margin = max(slide.pitch, 0.02 * max(np.ptp(x), np.ptp(y)))

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow import _io
+from spatiaflow import _io, datasets
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
@@ -21,7 +21,7 @@ from spatiaflow._slides import gather
 from spatiaflow.models.slide import MIN_TISSUE
 
 if TYPE_CHECKING:
-    from spatiaflow.models import Slide
+    from spatiaflow.models import Slide, STFlow
     from spatiaflow.models.encoders import Encoder
 
 MIN_PIXELS = 16  # of a patch, in a picture that stands in for the full resolution
@@ -34,8 +34,10 @@ Data: TypeAlias = AnnData | SpatialData
 def encode_patches(
     data: Data | Sequence[Data] | Mapping[str, Data],
     *,
+    model: STFlow | str | Path | None = None,
     encoder: str | Path | Callable | Encoder = "texture",
     patch_um: float = 112.0,
+    resolution_um: float | None = None,
     standardize: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
@@ -61,6 +63,9 @@ def encode_patches(
         One object, or a list or dict of objects: SpatialData with an image, or AnnData whose
         ``.uns["spatial"][library]["metadata"]["source_image_path"]`` names the
         full-resolution image (JPEG, PNG, TIFF); without that file ``images["hires"]`` is taken if it is fine enough.
+    model
+        A model of expression (its path, or the name of weights): encode as its training slides were, with the same encoder, patch
+        width, resolution and slot. ``encoder``, ``patch_um``, ``resolution_um``, ``standardize`` and ``key_added`` are not read.
     encoder
         ``"texture"``: 118 weight-free statistics of colour, stains, nuclei and texture of H&E. Otherwise the hub id or
         local folder of a vision model of transformers (DINOv2, ViT-MAE, Phikon, ...), the short name of a pathology
@@ -69,6 +74,9 @@ def encode_patches(
         whose attributes ``mpp``, ``pixels`` and ``channels`` say what it needs (else 0.5 µm per pixel, any channels).
     patch_um
         Width of a patch, µm.
+    resolution_um
+        µm per pixel that finer images are averaged to first. Pictures of different resolution then give features alike. None
+        keeps all detail.
     standardize
         Scale the features of each slide to mean 0 and deviation 1 over its spots on tissue. This uses all of them at once:
         results are transductive, and it is recorded (``params["standardized_on"]``, the number of spots of each slide).
@@ -97,8 +105,8 @@ def encode_patches(
     ``.obs["tissue"]`` : float32 in [0, 1], the share of the patch that is tissue (RGB images only), under this name whatever
         ``key_added`` is. Optical density above the glass of the same image decides; black padding and what lies outside the
         image are no tissue. A column of this name that holds something else is kept, and a warning is logged
-    ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``standardize``,
-        ``n_features`` and ``params`` (with ``feature_names`` where they have names)
+    ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``resolution_um``,
+        ``standardize``, ``n_features`` and ``params`` (with ``feature_names`` where they have names)
 
     Raises
     ------
@@ -120,7 +128,10 @@ def encode_patches(
     """
     from spatiaflow.models.encoders import load_encoder
 
+    if model is not None:
+        encoder, patch_um, resolution_um, standardize, key_added = _as_trained(model)
     _io.positive(patch_um=patch_um)
+    _io.positive(None, resolution_um=resolution_um)
     _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     started = time.perf_counter()
@@ -135,7 +146,9 @@ def encode_patches(
     share, standardized_on = np.full(table.n_obs, np.nan, np.float32), []
     bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
-        found, tissue = _encoded(data, slide, encoder, image_key, patch_um, pixels, batch_size or 64, target, bar)
+        found, tissue = _encoded(
+            data, slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size or 64, target, bar
+        )
         share[slide.rows] = tissue
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
@@ -151,6 +164,7 @@ def encode_patches(
         table, key_added, arrays={"": out},
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
+            **({"resolution_um": float(resolution_um)} if resolution_um else {}),
             "standardize": standardize, "n_features": out.shape[1],
             "params": _io.provenance(
                 started, feature_names=list(encoder.feature_names), standardized_on=standardized_on
@@ -161,8 +175,19 @@ def encode_patches(
     return data if copy else None
 
 
+def _as_trained(model: STFlow | str | Path) -> tuple[str, float, float | None, bool, str]:
+    """How a model's training slides were encoded: encoder, patch_um, resolution_um, standardize and slot."""
+    made = cast("STFlow", datasets.resolve(model, "STFlow")).encoder
+    if "patch_um" not in made:
+        raise ValueError(
+            f"the model was trained on {made['n_features']} features that were made elsewhere; how is not known. Make them in "
+            f"the same way and store them in obsm[{made['key']!r}]."
+        )
+    return made["id"], made["patch_um"], made.get("resolution_um"), bool(made.get("standardize")), made["key"]
+
+
 def _encoded(
-    data, slide: Slide, encoder, image_key, patch_um, pixels, batch_size, device, bar
+    data, slide: Slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size, device, bar
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of all spots of one slide, n x F, and the share of each patch that is tissue (NaN: the image is no RGB)."""
     from spatiaflow._slides.patches import Tissue, cut, warn_of_dark
@@ -178,9 +203,11 @@ def _encoded(
     out: Any = None
     size = image.shape[1:] if channels_first else image.shape[:2]
     tissue = Tissue(found.xy, patch_um / found.mpp, size) if used == 3 and found.is_rgb(3) else None
+    coarse = round(patch_um / resolution_um) if resolution_um else None
     parts = cut(
-        image, found.xy[there], patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size
-    )
+        image, found.xy[there], patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size,
+        coarse=coarse,
+    )  # fmt: skip
     for rows, patches in parts:
         values = encoder(patches[:, :used].to(device)).numpy()
         if out is None:

@@ -1,0 +1,181 @@
+"""Virtual spots on a bare image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from spatiaflow import _io
+from spatiaflow._io import Key
+from spatiaflow._process import verb
+from spatiaflow._settings import logger, progress, warn
+from spatiaflow._slides.grid import PIXELS, annotation_of, shrunk, squares, tissue_of
+from spatiaflow.models.slide import MIN_TISSUE
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+HIRES = 2000  # pixels of the small copy of the picture, as Space Ranger writes it
+
+
+@verb
+def grid(
+    image: str | Path | np.ndarray | SpatialData | Sequence | Mapping[str, Any],
+    *,
+    step_um: float = 100.0,
+    region: str | Path | None = None,
+    min_tissue: float = MIN_TISSUE,
+    image_key: str | None = None,
+    mpp: float | None = None,
+) -> AnnData | list[AnnData] | dict[str, AnnData]:
+    """Lay a grid of virtual spots over the tissue of an H&E image that has no measured spots.
+
+    The result is what other functions take for a slide: encode its patches, predict its expression, draw it.
+
+    Parameters
+    ----------
+    image
+        Path of an image, an array (height x width x 3), a SpatialData with an image, or a WSIData of wsidata; or a list or dict
+        of these. Files are TIFF (OME-TIFF, SVS, NDPI, SCN, ...), JPEG and PNG, and with the extra ``wsi`` what else openslide
+        reads (MRXS, ...).
+    step_um
+        Side of a square, and distance between centres, µm. The best choice is the distance between the spots that a model was
+        trained on: 200 µm for legacy Spatial Transcriptomics, 100 µm for Visium.
+    region
+        GeoJSON of annotated regions in pixels of the image, as QuPath exports it.
+    min_tissue
+        Share of a square that must be tissue. Other squares are left out.
+    image_key
+        Image of a SpatialData.
+    mpp
+        µm per pixel. None: what the file states (OME metadata, the scanner's entry, a microscope's resolution tag), or the
+        coordinate system of a SpatialData.
+
+    Returns
+    -------
+    AnnData, squares x 0 genes, or a list or dict of them:
+
+    ``.obs_names`` : ``"<image>_<column>_<row>"``
+    ``.obs["tissue"]`` : float32, share of the square that is tissue
+    ``.obs["annotation"]`` : with ``region``, categories: name of the smallest region around the centre; missing outside
+    ``.obsm["spatial"]`` : float64 (n, 2), centres in pixels of the image
+    ``.uns["spatial"]`` : one library, with a small copy of the picture (``images["hires"]``, at most 2,000 px), its scale, and
+        ``metadata`` with ``microns_per_pixel`` and ``source_image_path``; an array or element without a file is kept itself, as
+        ``images["fullres"]``
+    ``.uns["grid"]`` : ``step_um`` and ``params``
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    KeyError
+        The SpatialData has no image, or several and no ``image_key``.
+    TypeError
+        ``image`` is none of these.
+    ValueError
+        The scale is not stated or is no microscope's, the image is no RGB picture, no square is tissue, or ``region`` cannot be
+        read or has no polygon on the tissue.
+    ImportError, OSError
+        The file needs openslide, is damaged, cut off, or in a format that is not known.
+
+    Warns
+    -----
+    UserWarning
+        The picture is dark, as fluorescence is; ``mpp`` contradicts the file.
+
+    See Also
+    --------
+    encode_patches : the next step.
+
+    Examples
+    --------
+    >>> path = adata.uns["spatial"]["sim1"]["metadata"]["source_image_path"]
+    >>> grid = sf.pp.grid(path, step_um=50, mpp=1)
+    >>> grid.shape
+    (100, 0)
+    """
+    _io.positive(step_um=step_um)
+    _io.positive(None, mpp=mpp)
+    _io.share(min_tissue=min_tissue)
+    arguments: dict[str, Any] = {
+        "step_um": step_um,
+        "region": region,
+        "min_tissue": min_tissue,
+        "image_key": image_key,
+        "mpp": mpp,
+    }
+    if isinstance(image, list | tuple | Mapping):
+        found = {name: _grid(one, **arguments) for name, one in _io.objects_of(image).items()}
+        return _io.in_form_of(image, found)
+    return _grid(image, **arguments)
+
+
+def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
+    started = time.perf_counter()
+    found = _io.bare_image(image, image_key=image_key, mpp=mpp)
+    opened, first, factor = _io.open_image(found.source, found.channels_first, step_um / PIXELS / found.mpp)
+    shape = opened.shape[1:] if first else opened.shape[:2]
+    if (n := opened.shape[0 if first else 2]) not in (3, 4):
+        raise ValueError(
+            f"image {found.name!r} has {n} channel{'s' * (n > 1)}; H&E has red, green and blue. Of other stains no expression is "
+            "predicted."
+        )
+    opened = _io.as_uint8(opened, found.name)
+    scale = found.mpp * factor  # of what is read
+    places = squares(shape, step_um / scale)
+    bar = progress(None, "looking for tissue", total=len(places), unit="square")
+    tissue = tissue_of(
+        opened, (places + 0.5) * step_um / scale, step_um / scale, channels_first=first, progress=bar.update
+    )
+    bar.close()
+    if tissue.dark:
+        warn(
+            f"image {found.name!r} is dark: is it fluorescence, or inverted? It is read as H&E in red, green and blue."
+        )
+    share = tissue.share()
+    kept = share >= max(min_tissue, 1e-6)
+    logger.info("%r: %d of %d squares are tissue, %.3g µm per pixel", found.name, kept.sum(), len(kept), found.mpp)
+    if not kept.any():
+        raise ValueError(
+            f"no square of image {found.name!r} is tissue (highest share {share.max():.2f}, min_tissue={min_tissue:g}). Is it "
+            "empty glass?"
+        )
+    places, name = places[kept], _io.plain_stem(found.name)
+    xy = (places + 0.5) * step_um / found.mpp  # pixel i covers [i, i + 1)
+    obs = pd.DataFrame({Key.obs.tissue: share[kept]}, index=[f"{name}_{x}_{y}" for x, y in places])
+    if region is not None:
+        obs["annotation"] = pd.Categorical(annotation_of(region, xy))
+    out = AnnData(obs=obs)
+    out.obsm[Key.obsm.spatial] = xy - 0.5  # an integer is the middle of a pixel
+    out.uns[Key.uns.spatial] = {name: _library(found, opened, first, factor, step_um)}
+    out.uns["grid"] = {
+        "step_um": float(step_um),
+        "params": _io.storable(_io.provenance(
+            started, step_um=float(step_um), min_tissue=float(min_tissue), mpp=found.mpp,
+            region=None if region is None else str(region), n_squares=len(kept),
+        )),
+    }  # fmt: skip
+    return out
+
+
+def _library(found, opened, first: bool, factor: float, step_um: float) -> dict:
+    """The picture of a slide as readers of Visium leave it."""
+    small, step = shrunk(opened, HIRES, channels_first=first)
+    out = {
+        "images": {"hires": small},
+        "scalefactors": {"tissue_hires_scalef": 1 / (step * factor), "spot_diameter_fullres": step_um / found.mpp},
+        "metadata": {"microns_per_pixel": found.mpp},
+    }
+    if isinstance(found.source, Path):
+        out["metadata"]["source_image_path"] = str(found.source)
+    else:
+        whole = opened[(slice(None),) * 3]
+        out["images"]["fullres"] = np.ascontiguousarray(np.moveaxis(whole, 0, 2) if first else whole)
+        out["scalefactors"]["tissue_fullres_scalef"] = 1.0
+    return out
