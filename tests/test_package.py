@@ -118,7 +118,8 @@ def test_signature(module, function):
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if module in ("pp", "tl", "get", "pl"):
-        assert positional[:1] == ["data"], "the first argument is `data`"
+        first = "image" if function.__name__ == "grid" else "data"  # a bare picture is no data yet
+        assert positional[:1] == [first], "the first argument is `data`"
         assert len(positional) <= (2 if module == "pl" else 1), "only `data` is positional"
     else:
         assert len(positional) <= 4

@@ -65,7 +65,7 @@ def check_positions(
             f"(first: {table.obs_names[slide.rows[np.argmax(bad)]]!r}); drop those rows."
         )
     points = check_separate(slide, table, library_key)
-    check_scale(slide, points, area, "params" in entry(table, "tiles"))
+    check_scale(slide, points, area, any("params" in entry(table, name) for name in ("tiles", "grid")))
 
 
 def check_separate(slide: Slide, table: AnnData, library_key: str | None) -> np.ndarray:
@@ -247,7 +247,7 @@ def _sign_of_a_cut(table: AnnData, layer: str | None) -> str:
     return "so few tell the depth only if the panel measures no others" if table.n_vars <= FEW else ""
 
 
-def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_tiles: bool) -> None:
+def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_grid: bool) -> None:
     """Warn of a scale that no cell and no array of spots can have.
 
     Parameters
@@ -256,10 +256,10 @@ def check_scale(slide: Slide, points: np.ndarray, area: np.ndarray | None, is_ti
         Distinct positions of the slide, µm, n x 2.
     area
         Areas of its cells, µm², where they are known.
-    is_tiles
-        The table holds tiles of :func:`spatiaflow.pp.tiles`, which know their size.
+    is_grid
+        The table holds tiles of :func:`spatiaflow.pp.tiles` or squares of :func:`spatiaflow.pp.grid`, which know their size.
     """
-    if len(points) < 16 or is_tiles:
+    if len(points) < 16 or is_grid:
         return
     advice, found = None, Lattice(points)
     step = found.step

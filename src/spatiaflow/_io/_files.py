@@ -60,7 +60,7 @@ def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
             if "X" not in axes or "Y" not in axes:
                 raise ValueError(f"{path} has axes {axes}; an image has Y, X and channels (S or C). {FORMATS}")
             widths = [level.shape[axes.index("X")] for level in levels]
-            level = max(i for i, width in enumerate(widths) if widths[0] <= width * shrink * 1.05)
+            level = max((i for i, width in enumerate(widths) if widths[0] <= width * shrink * 1.05), default=0)
             _check_complete(path, levels[level])
             tag = series.keyframe.tags.get(ORIENTATION)
     except tifffile.TiffFileError as error:
@@ -129,7 +129,7 @@ class _Level:
         self.shape = (height, width, 3)
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (part.indices(length) for part, length in zip(key, self.shape))
+        (top, bottom, _), (left, right, _) = (part.indices(length) for part, length in zip(key[:2], self.shape))
         corner = int(left * self.factor), int(top * self.factor)  # of the finest level
         region = np.asarray(self.slide.read_region(corner, self.level, (right - left, bottom - top)))
         return np.where(region[..., 3:] == 0, np.uint8(255), region[..., :3])  # what was not scanned is glass

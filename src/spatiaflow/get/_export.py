@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @verb
 def geojson(
     data: AnnData,
-    path: str | Path,
     *,
+    path: str | Path,
     genes: str | Sequence[str],
     key: str = "stflow",
     library_key: str | None = None,
@@ -61,7 +61,7 @@ def geojson(
 
     Examples
     --------
-    >>> path = sf.get.geojson(adata, "expression.geojson", genes="STATE1")
+    >>> path = sf.get.geojson(adata, path="expression.geojson", genes="STATE1")
     """
     result = _io.slot_as_anndata(data, key)
     names = _io.names(genes, "genes") or []
@@ -125,7 +125,7 @@ def spatialdata(data: AnnData, *, key: str = "stflow", library_key: str | None =
     --------
     >>> sdata = sf.get.spatialdata(adata)
     >>> list(sdata.shapes)
-    ['sim1_squares']
+    ['nuclei_squares']
     """
     import geopandas
     import shapely

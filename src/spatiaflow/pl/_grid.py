@@ -50,8 +50,7 @@ def tissue(
 
     Examples
     --------
-    >>> path = adata.uns["spatial"]["sim1"]["metadata"]["source_image_path"]
-    >>> sf.pl.tissue(sf.pp.grid(path, step_um=50, mpp=1))
+    >>> sf.pl.tissue(sf.pp.grid(sdata, image_key="he", step_um=50))
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -67,14 +66,15 @@ def tissue(
     figure, ax = plt.subplots(figsize=(3.5, 3.5 * float(np.clip(height / width, 0.3, 2)) + 0.3), layout="constrained")
     ax.imshow(image, extent=(0, width, height, 0), interpolation="bilinear")
     groups = None if groupby is None else _io.groups(data, groupby).iloc[slide.rows]
-    names = [None] if groups is None else list(groups.cat.categories)
-    colours = [*sns.color_palette("colorblind", len(names)), (0.5, 0.5, 0.5)]
-    if groups is not None and groups.isna().any():
-        names.append("none")
-    for name, colour in zip(names, colours):
-        rows = np.ones(len(slide), bool) if groups is None else (groups == name).to_numpy()
-        if name == "none":
-            rows = groups.isna().to_numpy()
+    names = ["" if groups is None else "none", *([] if groups is None else groups.cat.categories)]
+    codes = np.full(len(slide), -1) if groups is None else groups.cat.codes.to_numpy()
+    colours = sns.color_palette("colorblind", len(names))
+    for code, (name, colour) in enumerate(
+        zip(names, [colours[0] if groups is None else (0.5, 0.5, 0.5), *colours]), -1
+    ):
+        rows = codes == code
+        if not rows.any():
+            continue
         squares = PolyCollection(
             list(square_corners(slide.xy[rows], step)),
             facecolors=(*colour, 0.25),
@@ -82,7 +82,7 @@ def tissue(
             linewidths=0.3,
         )
         ax.add_collection(squares)
-        if name is not None:
+        if groups is not None:
             ax.plot([], [], "s", color=colour, ms=4, label=str(name))
     if groups is not None:
         ax.legend(fontsize=6, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -95,10 +95,9 @@ def grid(
 
     Examples
     --------
-    >>> path = adata.uns["spatial"]["sim1"]["metadata"]["source_image_path"]
-    >>> grid = sf.pp.grid(path, step_um=50, mpp=1)
+    >>> grid = sf.pp.grid(sdata, image_key="he", step_um=50)
     >>> grid.shape
-    (100, 0)
+    (16, 0)
     """
     _io.positive(step_um=step_um)
     _io.positive(None, mpp=mpp)
@@ -175,7 +174,7 @@ def _library(found, opened, first: bool, factor: float, step_um: float) -> dict:
     if isinstance(found.source, Path):
         out["metadata"]["source_image_path"] = str(found.source)
     else:
-        whole = opened[(slice(None),) * 3]
+        whole = opened[tuple(slice(0, n) for n in opened.shape)]
         out["images"]["fullres"] = np.ascontiguousarray(np.moveaxis(whole, 0, 2) if first else whole)
         out["scalefactors"]["tissue_fullres_scalef"] = 1.0
     return out

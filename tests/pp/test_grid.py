@@ -1,0 +1,274 @@
+"""A grid over a bare picture: every kind of file, scale and refusal; tissue; annotations; and the whole way to a map."""
+
+import json
+import warnings
+
+import anndata as ad
+import numpy as np
+import pytest
+import spatialdata as sd
+import tifffile
+from PIL import Image
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import Scale
+
+import spatiaflow as sf
+from spatiaflow._slides.grid import shrunk, squares
+
+GLASS, MPP = 235, 2.0
+
+
+def section(height=300, width=500, glass=GLASS, bits=8):
+    """Glass with a tissue of pink and purple in x 100 to 300, y 40 to 240."""
+    rng = np.random.default_rng(0)
+    image = np.full((height, width, 3), glass, float)
+    image[40:240, 100:300] = [190, 110, 170]
+    image[40:240:7, 100:300] = [90, 60, 140]
+    image = np.clip(image + rng.normal(0, 2, image.shape), 0, 255)
+    return image.astype(np.uint8) if bits == 8 else (image * 257).astype(np.uint16)
+
+
+def saved(folder, kind, pixels=None):
+    pixels = section() if pixels is None else pixels
+    path = folder / f"my section.{kind}"
+    if kind in ("jpg", "png"):
+        Image.fromarray(pixels).save(path)
+    elif kind == "ome.tif":
+        meta = {"PhysicalSizeX": MPP, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": MPP, "PhysicalSizeYUnit": "µm"}
+        tifffile.imwrite(path, pixels, photometric="rgb", metadata={"axes": "YXS", **meta}, tile=(64, 64))
+    elif kind == "svs":
+        text = f"Aperio Image Library v12\r\n500x300 |AppMag = 20|MPP = {MPP}"
+        tifffile.imwrite(path, pixels, photometric="rgb", description=text, metadata=None, tile=(64, 64))
+    elif kind == "imagej.tif":
+        tifffile.imwrite(
+            path, pixels, imagej=True, resolution=(1 / MPP, 1 / MPP), metadata={"unit": "um", "axes": "YXS"}
+        )
+    elif kind == "tif":
+        tifffile.imwrite(
+            path, pixels, photometric="rgb", resolution=(1e4 / MPP, 1e4 / MPP), resolutionunit="CENTIMETER"
+        )
+    return path
+
+
+def test_squares_of_tissue_are_where_it_is(tmp_path):
+    grid = sf.pp.grid(saved(tmp_path, "png"), mpp=MPP, step_um=40)
+    x, y = grid.obsm["spatial"].T + 0.5
+    assert ((x > 100) & (x < 300) & (y > 40) & (y < 240)).all()
+    assert len(grid) == 100  # ten squares of 20 px a side
+    assert (grid.obs["tissue"] > 0.95).all()
+    assert list(grid.uns["spatial"]) == ["my_section"]
+    assert grid.uns["spatial"]["my_section"]["metadata"]["microns_per_pixel"] == MPP
+    assert grid.uns["grid"]["step_um"] == 40
+    assert grid.obs_names[0] == "my_section_5_2"
+
+
+@pytest.mark.parametrize("kind", ["ome.tif", "svs", "imagej.tif", "tif"])
+def test_the_scale_that_a_file_states(tmp_path, kind):
+    grid = sf.pp.grid(saved(tmp_path, kind), step_um=40)
+    (library,) = grid.uns["spatial"].values()
+    assert library["metadata"]["microns_per_pixel"] == pytest.approx(MPP, rel=1e-3)
+    assert len(grid) == 100
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_file_without_a_scale(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"does not state its scale.*give mpp="):
+        sf.pp.grid(saved(tmp_path, kind))
+
+
+def test_a_resolution_for_printers_is_no_scale(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(section()).save(path, dpi=(300, 300))
+    with pytest.raises(ValueError, match=r"84\.67 µm per pixel, is a printer's"):
+        sf.pp.grid(path)
+    Image.fromarray(section()).save(path, dpi=(12700, 12700))
+    assert len(sf.pp.grid(path, step_um=40)) == 100
+
+
+@pytest.mark.parametrize("mpp", [0.001, 300])
+def test_a_scale_that_no_microscope_has(tmp_path, mpp):
+    with pytest.raises(ValueError, match="microscopes have 0.05 to 20"):
+        sf.pp.grid(saved(tmp_path, "png"), mpp=mpp)
+
+
+def test_a_scale_that_the_file_contradicts(tmp_path):
+    with pytest.warns(UserWarning, match="says 2 µm per pixel"):
+        sf.pp.grid(saved(tmp_path, "ome.tif"), mpp=1, step_um=40)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, section(), photometric="rgb", resolution=(5000, 4000), resolutionunit="CENTIMETER")
+    with pytest.raises(ValueError, match="not square"):
+        sf.pp.grid(path)
+
+
+@pytest.mark.parametrize("form", ["array", "sixteen bits", "turned", "SpatialData", "pyramid", "alpha"])
+def test_every_form_of_a_picture_gives_the_same_squares(tmp_path, form):
+    pixels = section()
+    right = sf.pp.grid(saved(tmp_path, "png"), mpp=MPP, step_um=40)
+    image, mpp = pixels, MPP
+    if form == "sixteen bits":
+        image = saved(tmp_path, "tif", section(bits=16))
+    elif form == "turned":
+        image, exif = tmp_path / "b.jpg", Image.Exif()
+        exif[274] = 6  # to be turned clockwise by 90° before it is shown
+        Image.fromarray(np.rot90(pixels)).save(image, exif=exif, quality=98)
+    elif form == "SpatialData":
+        element = Image2DModel.parse(pixels.transpose(2, 0, 1), dims=("c", "y", "x"), c_coords=["r", "g", "b"],
+                                     transformations={"um": Scale([MPP, MPP], axes=("x", "y"))})  # fmt: skip
+        image, mpp = sd.SpatialData({"he": element}), None
+    elif form == "pyramid":
+        image = tmp_path / "c.tif"
+        with tifffile.TiffWriter(image) as out:
+            out.write(pixels, photometric="rgb", tile=(64, 64), subifds=1)
+            half = pixels.reshape(150, 2, 250, 2, 3).mean((1, 3)).astype(np.uint8)
+            out.write(half, photometric="rgb", tile=(64, 64), subfiletype=1)
+    elif form == "alpha":
+        image = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    found = sf.pp.grid(image, mpp=mpp, step_um=40)
+    np.testing.assert_allclose(found.obsm["spatial"], right.obsm["spatial"])
+    np.testing.assert_allclose(found.obs["tissue"], right.obs["tissue"], atol=0.05)
+    sf.pp.encode_patches(found, patch_um=40)
+    assert np.isfinite(found.obsm["X_texture"]).all()
+
+
+def test_a_file_that_openslide_reads(tmp_path):
+    openslide = pytest.importorskip("openslide", reason="the extra wsi is not installed")
+    path = tmp_path / "a.svslide"  # openslide looks at the content: a plain tiled TIFF
+    resolution = {"resolution": (1e4 / MPP, 1e4 / MPP), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, section(), photometric="rgb", tile=(64, 64), **resolution)
+    assert openslide.OpenSlide.detect_format(path) == "generic-tiff"
+    grid, right = sf.pp.grid(path, step_um=40, mpp=MPP), sf.pp.grid(section(), step_um=40, mpp=MPP)
+    np.testing.assert_array_equal(grid.obs["tissue"], right.obs["tissue"])
+    for one in (grid, right):
+        sf.pp.encode_patches(one, patch_um=40)
+    np.testing.assert_array_equal(grid.obsm["X_texture"], right.obsm["X_texture"])
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        sf.pp.grid(tmp_path / "none.png", mpp=1)
+    (tmp_path / "a.jpg").write_text("no picture")
+    with pytest.raises(OSError, match="format that is not known"):
+        sf.pp.grid(tmp_path / "a.jpg", mpp=1)
+    whole = saved(tmp_path, "ome.tif").read_bytes()
+    (tmp_path / "b.ome.tif").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"cut off|damaged"):
+        sf.pp.grid(tmp_path / "b.ome.tif", mpp=1)
+    with pytest.raises(TypeError, match="must be a path, an array"):
+        sf.pp.grid(42, mpp=1)
+    with pytest.raises(ValueError, match="1 channel; H&E has red, green and blue"):
+        sf.pp.grid(section()[..., 0], mpp=1)
+    with pytest.raises(ValueError, match="the scale of an array is unknown"):
+        sf.pp.grid(section())
+
+
+def test_glass_alone_is_refused():
+    with pytest.raises(ValueError, match="empty glass"):
+        sf.pp.grid(section()[:, 310:], mpp=MPP, step_um=40)
+
+
+def test_a_dark_picture_is_a_warning():
+    with pytest.warns(UserWarning, match="fluorescence"):
+        sf.pp.grid(255 - section(), mpp=MPP, step_um=40)
+
+
+@pytest.mark.parametrize("glass", [170, 215, 250])
+def test_glass_may_be_grey_beside_white_padding(glass):
+    """A scan whose glass is darker than the padding around it."""
+    image = section(glass=glass)
+    image[:20] = 255
+    image[:, 400:] = 255
+    grid = sf.pp.grid(image, mpp=MPP, step_um=40)
+    x, y = grid.obsm["spatial"].T + 0.5
+    assert len(grid) == 100
+    assert ((x > 100) & (x < 300) & (y > 40) & (y < 240)).all()
+
+
+def test_several_pictures(tmp_path):
+    path = saved(tmp_path, "ome.tif")
+    found = sf.pp.grid({"a": path, "b": path}, step_um=40)
+    assert list(found) == ["a", "b"]
+    assert len(sf.pp.grid([path], step_um=40)[0]) == 100
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_annotations_of_qupath(tmp_path, bare):
+    def polygon(x0, x1, **properties):
+        ring = [[x0, 0], [x1, 0], [x1, 300], [x0, 300], [x0, 0]]
+        return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+    features = [
+        polygon(0, 280, objectType="annotation", classification={"name": "Stroma", "color": [1, 2, 3]}),
+        polygon(100, 200, objectType="annotation", classification={"name": "Tumour"}),
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 1]}, "properties": {}},
+    ]
+    path = tmp_path / "regions.geojson"
+    path.write_text(json.dumps(features if bare else {"type": "FeatureCollection", "features": features}))
+    grid = sf.pp.grid(section(), mpp=MPP, step_um=40, region=path)
+    x = grid.obsm["spatial"][:, 0] + 0.5
+    named = grid.obs["annotation"].astype(object).where(grid.obs["annotation"].notna(), "none")
+    assert (named == np.where(x < 200, "Tumour", np.where(x < 280, "Stroma", "none"))).all()
+
+
+def test_annotations_that_cannot_be_meant(tmp_path):
+    path = tmp_path / "regions.geojson"
+    far = [[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9000]]
+    path.write_text(
+        json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [far]}, "properties": {}})
+    )
+    with pytest.raises(ValueError, match=r"pixels of this very image"):
+        sf.pp.grid(section(), mpp=MPP, step_um=40, region=path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="has no polygons"):
+        sf.pp.grid(section(), mpp=MPP, step_um=40, region=path)
+    path.write_text("<xml>")
+    with pytest.raises(ValueError, match="no GeoJSON"):
+        sf.pp.grid(section(), mpp=MPP, step_um=40, region=path)
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_a_shrunk_copy_is_the_mean_of_squares(monkeypatch, channels_first):
+    monkeypatch.setattr("spatiaflow._slides.grid.BLOCK", 64)
+    image = np.random.default_rng(0).integers(0, 255, (203, 305, 4), dtype=np.uint8)
+    given = image.transpose(2, 0, 1) if channels_first else image
+    found, factor = shrunk(given, 80, channels_first=channels_first)
+    assert factor == 4
+    right = image[:200, :304, :3].reshape(50, 4, 76, 4, 3).mean((1, 3))
+    np.testing.assert_allclose(found, right, atol=0.51)
+
+
+def test_squares_cover_the_picture():
+    assert len(squares((100, 250), 50)) == 10
+    assert len(squares((10, 10), 50)) == 1
+    assert squares((100, 250), 50).max(0).tolist() == [4, 1]
+
+
+def test_from_a_picture_to_a_map(tmp_path, slide):
+    """Grid, features as the model needs them, prediction, regions, and files for viewers."""
+    train = [slide("s0"), slide("s1", seed=1)]
+    for i, one in enumerate(train):
+        path = tmp_path / f"train{i}.png"
+        pixels = np.random.default_rng(i).normal([190, 110, 170], 30, (1300, 1300, 3))
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+        one.obsm["spatial"] = one.obsm["spatial"] * 0.5 / MPP + 60
+        one.uns["spatial"] = {
+            one.obs_names[0][:2]: {"metadata": {"microns_per_pixel": MPP, "source_image_path": str(path)}}
+        }
+        sf.pp.encode_patches(one, patch_um=80, resolution_um=4.0)
+    model = sf.tl.train_stflow(train, genes=["G0", "G1"], max_epochs=1)
+    grid = sf.pp.grid(saved(tmp_path, "ome.tif"), step_um=40)
+    sf.pp.encode_patches(grid)
+    with pytest.raises(ValueError, match=r"encode_patches\(data, encoder='texture', patch_um=80, resolution_um=4"):
+        sf.tl.predict_expression(grid, model=model)
+    sf.pp.encode_patches(grid, model=model)
+    assert grid.uns["X_texture"]["resolution_um"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 40 µm apart, and noise for pictures
+        sf.tl.predict_expression(grid, model=model)
+    grid.obs["annotation"] = np.where(grid.obsm["spatial"][:, 0] < 200, "left", "right")
+    grid.write_h5ad(tmp_path / "grid.h5ad")
+    again = ad.read_h5ad(tmp_path / "grid.h5ad")
+    np.testing.assert_array_equal(again.obsm["stflow"], grid.obsm["stflow"])
+    assert len(sf.tl.summarize_expression(again, model=model, groupby="annotation", n_samples=20)) == 4
