@@ -3,8 +3,9 @@
     python benchmarks/stflow_weights.py breast mouse-brain            trains and writes the weights
     python benchmarks/stflow_weights.py breast mouse-brain --bare     each section left out: from a grid over the picture alone
 
-Genes are chosen inside the training sections: of the candidates with the largest variance within slides those with the highest
-skill on held-out donors (sections, where there is one donor), if it is above 0. All pictures are averaged to one resolution.
+Genes are chosen inside the training sections: of the candidates with the largest variance within slides those whose pattern is
+trusted, or whose skill is above 0, on held-out donors (bands of the sections, where there is one donor). All pictures are
+averaged to one resolution.
 """
 
 import argparse
@@ -25,8 +26,7 @@ class Recipe:
     sections: tuple[str, ...]
     resolution_um: float  # of the coarsest picture
     donor_key: str | None
-    candidates: int = 2000
-    genes: int = 1000
+    candidates: int = 600
 
 
 RECIPES = {

@@ -18,7 +18,7 @@ def test_every_square_is_drawn_on_the_whole_picture(grid):
     figure = sf.pl.tissue(grid, return_fig=True)
     (squares,) = figure.axes[0].collections
     corners = np.array([path.vertices[:4] for path in squares.get_paths()])
-    np.testing.assert_allclose(corners.mean(1), (grid.obsm["spatial"] + 0.5) * 2)
+    np.testing.assert_allclose(corners.mean(1), grid.obsm["spatial"] * 2)
     np.testing.assert_allclose(np.ptp(corners, axis=1), 40)
     assert figure.axes[0].get_xlim() == (0, 600)
 
