@@ -34,8 +34,8 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
     Returns
     -------
     Path of a safetensors file for :func:`spatiaflow.models.load`. Without ``name`` a DataFrame with one row per name and the
-    columns ``model`` (class), ``bundled``, ``bytes``, ``sha256``, ``license`` and ``description``. The model card of
-    bundled weights is the Markdown file beside them.
+    columns ``model`` (class), ``task``, ``tissue``, ``genes`` (how many), ``scores`` (on data that were held out), ``bundled``,
+    ``bytes``, ``sha256``, ``license`` and ``description``. The model card of bundled weights is the Markdown file beside them.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
         known = {row["name"]: row for row in csv.DictReader(lines)}
     if name is None:
         table = pd.DataFrame(known.values(), columns=["name", *_COLUMNS]).set_index("name")
-        return table.assign(bundled=table["bundled"] == "yes", bytes=table["bytes"].astype(int))
+        return table.assign(bundled=table["bundled"] == "yes", **{n: table[n].astype(int) for n in ("bytes", "genes")})
     if name not in known:
         raise ValueError(
             f"there are no weights {name!r}. Known names are {', '.join(known) or 'none'}. To use a model of your own, "
@@ -114,4 +114,4 @@ def resolve(
     return model
 
 
-_COLUMNS = ("model", "bundled", "bytes", "sha256", "license", "description")
+_COLUMNS = ("model", "task", "tissue", "genes", "scores", "bundled", "bytes", "sha256", "license", "description")

@@ -1,0 +1,189 @@
+"""From a bare picture: tissue, a very large slide, and the same correlation from a grid as at the spots.
+
+python benchmarks/bare.py tissue     which spots under tissue are kept, and which spots on glass are left out, of every section
+python benchmarks/bare.py large      grid, features and prediction of a slide of 100,000 x 80,000 px: seconds and memory
+python benchmarks/bare.py held-out   each section left out: correlation from a grid over the picture against that at the spots
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.spatial import cKDTree
+
+import results
+import spatiaflow as sf
+from spatiaflow._slides.grid import tissue_of
+from spatiaflow.models.regression import gene_pearson
+from spatiaflow.models.slide import MIN_TISSUE
+from stflow_weights import RECIPES, load
+
+WIDTH, HEIGHT, TILE, MPP = 100_000, 80_000, 512, 0.25
+
+
+def sections():
+    """Name, picture, positions in its pixels, whether each is under tissue, and µm per pixel, of every section with H&E."""
+    for name in RECIPES["breast"].sections:
+        (library,) = sf.datasets.her2st(name).uns["spatial"].values()
+        table, scale = sf.datasets.her2st(name), library["scalefactors"]["tissue_hires_scalef"]
+        xy = table.obsm["spatial"] * scale
+        yield (
+            f"her2st {name}",
+            library["images"]["hires"],
+            xy,
+            np.ones(len(xy), bool),
+            library["metadata"]["microns_per_pixel"] / scale,
+        )
+    for path in sorted((Path(str(sf.settings.mirror)) / "visium_ffpe").rglob("tissue_positions_list.csv")):
+        spots = pd.read_csv(path, header=None)
+        scale = json.loads((path.parent / "scalefactors_json.json").read_text())["tissue_hires_scalef"]
+        picture = np.asarray(Image.open(path.parent / "tissue_hires_image.png"))[..., :3]
+        xy = spots[[5, 4]].to_numpy(float) * scale
+        mpp = 100 / np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
+        yield f"{path.parts[-4]} {path.parts[-3][-2:]}", picture, xy, spots[1].to_numpy() == 1, mpp
+
+
+def tissue(table: results.Table) -> None:
+    """Shares of spots, squares of 100 µm."""
+    for name, picture, xy, under, mpp in sections():
+        found = (
+            tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None).share() >= MIN_TISSUE
+        )
+        scores = {"spots under tissue kept": found[under].mean()}
+        if not under.all():
+            scores["spots on glass left out"] = (~found[~under]).mean()
+        table.add("tissue", name, 0, "grid", scores)
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """A tile as JPEG."""
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=80, subsampling=0)
+    return out.getvalue()
+
+
+def write_large(path: Path) -> None:
+    """A pyramidal TIFF: an ellipse of breast tissue, cut from a section and repeated, on glass."""
+    import tifffile
+
+    (library,) = sf.datasets.her2st("C2").uns["spatial"].values()
+    whole = np.asarray(Image.open(library["metadata"]["source_image_path"]).convert("RGB"))
+    spots = sf.datasets.her2st("C2").obsm["spatial"].astype(int)
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for level in range(6):
+            width, height = WIDTH >> level, HEIGHT >> level
+            side = max(int(TILE * MPP * 2**level / library["metadata"]["microns_per_pixel"]), 8)
+            rng = np.random.default_rng(level)
+            corners = np.minimum(spots[rng.integers(0, len(spots), 60)], np.array(whole.shape[1::-1]) - side)
+            cuts = [Image.fromarray(whole[y : y + side, x : x + side]) for x, y in corners]
+            tiles = [encoded(np.asarray(cut.resize((TILE, TILE)))) for cut in cuts]
+            glass = encoded(np.full((TILE, TILE, 3), 235, np.uint8))
+            columns, rows = -(-width // TILE), -(-height // TILE)
+
+            def segments(columns=columns, rows=rows, tiles=tiles, glass=glass):
+                for i in range(rows):
+                    for j in range(columns):
+                        inside = ((j + 0.5) / columns - 0.5) ** 2 + ((i + 0.5) / rows - 0.5) ** 2 < 0.18
+                        yield tiles[(7 * i + 13 * j) % len(tiles)] if inside else glass
+
+            file.write(
+                segments(), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), compression="jpeg", photometric="rgb",
+                subifds=5 if level == 0 else None, subfiletype=0 if level == 0 else 1,
+                resolution=(1e4 / (MPP * 2**level),) * 2, resolutionunit="CENTIMETER", metadata=None,
+            )  # fmt: skip
+
+
+def large(table: results.Table, model: str, folder: Path) -> None:
+    """Every step on one large slide."""
+    path = folder / "large.tif"
+    if not path.exists():
+        write_large(path)
+    start, scores = results.peak_gb(), {"file, GB": path.stat().st_size / 1e9}
+    clock = time.perf_counter()
+    grid = sf.pp.grid(path)
+    scores |= {
+        "squares of tissue": len(grid),
+        "seconds grid": time.perf_counter() - clock,
+        "GB grid": results.peak_gb() - start,
+    }
+    clock = time.perf_counter()
+    sf.pp.encode_patches(grid, model=model)
+    scores |= {"seconds features": time.perf_counter() - clock, "GB features": results.peak_gb() - start}
+    clock = time.perf_counter()
+    sf.tl.predict_expression(grid, model=model)
+    scores |= {"seconds prediction": time.perf_counter() - clock, "GB prediction": results.peak_gb() - start}
+    print({name: round(value, 2) for name, value in scores.items()})
+    table.add("large", f"{WIDTH} x {HEIGHT} px", 0, "grid", scores)
+
+
+def held_out(table: results.Table, name: str, seeds: int) -> None:
+    """Each section left out: the model's prediction at the spots, and read from the nearest square of a grid."""
+    recipe = RECIPES[name]
+    slides = {section: load(name, section) for section in recipe.sections}
+    for seed in range(seeds):
+        for section, test in slides.items():
+            if not table.lacks(name, section, seed, "grid"):
+                continue
+            rest = [slide for other, slide in slides.items() if other != section]
+            model = sf.tl.train_stflow(rest, donor_key=recipe.donor_key, random_state=seed)
+            (library,) = test.uns["spatial"].values()
+            mpp = library["metadata"]["microns_per_pixel"]
+            path = library["metadata"].get("source_image_path")
+            picture, scale = (
+                (path, 1.0) if path else (library["images"]["hires"], library["scalefactors"]["tissue_hires_scalef"])
+            )
+            y = truth(test, model)
+            at_spots = test.copy()
+            sf.tl.predict_expression(at_spots, model=model, random_state=seed)
+            table.add(name, section, seed, "spots", {"pearson": pearson(y, at_spots.obsm["stflow"])})
+            for step in (100, 200):
+                grid = sf.pp.grid(picture, mpp=mpp / scale, step_um=step)
+                sf.pp.encode_patches(grid, model=model)
+                sf.tl.predict_expression(grid, model=model, random_state=seed)
+                distance, nearest = cKDTree(grid.obsm["spatial"]).query(test.obsm["spatial"] * scale)
+                near = distance * mpp / scale < step
+                read = pearson(y[near], grid.obsm["stflow"][nearest[near]])
+                scores = {"pearson": read, "pearson at the same spots": pearson(y[near], at_spots.obsm["stflow"][near])}
+                table.add(name, section, seed, f"grid of {step} µm", scores | {"spots read": near.mean()})
+            table.add(name, section, seed, "grid", {"done": 1})
+
+
+def truth(test, model) -> np.ndarray:
+    """Log-normalised expression of the model's genes, spots x genes."""
+    from spatiaflow._slides import gather
+
+    (slide,) = gather(test, need=("counts",))
+    return replace(slide).align(model.genes).log_normalized().toarray()
+
+
+def pearson(y: np.ndarray, predicted: np.ndarray) -> float:
+    return float(np.nanmean(gene_pearson(y, predicted)))
+
+
+def main() -> None:
+    """Read the command."""
+    parser = results.parser(__doc__)
+    parser.add_argument("what", choices=("tissue", "large", "held-out"))
+    parser.add_argument("--names", nargs="+", default=list(RECIPES))
+    parser.add_argument("--model", default="stflow-breast-small")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    table = results.Table("bare", again=args.again)
+    if args.what == "tissue":
+        tissue(table)
+    elif args.what == "large":
+        large(table, args.model, args.folder)
+    else:
+        for name in args.names:
+            held_out(table, name, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
