@@ -55,6 +55,12 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def memory_gb() -> float:
+    """Memory of this process now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**30
+
+
 def read(script: str) -> pd.DataFrame:
     """Rows of a script; seeds are words."""
     file = folder() / f"{script}.csv"
