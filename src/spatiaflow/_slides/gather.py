@@ -94,7 +94,8 @@ def gather(
         features = None
         if "features" in need:
             slots = _io.names(use_rep, "use_rep") or []
-            features = np.hstack([_io.features(table, slot) for slot in slots])
+            found_slots = [_io.features(table, slot) for slot in slots]
+            features = found_slots[0] if len(slots) == 1 else np.hstack(found_slots)
         share = _io.tissue_share(table)
         for slide in found:
             rows = slide.rows
@@ -105,7 +106,8 @@ def gather(
                 genes = tuple(map(str, table.var_names))
                 parts |= {"counts": own, "library": library, "genes": genes, "measured": None}
             if features is not None:
-                parts["features"] = features[rows]
+                whole = np.array_equal(rows, np.arange(len(features)))
+                parts["features"] = features if whole else features[rows]  # features can be gigabytes: no copy
             if donor_key is not None:
                 parts["donor"] = _donor(table, donor_key, slide)
             if "crops" in need:

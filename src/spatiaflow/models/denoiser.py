@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from spatiaflow.models.flow import sample, time_features
-from spatiaflow.models.slide import ABSENT
+from spatiaflow.models.slide import Rows
 from spatiaflow.models.spatial import GEOMETRY, GatedMLP, Graph, LocalAttention, degenerate_share, spatial_graph
+
+GEOMETRY_BYTES = 9e8  # of embedded edges that are kept between steps; those of further layers are computed in each
 
 
 @dataclass
@@ -53,16 +55,14 @@ class Layer(nn.Module):
         """Update all tokens."""
         return self.update(h, y, *self.attention.keys(h, y), graph.index, graph.mask, geometry)
 
-    def forward_in_place(
-        self, h: Tensor, y: Tensor, graph: Graph, geometry: Tensor, scratch: list[Tensor], rows: int
+    def forward_in_parts(
+        self, h: Tensor, y: Tensor, parts: list[Part], layer: int, into: tuple[Tensor, Tensor]
     ) -> None:
-        """Do the same ``rows`` tokens at a time, into ``h`` and ``y``; keys and values go into ``scratch``."""
-        key, value = scratch
-        parts = [slice(s, s + rows) for s in range(0, len(h), rows)]
+        """Do the same a part at a time, as layer number ``layer``. Keys and values are those that a part sees, made for it."""
         for p in parts:
-            key[p], value[p] = self.attention.keys(h[p], y[p])
-        for p in parts:  # other tokens are seen through their keys and values only
-            h[p], y[p] = self.update(h[p], y[p], key, value, graph.index[p], graph.mask[p], geometry[p])
+            key, value = self.attention.keys(h[p.seen], y[p.seen])
+            geometry = p.geometry[layer] if layer < len(p.geometry) else self.attention.geometry(p.edges)
+            into[0][p.rows], into[1][p.rows] = self.update(h[p.rows], y[p.rows], key, value, p.index, p.mask, geometry)
 
     def update(
         self, h: Tensor, y: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, geometry: Tensor
@@ -105,81 +105,118 @@ class Denoiser(nn.Module):
             self.image(features) + tau, y, graph, [layer.attention.geometry(edges) for layer in self.layers]
         )
 
-    def decode(self, h: Tensor, y: Tensor, graph: Graph, geometry: list[Tensor], rows: int = 0) -> Tensor:
-        """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads.
-
-        ``rows`` > 0 works through that many tokens at a time (inference only; ``h`` is overwritten), with the same
-        result in the memory of one layer.
-        """
+    def decode(self, h: Tensor, y: Tensor, graph: Graph, geometry: list[Tensor]) -> Tensor:
+        """Run the layers on tokens ``h`` with geometry embedded beforehand; the mean of their gene heads."""
         total = torch.zeros_like(y)
-        if rows:
-            c, y = self.layers[0].attention, y.clone()
-            scratch = [h.new_empty(len(h), c.n_heads, m) for m in (c.score.inner.out_features, c.head)]
         for layer, embedded in zip(self.layers, geometry):
-            if rows:
-                layer.forward_in_place(h, y, graph, embedded, scratch, rows)
-            else:
-                h, y = layer(h, y, graph, embedded)
-            total = total.add_(y) if rows else total + y
+            h, y = layer(h, y, graph, embedded)
+            total = total + y
         return total / len(self.layers)
+
+    def decode_parts(self, h: Tensor, y: Tensor, parts: list[Part]) -> Tensor:
+        """Do the same layer by layer, a part at a time, in the memory of two states of the tokens; overwrites ``h``."""
+        total, now, after = torch.zeros_like(y), (h, y), (torch.empty_like(h), torch.empty_like(y))
+        for i, layer in enumerate(self.layers):
+            layer.forward_in_parts(*now, parts, i, after)
+            total += after[1]
+            now, after = after, (now[0], torch.empty_like(y) if i == 0 else now[1])  # the caller keeps its y
+        return total.div_(len(self.layers))
+
+
+@dataclass
+class Part:
+    """Some tokens of a slide, neighbours in memory, and what they see of it."""
+
+    rows: slice
+    seen: Tensor  # their neighbours, and they where one has none
+    index: Tensor  # n x k, places in ``seen``
+    mask: Tensor  # n x k
+    edges: Tensor  # raw edge features, n x k x frames x f
+    geometry: list[Tensor]  # embedded edges of the first layers, as many as there is room for
 
 
 class SlideTokens:
-    """One slide made ready for the networks: image tokens, graph and embedded geometry are computed once for all steps."""
+    """One slide made ready for the networks: graph and edge features are computed once for all networks, steps and draws.
+
+    Parameters
+    ----------
+    x
+        Scaled features, n x F, read some rows at a time.
+    xy
+        Positions, n x 2.
+    base
+        Simple prediction, n x genes; None where neither prior nor ``residual`` reads it.
+    config
+        Of the networks.
+    rows
+        Tokens worked on at a time.
+    """
 
     def __init__(
-        self, x: np.ndarray, xy: np.ndarray, base: np.ndarray, networks: list[Denoiser], prior: Any, residual: bool,
+        self, x: Rows, xy: np.ndarray, base: np.ndarray | None, config: DenoiserConfig, prior: Any, residual: bool,
         device: str | torch.device, rows: int,
     ):  # fmt: skip
-        p = networks[0].config
-        self.networks, self.prior, self.residual, self.rows, self.n = networks, prior, residual, rows, len(x)
-        self.device = torch.device(device)
+        self.x, self.base, self.prior, self.residual = x, base, prior, residual
+        self.config, self.n, self.device = config, len(x), torch.device(device)
         # neighbours in space become neighbours in memory: tokens are worked on in square tiles of about `rows`
         tile = np.floor((xy - xy.min(0)) / max(np.sqrt(np.ptp(xy, axis=0).prod() / len(xy) * rows), 1e-9))
         self.order = np.lexsort([xy[:, 1], tile[:, 1], tile[:, 0]]) if len(xy) > rows else np.arange(len(xy))
-        self.base = base
         with torch.inference_mode():
-            self.graph = spatial_graph(xy[self.order], p.n_neighbors, ties=p.ties)
-            self.degenerate_share = degenerate_share(self.graph) if p.geometry == "frames" else 0.0
-            self.tokens = []  # of each network: image tokens, geometry of each layer
-            for network in networks:
-                network.to(self.device)
-                self.tokens.append(self._prepare(network, x))
-            self.graph = Graph(self.graph.index.to(self.device), self.graph.mask.to(self.device), ABSENT)
+            graph = spatial_graph(xy[self.order], config.n_neighbors, ties=config.ties)
+            self.degenerate_share = degenerate_share(graph) if config.geometry == "frames" else 0.0
+            self.parts = [self._part(graph, slice(s, s + rows)) for s in range(0, self.n, rows)]
+            self.kept = int(GEOMETRY_BYTES // max(4 * graph.mask.numel() * (config.width // 2), 1))  # layers
 
-    def _prepare(self, network: Denoiser, x: np.ndarray) -> tuple[Tensor, list[Tensor]]:
-        k, width = self.graph.index.shape[1], network.config.width
-        h = torch.empty(self.n, width, device=self.device)
-        geometry = [torch.empty(self.n, k, width // 2, device=self.device) for _ in network.layers]
-        for s in range(0, self.n, self.rows):
-            part = slice(s, s + self.rows)
-            h[part] = network.image(torch.from_numpy(x[self.order[part]]).to(self.device))
-            edges = network.edges(Graph(self.graph.index[part], self.graph.mask[part], self.graph.offset[part]))
-            for layer, out in zip(network.layers, geometry):
-                out[part] = layer.attention.geometry(edges.to(self.device))
-        return h, geometry
+    def _part(self, graph: Graph, rows: slice) -> Part:
+        own = Graph(graph.index[rows], graph.mask[rows], graph.offset[rows])
+        seen, index = torch.unique(own.index, return_inverse=True)
+        edges = GEOMETRY[self.config.geometry][0](own)
+        seen, index, mask, edges = (value.to(self.device) for value in (seen, index, own.mask, edges))
+        return Part(rows, seen, index, mask, edges, [])
 
-    def run(self, rng: np.random.Generator, times: list[float]) -> np.ndarray:
-        """Draw once from the prior and integrate; the mean over networks, n x genes in the slide's own order."""
-        start = self.prior.sample(self.n, self.base.shape[1], rng, self.base)[self.order]
-        total = np.zeros_like(start)
+    def mean(self, networks: list[Denoiser], seeds: list[list[int]], times: list[float]) -> np.ndarray:
+        """Mean of the networks' endpoints over draws from the prior, n x genes in the slide's own order.
+
+        Parameters
+        ----------
+        seeds
+            Of each draw.
+        times
+            At which the network is evaluated on the way from the draw to its endpoint.
+        """
+        total: Any = 0
         with torch.inference_mode():
-            y_0 = torch.from_numpy(start).to(self.device)
-            residual = torch.from_numpy(self.base[self.order]).to(self.device) if self.residual else 0
-            for network, (image, geometry) in zip(self.networks, self.tokens):
-
-                def endpoint(
-                    y: Tensor,
-                    t: float,
-                    network: Denoiser = network,
-                    image: Tensor = image,
-                    geometry: list[Tensor] = geometry,
-                ) -> Tensor:
-                    time = torch.tensor([t], device=self.device)
-                    h = image + network.time(time_features(time, scale=network.config.time_scale))
-                    return network.decode(h, y, self.graph, geometry, self.rows) + residual
-
-                total += sample(endpoint, y_0, times).cpu().numpy()
-        out = np.empty_like(total)
-        out[self.order] = total / len(self.networks)
+            residual = None
+            if self.residual and self.base is not None:
+                residual = torch.from_numpy(self.base[self.order]).to(self.device)
+            for network in networks:  # one at a time: the tokens of the others take no memory
+                image = self._prepare(network.to(self.device))
+                for seed in seeds:
+                    total = self._endpoint(network, image, self._start(seed), times, residual).add_(total)
+            out = np.empty(total.shape, np.float32)
+            out[self.order] = total.cpu().numpy() / (len(networks) * len(seeds))
+        for part in self.parts:
+            part.geometry.clear()
         return out
+
+    def _prepare(self, network: Denoiser) -> Tensor:
+        """Image tokens, and the embedded geometry of the layers for which there is room."""
+        h = torch.empty(self.n, self.config.width, device=self.device)
+        for p in self.parts:
+            h[p.rows] = network.image(torch.from_numpy(self.x[self.order[p.rows]]).to(self.device))
+            p.geometry[:] = [layer.attention.geometry(p.edges) for layer in network.layers[: self.kept]]
+        return h
+
+    def _start(self, seed: list[int]) -> Tensor:
+        """A draw from the prior."""
+        n_genes = self.config.n_genes
+        start = self.prior.sample(self.n, n_genes, np.random.default_rng(seed), self.base)
+        return torch.from_numpy(start[self.order]).to(self.device)
+
+    def _endpoint(self, network: Denoiser, image: Tensor, start: Tensor, times: list[float], residual: Any) -> Tensor:
+        def endpoint(y: Tensor, t: float) -> Tensor:
+            time = network.time(time_features(torch.tensor([t], device=self.device), scale=self.config.time_scale))
+            found = network.decode_parts(image + time, y, self.parts)
+            return found if residual is None else found.add_(residual)
+
+        return sample(endpoint, start, times)

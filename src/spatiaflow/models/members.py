@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from spatiaflow.models.rates import Rates
-from spatiaflow.models.regression import Ridge, smooth, standardize
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.regression import Ridge, Scaled, smooth
+from spatiaflow.models.slide import Rows, Slide
 
 MODES = ("global", "slide")  # features are scaled by the training slides, or by the slide itself
 SMOOTHING = 0.5  # the stack mixes raw and smoothed, so any weight up to this one can come out
@@ -42,9 +42,9 @@ class Members:
     rates: dict[str, tuple[Rates, Rates]]
     depth: Ridge
 
-    def scaled(self, features: np.ndarray, mode: str) -> np.ndarray:
+    def scaled(self, features: Rows, mode: str) -> Scaled:
         """Features as the models take them."""
-        return standardize(features, self.mean, self.std, mode)
+        return Scaled(features, self.mean, self.std, mode)
 
     def predictions(
         self, slide: Slide, expression: Callable[[np.ndarray], np.ndarray], wanted: np.ndarray | None = None
@@ -69,13 +69,14 @@ class Members:
                 raw_wanted, smooth_wanted = wanted[6 * m + 2 * k : 6 * m + 2 * k + 2]
                 raw = zeros
                 if raw_wanted or smooth_wanted:
-                    raw = self.ridges[mode].predict(x) if k == 0 else expression(self.rates[mode][k - 1](x))
+                    raw = x.apply(self.ridges[mode].predict if k == 0 else self.rates[mode][k - 1])
+                    raw = raw if k == 0 else expression(raw)
                 yield raw if raw_wanted else zeros
                 yield smooth(raw, graph, SMOOTHING) if smooth_wanted else zeros
 
     def log_depth(self, slide: Slide) -> np.ndarray:
         """Predicted log library size of every row, n."""
-        predicted = self.depth.predict(self.scaled(slide.features, "global"))
+        predicted = self.scaled(slide.features, "global").apply(self.depth.predict)
         return smooth(predicted, slide.graph(SMOOTHED_OVER), SMOOTHING)[:, 0]
 
     def tensors(self) -> dict[str, np.ndarray]:

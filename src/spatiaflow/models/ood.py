@@ -40,7 +40,11 @@ class OutOfDomain:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Return the distance of each row of features to the training data."""
-        return self._distance(features @ self.components, self.references)
+        return self.at(features @ self.components)
+
+    def at(self, points: np.ndarray) -> np.ndarray:
+        """The same of features that are given along the principal axes, n x d."""
+        return self._distance(points, self.references)
 
     def quantile(self, distance: np.ndarray) -> np.ndarray:
         """Return the quantile in [0, 1] of distances among those of the training rows."""

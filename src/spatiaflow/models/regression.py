@@ -5,33 +5,74 @@ All functions work on parts: a part is the features (n x F) and the expression (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from scipy.optimize import nnls
 
+from spatiaflow.models.slide import Rows
 from spatiaflow.models.spatial import Graph
 
 ALPHAS = tuple(float(a) for a in np.geomspace(1, 1e6, 13))
 SMOOTHING = (0.0, 0.25, 0.5, 0.75, 1.0)
 MIN_SPOTS = 20  # on tissue, to scale a slide by itself
-
+ROWS = 4096  # whose features are scaled at a time
 
 Part = tuple[np.ndarray, np.ndarray]  # features n x F, expression n x genes
 
 
-def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: str) -> np.ndarray:
-    """Scale features of one slide by training statistics, or with ``mode="slide"`` by its own (of 20 spots or more).
+class Scaled:
+    """Features of one slide as models take them, made for some rows at a time: never a second copy of all.
 
-    Whoever calls it leaves glass out. Mean and deviation, not median and MAD: texture features have long tails that carry
-    signal, and with median and MAD the correlation on her2st falls by a third (benchmarks/glass.py).
+    Parameters
+    ----------
+    features
+        n x F, of the slide without glass; an array, or anything that gives some of its rows as one.
+    mean, std
+        Of the training data, F.
+    mode
+        ``"slide"`` scales a slide of 20 spots or more by its own mean and deviation. Not by median and MAD: texture features
+        have long tails that carry signal, and with median and MAD the correlation on her2st falls by a third
+        (benchmarks/glass.py).
     """
-    if own_spots(mode, len(features)):
-        own = features.std(0)
-        mean, std = features.mean(0), np.where(own < 1e-6, 1.0, own)
-    return ((features - mean) / std).astype(np.float32)
+
+    def __init__(self, features: Rows, mean: np.ndarray, std: np.ndarray, mode: str):
+        self.features, self.mean, self.std = features, mean, std
+        if own_spots(mode, len(features)):
+            self.mean = self._average(lambda x: x)
+            own = np.sqrt(self._average(lambda x: (x - self.mean) ** 2))
+            self.std = np.where(own < 1e-6, 1.0, own)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return ((self.features[rows] - self.mean) / self.std).astype(np.float32)
+
+    def apply(self, model: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What a model of single rows (b x F to b x k) gives for all of them, n x k."""
+        out: Any = None
+        for rows in blocks(len(self)):
+            found = model(self[rows])
+            out = np.empty((len(self), *found.shape[1:]), found.dtype) if out is None else out
+            out[rows] = found
+        return out
+
+    def _average(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        total = sum(function(self.features[rows].astype(np.float64)).sum(0) for rows in blocks(len(self)))
+        return np.asarray(total) / len(self)
+
+
+def blocks(n: int) -> list[slice]:
+    """Consecutive rows of ``n``, :data:`ROWS` at a time; one empty block of none."""
+    return [slice(start, start + ROWS) for start in range(0, max(n, 1), ROWS)]
+
+
+def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray, mode: str) -> np.ndarray:
+    """Features of one slide without glass, scaled as :class:`Scaled` does, n x F."""
+    return Scaled(features, mean, std, mode)[:]
 
 
 def own_spots(mode: str, n: int) -> int:

@@ -34,6 +34,28 @@ class StoredRows(Protocol):
     def named(self, columns: np.ndarray, n_genes: int) -> StoredRows: ...
 
 
+class Rows(Protocol):
+    """A matrix that gives some of its rows as an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """Some rows of an array in an order of their own, copied when they are read."""
+
+    values: np.ndarray  # n x d
+    order: np.ndarray  # m
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        return self.values[self.order[rows]]
+
+
 class CropReader(Protocol):
     """Crops that are cut when they are read, as :class:`spatiaflow.pp.Crops`."""
 
@@ -114,7 +136,7 @@ class Slide:
     library: np.ndarray = ABSENT
     genes: tuple[str, ...] = ()
     measured: np.ndarray = ABSENT
-    features: np.ndarray = ABSENT
+    features: np.ndarray = ABSENT  # or Reordered
     crops: CropReader = ABSENT
     labels: np.ndarray = ABSENT
     tissue: str = ""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from spatiaflow.models.law import JointLaw
 from spatiaflow.models.members import NAMES, SMOOTHED_OVER, SMOOTHING, Members
 from spatiaflow.models.ood import OutOfDomain
 from spatiaflow.models.regression import combine, own_spots, smooth
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import ABSENT, Reordered, Slide
 from spatiaflow.models.spatial import spatial_graph
 
 
@@ -198,7 +198,8 @@ class STFlow(_base.Model):
     def ood_score(self, slide: Slide) -> np.ndarray:
         """How far each row's features are from the training data, n, float32 in [0, 1]: a quantile among the training rows."""
         self._check(slide)
-        return self.ood.quantile(self.ood(self.members.scaled(slide.features, "global"))).astype(np.float32)
+        points = self.members.scaled(slide.features, "global").apply(lambda x: x @ self.ood.components)
+        return self.ood.quantile(self.ood.at(points)).astype(np.float32)
 
     def donor_effect(self, new_donor: bool) -> str:
         """What uncertainty of a slide's level rests on: ``"same donor"``, ``"learned"`` or ``"prior, not learned"``."""
@@ -287,7 +288,7 @@ class STFlow(_base.Model):
 
     def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
         """Ridge regression alone, for one slide, n x genes; smoothed over neighbours when positions are given."""
-        base = self.members.ridges[self.standardize].predict(self.members.scaled(features, self.standardize))
+        base = self.members.scaled(features, self.standardize).apply(self.members.ridges[self.standardize].predict)
         return base if xy is None else smooth(base, spatial_graph(xy, SMOOTHED_OVER), SMOOTHING)
 
     def _check(self, slide: Slide) -> None:
@@ -317,7 +318,8 @@ class STFlow(_base.Model):
         mean, degenerate = np.tile(a["mean"].astype(np.float32), (len(slide), 1)), [0.0]
         if not len(order):
             return mean, 0.0
-        tissue = slide.take(order)
+        tissue = replace(slide, features=ABSENT).take(order)
+        tissue = replace(tissue, features=cast("Any", Reordered(slide.features, order)))
         wanted = (a["level"] > 0) | (a["weights"] > 0).any(1)
 
         def parts() -> Iterator[np.ndarray]:
@@ -340,14 +342,14 @@ class STFlow(_base.Model):
         self, slide: Slide, n_samples: int, n_steps: int | None, seed: int, batch_size: int, device: str | torch.device
     ) -> tuple[np.ndarray, float]:
         """Mean of the networks over draws from the prior, n x genes; rows without a unique frame."""
-        x = self.members.scaled(slide.features, self.standardize)
-        base = self.members.ridges[self.standardize].predict(x)
-        tokens = SlideTokens(x, slide.xy, base, self.networks, self.prior, self.config.residual, device, batch_size)
+        x, base = self.members.scaled(slide.features, self.standardize), None
+        if self.config.residual or self.config.prior == "image":
+            base = x.apply(self.members.ridges[self.standardize].predict)
+        network = self.networks[0].config
+        tokens = SlideTokens(x, slide.xy, base, network, self.prior, self.config.residual, device, batch_size)
         times = schedule(n_steps or self.config.n_steps) if self.config.flow else [0.0]
-        total = np.zeros((len(x), len(self.genes)), np.float32)
-        for draw in range(n_samples):
-            total += tokens.run(np.random.default_rng([seed, zlib.crc32(slide.name.encode()), draw]), times)
-        return total / n_samples, tokens.degenerate_share * len(x)
+        seeds = [[seed, zlib.crc32(slide.name.encode()), draw] for draw in range(n_samples)]
+        return tokens.mean(self.networks, seeds, times), tokens.degenerate_share * len(x)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         groups = {"array": self.arrays, "members": self.members.tensors(), "law": self.law.tensors()}

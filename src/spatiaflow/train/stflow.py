@@ -277,8 +277,8 @@ class _Fold:
         for i, (raw, s, y, base) in enumerate(
             zip(self.raw_held_out, self.held_out, self.held_out_y, self.held_out_base)
         ):
-            tokens = SlideTokens(s.features, s.xy, base, [network.eval()], self.prior, config.residual, "cpu", 512)
-            drawn = np.mean([tokens.run(np.random.default_rng([seed, i, d]), times) for d in range(n_draws)], 0)
+            tokens = SlideTokens(s.features, s.xy, base, network.config, self.prior, config.residual, "cpu", 512)
+            drawn = tokens.mean([network.eval()], [[seed, i, d] for d in range(n_draws)], times)
             simple = self.members.predictions(raw, lambda log_rate: c.counting.mean_at(log_rate, c.theta), wanted)
             rows.append({
                 "parts": np.stack([np.broadcast_to(p, y.shape) for p in (*simple, drawn)]), "y": y, "counts": counts_of(s),
