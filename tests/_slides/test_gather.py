@@ -21,6 +21,12 @@ def test_slides_hold_the_rows_of_their_table(slide):
     np.testing.assert_allclose(one.xy, adata.obsm["spatial"] * 0.5)
 
 
+def test_features_of_a_whole_table_are_not_copied(slide):
+    adata = slide("a")
+    (one,) = gather(adata, need=("features",), use_rep="X_texture")
+    assert np.shares_memory(one.features, adata.obsm["X_texture"])
+
+
 def test_names_of_lists_and_dicts(slide):
     pair = [slide("a"), slide("a", seed=1)]
     assert [s.name for s in gather(pair)] == ["a", "a'"]

@@ -1,8 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
 from spatiaflow.models.regression import (
+    ROWS,
+    Scaled,
     choose_ridge,
     combine,
     cross_fitted,
@@ -11,6 +15,7 @@ from spatiaflow.models.regression import (
     gene_pearson,
     smooth,
 )
+from spatiaflow.models.slide import Reordered
 from spatiaflow.models.spatial import spatial_graph
 
 RNG = np.random.default_rng(0)
@@ -103,3 +108,27 @@ def test_a_level_lies_within_what_the_members_say():
     level, _ = fit_stack(y, parts, np.full((200, 3), 5.0), groups)
     assert level.min() >= 0
     assert level.sum() <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["global", "slide"])
+def test_scaling_needs_no_second_copy_of_the_features(mode):
+    x = np.random.default_rng(0).normal(3, 2, (5 * ROWS + 7, 40)).astype(np.float32)
+    mean, std = x.mean(0, dtype=np.float64) + 1, x.std(0, dtype=np.float64) * 2
+    tracemalloc.start()
+    try:
+        found = Scaled(x, mean, std, mode).apply(lambda rows: rows[:, :2] @ np.ones((2, 1), np.float32))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    if mode == "slide":
+        mean, std = mean - 1, std / 2
+    np.testing.assert_allclose(found, ((x - mean) / std)[:, :2].sum(1, keepdims=True), atol=1e-5)
+    assert peak < 0.9 * x.nbytes
+
+
+def test_reordered_rows_are_those_rows():
+    x, order = np.arange(12.0).reshape(6, 2), np.array([4, 0, 3])
+    view = Reordered(x, order)
+    np.testing.assert_array_equal(view[1:], x[[0, 3]])
+    np.testing.assert_array_equal(Scaled(view, np.zeros(2), np.ones(2), "global")[np.array([2])], x[[3]])
+    assert len(view) == 3

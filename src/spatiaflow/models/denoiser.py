@@ -56,13 +56,13 @@ class Layer(nn.Module):
         return self.update(h, y, *self.attention.keys(h, y), graph.index, graph.mask, geometry)
 
     def forward_in_parts(
-        self, h: Tensor, y: Tensor, parts: list[Part], layer: int, into: tuple[Tensor, Tensor]
+        self, h: Tensor, y: Tensor, parts: list[Part], geometry: Tensor | None, into: tuple[Tensor, Tensor]
     ) -> None:
-        """Do the same a part at a time, as layer number ``layer``. Keys and values are those that a part sees, made for it."""
+        """Do the same a part at a time. Keys and values, and without ``geometry`` embedded edges, are made for each part."""
         for p in parts:
             key, value = self.attention.keys(h[p.seen], y[p.seen])
-            geometry = p.geometry[layer] if layer < len(p.geometry) else self.attention.geometry(p.edges)
-            into[0][p.rows], into[1][p.rows] = self.update(h[p.rows], y[p.rows], key, value, p.index, p.mask, geometry)
+            embedded = self.attention.geometry(p.edges) if geometry is None else geometry[p.rows]
+            into[0][p.rows], into[1][p.rows] = self.update(h[p.rows], y[p.rows], key, value, p.index, p.mask, embedded)
 
     def update(
         self, h: Tensor, y: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, geometry: Tensor
@@ -113,11 +113,11 @@ class Denoiser(nn.Module):
             total = total + y
         return total / len(self.layers)
 
-    def decode_parts(self, h: Tensor, y: Tensor, parts: list[Part]) -> Tensor:
+    def decode_parts(self, h: Tensor, y: Tensor, parts: list[Part], geometry: list[Tensor | None]) -> Tensor:
         """Do the same layer by layer, a part at a time, in the memory of two states of the tokens; overwrites ``h``."""
         total, now, after = torch.zeros_like(y), (h, y), (torch.empty_like(h), torch.empty_like(y))
-        for i, layer in enumerate(self.layers):
-            layer.forward_in_parts(*now, parts, i, after)
+        for i, (layer, embedded) in enumerate(zip(self.layers, geometry)):
+            layer.forward_in_parts(*now, parts, embedded, after)
             total += after[1]
             now, after = after, (now[0], torch.empty_like(y) if i == 0 else now[1])  # the caller keeps its y
         return total.div_(len(self.layers))
@@ -132,7 +132,6 @@ class Part:
     index: Tensor  # n x k, places in ``seen``
     mask: Tensor  # n x k
     edges: Tensor  # raw edge features, n x k x frames x f
-    geometry: list[Tensor]  # embedded edges of the first layers, as many as there is room for
 
 
 class SlideTokens:
@@ -165,14 +164,14 @@ class SlideTokens:
             graph = spatial_graph(xy[self.order], config.n_neighbors, ties=config.ties)
             self.degenerate_share = degenerate_share(graph) if config.geometry == "frames" else 0.0
             self.parts = [self._part(graph, slice(s, s + rows)) for s in range(0, self.n, rows)]
-            self.kept = int(GEOMETRY_BYTES // max(4 * graph.mask.numel() * (config.width // 2), 1))  # layers
+            self.edges = graph.mask.shape
 
     def _part(self, graph: Graph, rows: slice) -> Part:
         own = Graph(graph.index[rows], graph.mask[rows], graph.offset[rows])
         seen, index = torch.unique(own.index, return_inverse=True)
         edges = GEOMETRY[self.config.geometry][0](own)
         seen, index, mask, edges = (value.to(self.device) for value in (seen, index, own.mask, edges))
-        return Part(rows, seen, index, mask, edges, [])
+        return Part(rows, seen, index, mask, edges)
 
     def mean(self, networks: list[Denoiser], seeds: list[list[int]], times: list[float]) -> np.ndarray:
         """Mean of the networks' endpoints over draws from the prior, n x genes in the slide's own order.
@@ -190,22 +189,25 @@ class SlideTokens:
             if self.residual and self.base is not None:
                 residual = torch.from_numpy(self.base[self.order]).to(self.device)
             for network in networks:  # one at a time: the tokens of the others take no memory
-                image = self._prepare(network.to(self.device))
+                image, geometry = self._prepare(network.to(self.device))
                 for seed in seeds:
-                    total = self._endpoint(network, image, self._start(seed), times, residual).add_(total)
+                    total = self._endpoint(network, image, geometry, self._start(seed), times, residual).add_(total)
+                del image, geometry
             out = np.empty(total.shape, np.float32)
             out[self.order] = total.cpu().numpy() / (len(networks) * len(seeds))
-        for part in self.parts:
-            part.geometry.clear()
         return out
 
-    def _prepare(self, network: Denoiser) -> Tensor:
-        """Image tokens, and the embedded geometry of the layers for which there is room."""
+    def _prepare(self, network: Denoiser) -> tuple[Tensor, list[Tensor | None]]:
+        """Image tokens, and the embedded geometry of each layer; None of those for which there is no room."""
         h = torch.empty(self.n, self.config.width, device=self.device)
+        shape = (*self.edges, self.config.width // 2)
+        kept = network.layers[: int(GEOMETRY_BYTES // max(4 * np.prod(shape), 1))]
+        geometry: list = [torch.empty(shape, device=self.device) for _ in kept]
         for p in self.parts:
             h[p.rows] = network.image(torch.from_numpy(self.x[self.order[p.rows]]).to(self.device))
-            p.geometry[:] = [layer.attention.geometry(p.edges) for layer in network.layers[: self.kept]]
-        return h
+            for layer, out in zip(kept, geometry):
+                out[p.rows] = layer.attention.geometry(p.edges)
+        return h, geometry + [None] * (len(network.layers) - len(kept))
 
     def _start(self, seed: list[int]) -> Tensor:
         """A draw from the prior."""
@@ -213,10 +215,18 @@ class SlideTokens:
         start = self.prior.sample(self.n, n_genes, np.random.default_rng(seed), self.base)
         return torch.from_numpy(start[self.order]).to(self.device)
 
-    def _endpoint(self, network: Denoiser, image: Tensor, start: Tensor, times: list[float], residual: Any) -> Tensor:
+    def _endpoint(
+        self,
+        network: Denoiser,
+        image: Tensor,
+        geometry: list,
+        start: Tensor,
+        times: list[float],
+        residual: Tensor | None,
+    ) -> Tensor:
         def endpoint(y: Tensor, t: float) -> Tensor:
             time = network.time(time_features(torch.tensor([t], device=self.device), scale=self.config.time_scale))
-            found = network.decode_parts(image + time, y, self.parts)
+            found = network.decode_parts(image + time, y, self.parts, geometry)
             return found if residual is None else found.add_(residual)
 
         return sample(endpoint, start, times)
