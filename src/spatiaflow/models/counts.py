@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.special import digamma
+from scipy.special import digamma, gammaln
 from torch import Tensor
 
 MAX_THETA = 1e4  # above this value a negative binomial is practically a Poisson distribution
+EXACT, MAX_COUNT, COUNT_STEP = 128, 1e10, 0.02  # counts in sums: one by one below, and then in steps of their logarithm
+MEAN_STEP = 0.07  # of the logarithm of means between which moments are interpolated
 
 
 def log_normalize(counts: Any, library: np.ndarray, target_sum: float | None = 1e4) -> Any:
@@ -285,3 +287,49 @@ class CountLaw:
     def _row(self, theta: float) -> tuple[np.ndarray, np.ndarray]:
         i = int(np.abs(np.log(self.thetas) - np.log(theta)).argmin())
         return self.mean[i], self.std[i]
+
+
+class Spread:
+    """Standard deviation of log-normalised NB counts as a function of their mean.
+
+    Unlike the table of :class:`CountLaw` it is found without random numbers, by sums over counts and the library sizes of the
+    training slides. So a map of it has no other grain than the map of the mean.
+    """
+
+    def __init__(self, libraries: np.ndarray, target_sum: float | None):
+        scale = np.ones(len(libraries)) if target_sum is None else target_sum / np.maximum(libraries, 1)
+        rates = np.geomspace(1e-3, 3e4, 160) / float(np.mean(libraries))
+        wanted = np.log(rates[:, None] * libraries)
+        known = np.arange(wanted.min() - MEAN_STEP, wanted.max() + MEAN_STEP, MEAN_STEP)
+        self.thetas = np.geomspace(0.05, 1000, 40)
+        self.mean, self.std = np.empty((2, len(self.thetas), len(rates)))
+        for i, theta in enumerate(self.thetas):
+            moments = log_moments(float(theta), np.exp(known), scale)
+            mean, variance = (np.stack([np.interp(x, known, v) for x, v in zip(wanted.T, m.T)], 1) for m in moments)
+            self.mean[i], self.std[i] = mean.mean(1), np.sqrt(variance.mean(1) + mean.var(1))  # over library sizes
+
+    def __call__(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """Standard deviation at a mean (n x genes) and dispersions (genes), interpolated between those of the table; float32."""
+        out, known = np.empty(mean.shape, np.float32), np.log(self.thetas)
+        place = np.interp(np.log(theta), known, np.arange(len(known)))
+        for g, at in enumerate(place):
+            i = min(int(at), len(known) - 2)
+            low, high = (np.interp(mean[:, g], self.mean[j], self.std[j]) for j in (i, i + 1))
+            out[:, g] = low + (at - i) * (high - low)
+        return out
+
+
+def log_moments(theta: float, mean: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of log1p(scale x count) for NB counts, both means x scales.
+
+    Counts are summed one by one below EXACT, and then on a grid that is even in their logarithm.
+    """
+    edges = (EXACT - 0.5) * np.exp(np.arange(0, np.log(MAX_COUNT / EXACT), COUNT_STEP))
+    counts = np.r_[np.arange(EXACT), np.sqrt(edges[:-1] * edges[1:])]
+    log_p = gammaln(counts + theta) - gammaln(counts + 1) + np.log(np.r_[np.ones(EXACT), np.diff(edges)])
+    log_p = log_p + counts * np.log(mean / (theta + mean))[:, None]
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    y = np.log1p(counts[:, None] * scale)
+    first = p @ y
+    return first, np.maximum(p @ y**2 - first**2, 0)

@@ -22,6 +22,7 @@ from spatiaflow.models.counts import (
     GaussianPrior,
     ImagePrior,
     ScalarZINB,
+    Spread,
     ZeroPrior,
     log_normalize,
 )
@@ -191,6 +192,11 @@ class STFlow(_base.Model):
         return CountLaw(self.arrays["libraries"], self.target_sum, np.zeros(()))
 
     @cached_property
+    def spread(self) -> Spread:
+        """Of measured values around their mean."""
+        return Spread(self.arrays["libraries"], self.target_sum)
+
+    @cached_property
     def ood(self) -> OutOfDomain:
         """How far features are from the training data."""
         return OutOfDomain(*(self.arrays[f"ood_{name}"] for name in ("components", "references", "distances")))
@@ -239,7 +245,7 @@ class STFlow(_base.Model):
         for slide in progress(slides):
             expected, degenerate = self._mean(slide, n_samples, n_steps, seed, batch_size, device)
             parts.append((
-                expected, self.counting.std_at(expected, theta).astype(np.float32), self.ood_score(slide),
+                expected, self.spread(expected, theta), self.ood_score(slide),
                 np.exp(self.members.log_depth(slide)).astype(np.float32), degenerate,
             ))  # fmt: skip
         mean, std, ood, depth = (np.concatenate([part[i] for part in parts]) for i in range(4))
