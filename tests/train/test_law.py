@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.spatial.distance import cdist
 
 from spatiaflow.models.law import JointLaw
-from spatiaflow.train.law import HeldOut, fit_law, fit_theta
+from spatiaflow.train.law import HeldOut, _Moments, _Window, fit_law, fit_theta
 
 XY = np.stack(np.meshgrid(np.arange(20) * 100.0, np.arange(20) * 100.0), -1).reshape(-1, 2)
 N_GENES, N_SLIDES = 12, 6
@@ -105,3 +107,53 @@ def test_little_data_gives_a_finite_law(case):
         "t", XY, np.full((len(XY), len(law.theta)), -6.0, np.float32), np.full(len(XY), 1e4), 1, new_donor=True, seed=0
     )
     assert np.isfinite(drawn).all()
+
+
+def test_dispersion_is_the_likeliest():
+    rng = np.random.default_rng(0)
+    mean = rng.lognormal(1, 0.7, (300, 2))
+    counts = rng.poisson(mean * rng.gamma([0.8, 6.0], 1 / np.array([0.8, 6.0]), mean.shape)).astype(np.float64)
+    found = fit_theta(counts, mean)
+    for g, best in enumerate(found):
+        likelihood = [
+            stats.nbinom.logpmf(counts[:, g], t, t / (t + mean[:, g])).sum() for t in best * np.array([0.999, 1, 1.001])
+        ]
+        assert np.argmax(likelihood) == 1
+
+
+def moments(side=12, n_genes=3, n_windows=3):
+    rng = np.random.default_rng(0)
+    xy = XY[(XY < side * 100).all(1)]
+    windows = [
+        _Window(cdist(xy, xy), rng.normal(size=(len(xy), n_genes)), rng.uniform(1, 2, (len(xy), n_genes)))
+        for _ in range(n_windows)
+    ]
+    return [_Moments.of(window, 100.0, np.array([100.0, 200.0, 600.0])) for window in windows], windows
+
+
+def test_moments_of_some_ranges_are_those_found_without_the_others():
+    parts, windows = moments()
+    alone = _Moments.joined([_Moments.of(window, 100.0, np.array([100.0, 600.0])) for window in windows])
+    some = _Moments.joined(parts).having([0, 2])
+    np.testing.assert_array_equal(some.lengths, alone.lengths)
+    np.testing.assert_allclose(some.kernels, alone.kernels, rtol=1e-12)
+    np.testing.assert_allclose(some.solve(), alone.solve(), rtol=1e-9)
+
+
+def test_moments_are_means_over_pairs():
+    """The nearest lag of one window, by hand."""
+    (one, *_), (window, *_) = moments()
+    pairs = (window.distance > 50) & (window.distance < 125)
+    for g in range(3):
+        w, z = window.w[:, g], window.z[:, g]
+        both = np.outer(w, w)[pairs].sum()
+        assert one.weight[1, g] == pytest.approx(both)
+        centred = both / w.sum()  # what centring makes of counting noise
+        assert one.products[1, g] == pytest.approx((np.outer(w * z, w * z)[pairs].sum() + centred) / both)
+
+
+def test_of_short_ranges_that_say_nothing_the_first_is_taken():
+    slides = simulated(1e-6, 0.05)
+    rows = np.random.default_rng(0).permutation(len(XY))
+    for some in (slides, [HeldOut(s.name, s.donor, s.xy[rows], s.counts[rows], s.library, s.log_mean) for s in slides]):
+        assert fit_law(some, 100.0).lengths[0] == 100.0

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import torch
 from scipy.optimize import minimize_scalar, nnls
 from scipy.spatial.distance import cdist
+from scipy.special import gammaln
 
-from spatiaflow.models.counts import MAX_THETA, log_likelihood, log_variance, theta_of
+from spatiaflow.models.counts import MAX_THETA, log_variance, theta_of
 from spatiaflow.models.fields import kernel
 from spatiaflow.models.law import DONOR_SD, MIN_DONORS, JointLaw
 
@@ -47,9 +47,8 @@ def fit_law(slides: list[HeldOut], pitch: float) -> JointLaw:
     theta = fit_theta(np.concatenate([s.counts for s in slides]), np.concatenate(means))
     extra = log_variance(theta)  # of log rate in a single spot, field and nugget included
     windows = [w for s, mean in zip(slides, means) for w in _windows(s, mean, theta)]
-    lengths, field = _field(windows, pitch)
-    field = field * np.minimum(1, extra / np.maximum(field.sum(0), 1e-12))
-    moments = _Moments.of(windows, pitch, lengths)
+    moments, field = _field(windows, pitch)
+    lengths, field = moments.lengths, field * np.minimum(1, extra / np.maximum(field.sum(0), 1e-12))
     genes = np.sort(np.argsort(-moments.weight[0], kind="stable")[:MAX_GENES])
     factors = _factors(windows, pitch, moments, field, genes)
     nugget = _nugget(windows, pitch, moments, field, np.maximum(extra - field.sum(0), 0), factors, genes)
@@ -65,10 +64,15 @@ def fit_theta(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Inverse dispersion of each gene under which counts (n x genes) are most likely, given their means."""
     out = np.empty(counts.shape[1])
     for g in range(len(out)):
-        c, m = (torch.from_numpy(np.ascontiguousarray(a[:, g], np.float64)) for a in (counts, np.maximum(mean, 1e-9)))
+        c, m = np.ascontiguousarray(counts[:, g], np.float64), np.maximum(mean[:, g], 1e-9)
+        values, times = np.unique(c, return_counts=True)  # few, and the gamma function is slow
+        n = len(c)
 
-        def loss(log_theta: float, c: torch.Tensor = c, m: torch.Tensor = m) -> float:
-            return -float(log_likelihood(c, m, torch.tensor(np.exp(log_theta), dtype=torch.float64)).sum())
+        def loss(log_theta: float, c=c, m=m, values=values, times=times, n=n) -> float:
+            """Negative log-likelihood without what does not depend on theta."""
+            theta = np.exp(log_theta)
+            known = times @ gammaln(values + theta) - n * gammaln(theta) + n * theta * log_theta
+            return -float(known - (theta + c) @ np.log(theta + m))
 
         out[g] = np.exp(minimize_scalar(loss, bounds=(np.log(0.02), np.log(MAX_THETA)), method="bounded").x)
     return out
@@ -113,35 +117,58 @@ class _Moments:
     """Products of a gene's ratios by lag, and what kernels of variance 1 would give.
 
     Centring a window takes the mean of its field away; ``kernels`` are centred alike, and ``products`` are without what
-    counting noise becomes by it.
+    counting noise becomes by it. Sums add over windows.
     """
 
-    products: np.ndarray  # lags x genes
+    lengths: np.ndarray  # ranges, µm
+    sums: np.ndarray  # of weighted products, lags x genes
     weight: np.ndarray  # lags x genes
-    kernels: np.ndarray  # lags x ranges x genes
+    kernel_sums: np.ndarray  # the same of kernels, lags x ranges x genes
 
     @classmethod
-    def of(cls, windows: list[_Window], pitch: float, lengths: np.ndarray) -> _Moments:
-        shape = len(LAGS), windows[0].z.shape[1]
-        products, weight = np.zeros((2, *shape))
-        kernels = np.zeros((shape[0], len(lengths), shape[1]))
-        for window in windows:
-            w, zw, lag = window.w, window.w * window.z, _lags(window, pitch)
-            total = w.sum(0)
-            correlations = [kernel(window.distance, length) for length in lengths]
-            around = [k @ (w / total) for k in correlations]
-            overall = [(w / total * a).sum(0) for a in around]
-            for b in range(len(LAGS)):
-                pairs = (lag == b).astype(np.float64)
-                p_w = pairs @ w
-                own = (w * p_w).sum(0)
-                products[b] += (zw * (pairs @ zw)).sum(0) + own / total
-                weight[b] += own
-                for r, k in enumerate(correlations):
-                    near = (w * ((pairs * k) @ w)).sum(0) - 2 * (w * around[r] * p_w).sum(0)
-                    kernels[b, r] += near + overall[r] * own
-        some = np.maximum(weight, 1e-12)
-        return cls(products / some, weight, kernels / some[:, None])
+    def of(cls, window: _Window, pitch: float, lengths: np.ndarray) -> _Moments:
+        shape = len(LAGS), window.z.shape[1]
+        sums, weight = np.zeros((2, *shape))
+        kernel_sums = np.zeros((shape[0], len(lengths), shape[1]))
+        w, zw, lag = window.w, window.w * window.z, _lags(window, pitch)
+        total = w.sum(0)
+        correlations = [kernel(window.distance, length) for length in lengths]
+        around = [k @ (w / total) for k in correlations]
+        overall = [(w / total * a).sum(0) for a in around]
+        for b in range(len(LAGS)):
+            pairs = (lag == b).astype(np.float64)
+            p_w = pairs @ w
+            weight[b] = own = (w * p_w).sum(0)
+            sums[b] = (zw * (pairs @ zw)).sum(0) + own / total
+            for r, k in enumerate(correlations):
+                near = (w * ((pairs * k) @ w)).sum(0) - 2 * (w * around[r] * p_w).sum(0)
+                kernel_sums[b, r] = near + overall[r] * own
+        return cls(lengths, sums, weight, kernel_sums)
+
+    @classmethod
+    def joined(cls, parts: list[_Moments]) -> _Moments:
+        """Of several windows together."""
+        first, *others = parts
+        sums, weight, kernel_sums = first.sums.copy(), first.weight.copy(), first.kernel_sums.copy()
+        for other in others:
+            sums += other.sums
+            weight += other.weight
+            kernel_sums += other.kernel_sums
+        return cls(first.lengths, sums, weight, kernel_sums)
+
+    def having(self, ranges: list[int]) -> _Moments:
+        """With some of the ranges."""
+        return _Moments(self.lengths[ranges], self.sums, self.weight, np.take(self.kernel_sums, ranges, 1))
+
+    @property
+    def products(self) -> np.ndarray:
+        """Mean products, lags x genes."""
+        return self.sums / np.maximum(self.weight, 1e-12)
+
+    @property
+    def kernels(self) -> np.ndarray:
+        """What kernels of variance 1 would give, lags x ranges x genes."""
+        return self.kernel_sums / np.maximum(self.weight, 1e-12)[:, None]
 
     def solve(self) -> np.ndarray:
         """Non-negative variance of every kernel, ranges x genes."""
@@ -172,29 +199,29 @@ def _cross(
     return products / np.maximum(weight, 1e-12), weight
 
 
-def _field(windows: list[_Window], pitch: float) -> tuple[np.ndarray, np.ndarray]:
-    """Ranges, µm, and the variance of log rate that each gene has in each, ranges x genes."""
-    best = min(
-        (
-            (_Moments.of(windows, pitch, np.array(pair) * pitch).pooled()[1], pair)
-            for pair in product(SHORT, LONG)
-        ),
-        key=lambda found: found[0],
-    )[1]  # fmt: skip
-    lengths = np.array(best) * pitch
-    moments = _Moments.of(windows, pitch, lengths)
-    single, common = moments.solve(), moments.pooled()[0][:, None]
-    shrink, halves = np.full(2, 0.5), _halves(windows)
-    if halves:  # what differs between genes and not between halves of the tissue
-        one, two = (_Moments.of(half, pitch, lengths).solve() for half in halves)
+def _field(windows: list[_Window], pitch: float) -> tuple[_Moments, np.ndarray]:
+    """Moments with the two ranges that fit best, and the variance of log rate that each gene has in each, ranges x genes."""
+    tried = np.array(SHORT + LONG) * pitch  # each once; pairs are made of them
+    parts = [_Moments.of(window, pitch, tried) for window in windows]
+    every = _Moments.joined(parts)
+    pairs = [[i, len(SHORT) + j] for i, j in product(range(len(SHORT)), range(len(LONG)))]
+    misfit = np.array([every.having(pair).pooled()[1] for pair in pairs])
+    best = pairs[
+        int(np.argmax(misfit <= misfit.min() * (1 + 1e-6)))
+    ]  # without a short field all short ranges fit alike
+    moments = every.having(best)
+    single, common, shrink = moments.solve(), moments.pooled()[0][:, None], np.full(2, 0.5)
+    if halves := _halves(parts):  # what differs between genes and not between halves of the tissue
+        one, two = (_Moments.joined(half).having(best).solve() for half in halves)
         noise, spread = ((one - two) ** 2).mean(1) / 4, ((single - common) ** 2).mean(1)
         shrink = np.clip(1 - noise / np.maximum(spread, 1e-12), 0.1, 1)
     ratio = common + shrink[:, None] * (single - common)  # variance of the ratio; now of its logarithm
     total = np.maximum(ratio.sum(0), 1e-12)
-    return lengths, ratio / total * np.log1p(total)
+    return moments, ratio / total * np.log1p(total)
 
 
-def _halves(windows: list[_Window]) -> list[list[_Window]]:
+def _halves(windows: list) -> list[list]:
+    """Every other of the windows, or of what was found in them, and the rest; nothing of a single one."""
     return [windows[::2], windows[1::2]] if len(windows) > 1 else []
 
 
