@@ -27,7 +27,7 @@ from spatiaflow.train.stflow import FlowMatching, train_stflow
 
 PAPER = STFlowConfig.of("paper")
 N_FEATURES = {"paper": 1024, "default": 118}
-SIZES = {"paper": (25_000, 50_000, 100_000), "default": (250_000, 500_000, 1_000_000)}
+SIZES = {"paper": (25_000, 100_000), "default": (100_000, 1_000_000)}
 
 
 def lattice(n: int, seed: int = 0) -> np.ndarray:

@@ -128,7 +128,7 @@ class Part:
     """Some tokens of a slide, neighbours in memory, and what they see of it."""
 
     rows: slice
-    seen: Tensor  # their neighbours, and they where one has none
+    seen: Tensor  # their neighbours; a token with too few refers to itself
     index: Tensor  # n x k, places in ``seen``
     mask: Tensor  # n x k
     edges: Tensor  # raw edge features, n x k x frames x f
@@ -216,14 +216,10 @@ class SlideTokens:
         return torch.from_numpy(start[self.order]).to(self.device)
 
     def _endpoint(
-        self,
-        network: Denoiser,
-        image: Tensor,
-        geometry: list,
-        start: Tensor,
-        times: list[float],
-        residual: Tensor | None,
-    ) -> Tensor:
+        self, network: Denoiser, image: Tensor, geometry: list, start: Tensor, times: list[float], residual: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """Where the network takes a start."""
+
         def endpoint(y: Tensor, t: float) -> Tensor:
             time = network.time(time_features(torch.tensor([t], device=self.device), scale=self.config.time_scale))
             found = network.decode_parts(image + time, y, self.parts, geometry)
