@@ -11,6 +11,7 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 # what is made smaller, and how many figures a tutorial shows
 SMALLER = {
     "expression_from_histology": ({"MAX_EPOCHS = 60": "MAX_EPOCHS = 2"}, 4),
+    "from_a_picture": ({}, 4),
     "impute_with_trust": ({}, 1),
     "levels_of_tissue": ({'table = sdata["table"]': 'sdata["table"] = table = sdata["table"][::3].copy()'}, 4),
     "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(800, seed=7)"}, 5),
