@@ -1,10 +1,7 @@
-import warnings
-
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import adjusted_rand_score
 
 import spatiaflow as sf
 
@@ -20,32 +17,6 @@ def cells():
     )
     adata.obsm["X_spatia"] = adata.obsm["X_spatia_niche"] = x.astype(np.float32)
     return adata[order].copy()
-
-
-def test_planted_niches_and_their_number_are_found(cells):
-    sf.tl.cluster_niches(cells)
-    assert adjusted_rand_score(cells.obs["truth"], cells.obs["niche"]) > 0.9
-    assert cells.uns["niche"]["params"]["n_clusters"] == 3
-    counts = cells.obs["niche"].value_counts()
-    assert list(counts.index) == ["0", "1", "2"]  # the largest first
-    wrong = cells.obs.groupby("niche", observed=True)["truth"].transform(lambda s: s.mode()[0]) != cells.obs["truth"]
-    assert cells.obs["niche_confidence"][wrong].mean() < cells.obs["niche_confidence"][~wrong].mean()
-
-
-def test_the_largest_number_tried_warns(cells):
-    with pytest.warns(UserWarning, match="2 niches, the largest number tried.*max_clusters="):
-        sf.tl.cluster_niches(cells, max_clusters=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sf.tl.cluster_niches(cells)
-        sf.tl.cluster_niches(cells, n_clusters=2)
-
-
-def test_no_structure_is_one_niche():
-    x = np.random.default_rng(1).normal(size=(500, 6)).astype(np.float32)
-    adata = ad.AnnData(obs=pd.DataFrame(index=[str(i) for i in range(500)]), obsm={"X_spatia_niche": x})
-    sf.tl.cluster_niches(adata)
-    assert adata.obs["niche"].nunique() == 1
 
 
 @pytest.mark.parametrize("method", ["linear", "knn"])
@@ -85,7 +56,7 @@ def test_below_the_threshold_it_is_unknown(cells):
 
 def test_clear_errors(cells):
     with pytest.raises(KeyError, match="embed_spatia"):
-        sf.tl.cluster_niches(cells, use_rep="X_nothing")
+        sf.tl.annotate(cells, labels="truth", use_rep="X_nothing")
     with pytest.raises(KeyError, match="obs has no 'typo'"):
         sf.tl.annotate(cells, labels="typo")
     cells.obs["one"] = "a"
@@ -112,8 +83,6 @@ def test_what_cannot_be_a_label_or_an_embedding(cells):
         sf.tl.annotate(cells, labels="two")
     with pytest.raises(ValueError, match="threshold must be a number between 0 and 1"):
         sf.tl.annotate(cells, labels="truth", threshold=5)
-    with pytest.raises(ValueError, match="n_clusters must be a whole number"):
-        sf.tl.cluster_niches(cells, n_clusters=2.5)
     other = cells.copy()
     other.obsm["X_spatia"] = other.obsm["X_spatia"][:, :5]
     with pytest.raises(ValueError, match="of data and the reference has 8 and 5 columns"):
@@ -122,18 +91,6 @@ def test_what_cannot_be_a_label_or_an_embedding(cells):
         adata.uns["X_spatia"] = {"params": {"model_sha256": "1", "levels": levels}}
     with pytest.raises(ValueError, match="of other levels"):
         sf.tl.annotate(cells, labels="truth", reference=other)
-
-
-def test_objects_of_a_list_are_clustered_together(cells):
-    whole = cells.copy()
-    sf.tl.cluster_niches(whole, n_clusters=3, random_state=0)
-    parts = {"one": cells[:150].copy(), "two": cells[150:].copy()}
-    assert sf.tl.cluster_niches(parts, n_clusters=3, random_state=0) is None
-    found = np.concatenate([part.obs["niche"].astype(str) for part in parts.values()])
-    assert (found == whole.obs["niche"].astype(str).to_numpy()).all()
-    assert all(list(part.obs["niche"].cat.categories) == ["0", "1", "2"] for part in parts.values())
-    copies = sf.tl.cluster_niches(list(parts.values()), n_clusters=2, key_added="two", copy=True)
-    assert [copy.n_obs for copy in copies] == [150, 250] and "two" not in parts["one"].obs
 
 
 def test_labels_of_a_list_are_pooled(cells):
@@ -176,4 +133,4 @@ def test_embeddings_that_the_same_model_made_otherwise_are_refused(cells, differ
     with pytest.raises(ValueError, match="modalities or scaling"):
         sf.tl.annotate(cells, labels="truth", reference=other)
     with pytest.raises(ValueError, match="modalities or scaling"):
-        sf.tl.cluster_niches([cells, other])
+        sf.tl.cluster_niches([cells, other], use_rep="X_spatia", n_clusters=2)

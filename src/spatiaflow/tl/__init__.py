@@ -6,8 +6,9 @@ with unchanged():
     from spatiaflow.tl._expression import predict_expression, train_stflow
     from spatiaflow.tl._generation import generate_morphology
     from spatiaflow.tl._imputation import impute_genes, train_imputation
-    from spatiaflow.tl._labels import annotate, cluster_niches
+    from spatiaflow.tl._labels import annotate
     from spatiaflow.tl._morphology import train_morphology
+    from spatiaflow.tl._niches import cluster_niches
     from spatiaflow.tl._regions import summarize_expression
     from spatiaflow.tl._samples import sample_expression
     from spatiaflow.tl._spatia import embed_spatia, train_spatia

@@ -1,4 +1,4 @@
-"""Names for cells from their embeddings: niches without labels, types from labelled cells."""
+"""Types of cells from labelled cells, by their embeddings."""
 
 from __future__ import annotations
 
@@ -14,122 +14,12 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, resolve_seed, warn
+from spatiaflow._settings import logger, resolve_seed
 
-MAX_FIT = 20_000  # cells that mixtures are fitted to
 UNKNOWN = "unknown"
 MISSING = ("", "nan", "None", "<NA>")  # what text makes of a missing value
 UNNAMED = (UNKNOWN, "na", "n/a", "unassigned", "unlabeled", "unlabelled", "-1")  # what cells without a label are called
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
-
-
-@verb
-def cluster_niches(
-    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
-    *,
-    n_clusters: int | None = None,
-    use_rep: str = "X_spatia_niche",
-    max_clusters: int = 12,
-    table_key: str = "table",
-    random_state: int | None = None,
-    key_added: str = "niche",
-    copy: bool = False,
-) -> AnnData | SpatialData | list | dict | None:
-    """Cluster cells by their surroundings.
-
-    A Gaussian mixture is fitted to the principal components of the niche embedding. Without ``n_clusters`` their number is
-    the one of lowest Bayesian information criterion. No label is used.
-
-    Parameters
-    ----------
-    data
-        Needs ``.obsm[use_rep]``, from :func:`embed_spatia`. Objects of a list or dict are clustered together: niche "0" is
-        the same in all of them.
-    n_clusters
-        Number of niches; chosen when None.
-    use_rep
-        Embedding.
-    max_clusters
-        Largest number that is tried when ``n_clusters`` is None.
-    table_key
-        Table of a SpatialData.
-    random_state
-        Seed; ``settings.seed`` when None.
-    key_added
-        Name of the slots.
-    copy
-        Return a copy instead of writing into ``data``.
-
-    Returns
-    -------
-    None, or with ``copy=True`` what was given. Sets:
-
-    ``.obs[key_added]`` : categories "0", "1", ..., the largest first
-    ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], probability of the niche under the mixture
-    ``.uns[key_added]`` : dict with ``bic`` of every number tried and ``params``
-
-    Raises
-    ------
-    KeyError
-        The embedding is missing.
-    ValueError
-        It has values that are not finite, fewer cells than clusters, or was made by different models.
-
-    Warns
-    -----
-    UserWarning
-        The number chosen is the largest that was tried.
-
-    Examples
-    --------
-    >>> sf.tl.cluster_niches(sdata, n_clusters=3, key_added="found_niche")
-    >>> sdata["table"].obs["found_niche"].cat.categories.tolist()
-    ['0', '1', '2']
-    """
-    started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(max_clusters=max_clusters)
-    _io.at_least_one(None, n_clusters=n_clusters)
-    _io.slot_name(key_added)
-    objects, tables = _unpacked(data, table_key, copy=copy)
-    x = _pooled(tables, use_rep).astype(np.float64)
-    probability, bic = _mixture(x, n_clusters, max_clusters, seed)
-    if not n_clusters and 1 < len(bic) == probability.shape[1]:
-        warn(
-            f"{len(bic)} niches, the largest number tried, fit best: there may be more. Give a larger max_clusters=, or choose "
-            "n_clusters= yourself."
-        )
-    niche, n_niches = probability.argmax(1), probability.shape[1]
-    rank = np.argsort(np.argsort(-np.bincount(niche, minlength=n_niches), kind="stable"))  # the largest is "0"
-    params = _io.provenance(started, random_state=seed, n_clusters=n_niches, use_rep=use_rep, n_objects=len(tables))
-    for table, rows in zip(tables, _rows(tables)):
-        chosen = pd.Categorical.from_codes(rank[niche[rows]], [str(i) for i in range(n_niches)])
-        _io.write(
-            table, key_added, obs={"": chosen, Key.obs.confidence(""): probability[rows].max(1)},
-            uns={"bic": bic, "params": params},
-        )  # fmt: skip
-    return objects if copy else None
-
-
-def _mixture(
-    x: np.ndarray, n_clusters: int | None, max_clusters: int, seed: int
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Probability of each cluster (n x clusters) under the best mixture, and the criterion of each number tried."""
-    from sklearn.decomposition import PCA
-    from sklearn.mixture import GaussianMixture
-
-    tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
-    if len(x) < 2 * max(tried[0], 2):
-        raise ValueError(f"data have too few cells ({len(x)}): two per niche are needed, and at least four.")
-    x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
-    x = x / max(x[:, 0].std(), 1e-12)
-    sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]
-    best: Any = None
-    bic: dict[str, float] = {}
-    for n in [n for n in tried if 2 * n <= len(x)]:
-        mixture = GaussianMixture(n, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=seed).fit(x[sample])
-        bic[str(n)] = float(mixture.bic(x[sample]))
-        best = mixture if bic[str(n)] == min(bic.values()) else best
-    return best.predict_proba(x), bic
 
 
 @verb
@@ -211,15 +101,15 @@ def annotate(
     _io.one_of(("linear", "knn"), method=method)
     _io.slot_name(key_added)
     _io.share(threshold=threshold)
-    objects, tables = _unpacked(data, table_key, copy=copy)
-    sources = tables if reference is None else _unpacked(reference, table_key)[1]
+    objects, tables = unpacked(data, table_key, copy=copy)
+    sources = tables if reference is None else unpacked(reference, table_key)[1]
     _io.text(library_key=library_key)
     for table in tables if library_key is not None else ():
         if library_key not in table.obs:
             raise KeyError(f"obs has no {library_key!r}; it has {_io.listing(table.obs.columns)}.")
-    x = known = _pooled(tables, use_rep)
+    x = known = pooled(tables, use_rep)
     if reference is not None:
-        known = _pooled(sources, use_rep)
+        known = pooled(sources, use_rep)
         _check_alike([tables[0], sources[0]], use_rep, [x, known], "data and the reference")
     rows, y = _labelled(sources, labels)
     classes = np.unique(y)
@@ -234,7 +124,7 @@ def annotate(
         started, random_state=seed, labels=labels, use_rep=use_rep, method=method, threshold=threshold,
         temperature=temperature, n_labelled=len(rows), n_objects=len(tables),
     )  # fmt: skip
-    for table, part in zip(tables, _rows(tables)):
+    for table, part in zip(tables, rows_of(tables)):
         _io.write(
             table, key_added,
             obs={"": pd.Categorical(chosen[part], [*classes, UNKNOWN]), Key.obs.confidence(""): confidence[part]},
@@ -246,7 +136,7 @@ def annotate(
     return objects if copy else None
 
 
-def _unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
+def unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
     """The objects (copies with ``copy``) in the form given, and their tables."""
     found = {name: _io.unpack(one, table_key, copy=copy) for name, one in _io.objects_of(data).items()}
     objects, tables = [one for one, _ in found.values()], [table for _, table in found.values()]
@@ -255,13 +145,13 @@ def _unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list
     return objects if isinstance(data, list | tuple) else objects[0], tables
 
 
-def _rows(tables: Sequence[AnnData]) -> list[slice]:
+def rows_of(tables: Sequence[AnnData]) -> list[slice]:
     """Rows of each table among the rows of all."""
     ends = np.cumsum([0, *(table.n_obs for table in tables)])
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def _pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
+def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
     """Embeddings of all tables, one after the other."""
     found = [_io.features(table, use_rep, EMBEDDING_HELP) for table in tables]
     _check_alike(tables, use_rep, found, "the objects of data")

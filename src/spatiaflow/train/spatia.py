@@ -20,7 +20,7 @@ from spatiaflow._settings import logger
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.encoders._cell import published_mae
-from spatiaflow.models.preprocess import in_vocabulary, intensity_of, spread, standard_of
+from spatiaflow.models.preprocess import in_vocabulary, intensity_of, spread, standard_of, usual_depth
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import TRAINING, Spatia, SpatiaConfig, SpatiaNetwork
 from spatiaflow.models.spatial import Graph
@@ -124,12 +124,6 @@ def hold_out(slides: Sequence[Slide], validation: Sequence[str] | float, gap: fl
         return [s for s in slides if s.name not in validation], [s for s in slides if s.name in validation]
     training, held_out = zip(*(slide.hold_out(validation, gap) for slide in slides))
     return list(training), list(held_out)
-
-
-def usual_depth(slides: Sequence[Slide]) -> float:
-    """Median counts of a cell, at least 1; 1 without counts."""
-    depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]
-    return max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
 
 
 class _Training(L.LightningModule):
