@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from scipy import sparse
@@ -16,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from scipy.spatial import cKDTree
 
 from spatiaflow.models.counts import log_normalize
-from spatiaflow.models.preprocess import spread
+from spatiaflow.models.preprocess import spread, standard_of
 from spatiaflow.models.slide import Slide
 
 N_COMPONENTS = 30
@@ -98,14 +99,6 @@ class Standardised:
     centre: np.ndarray
     inverse: np.ndarray
 
-    @classmethod
-    def of(cls, slide: Slide, standard: np.ndarray, target_sum: float) -> Standardised:
-        """Of a slide by ``standard``, see :func:`spatiaflow.models.preprocess.gene_standard`."""
-        centre, deviation = standard[:2].astype(np.float64)
-        counts = slide.counts[np.arange(len(slide))]
-        values = log_normalize(counts, np.asarray(counts.sum(1, dtype=np.float64)).ravel(), target_sum)
-        return cls(values, centre, slide.measured / deviation)
-
     def __len__(self) -> int:
         return self.values.shape[0]
 
@@ -120,6 +113,23 @@ class Standardised:
     def take(self, genes: np.ndarray) -> Standardised:
         """Some of the genes."""
         return Standardised(self.values[:, genes], self.centre[genes], self.inverse[genes])
+
+
+def standardised(slide: Slide, target_sum: float, highest: float | None = None) -> Standardised:
+    """Genes of a slide, standardised by its own cells.
+
+    Parameters
+    ----------
+    highest
+        Standard deviations above the mean at which values are cut, so that a rare gene is no axis of its own. Averages over
+        many cells do not need it.
+    """
+    centre, deviation = cast("np.ndarray", standard_of(slide, target_sum))[:2].astype(np.float64)
+    counts = slide.counts[np.arange(len(slide))]
+    values = log_normalize(counts, np.asarray(counts.sum(1, dtype=np.float64)).ravel(), target_sum)
+    if highest is not None:
+        values.data = np.minimum(values.data, (centre + highest * deviation).astype(np.float32)[values.indices])
+    return Standardised(values, centre, slide.measured / deviation)
 
 
 def joint_axes(parts: Sequence[Standardised], n_components: int = N_COMPONENTS) -> np.ndarray:

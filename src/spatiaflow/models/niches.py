@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from spatiaflow.models.levels import SCALES, Standardised, gaussian_means, joint_axes
-from spatiaflow.models.preprocess import standard_of
+from spatiaflow.models.levels import SCALES, gaussian_means, joint_axes, standardised
 from spatiaflow.models.slide import Slide
 
 N_SPLITS = 6  # of the genes: twelve halves
@@ -75,11 +74,6 @@ class Niches:
         runs = np.arange(len(order))[:, None]
         weights = self.weights.transpose(0, 3, 1, 2)[runs, order].transpose(0, 2, 3, 1)
         return replace(self, weights=weights, intercept=self.intercept[runs, order])
-
-
-def standardised(slide: Slide, target_sum: float) -> Standardised:
-    """The genes of a slide, standardised by its own cells."""
-    return Standardised.of(slide, cast("np.ndarray", standard_of(slide, target_sum)), target_sum)
 
 
 def niches_of_genes(

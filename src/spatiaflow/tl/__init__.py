@@ -3,6 +3,7 @@
 from spatiaflow._process import unchanged
 
 with unchanged():
+    from spatiaflow.tl._clusters import cluster_cells
     from spatiaflow.tl._expression import predict_expression, train_stflow
     from spatiaflow.tl._generation import generate_morphology
     from spatiaflow.tl._imputation import impute_genes, train_imputation
@@ -16,6 +17,7 @@ with unchanged():
 
 __all__ = [
     "annotate",
+    "cluster_cells",
     "cluster_niches",
     "embed_spatia",
     "generate_morphology",
