@@ -23,6 +23,7 @@ from spatiaflow.models.slide import Slide
 N_COMPONENTS = 30
 SCALES = (0.5, 1.0, 2.0)  # of the averages, side by side
 N_AROUND = 45  # effective neighbours of the middle scale: 40 um in mouse cortex
+TISSUE = 4.0  # the tissue level's scale over the niche level's
 REACH = 3.0  # standard deviations at which a Gaussian is cut
 BIN = 0.25  # standard deviations: cells closer than this are averaged before they are weighed
 CHUNK = 4096  # cells whose surroundings are in memory at a time
@@ -73,6 +74,11 @@ def gaussian_means(
         yield part, np.hstack(out)
 
 
+def gaussian_levels(xy: np.ndarray, values: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian means of values around every cell at three scales, n x (3 x columns of ``values``), float32."""
+    return np.concatenate([v for _, v in gaussian_means(xy, values, [sigma * s for s in SCALES])]).astype(np.float32)
+
+
 def _binned(xy: np.ndarray, values: np.ndarray, side: float) -> tuple[cKDTree, np.ndarray, np.ndarray]:
     """Tree of the centroids of the occupied squares of a side, and the number of cells and the sum of values of each."""
     square = np.floor((xy - xy.min(0)) / side).astype(np.int64)
@@ -115,16 +121,21 @@ class Standardised:
         return Standardised(self.values[:, genes], self.centre[genes], self.inverse[genes])
 
 
-def standardised(slide: Slide, target_sum: float, highest: float | None = None) -> Standardised:
-    """Genes of a slide, standardised by its own cells.
+def standardised(
+    slide: Slide, target_sum: float, standard: np.ndarray | None = None, *, highest: float | None = None
+) -> Standardised:
+    """Genes of a slide, standardised.
 
     Parameters
     ----------
+    standard
+        See :func:`spatiaflow.models.preprocess.gene_standard`; that of the slide's own cells when None.
     highest
         Standard deviations above the mean at which values are cut, so that a rare gene is no axis of its own. Averages over
         many cells do not need it.
     """
-    centre, deviation = cast("np.ndarray", standard_of(slide, target_sum))[:2].astype(np.float64)
+    standard = cast("np.ndarray", standard_of(slide, target_sum)) if standard is None else standard
+    centre, deviation = standard[:2].astype(np.float64)
     counts = slide.counts[np.arange(len(slide))]
     values = log_normalize(counts, np.asarray(counts.sum(1, dtype=np.float64)).ravel(), target_sum)
     if highest is not None:

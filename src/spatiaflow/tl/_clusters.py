@@ -31,7 +31,6 @@ def cluster_cells(
     layer: str | None = None,
     table_key: str = "table",
     library_key: str | None = None,
-    spatial_key: str = "spatial",
     random_state: int | None = None,
     key_added: str = "cell_cluster",
     copy: bool = False,
@@ -56,8 +55,6 @@ def cluster_cells(
         Table of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart.
-    spatial_key
-        Where positions are in an AnnData. They are not clustered, and may be missing.
     random_state
         Seed; ``settings.seed`` when None.
     key_added
@@ -99,7 +96,7 @@ def cluster_cells(
     if (n := sum(table.n_obs for table in tables)) < 20:
         raise ValueError(f"data have too few cells ({n}): at least 20 are needed.")
     if use_rep is None:
-        x = _components(objects, tables, _io.Where(table_key, library_key=library_key, spatial_key=spatial_key), layer)
+        x = _components(objects, tables, _io.Where(table_key, library_key=library_key), layer)
     else:
         x = _reduced(pooled(tables, use_rep))
     order = np.lexsort(x.T[::-1])  # the result does not depend on the order of rows
