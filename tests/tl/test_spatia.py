@@ -10,6 +10,8 @@ import torch
 from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
+from spatiaflow._io import Where
+from spatiaflow.tl._images import cells_with_images
 from spatiaflow.models.spatia import LOSSES
 
 TINY = {
@@ -524,6 +526,9 @@ def test_means_tell_planted_niches_and_survive_saving(slides, means, tmp_path):
 def test_means_of_genes_that_the_image_predicts(slides, means):
     table = embedded(slides[0], means, modalities="image")
     assert all(np.isfinite(table.obsm[slot]).all() for slot in LEVELS)
+    one = edited(slides[0], table=table)
+    with pytest.raises(ValueError, match=r"columns. The generator takes learned levels.*context=\"attention\""):
+        cells_with_images(one, Where(image_key="fluorescence"), "X_spatia", crop_um=12.0, crop_pixels=16)
     with pytest.raises(ValueError, match="means, without attention"):
         embedded(slides[0], means, attention=True)
     with pytest.raises(ValueError, match="no slide has counts"):
