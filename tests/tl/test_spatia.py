@@ -11,8 +11,8 @@ from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
 from spatiaflow._io import Where
-from spatiaflow.tl._images import cells_with_images
 from spatiaflow.models.spatia import LOSSES
+from spatiaflow.tl._images import cells_with_images
 
 TINY = {
     "crop_pixels": 16,
