@@ -174,8 +174,13 @@ VERBS = {
             slow=True,
         ),
         Verb("tl.embed_spatia", lambda m: {"model": m.spatia}, {"positions", "counts", "image"}),
-        Verb("tl.cluster_niches", lambda m: {"use_rep": "F", "n_clusters": 2, "random_state": 0}, {"features"}),
-        Verb("tl.annotate", lambda m: {"labels": "label", "use_rep": "F", "random_state": 0}, {"features", "groups"}),
+        Verb("tl.cluster_niches", lambda m: {"n_clusters": 2, "random_state": 0}, {"positions", "counts"}),
+        Verb("tl.cluster_cells", lambda m: {"resolution": 0.5, "random_state": 0}, {"counts"}),
+        Verb(
+            "tl.annotate",
+            lambda m: {"labels": "label", "use_rep": ["X", "F"], "random_state": 0},
+            {"counts", "features", "groups"},
+        ),
         Verb("tl.pair_transitions", lambda m: TRANSITION | {"random_state": 0}, {"counts", "groups"}),
         Verb(
             "tl.train_morphology",

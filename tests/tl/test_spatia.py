@@ -10,7 +10,9 @@ import torch
 from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
+from spatiaflow._io import Where
 from spatiaflow.models.spatia import LOSSES
+from spatiaflow.tl._images import cells_with_images
 
 TINY = {
     "crop_pixels": 16,
@@ -483,3 +485,53 @@ def test_a_batch_effect_of_genes_is_evened_out(slides):
         )
         moved[scaling] = np.linalg.norm(a - b, axis=1).mean()
     assert moved["slide"] < 0.7 * moved["training"]
+
+
+@pytest.fixture(scope="module")
+def means(slides):
+    """A model whose niche and tissue levels are means of components."""
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return train(slides, config=tiny(context="means"))
+
+
+def test_means_of_components_are_what_the_definition_says(slides, means):
+    """Beside a slow, obvious reference: every pair of cells within three standard deviations."""
+    table = embedded(slides[0], means)
+    cell, niche, tissue = (np.asarray(table.obsm[slot]) for slot in LEVELS)
+    components = cell[:, : cell.shape[1] - means.config.width]
+    assert niche.shape[1] == tissue.shape[1] == 3 * components.shape[1]
+    xy = np.asarray(table.obsm["spatial"])
+    distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
+    sigma = means.config.niche_um / 2  # the smallest: cells are not joined before they are averaged
+    weight = np.exp(-0.5 * (distance / sigma) ** 2) * (distance <= 3 * sigma)
+    expected = weight @ components / weight.sum(1, keepdims=True)
+    found = niche[:, : components.shape[1]]
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.995
+    assert found.std() > niche[:, -components.shape[1] :].std() > tissue[:, -components.shape[1] :].std()
+
+
+def test_means_tell_planted_niches_and_survive_saving(slides, means, tmp_path):
+    from sklearn.metrics import adjusted_rand_score
+
+    means.save(tmp_path / "m.safetensors")
+    again = sf.models.load(tmp_path / "m.safetensors")
+    assert again.config.context == "means" and again.sha256 == means.sha256
+    table = embedded(slides[0], again)
+    np.testing.assert_array_equal(table.obsm["X_spatia_niche"], embedded(slides[0], means).obsm["X_spatia_niche"])
+    sf.tl.cluster_niches(table, use_rep="X_spatia_niche", n_clusters=3, key_added="found", random_state=0)
+    assert adjusted_rand_score(table.obs["niche"], table.obs["found"]) > 0.7
+    assert "niche" not in means.history  # nothing was learned for them
+
+
+def test_means_of_genes_that_the_image_predicts(slides, means):
+    table = embedded(slides[0], means, modalities="image")
+    assert all(np.isfinite(table.obsm[slot]).all() for slot in LEVELS)
+    one = edited(slides[0], table=table)
+    with pytest.raises(ValueError, match=r"columns. The generator takes learned levels.*context=\"attention\""):
+        cells_with_images(one, Where(image_key="fluorescence"), "X_spatia", crop_um=12.0, crop_pixels=16)
+    with pytest.raises(ValueError, match="means, without attention"):
+        embedded(slides[0], means, attention=True)
+    with pytest.raises(ValueError, match="no slide has counts"):
+        train(slides, modalities="image", config=tiny(context="means"))
+    with pytest.raises(ValueError, match="context must be 'attention' or 'means'"):
+        tiny(context="mean")

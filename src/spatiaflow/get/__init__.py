@@ -1,9 +1,10 @@
-"""Results as objects and files that other packages open."""
+"""Results as objects, tables and files that other packages open."""
 
 from spatiaflow._process import unchanged
 
 with unchanged():
+    from spatiaflow.get._composition import niche_composition
     from spatiaflow.get._export import geojson, spatialdata
     from spatiaflow.get._expression import expression
 
-__all__ = ["expression", "geojson", "spatialdata"]
+__all__ = ["expression", "geojson", "niche_composition", "spatialdata"]

@@ -117,6 +117,12 @@ def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None
     return gene_standard(counts[np.asarray(counts.sum(1)).ravel() > 0], slide.measured, target_sum, usual)
 
 
+def usual_depth(slides: Sequence[Slide]) -> float:
+    """Median counts of a cell, at least 1; 1 without counts."""
+    depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]
+    return max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
+
+
 def spread(n: int, most: int) -> np.ndarray:
     """At most ``most`` evenly spaced rows of ``n``."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))

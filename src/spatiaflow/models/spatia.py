@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from spatiaflow.models import _base
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder
 from spatiaflow.models.fusion import ContextLayer, CrossAttention, Residual, Surroundings
+from spatiaflow.models.levels import N_COMPONENTS, TISSUE, gaussian_levels, standardised
 from spatiaflow.models.ood import Domain
 from spatiaflow.models.preprocess import full, in_vocabulary, relative_scale, scaled, standard_of
 from spatiaflow.models.slide import LEVELS, Slide
@@ -56,6 +57,14 @@ class SpatiaConfig(_base.Config):
     tissue_layers, tissue_anchors, anchor_um
         Attention over niche tokens pooled around anchors that are ``anchor_um`` apart. With 32 anchors 100 µm apart a cell
         sees about 350 µm around it.
+    context
+        ``"attention"``: the niche and tissue levels are learned, by the layers above. ``"means"``: they are Gaussian means of
+        30 components of genes around each cell, at three scales each, and the components stand beside the learned fusion
+        in the cell level (:mod:`spatiaflow.models.levels`). Means group cells better. Cells without genes have those that
+        their image predicts.
+    niche_um
+        Standard deviation of the middle scale of the niche's means, filled in by :func:`spatiaflow.tl.train_spatia` from the
+        density of cells. The tissue's is four times as large.
     pitch_um
         Unit of distances: the distance of neighbouring cells in the training data.
     losses
@@ -98,6 +107,8 @@ class SpatiaConfig(_base.Config):
     tissue_layers: int = 1
     tissue_anchors: int = 32
     anchor_um: float = 100.0
+    context: str = "attention"
+    niche_um: float = 0.0
     pitch_um: float = 10.0
     losses: dict[str, float] | None = None
     learning_rate: float = 5e-4
@@ -114,6 +125,8 @@ class SpatiaConfig(_base.Config):
             raise ValueError(f"losses has no {unknown[0]!r}; it takes {', '.join(map(repr, LOSSES))}.")
         if given and (min(given.values()) < 0 or not any(self.loss_weights.values())):
             raise ValueError(f"weights of losses must not be negative, nor all 0; they are {given}.")
+        if self.context not in ("attention", "means"):
+            raise ValueError(f"context must be 'attention' or 'means', not {self.context!r}.")
         if not self.crop_um > 0:
             raise ValueError(f"crop_um must be a positive number, not {self.crop_um!r}.")
 
@@ -134,6 +147,7 @@ class SpatiaNetwork(nn.Module):
     """Encoders, fusion, and the two levels of context."""
 
     niche_layers: Any  # ModuleList of ContextLayer
+    axes: Any  # Tensor, or None
 
     def __init__(self, c: SpatiaConfig):
         super().__init__()
@@ -156,6 +170,9 @@ class SpatiaNetwork(nn.Module):
         self.heads = nn.ModuleDict({level: Residual(d) for level in LEVELS})
         self.rates = nn.Linear(d, len(c.genes))
         self.log_theta = nn.Parameter(torch.zeros(len(c.genes)))
+        # of the components of genes that means are made of, genes x components
+        size = len(c.genes), min(N_COMPONENTS, len(c.genes))
+        self.register_buffer("axes", torch.zeros(size) if c.context == "means" else None)
 
     def match(self, tokens: Tensor, modality: str) -> Tensor:
         """Unit vectors (n x d) of one modality's tokens; a cell's image and genes have a large scalar product."""
@@ -216,6 +233,11 @@ class SpatiaNetwork(nn.Module):
         layers = (self.niche_layers, self.tissue_layers, self.niche_norm, self.tissue_norm)
         heads = (self.heads["niche"], self.heads["tissue"])
         return {p for module in (*layers, *heads) for p in module.parameters()} | {self.hidden_cell}
+
+    def predicted(self, cells: Tensor, target_sum: float) -> Tensor:
+        """Standardised genes (n x genes) that embedded cells are expected to have."""
+        values = torch.log1p(target_sum * self.log_rates(cells, "cell").exp())
+        return (values - self.gene.standard[0]) / self.gene.standard[1]
 
     def log_rates(self, embedding: Tensor, level: str) -> Tensor:
         """Log of the expected share of the library, n x genes."""
@@ -321,19 +343,30 @@ class Spatia(_base.Model):
         update
             Called with the number of cells done.
         """
-        network = self.network.to(device).eval()
+        network, means = self.network.to(device).eval(), self.config.context == "means"
         cells, ood = torch.empty(len(slide), self.config.width), np.full(len(slide), np.nan, np.float32)
         for rows, crops in self.batches(slide, batch_size):
             image, genes = self.tokens(slide, standard, rows, crops, device)
             cells[rows] = network.fuse(image, genes, len(rows)).cpu()
             ood[rows] = self._score(slide, rows, image)
             update(len(rows))
-        out = {"cell": cells}
+        if attention and means:
+            raise ValueError(
+                "the model's niches are means, without attention; train one with config.context='attention'."
+            )
+        out: dict[str, Any] = {"cell": cells}
         size = min(batch_size, 256) if torch.device(device).type == "cpu" else batch_size  # fits the processor's caches
-        if set(levels) - {"cell"} or attention:
+        if means:
+            components = self._components(slide, standard, cells, device)
+            around_um = {"niche": self.config.niche_um, "tissue": TISSUE * self.config.niche_um}
+            out = {"cell": np.hstack([components, cells.numpy()])}
+            out |= {
+                level: gaussian_levels(slide.xy, components, around_um[level]) for level in levels if level != "cell"
+            }
+        elif set(levels) - {"cell"} or attention:
             around = Surroundings.of(slide.xy, self.config)
             out["niche"], out["tissue"] = (v.cpu() for v in network.context(cells.to(device), around, size))
-        found: dict[str, Any] = {level: out[level].numpy() for level in levels} | {"ood": ood}
+        found: dict[str, Any] = {level: np.asarray(out[level]) for level in levels} | {"ood": ood}
         if attention:
             weight = network.niche_attention(cells.to(device), around, size).cpu()
             row, column = np.nonzero(around.neighbors.mask.numpy())
@@ -341,6 +374,19 @@ class Spatia(_base.Model):
             entries = weight.numpy()[row, column], (row, index)
             found["attention"] = sparse.csr_matrix(entries, (len(slide), len(slide)))
         return found
+
+    def _components(
+        self, slide: Slide, standard: np.ndarray | None, cells: Tensor, device: torch.device | str
+    ) -> np.ndarray:
+        """Principal components of the genes of a slide, n x components; without counts of those that its images predict."""
+        network = self.network
+        if slide.counts is None:
+            parts = [
+                (network.predicted(part.to(device), self.target_sum) @ network.axes).cpu() for part in cells.split(4096)
+            ]
+            return torch.cat(parts).numpy()
+        standard = network.gene.standard.cpu().numpy() if standard is None else standard
+        return (standardised(slide, self.target_sum, standard) @ network.axes.cpu().double().numpy()).astype(np.float32)
 
     def inputs(self, slide: Slide, rows: np.ndarray, image: Tensor | None) -> dict[str, np.ndarray]:
         """What the out-of-domain score of some cells is measured on, by modality, cells x F.

@@ -11,6 +11,7 @@ with unchanged():
     from spatiaflow.pl._grid import tissue
     from spatiaflow.pl._imputation import imputation
     from spatiaflow.pl._levels import attention, levels
+    from spatiaflow.pl._niches import niche_stability
     from spatiaflow.pl._profile import profile
     from spatiaflow.pl._regions import regions
     from spatiaflow.pl._scores import gene_scores
@@ -25,6 +26,7 @@ __all__ = [
     "gene_scores",
     "imputation",
     "levels",
+    "niche_stability",
     "pairs",
     "profile",
     "profile_shift",

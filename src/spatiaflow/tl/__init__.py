@@ -3,11 +3,13 @@
 from spatiaflow._process import unchanged
 
 with unchanged():
+    from spatiaflow.tl._clusters import cluster_cells
     from spatiaflow.tl._expression import predict_expression, train_stflow
     from spatiaflow.tl._generation import generate_morphology
     from spatiaflow.tl._imputation import impute_genes, train_imputation
-    from spatiaflow.tl._labels import annotate, cluster_niches
+    from spatiaflow.tl._labels import annotate
     from spatiaflow.tl._morphology import train_morphology
+    from spatiaflow.tl._niches import cluster_niches
     from spatiaflow.tl._regions import summarize_expression
     from spatiaflow.tl._samples import sample_expression
     from spatiaflow.tl._spatia import embed_spatia, train_spatia
@@ -15,6 +17,7 @@ with unchanged():
 
 __all__ = [
     "annotate",
+    "cluster_cells",
     "cluster_niches",
     "embed_spatia",
     "generate_morphology",

@@ -33,8 +33,13 @@ def cells_with_images(
     slots = [Key.obsm.level(use_rep, level) for level in LEVELS]
     for one in _io.objects_of(data).values():
         table = _io.unpack(one, where.table_key)[1]
-        for slot in slots:
-            _io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...")
+        found = [_io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...") for slot in slots]
+        if len({level.shape[1] for level in found}) > 1:
+            widths = ", ".join(str(level.shape[1]) for level in found)
+            raise ValueError(
+                f"the levels of {use_rep!r} have {widths} columns. The generator takes learned levels of one width: embed by a "
+                'model that was trained with SpatiaConfig(context="attention").'
+            )
     need = ("features", "crops", *(["counts"] if counts else []))
     slides = gather(
         data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer, together=together

@@ -1,10 +1,10 @@
-"""Names for cells from their embeddings: niches without labels, types from labelled cells."""
+"""Types of cells from labelled cells, by their embeddings."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,122 +14,17 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, resolve_seed, warn
+from spatiaflow._settings import logger, resolve_seed
 
-MAX_FIT = 20_000  # cells that mixtures are fitted to
+if TYPE_CHECKING:
+    from spatiaflow.models.levels import Standardised
+
+Side = tuple[Any, Sequence[AnnData], Sequence[_io.Where]]  # objects, their tables, and where things are in each
 UNKNOWN = "unknown"
 MISSING = ("", "nan", "None", "<NA>")  # what text makes of a missing value
 UNNAMED = (UNKNOWN, "na", "n/a", "unassigned", "unlabeled", "unlabelled", "-1")  # what cells without a label are called
+MANY_GENES = 1000  # more are reduced to components
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
-
-
-@verb
-def cluster_niches(
-    data: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping[str, AnnData | SpatialData],
-    *,
-    n_clusters: int | None = None,
-    use_rep: str = "X_spatia_niche",
-    max_clusters: int = 12,
-    table_key: str = "table",
-    random_state: int | None = None,
-    key_added: str = "niche",
-    copy: bool = False,
-) -> AnnData | SpatialData | list | dict | None:
-    """Cluster cells by their surroundings.
-
-    A Gaussian mixture is fitted to the principal components of the niche embedding. Without ``n_clusters`` their number is
-    the one of lowest Bayesian information criterion. No label is used.
-
-    Parameters
-    ----------
-    data
-        Needs ``.obsm[use_rep]``, from :func:`embed_spatia`. Objects of a list or dict are clustered together: niche "0" is
-        the same in all of them.
-    n_clusters
-        Number of niches; chosen when None.
-    use_rep
-        Embedding.
-    max_clusters
-        Largest number that is tried when ``n_clusters`` is None.
-    table_key
-        Table of a SpatialData.
-    random_state
-        Seed; ``settings.seed`` when None.
-    key_added
-        Name of the slots.
-    copy
-        Return a copy instead of writing into ``data``.
-
-    Returns
-    -------
-    None, or with ``copy=True`` what was given. Sets:
-
-    ``.obs[key_added]`` : categories "0", "1", ..., the largest first
-    ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], probability of the niche under the mixture
-    ``.uns[key_added]`` : dict with ``bic`` of every number tried and ``params``
-
-    Raises
-    ------
-    KeyError
-        The embedding is missing.
-    ValueError
-        It has values that are not finite, fewer cells than clusters, or was made by different models.
-
-    Warns
-    -----
-    UserWarning
-        The number chosen is the largest that was tried.
-
-    Examples
-    --------
-    >>> sf.tl.cluster_niches(sdata, n_clusters=3, key_added="found_niche")
-    >>> sdata["table"].obs["found_niche"].cat.categories.tolist()
-    ['0', '1', '2']
-    """
-    started, seed = time.perf_counter(), resolve_seed(random_state)
-    _io.at_least_one(max_clusters=max_clusters)
-    _io.at_least_one(None, n_clusters=n_clusters)
-    _io.slot_name(key_added)
-    objects, tables = _unpacked(data, table_key, copy=copy)
-    x = _pooled(tables, use_rep).astype(np.float64)
-    probability, bic = _mixture(x, n_clusters, max_clusters, seed)
-    if not n_clusters and 1 < len(bic) == probability.shape[1]:
-        warn(
-            f"{len(bic)} niches, the largest number tried, fit best: there may be more. Give a larger max_clusters=, or choose "
-            "n_clusters= yourself."
-        )
-    niche, n_niches = probability.argmax(1), probability.shape[1]
-    rank = np.argsort(np.argsort(-np.bincount(niche, minlength=n_niches), kind="stable"))  # the largest is "0"
-    params = _io.provenance(started, random_state=seed, n_clusters=n_niches, use_rep=use_rep, n_objects=len(tables))
-    for table, rows in zip(tables, _rows(tables)):
-        chosen = pd.Categorical.from_codes(rank[niche[rows]], [str(i) for i in range(n_niches)])
-        _io.write(
-            table, key_added, obs={"": chosen, Key.obs.confidence(""): probability[rows].max(1)},
-            uns={"bic": bic, "params": params},
-        )  # fmt: skip
-    return objects if copy else None
-
-
-def _mixture(
-    x: np.ndarray, n_clusters: int | None, max_clusters: int, seed: int
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Probability of each cluster (n x clusters) under the best mixture, and the criterion of each number tried."""
-    from sklearn.decomposition import PCA
-    from sklearn.mixture import GaussianMixture
-
-    tried = [n_clusters] if n_clusters else list(range(1, max_clusters + 1))
-    if len(x) < 2 * max(tried[0], 2):
-        raise ValueError(f"data have too few cells ({len(x)}): two per niche are needed, and at least four.")
-    x = PCA(min(15, *x.shape), random_state=seed).fit_transform(x)
-    x = x / max(x[:, 0].std(), 1e-12)
-    sample = np.random.default_rng(seed).permutation(len(x))[:MAX_FIT]
-    best: Any = None
-    bic: dict[str, float] = {}
-    for n in [n for n in tried if 2 * n <= len(x)]:
-        mixture = GaussianMixture(n, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=seed).fit(x[sample])
-        bic[str(n)] = float(mixture.bic(x[sample]))
-        best = mixture if bic[str(n)] == min(bic.values()) else best
-    return best.predict_proba(x), bic
 
 
 @verb
@@ -138,35 +33,40 @@ def annotate(
     *,
     labels: str,
     reference: AnnData | SpatialData | Sequence[AnnData | SpatialData] | Mapping | None = None,
-    use_rep: str = "X_spatia",
+    use_rep: Sequence[str] | str = ("X", "X_spatia"),
     method: str = "linear",
     threshold: float = 0.5,
+    layer: str | None = None,
     table_key: str = "table",
     library_key: str | None = None,
     random_state: int | None = None,
     key_added: str = "annotation",
     copy: bool = False,
 ) -> AnnData | SpatialData | list | dict | None:
-    """Carry labels from some cells to the others, by their embeddings.
+    """Carry labels from some cells to the others, by their genes and their embeddings.
 
-    A linear probe (logistic regression) or nearest neighbours. Penalty and temperature, which calibrates the confidence, are
-    chosen on held-out labelled cells: whole slides where three or more are known, random folds otherwise.
+    A linear probe (logistic regression, in which all classes weigh alike) or nearest neighbours. Penalty (by macro-F1) and
+    temperature, which calibrates the confidence, are chosen on held-out labelled cells: whole slides where three or more are
+    known, random folds otherwise.
 
     Parameters
     ----------
     data
-        Needs ``.obsm[use_rep]``; without ``reference`` also ``.obs[labels]`` with missing values to fill in. Labels of
-        the objects of a list or dict are pooled.
+        Needs counts and ``.obsm["X_spatia"]``, or what ``use_rep`` names; without ``reference`` also ``.obs[labels]`` with
+        missing values to fill in. Labels of the objects of a list or dict are pooled.
     labels
         Column of ``.obs`` with the labels, of ``reference`` when it is given.
     reference
         Labelled cells, embedded by the same model; one object or several.
     use_rep
-        Embedding.
+        What cells are told apart by, side by side: ``"X"``, the genes, and embeddings in ``.obsm``. Genes are those that all
+        objects measure, standardised slide by slide. More than 1,000, and those for ``"knn"``, are reduced to 50 components.
     method
         ``"linear"`` or ``"knn"``.
     threshold
         Cells with a lower confidence are called "unknown".
+    layer
+        Layer with raw counts; None reads ``X``.
     table_key
         Table of a SpatialData.
     library_key
@@ -191,9 +91,10 @@ def annotate(
     Raises
     ------
     KeyError
-        The embedding or the labels are missing.
+        An embedding, the layer or the labels are missing.
     ValueError
-        Fewer than two classes are labelled, or the embeddings were made by different models.
+        Fewer than two classes are labelled, counts are not raw, fewer than two genes are shared, or the embeddings were made
+        by different models.
 
     Examples
     --------
@@ -211,16 +112,19 @@ def annotate(
     _io.one_of(("linear", "knn"), method=method)
     _io.slot_name(key_added)
     _io.share(threshold=threshold)
-    objects, tables = _unpacked(data, table_key, copy=copy)
-    sources = tables if reference is None else _unpacked(reference, table_key)[1]
     _io.text(library_key=library_key)
+    objects, tables = unpacked(data, table_key, copy=copy)
     for table in tables if library_key is not None else ():
         if library_key not in table.obs:
             raise KeyError(f"obs has no {library_key!r}; it has {_io.listing(table.obs.columns)}.")
-    x = known = _pooled(tables, use_rep)
+    where = _io.Where(table_key, library_key=library_key)
+    sides = [(objects, tables, [where] * len(tables))]
     if reference is not None:
-        known = _pooled(sources, use_rep)
-        _check_alike([tables[0], sources[0]], use_rep, [x, known], "data and the reference")
+        known, sources = unpacked(reference, table_key)
+        sides.append((known, sources, [_io.where_in_reference(one, where) for one in _io.objects_of(known).values()]))
+    use_rep, sources = _io.names(use_rep, "use_rep") or [], sides[-1][1]
+    values = _features(sides, use_rep, method, layer)
+    x, known = values[0], values[-1]
     rows, y = _labelled(sources, labels)
     classes = np.unique(y)
     make, temperature, held_out = _probe(known[rows], y, _groups(sources, library_key, rows), method, seed)
@@ -234,7 +138,7 @@ def annotate(
         started, random_state=seed, labels=labels, use_rep=use_rep, method=method, threshold=threshold,
         temperature=temperature, n_labelled=len(rows), n_objects=len(tables),
     )  # fmt: skip
-    for table, part in zip(tables, _rows(tables)):
+    for table, part in zip(tables, rows_of(tables)):
         _io.write(
             table, key_added,
             obs={"": pd.Categorical(chosen[part], [*classes, UNKNOWN]), Key.obs.confidence(""): confidence[part]},
@@ -246,7 +150,7 @@ def annotate(
     return objects if copy else None
 
 
-def _unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
+def unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
     """The objects (copies with ``copy``) in the form given, and their tables."""
     found = {name: _io.unpack(one, table_key, copy=copy) for name, one in _io.objects_of(data).items()}
     objects, tables = [one for one, _ in found.values()], [table for _, table in found.values()]
@@ -255,13 +159,67 @@ def _unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list
     return objects if isinstance(data, list | tuple) else objects[0], tables
 
 
-def _rows(tables: Sequence[AnnData]) -> list[slice]:
+def gene_values(sides: Sequence[Side], layer: str | None) -> list[list[tuple[np.ndarray, Standardised]]]:
+    """For each side its slides: rows among those of all its tables, and the genes that all tables share, standardised."""
+    from spatiaflow._slides import gather
+    from spatiaflow.models.levels import standardised
+    from spatiaflow.models.preprocess import usual_depth
+
+    genes = sorted(set.intersection(*(set(map(str, table.var_names)) for _, tables, _ in sides for table in tables)))
+    if len(genes) < 2:
+        raise ValueError(
+            f"var_names of all objects share {len(genes)} genes; at least two are needed. To use an embedding alone give "
+            "use_rep=."
+        )
+    found = [
+        [
+            (part.start + slide.rows, slide.align(genes))
+            for one, part, where in zip(_io.objects_of(objects).values(), rows_of(tables), wheres)
+            for slide in gather(one, where, need=["counts"], layer=layer, scaled=False)
+        ]
+        for objects, tables, wheres in sides
+    ]
+    target_sum = usual_depth([slide for side in found for _, slide in side])
+    return [[(rows, standardised(slide, target_sum, highest=10.0)) for rows, slide in side] for side in found]
+
+
+def _features(sides: Sequence[Side], use_rep: Sequence[str], method: str, layer: str | None) -> list[np.ndarray]:
+    """What cells are told apart by, rows of all tables x features, for the data and for the reference if there is one."""
+    out: list[list[np.ndarray]] = [[] for _ in sides]
+    for slot in use_rep:
+        if slot == "X":
+            blocks = _genes(sides, method, layer)
+        else:
+            blocks = [pooled(tables, slot) for _, tables, _ in sides]
+            _check_alike([tables[0] for _, tables, _ in sides], slot, blocks, "data and the reference")
+        for side, block in zip(out, blocks):
+            side.append(block)
+    return [np.hstack(side) for side in out]
+
+
+def _genes(sides: Sequence[Side], method: str, layer: str | None) -> list[np.ndarray]:
+    """Standardised genes of each side, or their components where they are many or distances are to be measured."""
+    from spatiaflow.models.levels import joint_axes
+
+    found = gene_values(sides, layer)
+    n_genes = found[0][0][1].values.shape[1]
+    axes = np.eye(n_genes)
+    if method == "knn" or n_genes > MANY_GENES:
+        axes = joint_axes([z for side in found for _, z in side], 50)
+    out = [np.empty((sum(table.n_obs for table in tables), axes.shape[1]), np.float32) for _, tables, _ in sides]
+    for block, side in zip(out, found):
+        for rows, z in side:
+            block[rows] = z @ axes
+    return out
+
+
+def rows_of(tables: Sequence[AnnData]) -> list[slice]:
     """Rows of each table among the rows of all."""
     ends = np.cumsum([0, *(table.n_obs for table in tables)])
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def _pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
+def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
     """Embeddings of all tables, one after the other."""
     found = [_io.features(table, use_rep, EMBEDDING_HELP) for table in tables]
     _check_alike(tables, use_rep, found, "the objects of data")
@@ -307,7 +265,9 @@ def _groups(tables: Sequence[AnnData], library_key: str | None, rows: np.ndarray
 def _probe(
     x: np.ndarray, y: np.ndarray, groups: np.ndarray, method: str, seed: int
 ) -> tuple[Callable, float, np.ndarray]:
-    """Maker of the best probe, its temperature, and its probabilities (n x classes) of cells that it did not see."""
+    """Maker of the probe of highest macro-F1, its temperature, and its probabilities (n x classes) of held-out cells."""
+    from sklearn.metrics import f1_score
+
     classes, folds, score = np.unique(y), _folds(y, groups, seed), -np.inf
     best: Any = None
     for make in _candidates(method, len(y)):
@@ -315,9 +275,9 @@ def _probe(
         for train, test in folds:
             fitted = make().fit(x[train], y[train])
             held_out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(x[test])
-        temperature, likelihood = _temperature(held_out, np.searchsorted(classes, y))
-        if likelihood > score:
-            best, score = (make, temperature, held_out), likelihood
+        found = f1_score(y, classes[held_out.argmax(1)], average="macro")
+        if found > score:
+            best, score = (make, _temperature(held_out, np.searchsorted(classes, y)), held_out), found
     return best
 
 
@@ -333,7 +293,8 @@ def _candidates(method: str, n: int) -> list[Callable]:
             lambda: KNeighborsClassifier(1)
         ]
     return [
-        lambda c=c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)) for c in (1e-3, 1e-2, 1e-1)
+        lambda c=c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000, class_weight="balanced"))
+        for c in (3e-3, 1e-2, 3e-2, 1e-1)
     ]
 
 
@@ -349,11 +310,11 @@ def _folds(y: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarra
     return list(KFold(min(5, len(y)), shuffle=True, random_state=seed).split(y))
 
 
-def _temperature(probability: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Temperature of highest likelihood on held-out cells, and that likelihood."""
+def _temperature(probability: np.ndarray, truth: np.ndarray) -> float:
+    """Temperature of highest likelihood on held-out cells."""
     tried = np.geomspace(0.25, 8, 41)
     score = [np.log(_sharpened(probability, t)[np.arange(len(truth)), truth] + 1e-9).mean() for t in tried]
-    return float(tried[int(np.argmax(score))]), float(max(score))
+    return float(tried[int(np.argmax(score))])
 
 
 def _sharpened(probability: np.ndarray, temperature: float) -> np.ndarray:

@@ -238,8 +238,10 @@ def embed_spatia(
     -------
     None, or with ``copy=True`` what was given. Sets:
 
-    ``.obsm[f"{key_added}_cell"]``, ``[f"{key_added}_niche"]``, ``[f"{key_added}_tissue"]`` : float32 array (n_obs, width)
-    ``.obsm[key_added]`` : float32 array (n_obs, levels x width), the levels side by side, each scaled to unit norm
+    ``.obsm[f"{key_added}_cell"]``, ``[f"{key_added}_niche"]``, ``[f"{key_added}_tissue"]`` : float32 array (n_obs, width). Of a
+        model with ``context="means"`` the cell level has 30 components of genes before these columns, and niche and tissue
+        have 3 x 30 means of components
+    ``.obsm[key_added]`` : float32 array, the levels side by side, each scaled to unit norm
     ``.obs[f"{key_added}_ood"]`` : float32 in [0, 1], how far a cell's image and genes, as the model encodes them, are from the
         training cells, as a quantile of distances among these; not written by models that hold no statistics of them
     ``.obsp[f"{key_added}_attention"]`` : CSR (n_obs, n_obs), with ``attention=True``; each row sums to 1
@@ -334,7 +336,7 @@ def _embedded(
     **options,
 ) -> tuple[dict[str, np.ndarray | sparse.csr_matrix], np.ndarray]:
     """Embeddings of all rows of a table by level, n_obs x width, with ``attention`` its matrix; out-of-domain scores, n_obs."""
-    out = {level: np.full((n_obs, model.config.width), np.nan, np.float32) for level in levels}
+    out: dict[str, Any] = {}
     ood = np.full(n_obs, np.nan, np.float32)
     weights = []  # row, column and weight of the attention
     bar = progress(None, "embedding", total=sum(len(slide) for slide, _ in ready), unit="cell")
@@ -345,7 +347,7 @@ def _embedded(
             weights.append((slide.rows[weight.row], slide.rows[weight.col], weight.data))
         ood[slide.rows] = found.pop("ood")
         for level, values in found.items():
-            out[level][slide.rows] = values
+            out.setdefault(level, np.full((n_obs, values.shape[1]), np.nan, np.float32))[slide.rows] = values
     bar.close()
     if attention:
         row, column, weight = (np.concatenate(v) for v in zip(*weights))

@@ -20,7 +20,8 @@ from spatiaflow._settings import logger
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import log_likelihood
 from spatiaflow.models.encoders._cell import published_mae
-from spatiaflow.models.preprocess import in_vocabulary, intensity_of, spread, standard_of
+from spatiaflow.models.levels import joint_axes, standardised, usual_um
+from spatiaflow.models.preprocess import in_vocabulary, intensity_of, spread, standard_of, usual_depth
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatia import TRAINING, Spatia, SpatiaConfig, SpatiaNetwork
 from spatiaflow.models.spatial import Graph
@@ -71,6 +72,8 @@ def train_spatia(
     target_sum = usual_depth(training) if init is None else init.target_sum
     standards = {slide.name: standard_of(slide, target_sum) for slide in ready}  # of whole slides
     network = initial_network(config, training, standards, target_sum, init=init, backbone=backbone, seed=seed)
+    if config.context == "means" and init is None:
+        fit_axes(network, training, standards, target_sum)
     logger.info("training SPATIA on %d cells of %d slide(s), %s", sum(map(len, training)), len(ready), accelerator)
     run: dict = {"config": replace(config, devices=1, precision="32-true", num_workers=0), "target_sum": target_sum}
     run |= {"init": init and init.sha256, "max_epochs": max_epochs, "seed": seed}
@@ -104,6 +107,11 @@ def with_vocabulary(
     measured, names = distinct(g for slide in slides for g in slide.genes), channels or {}
     if genes is not None and (unknown := sorted(set(genes) - set(measured))):
         raise ValueError(f"genes= names {len(unknown)} that no slide measures, such as {unknown[0]!r}.")
+    if config.context == "means":
+        if not measured:
+            raise ValueError("context='means' averages genes, and no slide has counts; use context='attention'.")
+        config = replace(config, niche_um=config.niche_um or usual_um(slides))
+        logger.info("niches are means over %.3g µm", config.niche_um)
     seen = [slide.crops.channels for slide in slides if slide.crops is not None]
     return replace(
         config,
@@ -124,12 +132,6 @@ def hold_out(slides: Sequence[Slide], validation: Sequence[str] | float, gap: fl
         return [s for s in slides if s.name not in validation], [s for s in slides if s.name in validation]
     training, held_out = zip(*(slide.hold_out(validation, gap) for slide in slides))
     return list(training), list(held_out)
-
-
-def usual_depth(slides: Sequence[Slide]) -> float:
-    """Median counts of a cell, at least 1; 1 without counts."""
-    depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]
-    return max(float(np.median(np.concatenate(depth))), 1.0) if depth else 1.0
 
 
 class _Training(L.LightningModule):
@@ -314,6 +316,17 @@ def start_genes(
         network.log_theta.copy_(torch.from_numpy(np.log(np.expm1(theta))))
 
 
+def fit_axes(
+    network: SpatiaNetwork, slides: Sequence[Slide], standards: Standards, target_sum: float, n: int = 4000
+) -> None:
+    """Fit the axes of the components that means are made of, to evenly spaced cells of all slides together."""
+    some = [slide.take(spread(len(slide), n)) for slide in slides if slide.counts is not None]
+    found = joint_axes(
+        [standardised(slide, target_sum, standards[slide.name]) for slide in some], network.axes.shape[1]
+    )
+    network.axes[:, : found.shape[1]] = torch.from_numpy(found.astype(np.float32))
+
+
 def fit_spatia(
     network: SpatiaNetwork,
     slides: Sequence[Slide],
@@ -353,7 +366,8 @@ def fit_spatia(
         held_out = ScatteredCells(validation, standards, config, max(2, min(16, n // 4)), seed=seed + 1, augment=False)
         batches = ScatteredCells(slides, standards, config, n, seed=seed)
         stage("cells", CellTraining, batches, held_out, max_epochs, workers=config.num_workers)
-    if config.genes and any(weights[name] > 0 for name in ContextTraining.NAMES):
+    learned = config.context == "attention" and config.genes
+    if learned and any(weights[name] > 0 for name in ContextTraining.NAMES):
         n = config.batches_per_epoch or max(16, -(-n_cells // 512))
         with tempfile.TemporaryDirectory() as folder:
             views = [
