@@ -34,7 +34,9 @@ class Surroundings:
     """What the image of each cell is conditioned on. Every tensor has one row a cell."""
 
     own: Tensor  # n x k, components of the cell's genes
-    around: Tensor  # n x (1 + k + neighbours): log counts, mean components of the neighbours, distances to them in crops
+    around: (
+        Tensor  # n x (1 + k + neighbours): log counts, mean components of the neighbours, distances to them in crops
+    )
 
     def rows(self, which: Any) -> Surroundings:
         """Return some of the cells."""
@@ -155,9 +157,9 @@ def edited(
 ) -> list[Tensor]:
     """Return latents (n x d) of cells whose genes are shifted by each of some shifts of components (n x k).
 
-    The velocity is v(context) + (1 + guidance) (v(genes and context) - v(context)), also on the way back to noise. ``noise`` (n x d)
-    is mixed into the start. What the solver loses on the way to noise and back under the cell's own genes is given back, so no
-    shift is no change.
+    The velocity is v(context) + (1 + guidance) (v(genes and context) - v(context)), also on the way back to noise. ``noise`` (n
+    x d) is mixed into the start. What the solver loses on the way to noise and back under the cell's own genes is given back, so
+    no shift is no change.
     """
     without = network.condition(s, torch.zeros(len(z), dtype=torch.bool, device=z.device))
 
@@ -182,7 +184,9 @@ def edited(
 
 
 class MorphologyEditor(MorphologyFlow):
-    """A fitted generator of cell images by genes; made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
+    """A fitted generator of cell images by genes.
+
+    Made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
 
     Attributes
     ----------
@@ -216,7 +220,9 @@ class MorphologyEditor(MorphologyFlow):
 
     def __repr__(self) -> str:
         c = self.config
-        return f"MorphologyEditor: {len(self.genes)} genes, {', '.join(c.transitions)}; channels {', '.join(c.channels)}"
+        return (
+            f"MorphologyEditor: {len(self.genes)} genes, {', '.join(c.transitions)}; channels {', '.join(c.channels)}"
+        )
 
     def change(self, edit: str | Mapping[str, float], niche: np.ndarray) -> np.ndarray:
         """Return by how much components change in each cell, n x k: by a transition in its niche, or by a shift of genes."""
@@ -254,7 +260,7 @@ class MorphologyEditor(MorphologyFlow):
         self,
         slides: Sequence[Slide],
         rows: np.ndarray,
-        edit: str | Mapping[str, float],
+        edit: str | Mapping[str, float] | np.ndarray,
         niche: np.ndarray,
         *,
         doses: Sequence[float] = (1.0,),
@@ -274,7 +280,7 @@ class MorphologyEditor(MorphologyFlow):
         rows, niche, batch_size, update
             As in :meth:`MorphologyFlow.generate_cells`.
         edit
-            A transition, or a shift of log counts by gene.
+            A transition, a shift of log counts by gene, or a change of components for each cell, n x k.
         doses
             Shares of the edit. Each is an image of its own.
         n_samples
@@ -287,7 +293,7 @@ class MorphologyEditor(MorphologyFlow):
         surroundings = self.components.surroundings(
             [slide.align(self.genes) for slide in slides], self.config.n_neighbors, self.config.crop_um
         )
-        change = torch.from_numpy(self.change(edit, niche))
+        change = torch.from_numpy(edit if isinstance(edit, np.ndarray) else self.change(edit, niche))
         modules = self.network.to(device), self.autoencoder.to(device)
 
         def make(control: Tensor, names: np.ndarray, here: np.ndarray) -> dict[str, Tensor]:

@@ -52,9 +52,9 @@ class MorphologyConfig(_base.Config):
     spatial
         Pairs: whether niche, tissue and neighbours condition the image at all.
     start, noise
-        Pairs: the path begins at ``"control"``: the latents of the control image, whose standard deviation is 1, plus noise of this
-        standard deviation, without which a cell has one outcome. Or it begins at pure ``"noise"``; then the network also sees
-        the latents of the control image.
+        Pairs: the path begins at ``"control"``: the latents of the control image, whose standard deviation is 1, plus noise of
+        this standard deviation, without which a cell has one outcome. Or it begins at pure ``"noise"``; then the network also
+        sees the latents of the control image.
     n_latent
         Length of the latents of an image.
     width, n_layers, n_heads
@@ -65,11 +65,11 @@ class MorphologyConfig(_base.Config):
     weighted
         Pairs: weigh pairs by their confidence.
     exchange
-        Pairs: let similar sources of one niche exchange their targets in each batch, so that their images are close (minibatch optimal
-        transport): paths are shorter, and more of the source is kept.
+        Pairs: let similar sources of one niche exchange their targets in each batch, so that their images are close (minibatch
+        optimal transport): paths are shorter, and more of the source is kept.
     losses
-        Pairs: weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
-        generated and real images) and ``"contrast"`` (the conditions of another transition must fit worse). 0 switches one
+        Pairs: weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads
+        off generated and real images) and ``"contrast"`` (the conditions of another transition must fit worse). 0 switches one
         off; the default is 1, .5 and .1.
     batch_size
         Pairs or cells a step.
@@ -117,7 +117,11 @@ class MorphologyConfig(_base.Config):
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("objective", ("genes", "pairs")), ("start", ("control", "noise")), ("edit", (None, *EDITS))):
+        for name, known in (
+            ("objective", ("genes", "pairs")),
+            ("start", ("control", "noise")),
+            ("edit", (None, *EDITS)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}.")
         if self.crop_um <= 0:
@@ -252,8 +256,9 @@ class States:
 
 
 class MorphologyFlow(_base.Model):
-    """A fitted generator of cell images, learned from pairs; made by :func:`spatiaflow.tl.train_morphology` with
-    ``config="pairs"``, or by :func:`spatiaflow.models.load`.
+    """A fitted generator of cell images, learned from pairs of cells.
+
+    Made by :func:`spatiaflow.tl.train_morphology` with ``config="pairs"``, or by :func:`spatiaflow.models.load`.
 
     Attributes
     ----------
@@ -402,8 +407,8 @@ class MorphologyFlow(_base.Model):
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """Return what ``make`` makes of the images of some cells, in the type and scale of the slides' images.
 
-        ``make`` takes images (n x C x p x p), the names of their cells and their places in ``rows``. It returns arrays n x m x ... x
-        C x p x p by name; here they are n * m x ....
+        ``make`` takes images (n x C x p x p), the names of their cells and their places in ``rows``. It returns arrays n x m x
+        ... x C x p x p by name; here they are n * m x ....
         """
         order, first = np.full(sum(map(len, slides)), -1), 0
         order[rows] = np.arange(len(rows))
@@ -438,7 +443,10 @@ class MorphologyFlow(_base.Model):
     @classmethod
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
-        d, config = description, MorphologyConfig(**{"objective": "pairs"} | description["config"])  # of 0.1.0: all pairs
+        d, config = (
+            description,
+            MorphologyConfig(**{"objective": "pairs"} | description["config"]),
+        )  # of 0.1.0: all pairs
         parts: dict[str, Any] = {
             "network": MorphologyNetwork(config),
             "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),

@@ -73,8 +73,8 @@ def generate_morphology(
     Parameters
     ----------
     data
-        Cells with an image and with raw counts in ``X`` (for a model of pairs, with the embeddings that it was trained with); or a
-        list or dict of such objects. With a model of niches, a table of tiles.
+        Cells with an image and with raw counts in ``X`` (for a model of pairs, with the embeddings that it was trained with); or
+        a list or dict of such objects. With a model of niches, a table of tiles.
     source, target
         States, from the column that the model was trained with; where it is missing, by the model's own rule, if it has one
         (``model.states``). The model must know the transition. With ``shift``, ``source`` may be given alone, to edit its cells.
@@ -85,8 +85,8 @@ def generate_morphology(
         Share of the edit, or several: 0 leaves a cell as it is, .5 goes half the way. For a model of pairs, a place on the path
         from the source (0, with noise) to the target (1), at the end of one of its steps.
     model
-        :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path of
-        one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-genes"`` with
+        :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path
+        of one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-genes"`` with
         ``shift`` and ``"morphology-pancreas-small"`` (of pairs) with ``target``, both of one pancreas. Set
         ``model.config.guidance`` for another strength of guidance.
     cells
@@ -113,8 +113,8 @@ def generate_morphology(
     Returns
     -------
     AnnData with one row a generated cell, by source cell, dose and sample: ``X``, its profile by
-    :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x pixels x pixels, in the type and scale of the image, and
-    ``.obsm["source"]``, the same of the source cells; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``
+    :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x pixels x pixels, in the type and scale of the image,
+    and ``.obsm["source"]``, the same of the source cells; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``
     ("A -> B", or the shift in words), ``niche``, ``dose``, ``sample``, ``seed`` and, for models of genes, ``confidence``: of the
     training pairs from which the shift in this niche was learned (NaN with ``shift``); ``.uns["morphology"]`` with ``channels``,
     ``mpp``, ``intensity`` (background and bright end of each channel) and ``params``.
@@ -131,9 +131,9 @@ def generate_morphology(
     TypeError
         ``model`` is a model of another kind.
     ValueError
-        The embeddings were made by another model, the model does not know the transition or knows no genes, it was trained on tiles
-        and these are cells (or the reverse), no cell is of the source state, channels differ, under half of the model's genes are
-        measured, or ``key_added`` is given with an AnnData or is the name of another element.
+        The embeddings were made by another model, the model does not know the transition or knows no genes, it was trained on
+        tiles and these are cells (or the reverse), no cell is of the source state, channels differ, under half of the model's
+        genes are measured, or ``key_added`` is given with an AnnData or is the name of another element.
 
     Warns
     -----
@@ -229,8 +229,14 @@ def _edit(
             f"shift= needs a model of genes; this one knows pairs of states: {', '.join(map(repr, model.config.transitions))}. "
             "Train one by sf.tl.train_morphology(data, config='default'), or give model='morphology-pancreas-genes'."
         )
-    if not isinstance(shift, Mapping) or not shift or not all(isinstance(v, Real) and np.isfinite(v) for v in shift.values()):
-        raise ValueError(f"shift must be a dict of genes and changes of log counts, such as {{'COL17A1': 1.0}}, not {shift!r}.")
+    if (
+        not isinstance(shift, Mapping)
+        or not shift
+        or not all(isinstance(v, Real) and np.isfinite(v) for v in shift.values())
+    ):
+        raise ValueError(
+            f"shift must be a dict of genes and changes of log counts, such as {{'COL17A1': 1.0}}, not {shift!r}."
+        )
     if missing := [gene for gene in shift if gene not in model.genes]:
         near = difflib.get_close_matches(str(missing[0]), model.genes, 3, 0.6)
         raise KeyError(f"the model knows no gene {missing[0]!r}{'; it knows ' + ', '.join(near) if near else ''}.")

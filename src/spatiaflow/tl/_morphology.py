@@ -51,26 +51,26 @@ def train_morphology(
     device: str | None = None,
     random_state: int | None = None,
 ) -> MorphologyFlow:
-    """Train a generator of cell images, for the transitions that :func:`pair_transitions` found and for any shift of genes.
+    """Train a generator of cell images for the transitions that :func:`pair_transitions` found and for any shift of genes.
 
-    The default model is one flow from noise to the images of all cells, under their genes, depth and neighbours. To edit a cell, its
-    image goes back to noise under its own genes, and forward under shifted ones. Pairs say by how much the genes of one state
+    The default model is one flow from noise to the images of all cells, under their genes, depth and neighbours. To edit a cell,
+    its image goes back to noise under its own genes, and forward under shifted ones. Pairs say by how much the genes of one state
     differ from those of another, in each niche; each pair counts by its confidence. A linear map from genes to images is fitted
     beside it, and taken instead where it is nearer to real cells of the target states in the held-out band. So is the strength of
     guidance. What was compared is in ``model.card["validation_scores"]``, relative to unchanged source cells (1).
 
-    ``config="pairs"`` trains SPATIA's published objective: a flow from the image of a source cell, with noise, to the image of its
-    target, conditioned on embeddings, the transition, and the mean shift of genes and morphology in it.
+    ``config="pairs"`` trains SPATIA's published objective: a flow from the image of a source cell, with noise, to the image of
+    its target, conditioned on embeddings, the transition, and the mean shift of genes and morphology in it.
 
     Both run between latents of an autoencoder that is fitted to the same images, all in a canonical orientation.
 
     Parameters
     ----------
     data
-        Cells with an image, raw counts and pairs, and for a model of pairs embeddings and morphology: one object, or a list or dict
-        of them, on which one model is trained. A table of :func:`spatiaflow.pp.tiles` trains a model of niches, by pairs: make it
-        with ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, and give ``table_key="tiles"`` and a config whose
-        ``crop_um`` is the side of a tile.
+        Cells with an image, raw counts and pairs, and for a model of pairs embeddings and morphology: one object, or a list or
+        dict of them, on which one model is trained. A table of :func:`spatiaflow.pp.tiles` trains a model of niches, by pairs:
+        make it with ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, and give ``table_key="tiles"`` and a config
+        whose ``crop_um`` is the side of a tile.
     pairs_key
         ``key_added`` of :func:`pair_transitions`.
     use_rep
@@ -79,8 +79,8 @@ def train_morphology(
         Pairs: DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``. None trains without the alignment loss and
         without the shift of morphology.
     config
-        Sizes and training settings: a :class:`spatiaflow.models.MorphologyConfig`, or ``"default"`` (genes) or ``"pairs"``. None: the
-        defaults.
+        Sizes and training settings: a :class:`spatiaflow.models.MorphologyConfig`, or ``"default"`` (genes) or ``"pairs"``.
+        None: the defaults.
     validation
         Share of each slide that is held out as a band, to choose the epoch and the edit.
     max_epochs
@@ -109,8 +109,8 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        Tiles without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation`` leaves none, or ``checkpoint_dir`` holds another
-        run or a damaged file.
+        Tiles without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation``
+        leaves none, or ``checkpoint_dir`` holds another run or a damaged file.
     RuntimeError
         Another run uses ``checkpoint_dir``; the message names it.
     OSError

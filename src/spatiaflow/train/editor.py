@@ -1,5 +1,7 @@
-"""Train the generator of morphology by genes: an autoencoder of images, a flow from noise to the latents of all cells, and a
-linear map from genes to latents. How images are edited is chosen on held-out cells."""
+"""Train the generator of morphology by genes: an autoencoder of images, and a flow from noise to the latents of all cells.
+
+Beside the flow a linear map from genes to latents is fitted. How images are edited is chosen on held-out cells.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,27 @@ from typing import Any, cast
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.spatial.distance import cdist, pdist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from spatiaflow._settings import progress, warn
+from spatiaflow.metrics import energy_distance
 from spatiaflow.models import _base
 from spatiaflow.models.editor import Components, EditNetwork, MorphologyEditor, Surroundings, edited
 from spatiaflow.models.flow import interpolate
-from spatiaflow.models.morphology import MorphologyConfig
+from spatiaflow.models.morphology import EDITS, MorphologyConfig
 from spatiaflow.models.preprocess import intensity_of
 from spatiaflow.models.regression import Moments
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
 from spatiaflow.train.fit import fit
-from spatiaflow.train.morphology import MIN_BATCHES, MorphologyTraining, fitted_images, holding
+from spatiaflow.train import morphology
+from spatiaflow.train.morphology import MorphologyTraining, fitted_images, holding
 from spatiaflow.train.pairs import Pairs, with_shifts
 
-GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0)
-STRENGTHS = (1.0, 2.0, 3.0, 4.0)
+GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+STRENGTHS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 ALPHA = 100.0  # of the ridge regression from components and surroundings to latents
 MIN_CELLS, MAX_CELLS = 20, 500  # held-out cells of a state by which edits are compared
 
@@ -67,14 +70,14 @@ def train_editor(
     components = Components.fit(counts[~band], config.n_components, seed)
     config = replace(config, n_components=components.axes.shape[1])
     surroundings = components.surroundings(slides, config.n_neighbors, config.crop_um)
-    training = pairs.within(~band)
-    if not len(training):
-        raise ValueError(f"validation={validation:g} leaves none of {len(pairs)} pairs to train on. Give a smaller share.")
-    kept = np.isin(pairs.source, training.source)  # one pair a source and transition, in the order of ``pairs``
-    kept = ~band[pairs.source] & ((pairs.share * ~band[pairs.target]).sum(1) > 0) & kept
-    _, shifts = with_shifts(
-        training, niche[kept], config.transitions, per_unit(counts, float(components.unit)), np.zeros((len(band), 0))
-    )
+    kept = ~band[pairs.source] & ((pairs.share * ~band[pairs.target]).sum(1) > 0)
+    if not kept.any() or not band[inside].any():
+        raise ValueError(
+            f"validation={validation:g} leaves {kept.sum()} pairs to train on (of {len(pairs)}) and {band[inside].sum()} cells "
+            "to choose the epoch by; both are needed. Give another share, or more pairs."
+        )
+    expression = per_unit(counts, float(components.unit))
+    _, shifts = with_shifts(pairs.within(~band), niche[kept], config.transitions, expression, np.zeros((len(band), 0)))
     used = np.flatnonzero(inside)
     run = {"config": replace(config, devices=1, precision="32-true"), "pairs": [*vars(pairs).values(), band]}
     with holding(checkpoint_dir, resume, slides, seed=seed, max_epochs=max_epochs, **run) as file:
@@ -90,7 +93,9 @@ def train_editor(
         network=network, autoencoder=autoencoder, genes=slides[0].genes, components=components, linear=linear, shifts=shifts,
         intensity=intensity_of(slides, config.channels), history=history, card={},
     )  # fmt: skip
-    scores = choose(model, latents, surroundings, place, pairs.within(band), seed=seed, device=device)
+    here = ~kept & band[pairs.source]
+    cases = cases_of(pairs.rows(here), niche[here], band, config.transitions, np.random.default_rng(seed))
+    scores = choose(model, latents, surroundings, place, cases, device=device)
     scores |= {name: min(values) for name, values in history.items() if name.startswith("val_") and values}
     model.card = _base.model_card(
         slides, config=asdict(model.config), seed=seed, epochs=max_epochs, scores=scores,
@@ -102,7 +107,9 @@ def train_editor(
 class CellBatches(Dataset):
     """Batches of cells. Item b depends only on the seed, the epoch and b."""
 
-    def __init__(self, rows: np.ndarray, latents: Tensor, surroundings: Surroundings, n_batches: int, size: int, seed: int):
+    def __init__(
+        self, rows: np.ndarray, latents: Tensor, surroundings: Surroundings, n_batches: int, size: int, seed: int
+    ):
         self.rows, self.latents, self.surroundings = rows, latents, surroundings
         self.n_batches, self.size, self.seed, self.epoch = n_batches, min(size, len(rows)), seed, 0
 
@@ -146,7 +153,7 @@ def fit_editor(
     module = EditTraining(cast("Any", network), None, learning_rate=learning_rate)
     size, kind = config.batch_size, torch.device(device).type
     training, held_out = np.flatnonzero(~band), np.flatnonzero(band)
-    n = max(MIN_BATCHES, -(-len(training) // size))
+    n = max(morphology.MIN_BATCHES, -(-len(training) // size))
     fit(
         module, CellBatches(training, latents, surroundings, n, size, seed),
         CellBatches(held_out, latents, surroundings, 8, 4 * size, seed + 1), description="morphology",
@@ -163,25 +170,38 @@ def fit_linear(latents: Tensor, surroundings: Surroundings, training: np.ndarray
     return torch.from_numpy(ridge.coefficients[: surroundings.own.shape[1]].copy())
 
 
+Case = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+
+
+def cases_of(
+    pairs: Pairs, niche: np.ndarray, band: np.ndarray, transitions: Sequence[str], rng: np.random.Generator
+) -> list[Case]:
+    """Return what edits are compared by, of each transition between two states.
+
+    Each is a name, the rows of held-out sources, their niches, and the rows of held-out targets.
+    """
+    cases = []
+    for i, name in enumerate(transitions):
+        here = np.flatnonzero(pairs.transition == i)
+        own = pairs.rows(here)
+        target = np.unique(own.target[band[own.target] & (own.share > 0)])
+        if len(set(name.split(" -> "))) == 2 and min(len(here), len(target)) >= MIN_CELLS:
+            some = np.sort(rng.permutation(len(here))[:MAX_CELLS])
+            cases.append((name, own.source[some], niche[here[some]], np.sort(rng.permutation(target)[:MAX_CELLS])))
+    return cases
+
+
 def choose(
-    model: MorphologyEditor, latents: Tensor, surroundings: Surroundings, place: np.ndarray, held_out: Pairs, *, seed: int,
+    model: MorphologyEditor, latents: Tensor, surroundings: Surroundings, place: np.ndarray, cases: Sequence[Case], *,
     device: str | torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """Set how a model edits: by the flow at some guidance, or by the linear map, whichever comes nearest to real targets.
 
-    What the settings already say is not changed. The score is the energy distance between the latents of edited held-out sources and
-    of real held-out targets, relative to that of the sources as they are; its mean over transitions from one state to another.
-    Returns the scores by name of the edit. The linear map is scaled to its best strength.
+    What the settings already say is not changed. The score is the energy distance between the latents of edited held-out sources
+    and of real held-out targets, summed over transitions and divided by that of the sources as they are: transitions that change
+    little decide little. Returns the scores by name of the edit. The linear map is scaled to its best strength.
     """
-    rng, c, cases = np.random.default_rng(seed), model.config, []
-    for i, name in enumerate(c.transitions):
-        if len(set(name.split(" -> "))) < 2:
-            continue
-        here = held_out.rows(held_out.transition == i)
-        target = np.unique(here.target[here.share > 0])
-        rows = [np.sort(rng.permutation(r)[:MAX_CELLS]) for r in (here.source, target)]
-        if min(map(len, rows)) >= MIN_CELLS:
-            cases.append((name, *rows))
+    c = model.config
     if not cases:
         warn(
             f"fewer than {MIN_CELLS} held-out cells of each state: how to edit cannot be chosen. The flow is used, with "
@@ -189,27 +209,18 @@ def choose(
         )
         model.config = replace(c, edit=c.edit or "flow", guidance=GUIDANCE[3] if c.guidance is None else c.guidance)
         return {}
-    network = model.network.to(device)
-    scores: dict[str, list[float]] = {}
-    for name, source, target in progress(cases, "choosing the edit", unit="transition"):
+    network, scores = model.network.to(device), dict[str, float]()
+    for name, source, niche, target in progress(cases, "choosing the edit", unit="transition"):
         z, real = (latents[place[rows]] for rows in (source, target))
-        change = torch.from_numpy(model.change(name, np.full(len(source), "")))
-        copy = energy(z, real)
-        made = {f"linear {s:g}": z + s * change @ model.linear for s in STRENGTHS}
+        change, given = torch.from_numpy(model.change(name, niche)), surroundings.rows(source).to(device)
+        made = {"copy": z} | {f"linear {s:g}": z + s * change @ model.linear for s in STRENGTHS}
         for w in GUIDANCE if c.guidance is None else (c.guidance,):
-            given = surroundings.rows(source).to(device)
             made[f"flow {w:g}"] = edited(network, z.to(device), given, [change.to(device)], guidance=w)[0].cpu()
         for edit, values in made.items():
-            scores.setdefault(edit, []).append(energy(values, real) / max(copy, 1e-9))
+            scores[edit] = scores.get(edit, 0.0) + energy_distance(values.numpy(), real.numpy())
     network.cpu()
-    means = {edit: float(np.mean(values)) for edit, values in scores.items()}
-    best = {kind: min((e for e in means if e.startswith(kind)), key=lambda e: means[e]) for kind in ("flow", "linear")}
-    edit = c.edit or min(best, key=lambda kind: means[best[kind]])
+    best = {kind: min((e for e in scores if e.startswith(kind)), key=lambda e: scores[e]) for kind in EDITS}
     model.linear = model.linear * float(best["linear"].split()[1])
+    edit = c.edit or min(best, key=lambda kind: scores[best[kind]])
     model.config = replace(c, edit=edit, guidance=float(best["flow"].split()[1]))
-    return {f"energy, {name}": value for name, value in means.items()}
-
-
-def energy(a: Tensor, b: Tensor) -> float:
-    """Return the unbiased energy distance of two samples (n x d, m x d)."""
-    return float(2 * cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean())
+    return {f"energy, {name}": value / max(scores["copy"], 1e-9) for name, value in scores.items()}

@@ -153,7 +153,13 @@ def fitted_images(
     """
     images, place = scaled_images(slides, used, file)
     autoencoder, rebuilt = fit_autoencoder(
-        images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), seed=seed, device=device
+        images,
+        ~band[used],
+        band[used],
+        config.n_latent,
+        n_steps=min(MAX_STEPS, 300 * max_epochs),
+        seed=seed,
+        device=device,
     )
     latents, turns = encoded(images, autoencoder)
     return autoencoder, rebuilt, latents, place, turns

@@ -237,8 +237,9 @@ def stacked(parts: Sequence[Pairs]) -> Pairs:
 def with_shifts(
     pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression, profile: np.ndarray
 ) -> tuple[Pairs, dict[str, dict[str, dict[str, Any]]]]:
-    """Add the mean shifts of their transition and niche to the pairs. Also returns all shifts by transition and niche, with the
-    mean confidence of the pairs.
+    """Add the mean shifts of their transition and niche to the pairs.
+
+    Also returns all shifts by transition and niche, with the mean confidence of the pairs.
 
     Parameters
     ----------
