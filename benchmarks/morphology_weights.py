@@ -83,7 +83,8 @@ def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, 
 def pancreas(part, states, seed: int, a, **settings):
     """A generator of cells of the pancreas slide."""
     config = sf.models.MorphologyConfig(
-        crop_um=a.crop_um, crop_pixels=a.pixels, **{"objective": "pairs", "width": WIDTH} | settings)
+        crop_um=a.crop_um, crop_pixels=a.pixels, **{"objective": "pairs", "width": WIDTH} | settings
+    )
     model = sf.tl.train_morphology(part, config=config, max_epochs=a.epochs, validation=0.05, mpp=1, random_state=seed)
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}

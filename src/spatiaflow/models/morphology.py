@@ -89,7 +89,6 @@ class MorphologyConfig(_base.Config):
     (48, 128)
     """
 
-    objective: str = "genes"
     channels: list[str] = field(default_factory=list)
     transitions: list[str] = field(default_factory=list)
     profile: list[str] = field(default_factory=list)
@@ -113,6 +112,7 @@ class MorphologyConfig(_base.Config):
     batch_size: int = 128
     devices: int | str = 1
     precision: str = "32-true"
+    objective: str = "genes"
     edit: str | None = None
     guidance: float | None = None
 
