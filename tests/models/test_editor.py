@@ -65,7 +65,10 @@ class Gaussian:
 def test_an_edit_moves_by_the_planted_effect_of_genes_times_guidance(guidance):
     g = torch.Generator().manual_seed(0)
     weight, context, z = (torch.randn(*shape, generator=g) for shape in ((3, 5), (2, 5), (40, 5)))
-    s, shift = Surroundings(torch.randn(40, 3, generator=g), torch.randn(40, 2, generator=g)), torch.randn(40, 3, generator=g)
+    s, shift = (
+        Surroundings(torch.randn(40, 3, generator=g), torch.randn(40, 2, generator=g)),
+        torch.randn(40, 3, generator=g),
+    )
     network = Gaussian(weight, context)
     half, whole = edited(network, z, s, [shift / 2, shift], guidance=guidance, n_steps=20)
     expected = (1 + guidance) * shift @ weight
@@ -109,8 +112,9 @@ def test_a_gene_that_is_not_measured_counts_as_average():
     one, other = x.copy(), x.tolil()
     other[:, 2] = 0
     a, b = (found.of(sparse.csr_matrix(v), measured)[0] for v in (one, other))
-    axes = found.axes.double().numpy() * measured[:, None]
-    np.testing.assert_allclose(b, (per_unit(sparse.csr_matrix(other), float(found.unit)).toarray() - found.mean.numpy()) @ axes, atol=1e-4)
+    log = per_unit(sparse.csr_matrix(other), float(found.unit)).toarray()
+    expected = (log - found.mean.numpy()) @ (found.axes.double().numpy() * measured[:, None])
+    np.testing.assert_allclose(b, expected, atol=1e-4)
     assert a.shape == b.shape and np.isfinite(b).all()
 
 
@@ -141,7 +145,9 @@ def test_guidance_leaves_out_the_genes_of_the_cell_alone(editor):
     without = editor.network.condition(s, torch.zeros(3, dtype=torch.bool))
     other = editor.network.condition(Surroundings(-s.own, s.around), torch.zeros(3, dtype=torch.bool))
     torch.testing.assert_close(without, other)
-    assert not torch.allclose(editor.network.condition(Surroundings(s.own, -s.around), torch.zeros(3, dtype=torch.bool)), without)
+    assert not torch.allclose(
+        editor.network.condition(Surroundings(s.own, -s.around), torch.zeros(3, dtype=torch.bool)), without
+    )
 
 
 def test_save_and_load(editor, tmp_path):
@@ -171,7 +177,10 @@ def test_files_from_before_objectives_are_of_pairs(network):
 
 
 def test_settings_are_checked():
-    for bad, match in (({"objective": "triples"}, "objective must be one of"), ({"edit": "none"}, "edit must be one of")):
+    for bad, match in (
+        ({"objective": "triples"}, "objective must be one of"),
+        ({"edit": "none"}, "edit must be one of"),
+    ):
         with pytest.raises(ValueError, match=match):
             MorphologyConfig(**bad)
     assert MorphologyConfig.of("pairs").objective == "pairs" and MorphologyConfig.of(None).objective == "genes"

@@ -7,7 +7,7 @@ with unchanged():
     from spatiaflow.pl._calibration import calibration
     from spatiaflow.pl._crops import crops
     from spatiaflow.pl._expression import expression
-    from spatiaflow.pl._generation import profile_shift, transition
+    from spatiaflow.pl._generation import morphology_dose, profile_shift, transition
     from spatiaflow.pl._imputation import imputation
     from spatiaflow.pl._levels import attention, levels
     from spatiaflow.pl._profile import profile
@@ -24,6 +24,7 @@ __all__ = [
     "gene_scores",
     "imputation",
     "levels",
+    "morphology_dose",
     "pairs",
     "profile",
     "profile_shift",

@@ -27,8 +27,8 @@ from spatiaflow.models.regression import Moments
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
-from spatiaflow.train.fit import fit
 from spatiaflow.train import morphology
+from spatiaflow.train.fit import fit
 from spatiaflow.train.morphology import MorphologyTraining, fitted_images, holding
 from spatiaflow.train.pairs import Pairs, with_shifts
 
