@@ -21,13 +21,15 @@ many as a source state has, get its label before pairing: sources without a coun
 import argparse
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 
 import spatiaflow as sf
+from spatiaflow import _io
 from spatiaflow.train import morphology as train
 from transitions import MIN_COUNTS, candidates, embedded, fit_states
-from weights import WHERE
+from weights import MPP, TRAINING_EDGE, WHERE
 
 WIDTH = 256  # half of the default: files of 7 MB, held-out loss 1.32 against 1.31 on simulated tissue
 VARIANTS = {  # settings that differ from ours; spoiled: share of added sources
@@ -56,21 +58,26 @@ def spoil(table, transitions: list[tuple[str, str]], share: float, seed: int) ->
     table.obs["state"], table.obs["spoiled"] = pd.Categorical(state, table.obs["state"].cat.categories), alien
 
 
-def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, back: bool = False):
+def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, strip: bool = False):
     """The training part with states, niches and pairs, and the rule for states.
 
-    ``back``: also the way back of every transition.
+    ``strip``: for the model of genes, also the way back of every transition, and the cells of the validation strip, which are the
+    far band of the part.
 
     Pairs are balanced and by expression alone: they show .30 of the true shift of morphology on 17000-19000, where unbalanced
     ones that also compare morphology show .20.
     """
-    parts = embedded(store, cache, ("train",))
+    parts = embedded(store, cache, ("train", "validation") if strip else ("train",))
     states = fit_states(parts)
     found = candidates(parts, states).query("taken")
     transitions = [*zip(found["source"], found["target"])]
     control = found["target"].iloc[-1]
-    if back:
+    if strip:
         transitions += [one[::-1] for one in transitions]
+        table = ad.concat([parts["train"]["table"], parts["validation"]["table"]], uns_merge="first")
+        table.uns["spatialdata_attrs"] = parts["train"]["table"].uns["spatialdata_attrs"]
+        del parts["train"].tables["table"]
+        parts["train"]["table"] = table
     if spoiled:
         spoil(parts["train"]["table"], transitions, spoiled, seed)
     sf.tl.pair_transitions(
@@ -85,7 +92,11 @@ def pancreas(part, states, seed: int, a, **settings):
     config = sf.models.MorphologyConfig(
         crop_um=a.crop_um, crop_pixels=a.pixels, **{"objective": "pairs", "width": WIDTH} | settings
     )
-    model = sf.tl.train_morphology(part, config=config, max_epochs=a.epochs, validation=0.05, mpp=1, random_state=seed)
+    (slide,) = _io.places(part, _io.Where(mpp=1))
+    beyond = float((slide.xy[:, 0] > TRAINING_EDGE * MPP).mean())  # the validation strip, if it is there
+    model = sf.tl.train_morphology(
+        part, config=config, max_epochs=a.epochs, validation=beyond or 0.05, mpp=1, random_state=seed
+    )
     rule = {key: np.round(states[key], 4).tolist() for key in ("weight", "offset")}
     names = {key: [*map(str, states[key])] for key in ("names", "genes")}
     model.states = sf.models.States(**names, **rule, min_counts=MIN_COUNTS)
@@ -144,9 +155,9 @@ if __name__ == "__main__":
                 continue
             settings = dict(VARIANTS[name])
             spoiled = settings.pop("spoiled", 0.0)
-            back = settings.get("objective") == "genes"
-            if (key := (spoiled, seed if spoiled else 0, back)) not in pairs:
-                pairs = {key: paired(a.store, a.cache, spoiled=spoiled, seed=seed, back=back)}
+            strip = settings.get("objective") == "genes"
+            if (key := (spoiled, seed if spoiled else 0, strip)) not in pairs:
+                pairs = {key: paired(a.store, a.cache, spoiled=spoiled, seed=seed, strip=strip)}
                 print(pairs[key][0]["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
             model = pancreas(*pairs[key], seed, a, **settings)
             report(model, path)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from spatiaflow.models.editor import EditNetwork, Surroundings
 from spatiaflow.models.morphology import MorphologyConfig
@@ -138,3 +139,19 @@ def test_the_flow_learns_the_planted_effect_of_genes(monkeypatch):
     (made,) = training.edited(network, latents[1300:], s, [shift], guidance=0.0)
     moved = (made - latents[1300:]).mean(0)
     assert torch.cosine_similarity(moved, weight[0] / (latents.std(0)), dim=0) > 0.8
+
+
+def test_shifts_are_the_differences_of_the_states_each_cell_once():
+    """However often a cell is a target, and however sure its pairs are."""
+    n = 8
+    pairs = Pairs(
+        np.array([0, 1, 2, 3]), np.array([[4, 5], [4, 4], [6, 7], [6, 6]]), np.array([[0.9, 0.1], [1, 0], [0.5, 0.5], [1, 0]]),
+        np.array([0.9, 0.1, 0.5, 0.5]), np.zeros(4, int), np.zeros((4, 0)), np.zeros((4, 0)), np.zeros(4, int),
+    )  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(n, 3))
+    found = training.state_shifts(pairs, np.array(["a", "a", "b", "b"]), ["A -> B"], sparse.csr_matrix(x))["A -> B"]
+    assert set(found) == {"", "a", "b"} and found["a"]["confidence"] == 0.5
+    np.testing.assert_allclose(found[""]["genes"], x[4:].mean(0) - x[:4].mean(0), atol=1e-5)
+    np.testing.assert_allclose(found["a"]["genes"], x[4:6].mean(0) - x[:2].mean(0), atol=1e-5)
+    with pytest.raises(ValueError, match="B -> A has no pair"):
+        training.state_shifts(pairs, np.array(["a"] * 4), ["A -> B", "B -> A"], sparse.csr_matrix(x))

@@ -122,7 +122,7 @@ class EditNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.time = nn.Sequential(nn.Linear(128, d), nn.SiLU(), nn.Linear(d, d))
         self.known = nn.ModuleDict({
-            name: nn.Sequential(nn.Linear(size, 2 * d), nn.SiLU(), nn.Linear(2 * d, d))
+            name: nn.Linear(size, d)
             for name, size in {"own": c.n_components, "around": 1 + c.n_components + c.n_neighbors}.items()
         })  # fmt: skip
         self.nothing = nn.ParameterDict({name: torch.zeros(d) for name in self.known})  # stands for what is dropped

@@ -30,7 +30,7 @@ from spatiaflow.models.transport import per_unit
 from spatiaflow.train import morphology
 from spatiaflow.train.fit import fit
 from spatiaflow.train.morphology import MorphologyTraining, fitted_images, holding
-from spatiaflow.train.pairs import Pairs, with_shifts
+from spatiaflow.train.pairs import Pairs
 
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 STRENGTHS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -77,7 +77,7 @@ def train_editor(
             "to choose the epoch by; both are needed. Give another share, or more pairs."
         )
     expression = per_unit(counts, float(components.unit))
-    _, shifts = with_shifts(pairs.within(~band), niche[kept], config.transitions, expression, np.zeros((len(band), 0)))
+    shifts = state_shifts(pairs.within(~band), niche[kept], config.transitions, expression)
     used = np.flatnonzero(inside)
     run = {"config": replace(config, devices=1, precision="32-true"), "pairs": [*vars(pairs).values(), band]}
     with holding(checkpoint_dir, resume, slides, seed=seed, max_epochs=max_epochs, **run) as file:
@@ -102,6 +102,31 @@ def train_editor(
         autoencoder_r2=dict(zip(config.channels, map(float, rebuilt))), **(about or {}),
     )  # fmt: skip
     return model
+
+
+def state_shifts(
+    pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression: sparse.csr_matrix
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by how much log counts differ between the states of each transition, in each niche and (as "") in all of them.
+
+    The shift is the mean of the paired targets less that of the paired sources, each cell once. Weights by confidence would depend
+    on depth: sure pairs have more counts. So the mean confidence only stands beside the shift.
+    """
+    shifts: dict[str, dict[str, dict[str, Any]]] = {}
+    for i, name in enumerate(names):
+        here = pairs.transition == i
+        if not here.any():
+            raise ValueError(f"{name} has no pair whose cells lie in the image.")
+        shifts[name] = {}
+        for one in ["", *sorted(set(niche[here]) - {""})]:
+            own = pairs.rows(here & (niche == one) if one else here)
+            source, target = np.unique(own.source), np.unique(own.target[own.share > 0])
+            change = np.asarray(expression[target].mean(0) - expression[source].mean(0)).ravel()
+            shifts[name][one] = {
+                "genes": np.round(change, 5).tolist(),
+                "confidence": round(float(own.confidence.mean()), 4),
+            }
+    return shifts
 
 
 class CellBatches(Dataset):

@@ -236,10 +236,8 @@ def stacked(parts: Sequence[Pairs]) -> Pairs:
 
 def with_shifts(
     pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression, profile: np.ndarray
-) -> tuple[Pairs, dict[str, dict[str, dict[str, Any]]]]:
-    """Add the mean shifts of their transition and niche to the pairs.
-
-    Also returns all shifts by transition and niche, with the mean confidence of the pairs.
+) -> tuple[Pairs, dict[str, dict[str, dict[str, list[float]]]]]:
+    """Add the mean shifts of their transition and niche to the pairs. Also returns all shifts by transition and niche.
 
     Parameters
     ----------
@@ -254,7 +252,7 @@ def with_shifts(
     pairs = replace(
         pairs, genes=np.zeros((n, expression.shape[1])), profile=np.zeros((n, profile.shape[1])), group=np.zeros(n, int)
     )
-    shifts: dict[str, dict[str, dict[str, Any]]] = {}
+    shifts: dict[str, dict[str, dict[str, list[float]]]] = {}
     for i, name in enumerate(names):
         here = pairs.transition == i
         if not here.any():
@@ -266,5 +264,5 @@ def with_shifts(
             pairs.genes[which], pairs.profile[which] = (mean_shift(pairs.rows(which), v) for v in (expression, profile))
             shifts[name][one] = {
                 kind: np.round(getattr(pairs, kind)[which[0]], 5).tolist() for kind in ("genes", "profile")
-            } | {"confidence": round(float(pairs.confidence[which].mean()), 4)}
+            }
     return pairs, shifts
