@@ -107,7 +107,7 @@ def train_editor(
 def state_shifts(
     pairs: Pairs, niche: np.ndarray, names: Sequence[str], expression: sparse.csr_matrix
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by how much log counts differ between the states of each transition, in each niche and (as "") in all of them.
+    """Return by how much log counts differ between the states of a transition, in each niche and (as "") in all of them.
 
     The shift is the mean of the paired targets less that of the paired sources, each cell once. Weights by confidence would depend
     on depth: sure pairs have more counts. So the mean confidence only stands beside the shift.
