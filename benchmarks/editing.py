@@ -13,7 +13,8 @@ the one
 metric  ``KID minus linear map``: below 0 where the method is nearer to real targets than the linear map. ``half dose, lowest``
 and
         ``highest``: share of the effect of the full dose that half of it has, over features whose full effect is
-        ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the source, the lowest of all cells
+        ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the pixels of the image, of which the
+        model clips those brighter than twice the bright end
 """
 
 import argparse
@@ -89,7 +90,7 @@ def doses(before: Images, half: Images, whole: Images, zero: np.ndarray, source:
     return {
         "half dose, lowest": share.min() if len(share) else np.nan, "half dose, highest": share.max() if len(share) else np.nan,
         "features tested": tested.sum(), "features within .4 to .6": ((share >= 0.4) & (share <= 0.6)).sum(),
-        "dose 0, pixel correlation": min(r),
+        "dose 0, pixel correlation": np.mean(r), "dose 0, lowest pixel correlation": min(r),
     }  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--part", default="test", choices=["validation", "test"])
     out.add_argument("--cells", type=int, default=600, help="most cells of a state that are scored")
     out.add_argument("--draws", type=int, default=300, help="resamples of blocks")
-    out.add_argument("--guidance", type=float, nargs="*", default=[0.0])
+    out.add_argument("--guidance", type=float, nargs="*", default=[])
     out.add_argument("--strengths", type=float, nargs="*", default=[])
     return out
 

@@ -206,7 +206,7 @@ class MorphologyEditor(MorphologyFlow):
     --------
     >>> model = sf.models.load(sf.datasets.weights("morphology-pancreas-genes"))
     >>> model.config.edit, len(model.genes)
-    ('flow', 377)
+    ('linear', 377)
     """
 
     def __init__(
