@@ -8,11 +8,10 @@ niches, blocks and intervals are those of ``benchmarks/morphology.py pancreas``.
 data    ``pancreas:A -> B``: sources of A edited to B. ``pancreas:B, genes of another cell``: cells of B that get the genes of
         another cell of B in their niche, compared with other cells of B
 method  ``flow`` and ``linear map`` are the two edits of a model, each at the strength that its training chose; ``default`` is
-the one
-        that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths (S relative to the chosen one)
+        the one that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths (S relative to the chosen
+        one)
 metric  ``KID minus linear map``: below 0 where the method is nearer to real targets than the linear map. ``half dose, lowest``
-and
-        ``highest``: share of the effect of the full dose that half of it has, over features whose full effect is
+        and ``highest``: share of the effect of the full dose that half of it has, over features whose full effect is
         ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the pixels of the image, of which the
         model clips those brighter than twice the bright end
 """
@@ -30,7 +29,7 @@ from scipy.spatial import cKDTree
 import results
 import spatiaflow as sf
 from morphology import OURS, Images, Pancreas, block_draws, effect, over_niches
-from spatiaflow.models.orientation import canonical, turned
+from spatiaflow.models.orientation import canonical, inverse, turned
 from spatiaflow.models.transport import transport
 from spatiaflow.tl._generation import _as_in_training, _slides_for
 
@@ -74,8 +73,6 @@ def shifted(model, images: np.ndarray, before: np.ndarray, after: np.ndarray) ->
 
     (x, turns), means = read(images), [model.autoencoder.encode(read(v)[0]).mean(0) for v in (before, after)]
     z = model.autoencoder.encode(x)
-    from spatiaflow.models.orientation import inverse
-
     made = turned(model.autoencoder.decode(z + means[1] - means[0], model.autoencoder.grain(x, z)), inverse(turns))
     pixels = (made.numpy() + 1) / 2 * (high - low)[0] + low[0]
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -1,4 +1,7 @@
-"""Draw ``doses.png``: a tumour cell of the pancreas towards another state, and with more of a gene."""
+"""Draw ``doses.png`` of docs/morphology.md: a fibroblast of the pancreas towards another state, and with more of two genes.
+
+python docs/images/doses.py     # the bundled weights and the public region (or settings.mirror); a minute
+"""
 
 from pathlib import Path
 
@@ -9,12 +12,11 @@ import spatiaflow as sf
 data = sf.datasets.xenium_pancreas()
 table, model = data["table"], sf.models.load(sf.datasets.weights("morphology-pancreas-genes"))
 states = np.array(model.states(table[:, model.states.genes].X), dtype=str)
-cells = list(table.obs_names[states == "MKI67/UBE2C"][:40])
-options = {"model": model, "cells": cells, "dose": [0, 0.25, 0.5, 0.75, 1]}
+cells = list(table.obs_names[states == "SFRP4/LTBP2"][:40])
+options = {"model": model, "cells": cells, "source": "SFRP4/LTBP2", "dose": [0, 0.25, 0.5, 0.75, 1]}
 edits = [
-    sf.tl.generate_morphology(data, source="MKI67/UBE2C", target="COL17A1/SERPINB3", **options),
-    sf.tl.generate_morphology(data, source="MKI67/UBE2C", shift={"MKI67": -1.0}, **options),
-    sf.tl.generate_morphology(data, source="MKI67/UBE2C", shift={"SERPINB3": 1.0}, **options),
+    sf.tl.generate_morphology(data, **options, **edit)
+    for edit in ({"target": "COL5A2/THBS2"}, {"shift": {"CFTR": 1.0}}, {"shift": {"PECAM1": 1.0}})
 ]
-
-sf.pl.morphology_dose(edits, return_fig=True).savefig(Path(__file__).parent / "doses.png", dpi=150)
+figure = sf.pl.morphology_dose(edits, cell=cells[7], return_fig=True)
+figure.savefig(Path(__file__).parent / "doses.png", dpi=150)

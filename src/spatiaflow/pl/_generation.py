@@ -224,7 +224,7 @@ def morphology_dose(
     low, high = _contrast(np.concatenate(lines), percentiles)
     reach = edits[0].obsm["image"].shape[-1] * float(edits[0].uns["morphology"]["mpp"]) / 2
     figure, axes = plt.subplots(
-        len(edits), len(doses), figsize=(0.85 * len(doses) + 1.6, 0.85 * len(edits) + 0.8), squeeze=False,
+        len(edits), len(doses), figsize=(0.85 * len(doses) + 2.6, 0.85 * len(edits) + 0.7), squeeze=False,
         layout="constrained", gridspec_kw={"wspace": 0.02, "hspace": 0.02},
     )  # fmt: skip
     for line, one, images in zip(axes, edits, lines):
