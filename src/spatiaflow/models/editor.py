@@ -256,7 +256,7 @@ class MorphologyEditor(MorphologyFlow):
         grain = self.autoencoder.grain(control, z)
         return [turned(self.autoencoder.decode(one, grain), inverse(turns)) for one in made]
 
-    def generate_cells(  # type: ignore[override]
+    def generate_cells(
         self,
         slides: Sequence[Slide],
         rows: np.ndarray,

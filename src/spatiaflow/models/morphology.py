@@ -471,7 +471,7 @@ def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
     return noise if c.start == "noise" else control + c.noise * noise
 
 
-def named_noise(names: Sequence[str], seed: int, sample: int, n: int) -> Tensor:
+def named_noise(names: Sequence[str] | np.ndarray, seed: int, sample: int, n: int) -> Tensor:
     """Return standard normal noise (cells x n) that depends on the name of each cell."""
     draws = [
         np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)

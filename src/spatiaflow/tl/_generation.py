@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -200,20 +200,20 @@ def _doses(dose: float | Sequence[float]) -> list[float]:
     doses = [dose] if isinstance(dose, Real) else list(dose) if isinstance(dose, Sequence | np.ndarray) else []
     if not doses or not all(isinstance(one, Real) and np.isfinite(one) for one in doses) or len({*doses}) < len(doses):
         raise ValueError(f"dose must be a number, or a list of different ones such as [0, 0.5, 1], not {dose!r}.")
-    return [float(one) for one in doses]  # type: ignore[arg-type]
+    return [float(one) for one in doses]
 
 
 def _edit(
     model: MorphologyFlow, source: str | None, target: str | None, shift: Mapping[str, float] | None, doses: list[float],
     n_steps: int,
-) -> tuple[str | dict[str, float], str]:  # fmt: skip
+) -> tuple[Any, str]:  # fmt: skip
     """Return the edit, a transition or a shift of genes, and its name; refuse what the model does not know."""
     from spatiaflow.models.editor import MorphologyEditor
 
-    by_genes = isinstance(model, MorphologyEditor)
+    genes = model.genes if isinstance(model, MorphologyEditor) else []
     if (shift is None) == (target is None) or (target is not None and source is None):
         raise ValueError("give source= and target=, two states; or shift=, such as {'COL17A1': 1.0}, and not target=.")
-    if not by_genes and (bad := [d for d in doses if not 0 <= d <= 1 or abs(d * n_steps - round(d * n_steps)) > 1e-6]):
+    if not genes and (bad := [d for d in doses if not 0 <= d <= 1 or abs(d * n_steps - round(d * n_steps)) > 1e-6]):
         raise ValueError(
             f"dose={bad[0]:g} is no step of a model of pairs; with n_steps={n_steps} it takes 0, {1 / n_steps:g}, ... to 1. A "
             "model of genes takes any: sf.tl.train_morphology(data, config='default')."
@@ -224,7 +224,7 @@ def _edit(
             near = difflib.get_close_matches(name, known, 3, 0.3) or known
             raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
         return name, name
-    if not by_genes:
+    if not genes:
         raise ValueError(
             f"shift= needs a model of genes; this one knows pairs of states: {', '.join(map(repr, model.config.transitions))}. "
             "Train one by sf.tl.train_morphology(data, config='default'), or give model='morphology-pancreas-genes'."
@@ -237,8 +237,8 @@ def _edit(
         raise ValueError(
             f"shift must be a dict of genes and changes of log counts, such as {{'COL17A1': 1.0}}, not {shift!r}."
         )
-    if missing := [gene for gene in shift if gene not in model.genes]:
-        near = difflib.get_close_matches(str(missing[0]), model.genes, 3, 0.6)
+    if missing := [gene for gene in shift if gene not in genes]:
+        near = difflib.get_close_matches(str(missing[0]), genes, 3, 0.6)
         raise KeyError(f"the model knows no gene {missing[0]!r}{'; it knows ' + ', '.join(near) if near else ''}.")
     return {gene: float(value) for gene, value in shift.items()}, ", ".join(f"{g} {v:+g}" for g, v in shift.items())
 
@@ -265,7 +265,8 @@ def _described(
 
 def _slides_for(data: AnnData | SpatialData, where: Where, table: AnnData, model: MorphologyFlow) -> list[Slide]:
     """Return slides with crops and what else the model reads: embeddings of its own model, or counts of its genes."""
-    c, size = model.config, {"crop_um": model.config.crop_um, "crop_pixels": model.config.crop_pixels}
+    c = model.config
+    size: dict[str, Any] = {"crop_um": c.crop_um, "crop_pixels": c.crop_pixels}
     if c.objective == "pairs":
         slides = cells_with_images(data, where, model.card["use_rep"], **size)
         _check_embeddings(table, slides, model)

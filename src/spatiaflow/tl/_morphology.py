@@ -145,7 +145,7 @@ def train_morphology(
     slides: list[Slide] = []
     tables: list[AnnData] = []
     rows: list[tuple[list[Slide], int]] = []
-    cut = {"crop_um": config.crop_um, "crop_pixels": config.crop_pixels}
+    cut: dict[str, Any] = {"crop_um": config.crop_um, "crop_pixels": config.crop_pixels}
     for label, one in objects.items():
         own = cells_with_images(
             {label: one} if len(objects) > 1 else one, where, use_rep if by_pairs else None, counts=True, layer=layer,

@@ -109,7 +109,7 @@ def state_shifts(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Return by how much log counts differ between the states of a transition, in each niche and (as "") in all of them.
 
-    The shift is the mean of the paired targets less that of the paired sources, each cell once. Weights by confidence would depend
+    The shift is the mean of the paired targets less that of the paired sources, each cell once. Weights by confidence depend
     on depth: sure pairs have more counts. So the mean confidence only stands beside the shift.
     """
     shifts: dict[str, dict[str, dict[str, Any]]] = {}
