@@ -5,6 +5,7 @@ python docs/images/doses.py     # the bundled weights and the public region (or 
 
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 
 import spatiaflow as sf
@@ -18,5 +19,6 @@ edits = [
     sf.tl.generate_morphology(data, **options, **edit)
     for edit in ({"target": "COL5A2/THBS2"}, {"shift": {"CFTR": 1.0}}, {"shift": {"PECAM1": 1.0}})
 ]
-figure = sf.pl.morphology_dose(edits, cell=cells[7], return_fig=True)
+both = ad.concat(edits, uns_merge="first", index_unique="-")
+figure = sf.pl.morphology_dose(both, cell=cells[7], return_fig=True)
 figure.savefig(Path(__file__).parent / "doses.png", dpi=150)

@@ -154,7 +154,7 @@ def _legend(figure: Figure, names: Sequence[str], palette: np.ndarray, title: st
 
 @verb
 def morphology_dose(
-    data: AnnData | Sequence[AnnData],
+    data: AnnData,
     *,
     cell: str | None = None,
     channels: Sequence[str] | None = None,
@@ -170,8 +170,8 @@ def morphology_dose(
     Parameters
     ----------
     data
-        Result of :func:`spatiaflow.tl.generate_morphology` with several doses, or a list of such results, one an edit, of the
-        same cells and doses.
+        Result of :func:`spatiaflow.tl.generate_morphology` with several doses; or several such results, one an edit, joined by
+        ``anndata.concat(results, uns_merge="first", index_unique="-")``.
     cell
         Name of the source cell. None: the first.
     channels
@@ -192,9 +192,9 @@ def morphology_dose(
     KeyError
         ``data`` holds no generated images, or a channel or the cell is unknown.
     TypeError
-        ``data`` is neither an AnnData nor a list of them.
+        ``data`` is not one AnnData.
     ValueError
-        There is one dose only, results differ in doses, or more channels than can be told apart.
+        There is one dose only, edits differ in doses, or more channels than can be told apart.
 
     Examples
     --------
@@ -205,24 +205,22 @@ def morphology_dose(
     """
     import matplotlib.pyplot as plt
 
-    edits = [_io.unpack(one)[1] for one in ([data] if isinstance(data, AnnData) else data)]
-    used, names, palette = _channels(edits[0], channels)
-    doses = sorted(edits[0].obs["dose"].unique())
+    data = _io.unpack(data)[1]
+    used, names, palette = _channels(data, channels)
+    edits = [data[(data.obs["transition"] == one).to_numpy()] for one in data.obs["transition"].unique()]
+    doses = sorted(data.obs["dose"].unique())
     if len(doses) < 2 or any(sorted(one.obs["dose"].unique()) != doses for one in edits):
-        raise ValueError(
-            "each result must hold the same doses, two or more: generate_morphology(..., dose=[0, 0.5, 1])."
-        )
-    cell = str(edits[0].obs["source_cell"].iloc[0]) if cell is None else cell
+        raise ValueError("every edit needs the same doses, two or more: generate_morphology(..., dose=[0, 0.5, 1]).")
+    cell = str(data.obs["source_cell"].iloc[0]) if cell is None else cell
     lines = []
     for one in edits:
-        here = (one.obs["source_cell"] == cell).to_numpy() & (one.obs["sample"] == 0).to_numpy()
+        here = ((one.obs["source_cell"] == cell) & (one.obs["sample"] == 0)).to_numpy()
         if not here.any():
-            raise KeyError(
-                f"no image was generated of the cell {cell!r}; there are {', '.join(one.obs['source_cell'][:3])}, ..."
-            )
+            there = ", ".join(one.obs["source_cell"].unique()[:3])
+            raise KeyError(f"no image was generated of the cell {cell!r}; there are {there}, ...")
         lines.append(one.obsm["image"][np.flatnonzero(here)[np.argsort(one.obs["dose"][here])]][:, used])
     low, high = _contrast(np.concatenate(lines), percentiles)
-    reach = edits[0].obsm["image"].shape[-1] * float(edits[0].uns["morphology"]["mpp"]) / 2
+    reach = data.obsm["image"].shape[-1] * float(data.uns["morphology"]["mpp"]) / 2
     figure, axes = plt.subplots(
         len(edits), len(doses), figsize=(0.85 * len(doses) + 2.6, 0.85 * len(edits) + 0.7), squeeze=False,
         layout="constrained", gridspec_kw={"wspace": 0.02, "hspace": 0.02},
