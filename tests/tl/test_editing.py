@@ -191,3 +191,20 @@ def test_edits_are_kept_in_a_spatialdata(slide, model, tmp_path):
     assert slide["edited"].n_obs == 8 and list(slide["edited"].obs["dose"][:2]) == [0.5, 1]
     made.write_h5ad(tmp_path / "made.h5ad")
     np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "made.h5ad").obsm["image"], made.obsm["image"])
+
+
+def test_bundled_weights_edit_cells_of_the_public_region(mirror):
+    """By default with ``shift``: cells with more of a gene of ducts take on their stains, by dose, and stay at a dose of 0."""
+    with sf.settings.override(mirror=str(mirror)):
+        sdata = sf.datasets.xenium_pancreas()
+    table = sdata["table"]
+    known = sf.models.load(sf.datasets.weights("morphology-pancreas-genes"))
+    assert all(box["box_um"][2] < 19_000 * 0.2125 for box in known.card["data"].values())  # the rest is for tests
+    states = np.array(known.states(table.X[:, table.var_names.get_indexer(known.states.genes)]), dtype=str)
+    cells = list(table.obs_names[states == "SFRP4/LTBP2"][:30])
+    made = sf.tl.generate_morphology(sdata, source="SFRP4/LTBP2", shift={"CFTR": 1.0}, dose=[0, 0.5, 1], cells=cells)
+    assert made.n_obs == 90 and made.uns["morphology"]["params"]["edit"] == "linear"
+    none = made.obs["dose"] == 0
+    np.testing.assert_array_equal(made.obsm["image"][none], made.obsm["source"][none])
+    bound = means(made, "bound_mean")
+    assert bound[0] < bound[0.5] < bound[1]
