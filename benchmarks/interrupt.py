@@ -59,7 +59,7 @@ def morphology() -> Training:
     sf.pp.morphology_profile(sdata, image_key="fluorescence")
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
     sizes = {"crop_um": 16.0, "crop_pixels": 16, "n_latent": 8, "width": 16, "n_layers": 1, "n_neighbors": 4}
-    config = sf.models.MorphologyConfig(**sizes, batch_size=16)
+    config = sf.models.MorphologyConfig(objective="pairs", **sizes, batch_size=16)
     train.morphology.MAX_STEPS, train.morphology.MIN_BATCHES = 40, 10  # seconds, not minutes
     arguments = {"image_key": "fluorescence", "use_rep": "E", "config": config, "validation": 0.2, "max_epochs": 4}
     return lambda **more: sf.tl.train_morphology(sdata, **arguments, device="cpu", **more).sha256

@@ -126,7 +126,7 @@ def simulated(a, table: results.Table) -> None:
         with_embeddings(test, with_embeddings(train, genes=genes), genes)
         sf.pp.morphology_profile(train, **image)
         real = sf.pp.image_profile(sf.pp.crops(test, crop_um=16.0, crop_pixels=a.pixels, **image))
-        config = MorphologyConfig(crop_um=16.0, crop_pixels=a.pixels, losses={"contrast": 0})
+        config = MorphologyConfig(objective="pairs", crop_um=16.0, crop_pixels=a.pixels, losses={"contrast": 0})
         for context in (True, False):
             sf.tl.pair_transitions(
                 train, transitions=[("A", "B")], groupby="state", niche_key="niche" if context else None, random_state=seed
@@ -159,7 +159,7 @@ def tiles(a, table: results.Table) -> None:
             sf.pp.morphology_profile(sdata, **image)
             sf.pp.tiles(sdata, tile_um=25, groupby="state", pool=pool, key_added="tiles")
         sf.tl.pair_transitions(train, transitions=[("A", "B")], groupby="state", random_state=seed, **options)
-        config = MorphologyConfig(crop_um=25.0, crop_pixels=a.pixels, losses={"contrast": 0})
+        config = MorphologyConfig(objective="pairs", crop_um=25.0, crop_pixels=a.pixels, losses={"contrast": 0})
         model = sf.tl.train_morphology(
             train, use_rep="E", config=config, max_epochs=a.epochs, random_state=seed, **options, **image
         )
@@ -202,7 +202,7 @@ def speed(a, table: results.Table) -> None:
     with_embeddings(sdata)
     sf.pp.morphology_profile(sdata, **image)
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    model = sf.tl.train_morphology(sdata, use_rep="E", max_epochs=1, **image)
+    model = sf.tl.train_morphology(sdata, use_rep="E", config="pairs", max_epochs=1, **image)
     for n in runs:
         start = time.perf_counter()
         made = sf.tl.generate_morphology(sdata, source="A", target="B", model=model, n_steps=n // 2, **image)

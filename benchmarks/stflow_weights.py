@@ -30,7 +30,7 @@ class Recipe:
 
 RECIPES = {
     "breast": Recipe(("A1", "B4", "C2", "C3", "C4", "C5"), 3.2, "donor"),
-    "mouse-brain": Recipe(("A1", "B1"), 4.25, None),
+    "mouse-brain": Recipe(("A1", "B1"), 4.25, None, candidates=300),
 }
 
 

@@ -98,7 +98,7 @@ def work() -> dict[str, Callable[[], Callable]]:
         return lambda: sf.tl.train_stflow(slides, genes=50, config=config, **where)
 
     def train_morphology(**options):
-        config = sf.models.MorphologyConfig(crop_um=16.0, crop_pixels=16, n_latent=16, **options)
+        config = sf.models.MorphologyConfig(objective="pairs", crop_um=16.0, crop_pixels=16, n_latent=16, **options)
         return sf.tl.train_morphology(sdata, use_rep="E", config=config, validation=0.2, max_epochs=1, **IMAGE)
 
     def predict():

@@ -185,10 +185,9 @@ VERBS = {
         Verb(
             "tl.train_morphology",
             lambda m: {
-                "use_rep": "E", "profile_key": None, "config": _tiny_morphology(), "validation": 0.3, "max_epochs": 1,
-                "random_state": 0,
+                "config": _tiny_morphology(), "validation": 0.3, "max_epochs": 1, "random_state": 0,
             },
-            {"positions", "counts", "image", "features", "results"},
+            {"positions", "counts", "image", "results"},
             slow=True,
         ),
         Verb(
@@ -196,7 +195,7 @@ VERBS = {
             lambda m: {
                 "source": "fibroblast", "target": "epithelial", "model": m.morphology, "n_steps": 1, "random_state": 0,
             },
-            {"positions", "image", "features", "groups"},
+            {"positions", "counts", "image", "groups"},
         ),
         Verb("tl.train_imputation", lambda m: {"random_state": 0}, {"counts"}, slow=True),
         Verb("tl.impute_genes", lambda m: {"model": m.imputer, "genes": GENES, "random_state": 0}, {"positions", "counts"}),

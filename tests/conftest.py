@@ -177,7 +177,7 @@ def network():
 
     config = MorphologyConfig(
         ["dapi", "rna"], ["A -> B", "A -> C"], ["area"], crop_pixels=16, n_embedding=6, n_genes=5, n_neighbors=3, n_latent=4,
-        width=32, n_layers=2,
+        width=32, n_layers=2, objective="pairs",
     )  # fmt: skip
     torch.manual_seed(0)
     network = MorphologyNetwork(config).eval()

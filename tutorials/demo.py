@@ -72,7 +72,7 @@ def main() -> None:
         print("generating cells of state A as they would look in state B ...", flush=True)
         fluorescence = {"image_key": "fluorescence"}
         made = sf.tl.generate_morphology(
-            test, source="A", target="B", model="morphology-simulated-small", trajectory=True, **fluorescence
+            test, source="A", target="B", model="morphology-simulated-small", **fluorescence
         )
         crops = sf.pp.crops(test, crop_um=16, crop_pixels=32, **fluorescence)
         real = {s: crops.read(np.flatnonzero(test["table"].obs["state"] == s)).numpy() for s in "AB"}

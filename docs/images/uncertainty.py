@@ -27,7 +27,13 @@ def panel(adata, model, contrast, new_donor, title):
     """Figure of a slide, as an image."""
     adata.obs["total_counts"] = np.asarray(adata.X.sum(1)).ravel()
     table = sf.tl.summarize_expression(
-        adata, model=model, groupby="region", contrast=contrast, depth="total_counts", new_donor=new_donor, random_state=0
+        adata,
+        model=model,
+        groupby="region",
+        contrast=contrast,
+        depth="total_counts",
+        new_donor=new_donor,
+        random_state=0,
     )
     truth = measured(adata, model.genes, contrast)
     inside = sum(row.lower <= truth[row.gene] <= row.upper for row in table.itertuples())

@@ -434,3 +434,13 @@ def test_image_profile_of_a_whole_picture():
     assert found["mean_area_um2"] == pytest.approx(disc * 0.25)
     assert found["nuclear_share"] == pytest.approx(4 * disc / 3600)
     assert found["prot_mean"] == 50 and found["dapi_mean"] == pytest.approx(200 * 4 * disc / 3600)
+
+
+def test_an_image_without_a_marker_of_a_nucleus_is_nan():
+    """In a small ring the distance to the border, smoothed, is largest in the hole, where there is no nucleus."""
+    y, x = np.ogrid[:16, :16]
+    radius = np.hypot(y - 7, x - 7)
+    ring = 200.0 * ((radius > 1.5) & (radius < 2.6))
+    disk = 200.0 * (radius < 4)
+    found = sf.pp.image_profile(np.stack([ring, disk])[:, None], channels=["dapi"], mpp=0.5)
+    assert found.iloc[0].isna().all() and found.iloc[1].notna().all()

@@ -10,7 +10,7 @@ from spatialdata.transformations import get_transformation
 import spatiaflow as sf
 from spatiaflow.train import morphology
 
-TINY = {"n_latent": 16, "width": 32, "n_layers": 2, "n_neighbors": 4}
+TINY = {"objective": "pairs", "n_latent": 16, "width": 32, "n_layers": 2, "n_neighbors": 4}
 IMAGE = {"image_key": "fluorescence"}
 
 
@@ -105,9 +105,9 @@ def test_generated_cells(slide, model, tmp_path):
     other = np.mean([np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] for a, b in zip(images[::2], crops[1:])])
     assert same > other + 0.2
     np.testing.assert_allclose(made.obsm["source"][::2].astype(float), crops.astype(float), atol=1)
-    whole = generate(slide, model, n_steps=2, trajectory=True)
-    assert whole.obsm["trajectory"].shape == (len(sources), 3, 4, 16, 16)
-    np.testing.assert_array_equal(whole.obsm["trajectory"][:, -1], whole.obsm["image"])
+    whole = generate(slide, model, n_steps=2, dose=[0, 0.5, 1], n_samples=2)
+    assert whole.n_obs == 6 * len(sources) and list(whole.obs["dose"][:6]) == [0, 0, 0.5, 0.5, 1, 1]
+    np.testing.assert_array_equal(whole.obsm["image"][whole.obs["dose"] == 1], images)
     whole.write_h5ad(tmp_path / "made.h5ad")
 
 
@@ -154,12 +154,12 @@ def test_noise_belongs_to_the_cell(slide, model):
 def test_figures(slide, model):
     import matplotlib.pyplot as plt
 
-    made = generate(slide, model, n_steps=2, trajectory=True)
+    made = generate(slide, model, n_steps=2, dose=[0.5, 1])
     crops = sf.pp.crops(slide, crop_um=16.0, crop_pixels=16, **IMAGE)
     real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
     figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
     labels = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert labels == ["source", "t = 0.5", "generated", "real targets", "2 µm"]
+    assert labels == ["source", "dose 0.5", "dose 1", "real targets", "2 µm"]
     assert sum(len(ax.images) for ax in figure.axes) == 20
     plt.close(figure)
     profiles = {k: sf.pp.image_profile(crops.take(real[s])) for k, s in (("source", "A"), ("target", "B"))}
@@ -239,6 +239,10 @@ def test_losses_can_be_switched_off(slide):
 def test_bad_input(slide, model):
     with pytest.raises(ValueError, match="does not know 'B -> A'; it knows"):
         generate(slide, model, source="B", target="A")
+    with pytest.raises(ValueError, match="dose=0.3 is no step of a model of pairs; with n_steps=2 it takes 0, 0.5"):
+        generate(slide, model, dose=0.3, n_steps=2)
+    with pytest.raises(ValueError, match="shift= needs a model of genes"):
+        generate(slide, model, target=None, shift={"STATE1": 1.0})
     with pytest.raises(KeyError, match="obs_names has no 'nobody'"):
         generate(slide, model, cells=["nobody"])
     stranger = slide["table"].obs_names[slide["table"].obs["state"] == "B"][0]

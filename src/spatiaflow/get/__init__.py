@@ -3,8 +3,8 @@
 from spatiaflow._process import unchanged
 
 with unchanged():
-    from spatiaflow.get._composition import niche_composition
     from spatiaflow.get._export import geojson, spatialdata
     from spatiaflow.get._expression import expression
+    from spatiaflow.get._niches import niche_composition
 
 __all__ = ["expression", "geojson", "niche_composition", "spatialdata"]

@@ -8,6 +8,7 @@ from spatiaflow._process import unchanged as _unchanged
 
 if _TYPE_CHECKING:
     from spatiaflow.models._base import load as load
+    from spatiaflow.models.editor import MorphologyEditor as MorphologyEditor
     from spatiaflow.models.features import ImageFeatures as ImageFeatures
     from spatiaflow.models.imputer import Imputer as Imputer
     from spatiaflow.models.morphology import MorphologyConfig as MorphologyConfig
@@ -22,7 +23,8 @@ if _TYPE_CHECKING:
 
 _WHERE = {
     "STFlow": "stflow", "STFlowConfig": "stflow", "Spatia": "spatia", "SpatiaConfig": "spatia",
-    "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology", "Imputer": "imputer",
+    "MorphologyEditor": "editor", "MorphologyFlow": "morphology", "MorphologyConfig": "morphology", "States": "morphology",
+    "Imputer": "imputer",
     "ImageFeatures": "features", "PairingConfig": "transport", "Slide": "slide",
 }  # fmt: skip
 __all__ = [*sorted(_WHERE), "load"]

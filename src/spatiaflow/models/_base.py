@@ -168,8 +168,8 @@ def load(path: str | Path, kind: str | None = None) -> Model:
 
 
 def check_kind(found: type[Model], kind: str | None, argument: str = "model") -> None:
-    """Refuse a model of another kind than the one that is needed."""
-    if kind is not None and found.kind != kind:
+    """Refuse a model of another kind than the one that is needed. A kind that is built on it will do."""
+    if kind is not None and kind not in (one.__name__ for one in found.__mro__):
         kinds = with_article(kind), with_article(found.kind)
         raise TypeError(f"{argument} must be {kinds[0]}; this is {kinds[1]}, which {found.verb} takes.")
 

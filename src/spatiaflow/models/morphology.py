@@ -24,6 +24,7 @@ from spatiaflow.models.spatial import GatedMLP
 
 CONDITION = 128  # width of the vector of conditions
 LOSSES = {"flow": 1.0, "alignment": 0.5, "contrast": 0.1}
+EDITS = ("flow", "linear")
 
 
 @dataclass
@@ -32,42 +33,54 @@ class MorphologyConfig(_base.Config):
 
     Attributes
     ----------
+    objective
+        ``"genes"``: one flow from noise to the images of all cells, under their genes, depth and neighbours; an edit goes back to
+        noise and forth again under shifted genes. ``"pairs"``: SPATIA's published objective, a flow from the image of a source
+        to that of its target.
     channels, transitions, profile
         Names of the image's channels, of the transitions ("A -> B"), and of the morphology features of the alignment loss.
         Training fills them in.
     crop_um, crop_pixels
         Side of the images on the tissue and in pixels, a multiple of 8.
+    n_components
+        Genes: principal components of expression that an image is conditioned on.
     n_embedding, n_genes
-        Width of a cell's, niche's and tissue's embedding, and length of a transition's shift of genes. Training fills them in.
+        Pairs: width of a cell's, niche's and tissue's embedding, and length of a transition's shift of genes. Training fills them
+        in.
     n_neighbors
-        Neighbours that a cell's image is conditioned on, one token each.
+        Neighbours that a cell's image is conditioned on.
     spatial
-        Whether niche, tissue and neighbours condition the image at all.
+        Pairs: whether niche, tissue and neighbours condition the image at all.
     start, noise
-        The path begins at ``"control"``: the latents of the control image, whose standard deviation is 1, plus noise of this
-        standard deviation, without which a cell has one outcome. Or it begins at pure ``"noise"``; then the network also sees
-        the latents of the control image.
+        Pairs: the path begins at ``"control"``: the latents of the control image, whose standard deviation is 1, plus noise of
+        this standard deviation, without which a cell has one outcome. Or it begins at pure ``"noise"``; then the network also
+        sees the latents of the control image.
     n_latent
         Length of the latents of an image.
     width, n_layers, n_heads
-        Sizes of the perceptron between latents, and of the attention to neighbours.
+        Sizes of the perceptron between latents, and (pairs) of the attention to neighbours.
     drop
-        Probability that a sample is trained without conditions, for guidance.
+        Probability that a sample is trained without conditions, for guidance. Genes: another such share is trained without the
+        cell's own genes.
     weighted
-        Weigh pairs by their confidence.
+        Pairs: weigh pairs by their confidence.
     exchange
-        Let similar sources of one niche exchange their targets in each batch, so that their images are close (minibatch optimal
-        transport): paths are shorter, and more of the source is kept.
+        Pairs: let similar sources of one niche exchange their targets in each batch, so that their images are close (minibatch
+        optimal transport): paths are shorter, and more of the source is kept.
     losses
-        Weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads off
-        generated and real images) and ``"contrast"`` (the conditions of another transition must fit worse). 0 switches one
+        Pairs: weights of ``"flow"``, ``"alignment"`` (sliced Wasserstein distance of the morphology that a small network reads
+        off generated and real images) and ``"contrast"`` (the conditions of another transition must fit worse). 0 switches one
         off; the default is 1, .5 and .1.
     batch_size
-        Pairs a step.
+        Pairs or cells a step.
     devices, precision
         As in Lightning's Trainer.
+    edit
+        Genes: ``"flow"``, or ``"linear"``: the ridge regression from a shift of genes to a shift of latents. None: training takes
+        what is nearer to real targets on the held-out cells.
     guidance
-        Strength of classifier-free guidance when images are generated; 0 is none.
+        Strength of classifier-free guidance when images are generated; 0 is none. None: none for pairs; for genes training
+        takes the best on the held-out cells.
 
     Examples
     --------
@@ -81,6 +94,7 @@ class MorphologyConfig(_base.Config):
     profile: list[str] = field(default_factory=list)
     crop_um: float = 20.4
     crop_pixels: int = 48
+    n_components: int = 50
     n_embedding: int = 128
     n_genes: int = 0
     n_neighbors: int = 12
@@ -98,11 +112,18 @@ class MorphologyConfig(_base.Config):
     batch_size: int = 128
     devices: int | str = 1
     precision: str = "32-true"
-    guidance: float = 0.0
+    objective: str = "genes"
+    edit: str | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start not in ("control", "noise"):
-            raise ValueError(f"start must be one of 'control', 'noise', not {self.start!r}.")
+        for name, known in (
+            ("objective", ("genes", "pairs")),
+            ("start", ("control", "noise")),
+            ("edit", (None, *EDITS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}.")
         if self.crop_um <= 0:
             raise ValueError(f"crop_um must be a positive number, not {self.crop_um!r}.")
         if self.crop_pixels < 1 or self.crop_pixels % SCALE:
@@ -114,7 +135,7 @@ class MorphologyConfig(_base.Config):
         self.losses = LOSSES | self.losses
 
 
-MorphologyConfig.named = {"default": MorphologyConfig()}
+MorphologyConfig.named = {"default": MorphologyConfig(), "pairs": MorphologyConfig(objective="pairs")}
 
 
 class Layer(nn.Module):
@@ -235,7 +256,9 @@ class States:
 
 
 class MorphologyFlow(_base.Model):
-    """A fitted generator of cell images; made by :func:`spatiaflow.tl.train_morphology` or :func:`spatiaflow.models.load`.
+    """A fitted generator of cell images, learned from pairs of cells.
+
+    Made by :func:`spatiaflow.tl.train_morphology` with ``config="pairs"``, or by :func:`spatiaflow.models.load`.
 
     Attributes
     ----------
@@ -292,7 +315,7 @@ class MorphologyFlow(_base.Model):
         the state. Latents that do not change leave the image as it is.
         """
         network, c, turns = self.network, self.config, canonical(control)
-        guidance = c.guidance
+        guidance = c.guidance or 0.0
         control = turned(control, turns)
         given, conditions = self.autoencoder.encode(control), conditions.turned(turns)
         condition = network.condition(conditions)
@@ -321,9 +344,9 @@ class MorphologyFlow(_base.Model):
         transition: str,
         niche: np.ndarray,
         *,
+        doses: Sequence[float] = (1.0,),
         n_samples: int = 1,
         n_steps: int = 5,
-        trajectory: bool = False,
         batch_size: int = 256,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -340,8 +363,10 @@ class MorphologyFlow(_base.Model):
             Cells inside their image, as places among the cells of all slides, one slide after the other.
         niche
             Niche of each of the cells. Where the model does not know it, the mean shift over all niches is used.
+        doses
+            Places on the path from the source (0) to the target (1), at ends of steps.
         n_samples
-            Images of each cell. The noise depends on the seed, the sample and the name of the cell.
+            Images of each cell and dose. The noise depends on the seed, the sample and the name of the cell.
         batch_size
             Images that are generated at a time.
         update
@@ -349,10 +374,9 @@ class MorphologyFlow(_base.Model):
 
         Returns
         -------
-        ``"image"`` and ``"source"``, n * n_samples x C x p x p, the samples of a cell one after the other; with ``trajectory``
-        also ``"trajectory"``, n * n_samples x n_steps + 1 x C x p x p.
+        ``"image"`` and ``"source"``, n * doses * n_samples x C x p x p; all images of a cell one after the other, by dose.
         """
-        c, n, first = self.config, len(rows), 0
+        c, n = self.config, len(rows)
         level = int(self.card["level"] == "niche")
         modules = self.network.to(device), self.autoencoder.to(device)
         around = Context.of(slides, c.n_neighbors, c.crop_um)
@@ -361,29 +385,44 @@ class MorphologyFlow(_base.Model):
         genes, profile = (
             np.array([shifts[one][kind] for one in known]).reshape(n, -1) for kind in ("genes", "profile")
         )
-        order = np.full(len(around.cell), -1)
-        order[rows] = np.arange(n)
+
+        def make(control: Tensor, names: np.ndarray, here: np.ndarray) -> dict[str, Tensor]:
+            given = around.conditions(rows[here], which[here], genes[here], profile[here], level).to(device)
+            paths = []
+            for sample in range(n_samples):
+                noise = named_noise(names, seed, sample, c.n_latent).to(device)
+                path = self.generate(control, given, noise, n_steps=n_steps, trajectory=True)
+                paths.append(path[[round(dose * n_steps) for dose in doses]])
+            images = torch.stack(paths, 1).flatten(0, 1).transpose(0, 1)  # n x (doses x samples) x C x p x p
+            return {"image": images, "source": control[:, None].expand_as(images)}
+
+        made = self.read(slides, rows, make, batch_size=batch_size, device=device, update=update)
+        for module in modules:
+            module.cpu()
+        return made
+
+    def read(
+        self, slides: Sequence[Slide], rows: np.ndarray, make: Callable[[Tensor, np.ndarray, np.ndarray], dict[str, Tensor]], *,
+        batch_size: int, device: torch.device | str, update: Callable[[int], object],
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Return what ``make`` makes of the images of some cells, in the type and scale of the slides' images.
+
+        ``make`` takes images (n x C x p x p), the names of their cells and their places in ``rows``. It returns arrays n x m x
+        ... x C x p x p by name; here they are n * m x ....
+        """
+        order, first = np.full(sum(map(len, slides)), -1), 0
+        order[rows] = np.arange(len(rows))
         made: dict[str, np.ndarray] = {}
         for slide in slides:
             own, crops = order[first : first + len(slide)], slide.crops
             first += len(slide)
             for some, found in crops.batches(batch_size, np.flatnonzero((own >= 0) & crops.inside)):
-                here, names = own[some], slide.obs_names[some]
                 control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
-                given = around.conditions(rows[here], which[here], genes[here], profile[here], level)
-                for sample in range(n_samples):
-                    noise = named_noise(names, seed, sample, c.n_latent).to(device)
-                    path = self.generate(control, given.to(device), noise, n_steps=n_steps, trajectory=trajectory).cpu()
-                    images = {"image": path[-1] if trajectory else path, "source": control.cpu()}
-                    if trajectory:
-                        images["trajectory"] = path.transpose(0, 1)
-                    for slot, values in images.items():
-                        pixels = unscaled((values + 1) / 2, self.intensity, c.channels, found.numpy().dtype)
-                        made.setdefault(slot, np.zeros((n, n_samples, *pixels.shape[1:]), pixels.dtype))
-                        made[slot][here, sample] = pixels
-                    update(len(here))
-        for module in modules:
-            module.cpu()
+                for slot, values in make(control, slide.obs_names[some], own[some]).items():
+                    pixels = unscaled((values.cpu() + 1) / 2, self.intensity, self.config.channels, found.numpy().dtype)
+                    made.setdefault(slot, np.zeros((len(rows), *pixels.shape[1:]), pixels.dtype))
+                    made[slot][own[some]] = pixels
+                update(len(some))
         return {slot: values.reshape(-1, *values.shape[2:]) for slot, values in made.items()}
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -404,7 +443,10 @@ class MorphologyFlow(_base.Model):
     @classmethod
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyFlow:
         """Rebuild a model from the description and tensors of its file."""
-        d, config = description, MorphologyConfig(**description["config"])
+        d, config = (
+            description,
+            MorphologyConfig(**{"objective": "pairs"} | description["config"]),
+        )  # of 0.1.0: all pairs
         parts: dict[str, Any] = {
             "network": MorphologyNetwork(config),
             "autoencoder": Autoencoder(len(config.channels), config.n_latent, config.crop_pixels),
@@ -429,7 +471,7 @@ def start(control: Tensor, noise: Tensor, c: MorphologyConfig) -> Tensor:
     return noise if c.start == "noise" else control + c.noise * noise
 
 
-def named_noise(names: Sequence[str], seed: int, sample: int, n: int) -> Tensor:
+def named_noise(names: Sequence[str] | np.ndarray, seed: int, sample: int, n: int) -> Tensor:
     """Return standard normal noise (cells x n) that depends on the name of each cell."""
     draws = [
         np.random.default_rng([seed, sample, zlib.crc32(str(name).encode())]).standard_normal(n, np.float32)

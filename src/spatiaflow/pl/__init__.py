@@ -7,7 +7,7 @@ with unchanged():
     from spatiaflow.pl._calibration import calibration
     from spatiaflow.pl._crops import crops
     from spatiaflow.pl._expression import expression
-    from spatiaflow.pl._generation import profile_shift, transition
+    from spatiaflow.pl._generation import morphology_dose, profile_shift, transition
     from spatiaflow.pl._grid import tissue
     from spatiaflow.pl._imputation import imputation
     from spatiaflow.pl._levels import attention, levels
@@ -26,6 +26,7 @@ __all__ = [
     "gene_scores",
     "imputation",
     "levels",
+    "morphology_dose",
     "niche_stability",
     "pairs",
     "profile",

@@ -255,6 +255,8 @@ def measured(
             mask, first = np.ones(blobs.shape, bool), _field(blobs, mpp)
         else:
             at = np.argwhere(blobs)
+            if not len(at):  # the border of what is bright is deepest outside of it, as in a small ring
+                continue
             nearest = at[((at - (np.array(blobs.shape) - 1) / 2) ** 2).sum(1).argmin()]
             mask = blobs == blobs[tuple(nearest)]
             first = _shape(mask, mpp)

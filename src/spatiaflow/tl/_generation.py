@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from spatiaflow.tl._trust import warn_of_difference
 if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
 
-DEFAULT_WEIGHTS = "morphology-pancreas-small"
+DEFAULT_WEIGHTS = {False: "morphology-pancreas-small", True: "morphology-pancreas-genes"}  # with a shift of genes?
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
@@ -43,14 +44,14 @@ BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 an
 def generate_morphology(
     data: AnnData | SpatialData,
     *,
-    source: str,
-    target: str,
+    source: str | None = None,
+    target: str | None = None,
+    shift: Mapping[str, float] | None = None,
+    dose: float | Sequence[float] = 1.0,
     model: MorphologyFlow | str | Path | None = None,
-    groupby: str | None = None,
     cells: Sequence[str] | None = None,
     n_samples: int = 1,
     n_steps: int = 5,
-    trajectory: bool = False,
     table_key: str = "table",
     image_key: str | None = None,
     shapes_key: str | None = None,
@@ -63,33 +64,38 @@ def generate_morphology(
     random_state: int | None = None,
     key_added: str | None = None,
 ) -> AnnData:
-    """Generate images of cells of one state as they would look in another state, in their place in the tissue.
+    """Generate images of cells as they would look in another state, or with other genes, in their place in the tissue.
 
-    The images show what cells of the target state, matched by expression, look like in such surroundings. They are no forecast
-    of what an intervention would do.
+    A model of genes edits each cell: its image goes back to noise under its own genes, and forward under genes that are shifted
+    towards the target state, or by ``shift``. The images show what cells with such genes look like in such surroundings. They are
+    no forecast of what an intervention would do.
 
     Parameters
     ----------
     data
-        Cells with an image, and with the embeddings that the model was trained with; or a list or dict of such objects. With a
-        model of niches, a table of tiles.
+        Cells with an image and with raw counts in ``X`` (for a model of pairs, with the embeddings that it was trained with); or
+        a list or dict of such objects. With a model of niches, a table of tiles.
     source, target
-        States. The model must know the transition.
+        States, from the column that the model was trained with; where it is missing, by the model's own rule, if it has one
+        (``model.states``). The model must know the transition. With ``shift``, ``source`` may be given alone, to edit its cells.
+    shift
+        Instead of ``target``: by how much to change the log counts (per median cell) of some genes, such as ``{"COL17A1": 1.0}``.
+        Only for models of genes.
+    dose
+        Share of the edit, or several: 0 leaves a cell as it is, .5 goes half the way. For a model of pairs, a place on the path
+        from the source (0, with noise) to the target (1), at the end of one of its steps.
     model
-        :class:`spatiaflow.models.MorphologyFlow`, the path of one, or the name of weights that
-        :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-small"``, with the transitions of one pancreas.
-        Set ``model.config.guidance`` for classifier-free guidance.
-    groupby
-        Column of ``.obs`` with the states. None: the column that the model was trained with; where it is missing, the model's
-        own rule, if it has one (``model.states``).
+        :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path
+        of one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-genes"`` with
+        ``shift`` and ``"morphology-pancreas-small"`` (of pairs) with ``target``, both of one pancreas. Set
+        ``model.config.guidance`` for another strength of guidance.
     cells
-        Names of the source cells. None: all cells of the state.
+        Names of the source cells. None: all cells of the state; without ``source`` all cells of the table.
     n_samples
-        Images of each cell, from as many draws of noise.
+        Images of each cell and dose. For a model of pairs each is a draw of noise. A model of genes makes the first without noise
+        and mixes 30 % of fresh noise into the others.
     n_steps
         Steps of Heun's method. Each evaluates the network twice.
-    trajectory
-        Also keep the images at the steps in between.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key, spatial_key, mpp
@@ -106,11 +112,12 @@ def generate_morphology(
 
     Returns
     -------
-    AnnData with one row a generated cell: ``X``, its profile by :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x
-    channels x pixels x pixels, in the type and scale of the image, and ``.obsm["source"]``, the same of the source cells; with
-    ``trajectory`` ``.obsm["trajectory"]``, n x n_steps + 1 x channels x pixels x pixels; ``.obsm["spatial"]``, µm; ``.obs``
-    with ``source_cell``, ``transition``, ``niche``, ``sample`` and ``seed``; ``.uns["morphology"]`` with ``channels``, ``mpp``,
-    ``intensity`` (background and bright end of each channel), ``times`` (of the trajectory) and ``params``.
+    AnnData with one row a generated cell, by source cell, dose and sample: ``X``, its profile by
+    :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x pixels x pixels, in the type and scale of the image,
+    and ``.obsm["source"]``, the same of the source cells; ``.obsm["spatial"]``, µm; ``.obs`` with ``source_cell``, ``transition``
+    ("A -> B", or the shift in words), ``niche``, ``dose``, ``sample``, ``seed`` and, for models of genes, ``confidence``: of the
+    training pairs from which the shift in this niche was learned (NaN with ``shift``); ``.uns["morphology"]`` with ``channels``,
+    ``mpp``, ``intensity`` (background and bright end of each channel) and ``params``.
 
     With ``key_added`` a SpatialData is also written into. Sets:
 
@@ -120,20 +127,20 @@ def generate_morphology(
     Raises
     ------
     KeyError
-        The embeddings or the column of states are missing.
+        The embeddings, the column of states or a gene of ``shift`` are missing.
     TypeError
         ``model`` is a model of another kind.
     ValueError
-        The embeddings were made by another model, the model does not know the transition, it was trained on tiles and these are
-        cells (or the reverse), no cell is of the source state, channels differ, or ``key_added`` is given with an AnnData or is
-        the name of another element.
+        The embeddings were made by another model, the model does not know the transition or knows no genes, it was trained on
+        tiles and these are cells (or the reverse), no cell is of the source state, channels differ, under half of the model's
+        genes are measured, or ``key_added`` is given with an AnnData or is the name of another element.
 
     Warns
     -----
     UserWarning
         Data differ from the training data: over a third of the source cells have a score above 0.95 in
-        ``.obs["X_spatia_ood"]`` (absent: not compared), or the image is many times brighter or darker. Source cells
-        have no niche, or one that training did not see.
+        ``.obs["X_spatia_ood"]`` (absent: not compared), genes are missing, or the image is many times brighter or darker. Source
+        cells have no niche, or one that training did not see.
         What older models do not store is not compared.
 
     Examples
@@ -151,44 +158,35 @@ def generate_morphology(
     _io.at_least_one(n_samples=n_samples, n_steps=n_steps)
     _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
-    cells = _io.names(cells, "cells")
-    model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS))
-    name = f"{source} -> {target}"
+    cells, doses = _io.names(cells, "cells"), _doses(dose)
+    model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS[shift is not None]))
+    edit, name = _edit(model, source, target, shift, doses, n_steps)
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
-    _check_table(table, table_key, model, name)
-    use_rep = model.card["use_rep"]
-    slides = cells_with_images(data, where, use_rep, crop_um=c.crop_um, crop_pixels=c.crop_pixels)
-    _check_embeddings(table, slides, model)
-    slides = _as_in_training(slides, model)
+    _check_table(table, table_key, model)
+    slides = _as_in_training(_slides_for(data, where, table, model), model)
     place, inside = placed(table, slides)
-    rows = _sources(table, groupby, model, source, target, cells, inside)
-    if (ood := Key.obs.ood(use_rep)) in table.obs:
+    rows = _sources(table, model, source, target, cells, inside)
+    if (ood := Key.obs.ood(model.card["use_rep"])) in table.obs:
         warn_of_difference(ood=table.obs[ood].to_numpy()[rows])
-    niche = _niches(table, rows, model, name)
-    with progress(None, "generating", total=len(rows) * n_samples, unit="cell") as bar:
+    niche = _niches(table, rows, model, name) if shift is None else np.full(len(rows), "")
+    with progress(None, "generating", total=len(rows), unit="cell") as bar:
         made = model.generate_cells(
-            slides, place[rows], name, niche, n_samples=n_samples, n_steps=n_steps, trajectory=trajectory,
+            slides, place[rows], edit, niche, doses=doses, n_samples=n_samples, n_steps=n_steps,
             batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device), update=bar.update,
         )  # fmt: skip
     own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
     channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
     profile = measured(made["image"], channels, scale, whole=level == "niche")
-    repeated, sample = np.repeat(np.arange(len(rows)), n_samples), np.tile(np.arange(n_samples), len(rows))
-    names = table.obs_names[rows[repeated]]
-    obs = pd.DataFrame(
-        {"source_cell": names.to_numpy(), "transition": name, "niche": niche[repeated], "sample": sample, "seed": seed},
-        index=[f"{cell}_{i}" for cell, i in zip(names, sample)],
-    )
+    obs = _described(table.obs_names[rows], name, niche, doses, n_samples, seed, model)
     out = AnnData(profile.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=profile.columns), obsm=made)
-    at = place[rows[repeated]]
+    at = place[np.repeat(rows, len(doses) * n_samples)]
     out.obsm[Key.obsm.spatial] = np.concatenate([slide.xy for slide in slides])[at]
     out.uns["morphology"] = {
         "channels": channels, "mpp": scale,
         "intensity": {own[channel]: ends for channel, ends in model.intensity.items()},
-        "times": [i / n_steps for i in range(n_steps + 1)],
         "params": _io.provenance(
-            started, model=model, random_state=seed, source=source, target=target, level=level, n_samples=n_samples,
-            n_steps=n_steps, guidance=c.guidance,
+            started, model=model, random_state=seed, source=source or "", target=target or "", shift=dict(shift or {}),
+            dose=doses, level=level, n_samples=n_samples, n_steps=n_steps, guidance=c.guidance or 0.0, edit=c.edit or "",
         ),
     }  # fmt: skip
     if key_added is not None:
@@ -197,12 +195,96 @@ def generate_morphology(
     return out
 
 
-def _check_table(table: AnnData, table_key: str, model: MorphologyFlow, name: str) -> None:
-    """Refuse a transition that the model does not know, and cells for a model of tiles or tiles for a model of cells."""
-    known = model.config.transitions
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3, 0.3) or known
-        raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
+def _doses(dose: float | Sequence[float]) -> list[float]:
+    """Return doses as a list, after a check."""
+    doses = [dose] if isinstance(dose, Real) else list(dose) if isinstance(dose, Sequence | np.ndarray) else []
+    if not doses or not all(isinstance(one, Real) and np.isfinite(one) for one in doses) or len({*doses}) < len(doses):
+        raise ValueError(f"dose must be a number, or a list of different ones such as [0, 0.5, 1], not {dose!r}.")
+    return [float(one) for one in doses]
+
+
+def _edit(
+    model: MorphologyFlow, source: str | None, target: str | None, shift: Mapping[str, float] | None, doses: list[float],
+    n_steps: int,
+) -> tuple[Any, str]:  # fmt: skip
+    """Return the edit, a transition or a shift of genes, and its name; refuse what the model does not know."""
+    from spatiaflow.models.editor import MorphologyEditor
+
+    genes = model.genes if isinstance(model, MorphologyEditor) else []
+    if (shift is None) == (target is None) or (target is not None and source is None):
+        raise ValueError("give source= and target=, two states; or shift=, such as {'COL17A1': 1.0}, and not target=.")
+    if not genes and (bad := [d for d in doses if not 0 <= d <= 1 or abs(d * n_steps - round(d * n_steps)) > 1e-6]):
+        raise ValueError(
+            f"dose={bad[0]:g} is no step of a model of pairs; with n_steps={n_steps} it takes 0, {1 / n_steps:g}, ... to 1. A "
+            "model of genes takes any: sf.tl.train_morphology(data, config='default')."
+        )
+    if shift is None:
+        name, known = f"{source} -> {target}", model.config.transitions
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.3) or known
+            raise ValueError(f"the model does not know {name!r}; it knows {', '.join(map(repr, near))}.")
+        return name, name
+    if not genes:
+        raise ValueError(
+            f"shift= needs a model of genes; this one knows pairs of states: {', '.join(map(repr, model.config.transitions))}. "
+            "Train one by sf.tl.train_morphology(data, config='default'), or give model='morphology-pancreas-genes'."
+        )
+    if (
+        not isinstance(shift, Mapping)
+        or not shift
+        or not all(isinstance(v, Real) and np.isfinite(v) for v in shift.values())
+    ):
+        raise ValueError(
+            f"shift must be a dict of genes and changes of log counts, such as {{'COL17A1': 1.0}}, not {shift!r}."
+        )
+    if missing := [gene for gene in shift if gene not in genes]:
+        near = difflib.get_close_matches(str(missing[0]), genes, 3, 0.6)
+        raise KeyError(f"the model knows no gene {missing[0]!r}{'; it knows ' + ', '.join(near) if near else ''}.")
+    return {gene: float(value) for gene, value in shift.items()}, ", ".join(f"{g} {v:+g}" for g, v in shift.items())
+
+
+def _described(
+    names: pd.Index, edit: str, niche: np.ndarray, doses: list[float], n_samples: int, seed: int, model: MorphologyFlow
+) -> pd.DataFrame:
+    """Return what ``.obs`` says of generated cells: by source cell, dose and sample."""
+    n, each = len(names), len(doses) * n_samples
+    obs = pd.DataFrame(
+        {
+            "source_cell": np.repeat(names.to_numpy(), each), "transition": edit, "niche": np.repeat(niche, each),
+            "dose": np.tile(np.repeat(doses, n_samples), n), "sample": np.tile(np.arange(n_samples), n * len(doses)),
+            "seed": seed,
+        },
+        index=[f"{cell}_{i}" for cell in names for i in range(each)],
+    )  # fmt: skip
+    if model.config.objective == "genes":
+        shifts = model.shifts.get(edit, {})
+        known = {one: shifts.get(one, shifts.get("", {})).get("confidence", np.nan) for one in set(niche)}
+        obs["confidence"] = obs["niche"].map(known).astype(float)
+    return obs
+
+
+def _slides_for(data: AnnData | SpatialData, where: Where, table: AnnData, model: MorphologyFlow) -> list[Slide]:
+    """Return slides with crops and what else the model reads: embeddings of its own model, or counts of its genes."""
+    c = model.config
+    size: dict[str, Any] = {"crop_um": c.crop_um, "crop_pixels": c.crop_pixels}
+    if c.objective == "pairs":
+        slides = cells_with_images(data, where, model.card["use_rep"], **size)
+        _check_embeddings(table, slides, model)
+        return slides
+    slides, genes = cells_with_images(data, where, None, counts=True, **size), set(model.genes)  # type: ignore[attr-defined]
+    for slide in slides:
+        if missing := sorted(genes - set(slide.genes)):
+            if 2 * len(missing) > len(genes):
+                raise ValueError(
+                    f"slide {slide.name!r} has {len(genes) - len(missing)} of the model's {len(genes)} genes; it needs half of "
+                    f"them. Missing are {', '.join(missing[:5])} ... Are the names of the same kind (symbols, Ensembl)?"
+                )
+            warn(f"slide {slide.name!r} lacks {len(missing)} of the model's {len(genes)} genes: they count as average.")
+    return slides
+
+
+def _check_table(table: AnnData, table_key: str, model: MorphologyFlow) -> None:
+    """Refuse cells for a model of tiles, and tiles for a model of cells."""
     if is_tiles(table) != (model.card["level"] == "niche"):
         have, need = ("tiles", "cells") if is_tiles(table) else ("cells", "tiles of sf.pp.tiles")
         raise ValueError(
@@ -264,17 +346,19 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
 
 
 def _sources(
-    table: AnnData, groupby: str | None, model: MorphologyFlow, source: str, target: str, cells: Sequence[str] | None,
+    table: AnnData, model: MorphologyFlow, source: str | None, target: str | None, cells: Sequence[str] | None,
     inside: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """Return the rows of the source cells; by the model's own rule for states where no column names them."""
-    column = groupby or model.card["groupby"]
-    if model.card["level"] == "niche":
+    column = model.card["groupby"]
+    if source is None:
+        where, chosen = "all rows", np.ones(table.n_obs, bool)
+    elif model.card["level"] == "niche":
         where, chosen = (
             f"obsm[{column!r}]",
-            state_shares(table, column, model.card["min_share"]).is_source(source, target),
+            state_shares(table, column, model.card["min_share"]).is_source(source, target or ""),
         )
-    elif groupby is None and column not in table.obs and model.states is not None:
+    elif column not in table.obs and model.states is not None:
         counts, _ = _io.counts(table, model.states.genes)
         logger.info("obs has no %r: states by the rule that comes with the model", column)
         where, chosen = "the model's rule", np.array(model.states(sparse.csr_matrix(counts)), dtype=str) == source

@@ -18,7 +18,7 @@ from spatiaflow.models.slide import LEVELS, Slide
 def cells_with_images(
     data,
     where: Where,
-    use_rep: str,
+    use_rep: str | None,
     *,
     crop_um: float,
     crop_pixels: int,
@@ -26,11 +26,11 @@ def cells_with_images(
     layer: str | None = None,
     together: bool = True,
 ) -> list[Slide]:
-    """Return slides with crops; their features are the embeddings of cell, niche and tissue side by side.
+    """Return slides with crops; their features are the embeddings ``use_rep`` of cell, niche and tissue side by side.
 
     ``together=False``: the caller has slides of more objects, and makes :func:`check_together` compare all of them.
     """
-    slots = [Key.obsm.level(use_rep, level) for level in LEVELS]
+    slots = [] if use_rep is None else [Key.obsm.level(use_rep, level) for level in LEVELS]
     for one in _io.objects_of(data).values():
         table = _io.unpack(one, where.table_key)[1]
         found = [_io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...") for slot in slots]
@@ -40,9 +40,9 @@ def cells_with_images(
                 f"the levels of {use_rep!r} have {widths} columns. The generator takes learned levels of one width: embed by a "
                 'model that was trained with SpatiaConfig(context="attention").'
             )
-    need = ("features", "crops", *(["counts"] if counts else []))
+    need = ("crops", *(["features"] if slots else []), *(["counts"] if counts else []))
     slides = gather(
-        data, where, need=need, use_rep=slots, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer, together=together
+        data, where, need=need, use_rep=slots or None, crop_um=crop_um, crop_pixels=crop_pixels, layer=layer, together=together
     )  # fmt: skip
     for slide in slides:
         check_inside(slide.crops, slide.name)

@@ -51,38 +51,45 @@ def train_morphology(
     device: str | None = None,
     random_state: int | None = None,
 ) -> MorphologyFlow:
-    """Train a generator of cell images under the transitions that :func:`pair_transitions` found.
+    """Train a generator of cell images for the transitions that :func:`pair_transitions` found and for any shift of genes.
 
-    The model is a flow from the image of a source cell, with noise, to the image of its target. It runs between latents of an
-    autoencoder that is fitted to the same images, all in a canonical orientation. It is conditioned on the embeddings of the
-    cell, its niche and its tissue, on the neighbours and their offsets, on the transition, and on the mean shift of genes and
-    morphology in it. Each pair counts by its confidence.
+    The default model is one flow from noise to the images of all cells, under their genes, depth and neighbours. To edit a cell,
+    its image goes back to noise under its own genes, and forward under shifted ones. Pairs say by how much the genes of one state
+    differ from those of another, in each niche; each pair counts by its confidence. A linear map from genes to images is fitted
+    beside it, and taken instead where it is nearer to real cells of the target states in the held-out band. So is the strength of
+    guidance. What was compared is in ``model.card["validation_scores"]``, relative to unchanged source cells (1).
+
+    ``config="pairs"`` trains SPATIA's published objective: a flow from the image of a source cell, with noise, to the image of
+    its target, conditioned on embeddings, the transition, and the mean shift of genes and morphology in it.
+
+    Both run between latents of an autoencoder that is fitted to the same images, all in a canonical orientation.
 
     Parameters
     ----------
     data
-        Cells with an image, pairs, embeddings and morphology: one object, or a list or dict of them, on which one model is
-        trained. A table of :func:`spatiaflow.pp.tiles` trains a model of niches: make it with
-        ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, and give ``table_key="tiles"`` and a config whose
-        ``crop_um`` is the side of a tile.
+        Cells with an image, raw counts and pairs, and for a model of pairs embeddings and morphology: one object, or a list or
+        dict of them, on which one model is trained. A table of :func:`spatiaflow.pp.tiles` trains a model of niches, by pairs:
+        make it with ``pp.tiles(sdata, groupby=..., pool=[...], key_added="tiles")``, and give ``table_key="tiles"`` and a config
+        whose ``crop_um`` is the side of a tile.
     pairs_key
         ``key_added`` of :func:`pair_transitions`.
     use_rep
-        Embeddings of the levels: ``.obsm[f"{use_rep}_cell"]``, ``_niche`` and ``_tissue``.
+        Pairs: embeddings of the levels: ``.obsm[f"{use_rep}_cell"]``, ``_niche`` and ``_tissue``.
     profile_key
-        DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``. None trains without the alignment loss and without
-        the shift of morphology.
+        Pairs: DataFrame of :func:`spatiaflow.pp.morphology_profile` in ``.obsm``. None trains without the alignment loss and
+        without the shift of morphology.
     config
-        Sizes and training settings: a :class:`spatiaflow.models.MorphologyConfig`. None: the defaults.
+        Sizes and training settings: a :class:`spatiaflow.models.MorphologyConfig`, or ``"default"`` (genes) or ``"pairs"``.
+        None: the defaults.
     validation
-        Share of each slide that is held out as a band, to choose the epoch.
+        Share of each slide that is held out as a band, to choose the epoch and the edit.
     max_epochs
         Epochs. One is at least 200 steps of the flow, and 300 of the autoencoder up to 3,000 in all.
     checkpoint_dir, resume
         Folder for checkpoints, for this run alone, and whether to continue the run that it holds. A continued run gives the
         model of an uninterrupted one.
     layer
-        Layer with raw counts, for the shift of genes. None reads ``X``.
+        Layer with raw counts. None reads ``X``.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key, spatial_key, mpp
@@ -94,19 +101,25 @@ def train_morphology(
 
     Returns
     -------
-    :class:`spatiaflow.models.MorphologyFlow`, with ``.history``, ``.card`` and ``.save(path)``.
+    :class:`spatiaflow.models.MorphologyEditor`, or with ``config="pairs"`` a :class:`spatiaflow.models.MorphologyFlow`, with
+    ``.history``, ``.card`` and ``.save(path)``.
 
     Raises
     ------
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        A transition has no pairs, no pair lies in the image, ``validation`` leaves none, or ``checkpoint_dir`` holds another
-        run or a damaged file.
+        Tiles without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation``
+        leaves none, or ``checkpoint_dir`` holds another run or a damaged file.
     RuntimeError
         Another run uses ``checkpoint_dir``; the message names it.
     OSError
         The disk is full.
+
+    Warns
+    -----
+    UserWarning
+        Held-out cells of the states are too few to choose the edit.
 
     Examples
     --------
@@ -117,10 +130,10 @@ def train_morphology(
     ...     sdata, image_key="fluorescence", config=config, validation=0.2, max_epochs=1
     ... )
     >>> model
-    MorphologyFlow: A -> B; channels dapi, bound, rna, prot
+    MorphologyEditor: 60 genes, A -> B; channels dapi, bound, rna, prot
     """
     from spatiaflow.models.morphology import MorphologyConfig
-    from spatiaflow.train import morphology, pairs
+    from spatiaflow.train import editor, morphology, pairs
 
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     seed, config = resolve_seed(random_state), MorphologyConfig.of(config)
@@ -128,19 +141,16 @@ def train_morphology(
         raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     _io.at_least_one(max_epochs=max_epochs)
     _io.share(validation=validation)
-    objects = _io.objects_of(data)
+    objects, by_pairs = _io.objects_of(data), config.objective == "pairs"
     slides: list[Slide] = []
     tables: list[AnnData] = []
     rows: list[tuple[list[Slide], int]] = []
-    options: dict[str, Any] = {
-        "crop_um": config.crop_um,
-        "crop_pixels": config.crop_pixels,
-        "counts": True,
-        "layer": layer,
-        "together": False,
-    }
+    cut: dict[str, Any] = {"crop_um": config.crop_um, "crop_pixels": config.crop_pixels}
     for label, one in objects.items():
-        own = cells_with_images({label: one} if len(objects) > 1 else one, where, use_rep, **options)
+        own = cells_with_images(
+            {label: one} if len(objects) > 1 else one, where, use_rep if by_pairs else None, counts=True, layer=layer,
+            together=False, **cut,
+        )  # fmt: skip
         table = _io.unpack(one, table_key)[1]
         rows.append((own, sum(map(len, slides))))
         tables.append(table)
@@ -148,28 +158,40 @@ def train_morphology(
     check_together(slides)
     share_memory(slides)
     params = _same_params(tables, pairs_key)
-    level = "niche" if is_tiles(tables[0]) else "cell"
-    profile, features = _profile(tables, [own for own, _ in rows], profile_key)
+    level = _level(tables[0], by_pairs)
     found = [
         _pairs(table, pairs_key, params["transitions"], *placed(table, *own), LEVELS.index(level))
         for table, own in zip(tables, rows)
     ]
-    channels = channels_of(slides)
-    return morphology.train_morphology(
-        with_channels(slides, channels),
-        pairs.stacked([one for one, _ in found]),
+    config = replace(config, channels=channels_of(slides), transitions=params["transitions"])
+    about = {name: params[name] for name in ("pairs", "groupby", "niche_key", "min_share")} | {"level": level}
+    options: dict[str, Any] = {
+        "validation": validation, "max_epochs": max_epochs, "resume": resume, "seed": seed,
+        "checkpoint_dir": None if checkpoint_dir is None else Path(checkpoint_dir), "device": settings.torch_device(device),
+    }  # fmt: skip
+    arguments = (
+        with_channels(slides, config.channels), pairs.stacked([one for one, _ in found]),
         np.concatenate([niche for _, niche in found]),
-        replace(config, channels=channels, transitions=params["transitions"], profile=features),
-        profile=profile,
-        validation=validation,
-        max_epochs=max_epochs,
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-        resume=resume,
-        device=settings.torch_device(device),
-        seed=seed,
-        about={"use_rep": use_rep, "embedding_sha256": model_of(tables[0], use_rep), "level": level}
-        | {name: params[name] for name in ("pairs", "groupby", "niche_key", "min_share")},
+    )  # fmt: skip
+    if not by_pairs:
+        return editor.train_editor(*arguments, config, about=about | {"use_rep": ""}, **options)
+    profile, features = _profile(tables, [own for own, _ in rows], profile_key)
+    about |= {"use_rep": use_rep, "embedding_sha256": model_of(tables[0], use_rep)}
+    return morphology.train_morphology(
+        *arguments, replace(config, profile=features), profile=profile, about=about, **options
     )
+
+
+def _level(table: AnnData, by_pairs: bool) -> str:
+    """Return whether rows are cells or tiles; refuse tiles without pairs: a tile is no cell with neighbours."""
+    if not is_tiles(table):
+        return "cell"
+    if not by_pairs:
+        raise ValueError(
+            "the table holds tiles, which only a model of pairs is trained on: give "
+            "config=sf.models.MorphologyConfig(objective='pairs', crop_um=...)."
+        )
+    return "niche"
 
 
 def _same_params(tables: Sequence[AnnData], key: str) -> dict:

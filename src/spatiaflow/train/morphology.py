@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -99,23 +99,13 @@ def train_morphology(
             f"(of {len(pairs)}); both are needed. Give another share, or more pairs."
         )
     options: dict[str, Any] = {"seed": seed, "device": device}
-    if checkpoint_dir is None:
-        held: Any = nullcontext()
-        where: Any = tempfile.TemporaryDirectory()
-    else:
-        held = claim(
-            checkpoint_dir, resume, config=replace(config, devices=1, precision="32-true"), seed=seed, max_epochs=max_epochs,
-            pairs=[*vars(pairs).values(), band], profile=profile, **identity(slides),
-        )  # fmt: skip
-        where = nullcontext(checkpoint_dir)
-    with held, where as folder, ExitStack() as after:
-        file = Path(folder) / IMAGES
-        after.callback(file.unlink, missing_ok=True)
-        images, place = scaled_images(slides, used, file)
-        autoencoder, rebuilt = fit_autoencoder(
-            images, ~band[used], band[used], config.n_latent, n_steps=min(MAX_STEPS, 300 * max_epochs), **options
+    run = {
+        "config": replace(config, devices=1, precision="32-true"), "pairs": [*vars(pairs).values(), band], "profile": profile,
+    }  # fmt: skip
+    with holding(checkpoint_dir, resume, slides, seed=seed, max_epochs=max_epochs, **run) as file:
+        autoencoder, rebuilt, latents, place, turns = fitted_images(
+            slides, used, band, config, file, max_epochs=max_epochs, **options
         )
-        latents, turns = encoded(images, autoencoder)
         around.turn(used, turns)
         surrogate, r2 = None, np.zeros(0)
         if config.profile:
@@ -125,7 +115,6 @@ def train_morphology(
             training, held_out, latents, place, around, config, surrogate, max_epochs=max_epochs,
             checkpoint_dir=checkpoint_dir, resume=resume, device=device, seed=seed,
         )  # fmt: skip
-        del images
     card = _base.model_card(
         slides, config=asdict(config), seed=seed, epochs=max_epochs,
         scores={name: values[-1] for name, values in history.items() if name.startswith("val_") and len(values)},
@@ -136,6 +125,44 @@ def train_morphology(
         network=network, autoencoder=autoencoder, surrogate=surrogate, shifts=shifts,
         intensity=intensity_of(slides, config.channels), history=history, card=card,
     )  # fmt: skip
+
+
+@contextmanager
+def holding(checkpoint_dir: Path | None, resume: bool, slides: Sequence[Slide], **run) -> Iterator[Path]:
+    """Hold the folder of a run, or a temporary one, and return the file there that images may be written to."""
+    held: Any = nullcontext()
+    where: Any = tempfile.TemporaryDirectory()
+    if checkpoint_dir is not None:
+        held, where = claim(checkpoint_dir, resume, **run, **identity(slides)), nullcontext(checkpoint_dir)
+    with held, where as folder:
+        file = Path(folder) / IMAGES
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def fitted_images(
+    slides: Sequence[Slide], used: np.ndarray, band: np.ndarray, config: MorphologyConfig, file: Path, *, max_epochs: int,
+    seed: int, device: str | torch.device,
+) -> tuple[Autoencoder, np.ndarray, Tensor, np.ndarray, np.ndarray]:  # fmt: skip
+    """Fit an autoencoder to the images of the rows ``used``, but for those in ``band`` (bool, of all rows).
+
+    Returns it, R2 of each channel on those in the band, the latents of ``used``, the place of each row among them or -1, and
+    the turn of each of ``used``.
+    """
+    images, place = scaled_images(slides, used, file)
+    autoencoder, rebuilt = fit_autoencoder(
+        images,
+        ~band[used],
+        band[used],
+        config.n_latent,
+        n_steps=min(MAX_STEPS, 300 * max_epochs),
+        seed=seed,
+        device=device,
+    )
+    latents, turns = encoded(images, autoencoder)
+    return autoencoder, rebuilt, latents, place, turns
 
 
 def scaled_images(slides: Sequence[Slide], rows: np.ndarray, file: Path) -> tuple[np.ndarray, np.ndarray]:
