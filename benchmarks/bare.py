@@ -5,6 +5,7 @@ python benchmarks/bare.py large      grid, features and prediction of a slide of
 python benchmarks/bare.py held-out   each section left out: correlation from a grid over the picture against that at the spots
 """
 
+import argparse
 import json
 import tempfile
 import time
@@ -166,15 +167,20 @@ def pearson(y: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.nanmean(gene_pearson(y, predicted)))
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = results.parser(__doc__)
+    out.add_argument("what", choices=("tissue", "large", "held-out"))
+    out.add_argument("--names", nargs="+", default=list(RECIPES))
+    out.add_argument("--model", default="stflow-breast-small")
+    out.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    out.add_argument("--seeds", type=int, default=1)
+    return out
+
+
 def main() -> None:
-    """Read the command."""
-    parser = results.parser(__doc__)
-    parser.add_argument("what", choices=("tissue", "large", "held-out"))
-    parser.add_argument("--names", nargs="+", default=list(RECIPES))
-    parser.add_argument("--model", default="stflow-breast-small")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--seeds", type=int, default=1)
-    args = parser.parse_args()
+    """Run the command."""
+    args = parser().parse_args()
     table = results.Table("bare", again=args.again)
     if args.what == "tissue":
         tissue(table)

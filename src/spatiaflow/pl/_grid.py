@@ -45,8 +45,8 @@ def tissue(
     ------
     KeyError
         ``data`` is no grid, or has no column ``groupby``.
-    ValueError
-        ``data`` is a SpatialData.
+    TypeError
+        ``data`` is several objects.
 
     Examples
     --------
@@ -56,7 +56,8 @@ def tissue(
     import seaborn as sns
     from matplotlib.collections import PolyCollection
 
-    if not isinstance(data, AnnData) or _io.entry(data, "grid").get("step_um") is None:
+    _, data = _io.unpack(data, "table")
+    if _io.entry(data, "grid").get("step_um") is None:
         raise KeyError("uns has no 'grid': make one with sf.pp.grid(image).")
     slide = _io.one_slide(_io.places(data, _io.Where(library_key=library_key)), library_id)
     step = float(data.uns["grid"]["step_um"])

@@ -109,7 +109,7 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        Tiles without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation``
+        Tiles, ``use_rep`` or ``profile_key`` without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation``
         leaves none, or ``checkpoint_dir`` holds another run or a damaged file.
     RuntimeError
         Another run uses ``checkpoint_dir``; the message names it.
@@ -142,6 +142,10 @@ def train_morphology(
     _io.at_least_one(max_epochs=max_epochs)
     _io.share(validation=validation)
     objects, by_pairs = _io.objects_of(data), config.objective == "pairs"
+    if not by_pairs and (use_rep != "X_spatia" or profile_key not in ("morphology", None)):
+        raise ValueError(
+            'use_rep and profile_key are read by a model of pairs alone: give config="pairs", or leave them out.'
+        )
     slides: list[Slide] = []
     tables: list[AnnData] = []
     rows: list[tuple[list[Slide], int]] = []
