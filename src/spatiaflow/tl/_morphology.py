@@ -109,8 +109,8 @@ def train_morphology(
     KeyError
         Pairs, embeddings or morphology are missing.
     ValueError
-        Tiles, ``use_rep`` or ``profile_key`` without ``objective="pairs"`` in the config, a transition has no pairs, no pair lies in the image, ``validation``
-        leaves none, or ``checkpoint_dir`` holds another run or a damaged file.
+        Tiles, ``use_rep`` or ``profile_key`` without ``objective="pairs"`` in the config, a transition has no pairs, no pair
+        lies in the image, ``validation`` leaves none, or ``checkpoint_dir`` holds another run or a damaged file.
     RuntimeError
         Another run uses ``checkpoint_dir``; the message names it.
     OSError
