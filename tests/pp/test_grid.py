@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -144,6 +145,13 @@ def test_a_file_that_openslide_reads(tmp_path):
     for one in (grid, right):
         sf.pp.encode_patches(one, patch_um=40)
     np.testing.assert_array_equal(grid.obsm["X_texture"], right.obsm["X_texture"])
+
+
+def test_an_object_with_a_reader_and_properties(tmp_path):
+    """The form of a WSIData; wsidata itself is not installed."""
+    path = saved(tmp_path, "png")
+    slide = SimpleNamespace(reader=SimpleNamespace(file=str(path)), properties=SimpleNamespace(mpp=MPP))
+    assert len(sf.pp.grid(slide, step_um=40)) == 100
 
 
 def test_what_cannot_be_read(tmp_path):

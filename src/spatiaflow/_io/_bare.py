@@ -30,7 +30,7 @@ X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296  # tags of TIFF
 TAG_UNITS = {2: 25400.0, 3: 10000.0}  # µm of an inch and a centimetre
 COARSEST_TAG = 10.0  # µm per pixel; a coarser resolution tag is meant for a printer
 ENOUGH = 0.55  # µm per pixel; of an image with several scales the coarsest that is as fine as this is kept
-WHITE_SPACE = re.compile(r"[^A-Za-z0-9_.-]+")
+UNUSUAL = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def bare_image(image: Any, *, image_key: str | None = None, mpp: float | None = None) -> SlideImage:
@@ -202,4 +202,4 @@ def _square(pair: tuple[float, ...], path: Path) -> float:
 
 def plain_stem(name: str) -> str:
     """Name of a picture as the name of a slide: without characters that slots and elements cannot have."""
-    return WHITE_SPACE.sub("_", name).strip("_") or "slide"
+    return UNUSUAL.sub("_", name).strip("_") or "slide"

@@ -34,9 +34,7 @@ class Surroundings:
     """What the image of each cell is conditioned on. Every tensor has one row a cell."""
 
     own: Tensor  # n x k, components of the cell's genes
-    around: (
-        Tensor  # n x (1 + k + neighbours): log counts, mean components of the neighbours, distances to them in crops
-    )
+    around: Tensor  # n x (1 + k + neighbours): log counts, mean components of the neighbours, distances to them
 
     def rows(self, which: Any) -> Surroundings:
         """Return some of the cells."""

@@ -206,9 +206,8 @@ def _field(windows: list[_Window], pitch: float) -> tuple[_Moments, np.ndarray]:
     every = _Moments.joined(parts)
     pairs = [[i, len(SHORT) + j] for i, j in product(range(len(SHORT)), range(len(LONG)))]
     misfit = np.array([every.having(pair).pooled()[1] for pair in pairs])
-    best = pairs[
-        int(np.argmax(misfit <= misfit.min() * (1 + 1e-6)))
-    ]  # without a short field all short ranges fit alike
+    # without a short field all short ranges fit alike: the first is taken
+    best = pairs[int(np.argmax(misfit <= misfit.min() * (1 + 1e-6)))]
     moments = every.having(best)
     single, common, shrink = moments.solve(), moments.pooled()[0][:, None], np.full(2, 0.5)
     if halves := _halves(parts):  # what differs between genes and not between halves of the tissue
