@@ -59,8 +59,6 @@ def test_example_runs(name, request, tmp_path, monkeypatch):
     test, said = EXAMPLES[name], []
     source = "".join(example.source for example in test.examples)
     real = FROM_MIRROR.search(source) and sf.settings.override(mirror=str(request.getfixturevalue("mirror")))
-    if "starmap" in source:
-        pytest.importorskip("rdata", reason="the extra `datasets` is not installed")
     needed = [key for key in FRESH if takes(key, source)]
     test.globs = {"sf": sf, "np": np} | {key: FRESH[key](shared()[key]) for key in needed}
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import spatialdata as sd
+import spatialdata_io
 import tifffile
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -28,7 +29,6 @@ from spatialdata.transformations import Scale
 import spatiaflow as sf
 from spatiaflow import _io
 
-spatialdata_io = pytest.importorskip("spatialdata_io", reason="the extra `test` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the readers
 
 SECTION = "visium_ffpe/lungorganoid/V19D02-088_A1"

@@ -33,7 +33,6 @@ def stores(cache):
 
 @pytest.fixture(scope="module")
 def cortex(cache):
-    pytest.importorskip("rdata", reason="the extra `datasets` is not installed")
     return sf.datasets.starmap_mpfc()
 
 
