@@ -9,7 +9,7 @@ demo: $(BIN)/.ready
 	$(BIN)/python tutorials/demo.py --data $(DATA) --out demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: types
 	$(BIN)/ruff check src tests benchmarks

@@ -22,6 +22,12 @@ MIRROR = Path(os.environ.get("SPATIAFLOW_MIRROR", Path(__file__).parents[2] / "s
 VENDOR = MIRROR.parent / "vendor"
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left with one while the other has nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many of the tests that ran are slow ones."""
     ran = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "keywords")]

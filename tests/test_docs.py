@@ -8,8 +8,16 @@ import matplotlib.pyplot as plt
 import pytest
 
 import spatiaflow as sf
+from spatiaflow.train import morphology
 
 DOCS = Path(__file__).parents[1] / "docs"
+SMALLER = {
+    "index": {"train_stflow(train)": "train_stflow(train, genes=5, max_epochs=2)"},
+    "morphology": {
+        "simulated_tissue(1500)": "simulated_tissue(800)",
+        "crop_pixels=32": "crop_pixels=16, n_latent=16, width=64, n_layers=2",
+    },
+}
 
 
 def test_an_encoder_of_your_own_is_twenty_lines():
@@ -24,18 +32,18 @@ def test_an_encoder_of_your_own_is_twenty_lines():
     assert space["slide"]["table"].uns["X_my_encoder"]["mpp"] == 1.0
 
 
-@pytest.mark.parametrize("page", ["levels", "imputation", "uncertainty"])
-def test_the_first_example_of_a_page_runs(page):
-    code = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.S)[1]
-    exec(code, {})
-    plt.close("all")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index", "concepts", "morphology"])
-def test_a_longer_first_example_of_a_page_runs(page, mirror):
+@pytest.mark.parametrize("page", ["index", "concepts", "levels", "imputation", "uncertainty", "morphology"])
+def test_the_first_example_of_a_page_runs(page, mirror, monkeypatch):
+    monkeypatch.setattr(morphology, "MAX_STEPS", 60)
+    monkeypatch.setattr(morphology, "MIN_BATCHES", 20)
+    code = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.S)[1]
+    for old, new in SMALLER.get(page, {}).items():
+        assert old in code
+        code = code.replace(old, new)
     with sf.settings.override(mirror=str(mirror)):
-        test_the_first_example_of_a_page_runs(page)
+        exec(code, {})
+    plt.close("all")
 
 
 def test_every_test_that_a_page_names_exists():

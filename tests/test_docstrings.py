@@ -14,6 +14,7 @@ import spatialdata as sd
 
 import spatiaflow as sf
 from spatiaflow.models import encoders
+from spatiaflow.train import morphology
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 API = Path(__file__).parents[1] / "docs" / "api.md"
@@ -60,6 +61,7 @@ def test_example_runs(name, request, tmp_path, monkeypatch):
     source = "".join(example.source for example in test.examples)
     real = FROM_MIRROR.search(source) and sf.settings.override(mirror=str(request.getfixturevalue("mirror")))
     needed = [key for key in FRESH if takes(key, source)]
+    monkeypatch.setattr(morphology, "MAX_STEPS", 60)  # of the autoencoder
     test.globs = {"sf": sf, "np": np} | {key: FRESH[key](shared()[key]) for key in needed}
     monkeypatch.chdir(tmp_path)
     with real or nullcontext():

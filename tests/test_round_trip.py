@@ -16,7 +16,7 @@ def result():
         slides = [sf.datasets.simulated_tissue(350, seed=seed) for seed in range(4)]
         for slide in slides:
             sf.pp.encode_patches(slide, image_key="he", patch_um=48)
-        model = sf.tl.train_stflow(slides[:3], genes=40, max_epochs=8)
+        model = sf.tl.train_stflow(slides[:3], genes=40, max_epochs=3)
         sf.tl.predict_expression(slides[3], model=model, n_samples=4)
     return slides[3], model
 
