@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
@@ -42,6 +43,13 @@ def one_thread():
     with threadpool_limits(1):
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures_are_closed():
+    """Figures that tests of ``pl`` leave open are not those of the next module."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def features(table: AnnData, key: str, hint: str = FEATURES_HELP) -> np.ndarray:
             f"obsm[{key!r}] has NaN or infinite values in {int(bad.sum())} rows "
             f"(first: {table.obs_names[np.argmax(bad)]!r}); drop those rows or encode them again."
         )
-    return values.astype(np.float32, copy=False)
+    return np.ascontiguousarray(values, np.float32)  # frames are in another order, and sums are rounded by it
 
 
 def matrix(table: AnnData, key: str) -> np.ndarray:
@@ -204,9 +204,9 @@ def check_counts(table: AnnData, layer: str | None) -> None:
         raise ValueError(f"var_names are not unique (e.g. {duplicated!r}); call .var_names_make_unique() first.")
     text(layer=layer)
     if layer is not None and layer not in table.layers:
+        names = [name for name in table.layers if name is not None]  # None is X
         raise KeyError(
-            f"layers has no {layer!r}; it has {listing(table.layers)} (table of {table.n_obs} rows, first "
-            f"{table.obs_names[0]!r})."
+            f"layers has no {layer!r}; it has {listing(names)} (table of {table.n_obs} rows, first {table.obs_names[0]!r})."
         )
 
 

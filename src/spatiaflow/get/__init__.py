@@ -3,8 +3,9 @@
 from spatiaflow._process import unchanged
 
 with unchanged():
+    from spatiaflow.get._draws import draws
     from spatiaflow.get._export import geojson, spatialdata
     from spatiaflow.get._expression import expression
     from spatiaflow.get._niches import niche_composition
 
-__all__ = ["expression", "geojson", "niche_composition", "spatialdata"]
+__all__ = ["draws", "expression", "geojson", "niche_composition", "spatialdata"]

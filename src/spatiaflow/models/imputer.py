@@ -1,8 +1,8 @@
-"""Imputation of genes by ridge regression: what it regresses on, and the model that holds what was learned.
+"""Imputation of genes by ridge regression and networks: what they read, and the model that holds what was learned.
 
-A gene is predicted from the other genes of the cell, those of its neighbours, a kernel of both, and the cell's image. All that is
-kept of the reference cells are sums over them (moments). Moments can be cut down to any set of inputs, so one model serves
-every panel. :func:`spatiaflow.train.imputer.train_imputer` fits it.
+A gene is predicted from the other genes of the cell, those of its neighbours, a kernel of both, and the cell's image. The ridge
+keeps only sums over the reference cells (moments). Moments can be cut down to any set of inputs, and the networks are told
+which inputs are there, so one model serves every panel. :func:`spatiaflow.train.imputer.train_imputer` fits it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor, from_numpy
 
 from spatiaflow.models import _base
 from spatiaflow.models.counts import CountLaw, draw_counts, log_normalize
+from spatiaflow.models.masked import Networks
 from spatiaflow.models.regression import Moments, gene_pearson
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import spatial_graph
 
 NEAR = (5, 15, 50)  # neighbours whose genes are averaged
-BRANCHES = ("genes", "neighbors", "kernel", "image")
+BRANCHES = ("genes", "neighbors", "kernel", "image")  # columns of the ridge
+NETWORK = "network"  # the last branch: the mean of the ridge's prediction and the networks' is taken
 CHUNK = 4096  # cells whose columns are in memory at once
 SCORED_CELLS = 8000  # cells that branches are scored on
 MIN_HIDDEN = 5  # genes that say how far what was learned holds in the query
@@ -98,7 +100,7 @@ class Design:
 
     def taken(self, branches: Sequence[str]) -> np.ndarray:
         """Columns of some branches, bool."""
-        return np.isin(self.branch, [BRANCHES.index(b) for b in branches])
+        return np.isin(self.branch, [BRANCHES.index(b) for b in branches if b != NETWORK])
 
 
 class Sums(Moments):
@@ -161,8 +163,9 @@ class Imputer(_base.Model):
     share
         Mean share of each input in the counts of all inputs.
     branches
-        Groups of columns in use: ``"genes"`` of the cell, its ``"neighbors"``, the ``"kernel"`` and the ``"image"``. Each
-        one improved the prediction of held-out blocks of the reference.
+        Groups of columns in use: ``"genes"`` of the cell, its ``"neighbors"``, the ``"kernel"`` and the ``"image"``; and
+        ``"network"``, if the mean with the networks' prediction is taken. Each one improved the prediction of held-out
+        blocks of the reference.
     alpha
         Penalty, in units of a column's mean sum of squares.
     validation_scores, penalties
@@ -181,6 +184,8 @@ class Imputer(_base.Model):
         Cells of the query that this was measured on.
     seen
         Which inputs the query measures, bool.
+    networks
+        Trained on the same columns without the kernel; None where the reference has fewer than 1,000 cells.
     card
         Reference data and settings.
 
@@ -210,6 +215,7 @@ class Imputer(_base.Model):
     achieved: np.ndarray = field(default_factory=lambda: np.zeros(0))
     n_checked: int = 0
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    networks: Networks | None = None
     card: dict = field(default_factory=dict)
 
     verb = "sf.tl.impute_genes"
@@ -298,7 +304,7 @@ class Imputer(_base.Model):
         description = {
             "genes": self.genes, "target_sum": self.target_sum, "n": self.sums.n, "branches": self.branches,
             "alpha": self.alpha, "validation_scores": scores, "spatial": self.design.spatial, "n_image": self.design.n_image,
-            "card": self.card,
+            "networks": 0 if self.networks is None else len(self.networks.members), "card": self.card,
         }  # fmt: skip
         return description, self._tensors()
 
@@ -308,7 +314,10 @@ class Imputer(_base.Model):
             "scale": self.design.scale, "share": self.share, "reliability": self.reliability, "theta": self.theta,
             "libraries": np.stack(self.libraries), "edges": self.edges,
         }  # fmt: skip
-        return {name: from_numpy(np.asarray(v, np.float32)) for name, v in arrays.items()}
+        out = {name: from_numpy(np.asarray(v, np.float32)) for name, v in arrays.items()}
+        if self.networks is not None:
+            out |= {f"networks.{name}": v.half() for name, v in self.networks.state_dict().items()}
+        return out
 
     @property
     def sha256(self) -> str:
@@ -318,7 +327,10 @@ class Imputer(_base.Model):
     @classmethod
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> Imputer:
         """Rebuild a model from the description and tensors of its file."""
-        d, a = description, {name: v.numpy().astype(np.float64) for name, v in tensors.items()}
+        d, a = (
+            description,
+            {k: v.numpy().astype(np.float64) for k, v in tensors.items() if not k.startswith("networks.")},
+        )
         genes, p = d["genes"], len(a["x"])
         scores = d["judged"] if "judged" in d else d["validation_scores"]  # its name until 0.1
         xx = np.zeros((p, p))
@@ -330,9 +342,12 @@ class Imputer(_base.Model):
         y, xy = a["x"][own] * scale + d["n"] * centre, xx[:, own] * scale + np.outer(a["x"], centre)
         layout = Design.layout(len(genes), d["spatial"], d["n_image"])
         options = {"spatial": d["spatial"], "n_image": d["n_image"]}
+        design, networks = Design(genes, d["target_sum"], *layout, a["centre"], a["scale"], **options), None
+        if n := d.get("networks"):
+            networks = Networks(design, genes, n)
+            networks.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k not in a})
         return cls(
-            inputs=genes, genes=genes, target_sum=d["target_sum"], share=a["share"],
-            design=Design(genes, d["target_sum"], *layout, a["centre"], a["scale"], **options),
+            inputs=genes, genes=genes, target_sum=d["target_sum"], share=a["share"], design=design, networks=networks,
             sums=Sums(d["n"], a["x"], y, xx, xy), branches=tuple(d["branches"]), alpha=d["alpha"],
             validation_scores={tuple(names): score for names, score in scores},
             reliability=a["reliability"].astype(np.float32), edges=a["edges"], libraries=[*a["libraries"]], theta=a["theta"],
@@ -344,17 +359,17 @@ class Imputer(_base.Model):
     def adapt(self, query: list[Slide], *, seed: int = 0) -> None:
         """Drop the branches that do not help in the query, and measure how well hidden genes are predicted there.
 
-        Each fifth of the genes that the query measures is hidden in turn and predicted from the other genes. Neighbours and
-        image are dropped if they lower the mean correlation of these genes. The genes to impute are never looked at. The
+        Each fifth of the genes that the query measures is hidden in turn and predicted from the other genes. Neighbours, image
+        and networks are dropped if they lower the mean correlation of these genes. The genes to impute are never looked at. The
         kernel is made of all inputs at once, so it cannot be checked in this way.
         """
         step = max(1, sum(map(len, query)) // SCORED_CELLS)
         x = np.concatenate([part[::step] for one in query for part in self.design.columns(one)])
         folds = self.folds(x, seed)
-        kept = tuple(b for b in self.branches if b not in ("neighbors", "kernel", "image"))
+        kept: tuple[str, ...] = ("genes",)
         own = x[:, 1 : 1 + len(self.inputs)]
         self.achieved = gene_pearson(own, self.hidden(x, kept, folds, self.sums))
-        for branch in (b for b in ("neighbors", "image") if b in self.branches):
+        for branch in (b for b in ("neighbors", "image", NETWORK) if b in self.branches):
             more = gene_pearson(own, self.hidden(x, (*kept, branch), folds, self.sums))
             self.checked[branch] = float(np.nanmean(more)) - float(np.nanmean(self.achieved))
             if self.checked[branch] > 0:
@@ -369,14 +384,23 @@ class Imputer(_base.Model):
         usable = np.flatnonzero(there > (0.02 if (there > 0.02).sum() >= 10 else 0))
         return [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n) if len(f)]
 
-    def hidden(self, x: np.ndarray, branches: Sequence[str], folds: list[np.ndarray], sums: Sums) -> np.ndarray:
-        """Predict inputs (cells x inputs, scaled) that are hidden with their fold from the rest; NaN: in no fold."""
+    def hidden(
+        self, x: np.ndarray, branches: Sequence[str], folds: list[np.ndarray], sums: Sums, member: int | None = None
+    ) -> np.ndarray:
+        """Predict inputs (cells x inputs, scaled) that are hidden with their fold from the rest; NaN: in no fold.
+
+        ``member`` is the only one of the networks that is asked.
+        """
         own, columns = 1 + np.arange(len(self.inputs)), self._taken(branches)
         out = np.full((len(x), len(own)), np.nan, np.float32)
         for fold in folds:
             left = columns & ~np.isin(self.design.gene, fold)
             weights, intercept = sums.ridge(left, self.alpha, (sums.xx[:, own[fold]], sums.x[own[fold]]))
             out[:, fold] = x @ weights + intercept
+        if NETWORK in branches and self.networks is not None:
+            own = own[np.isfinite(self.design.scale[own])]
+            other = self.networks.hidden(x, self.seen, folds, member)[:, own - 1]
+            out[:, own - 1] = (out[:, own - 1] + (other - self.design.centre[own]) / self.design.scale[own]) / 2
         return out
 
     def transfer(self) -> tuple[float, float, float, float]:
@@ -403,10 +427,16 @@ class Imputer(_base.Model):
         genes, floor, query = np.arange(len(self.genes)), self.floor, query.align(self.inputs)
         weights, intercept = self.weights(self.branches, self.alpha, genes)
         inner, start = np.flatnonzero(self.measured), 0
+        networks = self.networks if NETWORK in self.branches else None
+        outer = np.flatnonzero(~self.measured)
         for x in self.design.columns(query):
             rows = slice(start, start + len(x))
             start += len(x)
-            mean = np.maximum(x @ weights + intercept, 0).astype(np.float32)
+            mean = (x @ weights + intercept).astype(np.float32)
+            if networks is not None:
+                other = networks.predict(x, self.seen, [self.genes[i] for i in outer])
+                mean[:, outer] = (mean[:, outer] + other) / 2
+            mean = np.maximum(mean, 0)
             bins, std = self.bins(query.library[rows]), self.std(mean, query.library[rows])
             for i, law in enumerate(self.laws):
                 some = np.flatnonzero(bins == i)

@@ -69,7 +69,7 @@ def calibration(
 
     >>> adata.obs["total_counts"] = np.asarray(adata.X.sum(1)).ravel()
     >>> draws = sf.tl.sample_expression(adata, model=model, n_samples=50, depth="total_counts")
-    >>> sf.pl.calibration(adata, draws=np.stack(list(draws.layers.values())))
+    >>> sf.pl.calibration(adata, draws=sf.get.draws(draws))
     """
     import matplotlib.pyplot as plt
 

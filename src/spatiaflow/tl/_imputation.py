@@ -101,7 +101,7 @@ def train_imputation(
     if len(shared) > MAX_INPUTS:  # the library is the sum over the genes of the model
         shared = _most_variable(slides, shared)
         slides = _slides(data, where, shared, layer, use_rep)
-    branches, seed = ("genes", "neighbors", "image"), resolve_seed(random_state)
+    branches, seed = ("genes", "neighbors", "image", "network"), resolve_seed(random_state)
     return train_imputer(slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep)
 
 

@@ -128,16 +128,17 @@ def sample_expression(
     See Also
     --------
     summarize_expression : means of regions with intervals.
+    spatiaflow.get.draws : the draws as one array.
 
     Examples
     --------
     >>> draws = sf.tl.sample_expression(adata, model=model, n_samples=20)
-    >>> draws.shape, len(draws.layers)
-    ((79, 3), 20)
+    >>> sf.get.draws(draws).shape
+    (20, 79, 3)
 
     How strongly two genes go together, with its uncertainty:
 
-    >>> r = [np.corrcoef(y[:, 0], y[:, 1])[0, 1] for y in draws.layers.values()]
+    >>> r = [np.corrcoef(y[:, 0], y[:, 1])[0, 1] for y in sf.get.draws(draws)]
     >>> low, high = np.quantile(r, [0.05, 0.95])
     """
     started, genes = time.perf_counter(), _io.names(genes, "genes")

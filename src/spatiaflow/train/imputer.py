@@ -1,4 +1,4 @@
-"""Fit an imputer: one pass over reference cells for the scale of columns, one for their moments, then small solves."""
+"""Fit an imputer: one pass over reference cells for the scale of columns, one for their moments, small solves, and networks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from scipy import sparse
 
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import library_quantiles, log_normalize
-from spatiaflow.models.imputer import BRANCHES, SCORED_CELLS, Design, Imputer, Sums
+from spatiaflow.models.imputer import BRANCHES, NETWORK, SCORED_CELLS, Design, Imputer, Sums
+from spatiaflow.models.masked import Networks
 from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.slide import Slide
+from spatiaflow.train.masked import N_NETWORKS, fit_networks
 
 ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # penalties, in units of a column's mean sum of squares
 N_BLOCKS = 5  # held out in turn
@@ -24,7 +26,8 @@ N_LIBRARIES = 6  # bins of library size, each with its own predictive law
 
 def train_imputer(
     slides: list[Slide], inputs: list[str], genes: list[str], *, target_sum: float | None = None,
-    branches: Sequence[str] = BRANCHES, seed: int = 0, blocks: list[np.ndarray] | None = None, use_rep: str | None = None,
+    branches: Sequence[str] = (*BRANCHES, NETWORK), seed: int = 0, blocks: list[np.ndarray] | None = None,
+    use_rep: str | None = None,
 ) -> Imputer:  # fmt: skip
     """Fit an imputer to reference cells.
 
@@ -38,9 +41,9 @@ def train_imputer(
     target_sum
         Values are log1p of counts per ``target_sum``; None takes the median library.
     branches
-        Groups of columns to try.
+        Groups of columns to try, and ``"network"``.
     seed
-        Of the kernel's random features and of the sample of cells that branches are scored on.
+        Of the kernel's random features, of the networks, and of the sample of cells that branches are scored on.
     blocks
         Block of every cell of each slide, held out together; see :func:`held_out_blocks`.
     use_rep
@@ -53,7 +56,8 @@ def train_imputer(
 
 def fit_imputer(
     slides: list[Slide], inputs: list[str], genes: list[str], *, target_sum: float | None = None,
-    branches: Sequence[str] = BRANCHES, seed: int = 0, blocks: list[np.ndarray] | None = None, use_rep: str | None = None,
+    branches: Sequence[str] = (*BRANCHES, NETWORK), seed: int = 0, blocks: list[np.ndarray] | None = None,
+    use_rep: str | None = None,
 ) -> tuple[Imputer, Evidence]:  # fmt: skip
     """As :func:`train_imputer`, with the sample of reference cells that branches were scored on."""
     inputs, genes = list(inputs), list(genes)
@@ -69,6 +73,8 @@ def fit_imputer(
     evidence = collect(design, slides, genes, blocks, seed=seed)
     model = Imputer(inputs, genes, target_sum, design, evidence.total, total / max(total.sum(), 1))
     choose(model, evidence, [b for i, b in enumerate(BRANCHES) if b in branches and (design.branch == i).any()])
+    if NETWORK in branches and (networks := fit_networks(design, slides, genes, blocks, seed)) is not None:
+        choose_network(model, networks, evidence, seed)
     score(model, evidence)
     if not len(model.promised):
         model.promised = promised(model, evidence, seed)
@@ -157,6 +163,9 @@ class Evidence:
     counts: sparse.csr_matrix  # sampled cells x genes
     library: np.ndarray  # sampled cells
     block: np.ndarray  # sampled cells
+    by_networks: np.ndarray | None = (
+        None  # sampled cells x genes, log1p; each by the network that has not seen its block
+    )
 
     @cached_property
     def total(self) -> Sums:
@@ -174,6 +183,8 @@ class Evidence:
             rows = self.block == b
             weights, intercept = model.weights(branches, alpha, genes, self.without(b))
             out[rows] = self.x[rows] @ weights + intercept
+        if NETWORK in branches and self.by_networks is not None:
+            out = (out + self.by_networks[:, genes]) / 2
         return out
 
 
@@ -214,8 +225,7 @@ def mean_pearson(y: np.ndarray, prediction: np.ndarray, block: np.ndarray) -> np
 
 def choose(model: Imputer, evidence: Evidence, available: list[str]) -> None:
     """Choose penalty and branches on held-out blocks. A branch is added if the mean correlation is higher with it."""
-    totals = np.asarray(evidence.counts.sum(0)).ravel()
-    abundant = np.argsort(-totals, kind="stable")[:SCORED_GENES]
+    abundant = _abundant(evidence)
 
     def best(branches: tuple[str, ...], i: int) -> int:
         """Climb from the penalty that was best with fewer branches."""
@@ -243,6 +253,33 @@ def choose(model: Imputer, evidence: Evidence, available: list[str]) -> None:
     model.alpha = ALPHAS[place]
 
 
+def choose_network(model: Imputer, networks: Networks, evidence: Evidence, seed: int) -> None:
+    """Take the mean with the networks if held-out blocks are predicted better.
+
+    A gene that is an input itself is hidden with a fifth of the inputs.
+    """
+    inner, outer, folds = np.flatnonzero(model.measured), np.flatnonzero(~model.measured), model.folds(evidence.x, seed)
+    found = np.empty((len(evidence.x), len(model.genes)), np.float32)
+    for i in range(N_NETWORKS):
+        rows = np.flatnonzero(evidence.block % N_NETWORKS == i)
+        x, names = evidence.x[rows], [model.genes[k] for k in outer]
+        found[np.ix_(rows, outer)] = networks.predict(x, model.seen, names, i)
+        if len(inner):
+            found[np.ix_(rows, inner)] = networks.hidden(x, model.seen, folds, i)[:, model.own[inner] - 1]
+    evidence.by_networks = np.where(np.isfinite(found), found, model.sums.y / model.sums.n).astype(np.float32)
+    more, abundant = (*model.branches, NETWORK), _abundant(evidence)
+    predicted = evidence.predict(model, more, model.alpha, abundant)
+    model.validation_scores[more] = float(mean_pearson(evidence.y[:, abundant], predicted, evidence.block).mean())
+    model.penalties[more] = model.alpha
+    if model.validation_scores[more] > model.validation_scores[model.branches]:
+        model.branches, model.networks = more, networks
+
+
+def _abundant(evidence: Evidence) -> np.ndarray:
+    """Genes that branches are scored on, those of the most counts."""
+    return np.argsort(-np.asarray(evidence.counts.sum(0)).ravel(), kind="stable")[:SCORED_GENES]
+
+
 def score(model: Imputer, evidence: Evidence) -> None:
     """Set reliability and predictive law of every gene from held-out blocks."""
     edges = np.quantile(evidence.library, np.linspace(0, 1, N_LIBRARIES + 1))
@@ -268,5 +305,5 @@ def promised(model: Imputer, evidence: Evidence, seed: int = 0) -> np.ndarray:
     folds, predicted = model.folds(evidence.x, seed), np.empty((len(evidence.x), g), np.float32)
     for b in np.unique(evidence.block):
         rows = evidence.block == b
-        predicted[rows] = model.hidden(evidence.x[rows], branches, folds, evidence.without(b))
+        predicted[rows] = model.hidden(evidence.x[rows], branches, folds, evidence.without(b), int(b) % N_NETWORKS)
     return np.nan_to_num(gene_pearson(evidence.x[:, 1 : 1 + g], predicted))
