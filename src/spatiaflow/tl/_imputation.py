@@ -51,7 +51,8 @@ def train_imputation(
     """Train a model that imputes any missing genes of a panel.
 
     The model learns how each gene of the panel follows from the other genes of the cell, of its neighbours, and from its image.
-    It keeps sums over cells, and no cell. It does what :func:`impute_genes` does with a reference, without the kernel.
+    It keeps sums over cells and, from 1,000 cells on, three networks; no cell. It does what :func:`impute_genes` does with a
+    reference, without the kernel.
 
     Parameters
     ----------
@@ -131,9 +132,11 @@ def impute_genes(
 
     Each gene is predicted by ridge regression on four groups of columns (branches): the other genes of the cell, those of its
     5, 15 and 50 nearest neighbours (where data and reference have positions), features of its image (``use_rep``), and
-    random Fourier features of the principal components of both (Rahimi and Recht, 2007), which approximate a kernel. A
-    branch is used only if it improves the prediction of held-out blocks of the reference. Genes that the data measure are
-    *denoised*: the prediction from all other genes is the mean of a gamma prior, which the counts update.
+    random Fourier features of the principal components of both (Rahimi and Recht, 2007), which approximate a kernel. With
+    1,000 reference cells and at most 2,000 genes, three perceptrons on the same columns without the kernel are trained, each
+    without a third of the reference, and the mean with them is taken. A branch, and these networks, are used only if they
+    improve the prediction of held-out blocks of the reference. Genes that the data measure are *denoised*: the ridge's
+    prediction from all other genes is the mean of a gamma prior, which the counts update.
 
     Parameters
     ----------
@@ -152,8 +155,8 @@ def impute_genes(
         ``embed_spatia(..., modalities="image")``. Do not use features that were computed from counts: they contain the
         hidden genes.
     check
-        Check in ``data`` too. Genes that the data measure are hidden in turn. Neighbours and image are dropped where they lower
-        the correlation of these genes. The reliability of all genes is lowered by the ratio of the correlation that hidden
+        Check in ``data`` too. Genes that the data measure are hidden in turn. Neighbours, image and networks are dropped where
+        they lower the correlation of these genes. The reliability of all genes is lowered by the ratio of the correlation that hidden
         genes reach to the one that the reference promised for them. The check uses all cells of ``data`` at once
         (``uns[key_added]["params"]["transductive"]``). False takes both from the reference alone.
     target_sum
@@ -169,7 +172,7 @@ def impute_genes(
     spatial_key
         Positions in ``.obsm`` of an AnnData, in any unit. Without them cells have no neighbours.
     random_state
-        Seed of the Fourier features; ``settings.seed`` when None.
+        Seed of the Fourier features and of the networks; ``settings.seed`` when None.
     key_added
         Name of the slots.
     copy
