@@ -156,8 +156,8 @@ def impute_genes(
         hidden genes.
     check
         Check in ``data`` too. Genes that the data measure are hidden in turn. Neighbours, image and networks are dropped where
-        they lower the correlation of these genes. The reliability of all genes is lowered by the ratio of the correlation that hidden
-        genes reach to the one that the reference promised for them. The check uses all cells of ``data`` at once
+        they lower the correlation of these genes. The reliability of all genes is lowered by the ratio of the correlation
+        that hidden genes reach to the one that the reference promised for them. The check uses all cells of ``data`` at once
         (``uns[key_added]["params"]["transductive"]``). False takes both from the reference alone.
     target_sum
         Values are log1p of counts per ``target_sum`` counts of the shared genes. None takes the median of these counts over the
