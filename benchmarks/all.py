@@ -95,10 +95,14 @@ IMPUTATION = [
 ]  # fmt: skip
 WITH_IMAGE = [f"ridge, genes + neighbors' genes + image, {w} of a column" for w in (0.05, 0.15)]
 LAWS = ["constant marginal", "ridge with residuals of left-out blocks", "flow matching head"]
-IMAGES = ["copy of the source", "source, histogram of the target", "nearest training target"]
-TUMOUR, FIBROBLASTS, ITSELF = (
-    "MKI67/UBE2C -> COL17A1/SERPINB3", "SFRP4/LTBP2 -> COL5A2/THBS2", "COL5A2/THBS2 -> COL5A2/THBS2"
-)  # fmt: skip
+IMAGES = [
+    "copy of the source",
+    "nearest training target",
+    "OT-matched training target",
+    "mean shift of latents",
+    "linear map",
+]
+TUMOUR, FIBROBLASTS = "MKI67/UBE2C -> COL17A1/SERPINB3", "SFRP4/LTBP2 -> COL5A2/THBS2"
 
 
 @dataclass
@@ -117,11 +121,13 @@ class Row:
     less: bool = False  # less is better
     paired: str = ""  # split where the difference was measured, if over several at once
     over: str = "seeds"  # else the interval is over these: seeds, or what a split is
-    columns: dict[str, tuple[str, str]] = field(default_factory=dict)  # a name -> method and metric, where they differ
+    columns: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # a name -> method, metric and script, where they differ
     known: dict[str, float] = field(default_factory=dict)  # a method -> what it has by definition
 
 
-STFLOW, IMPUTED, GENERATED = "STFlow default", "ours, checked in the query", "generated, heun 10"
+STFLOW, IMPUTED = "STFlow default", "ours, checked in the query"
 TEST = {"data": "pancreas", "split": "test"}
 MICE, BULBS = ["BZ5", "BZ9", "BZ14"], ["MOB1", "MOB2", "MOB3"]
 CONFIDENCE = ["one confidence for all", "without temperature"]
@@ -146,7 +152,12 @@ def imputed(data: str, where: dict, more: list[str], **options) -> Row:
 
 def generated(task: str, transition: str) -> Row:
     where = {"data": f"pancreas:{transition}", "split": "test"}
-    return Row(task, "pancreas", "KID", "morphology", where, "KID", GENERATED, IMAGES, "training targets", less=True)
+    return Row(task, "pancreas", "KID", "editing", where, "KID", "flow", IMAGES, "training targets", less=True)
+
+
+def as_embedded(metric: str, methods: list[str]) -> dict[str, tuple[str, ...]]:
+    """Simple methods that the benchmark of embeddings measured."""
+    return {name: (name, metric, "embedding") for name in methods}
 
 
 ROWS = [
@@ -166,21 +177,24 @@ ROWS = [
         ["independent"], less=True, over="sections"),
     Row("regions of nine spots", "her2st, a new donor", "energy", "joint", {"data": "donors", "split": ["A1", "B4", *DONOR]},
         "energy 9 spots", STFLOW, ["independent"], less=True, over="sections"),
+    *(Row("regions of nine spots", f"Visium, {tissue}", "energy", "joint", {"data": tissue}, "energy 9 spots", STFLOW,
+          ["independent"], less=True, over="sections") for tissue in ("lung", "brain", "kidney")),
     Row("image to genes", "pancreas", "Pearson", "embedding", TEST, "pearson50", "SPATIA image, cell + niche",
         ["hand features", "hand features + neighbours", "CNN, supervised", "CNN, supervised + neighbours"]),
     Row("image found by genes", "pancreas", "share in first 10", "embedding", TEST, "top 10", "SPATIA", ["untrained"]),
     Row("cell types", "pancreas", "macro F1", "embedding", TEST, "macro F1", "SPATIA fused, cell", GENES),
-    Row("cell types", "STARmap", "macro F1", "embedding", {"data": "starmap", "split": MICE}, "type F1", "SPATIA cell", NICHES,
-        over="mice"),
+    Row("cell types", "STARmap", "macro F1", "niches", {"data": "starmap", "split": MICE}, "type F1", "annotate, genes", NICHES,
+        over="mice", columns=as_embedded("type F1", NICHES)),
     Row("confidence of labels", "pancreas", "Brier", "confidence", {"data": "pancreas"}, "Brier", "annotate", CONFIDENCE,
         less=True),
     Row("confidence of labels", "STARmap", "Brier", "confidence", {"data": "starmap"}, "Brier", "annotate", CONFIDENCE,
         less=True, over="mice"),
-    Row("clusters of cells", "pancreas", "ARI", "embedding", TEST, "ARI", "SPATIA fused, cell", GENES),
-    Row("layers", "STARmap", "macro F1", "embedding", {"data": "starmap", "split": MICE}, "layer F1", "SPATIA tissue", NICHES,
-        over="mice"),
-    Row("layers, without labels", "STARmap", "ARI", "embedding", {"data": "starmap", "split": MICE}, "layer ARI",
-        "SPATIA niche", NICHES, over="mice"),
+    Row("clusters of cells", "pancreas", "ARI", "niches", TEST, "cluster ARI", "cluster_cells", GENES,
+        columns=as_embedded("ARI", GENES)),
+    Row("layers", "STARmap", "macro F1", "niches", {"data": "starmap", "split": MICE}, "layer F1", "niche level, linear probe",
+        NICHES, over="mice", columns=as_embedded("layer F1", NICHES)),
+    Row("layers, without labels", "STARmap", "ARI", "niches", {"data": "starmap", "split": MICE}, "layer ARI",
+        "cluster_niches, number chosen", NICHES, over="mice", columns=as_embedded("layer ARI", NICHES)),
     Row("imputation by a saved model", "pancreas", "Pearson", "imputation", {"data": "pancreas:known", "split": "test"},
         "pearson", "trained model", ["SPATIA's decoder, cell", "SPATIA's decoder, niche", "SPATIA's decoder, tissue"]),
     imputed("pancreas", TEST, WITH_IMAGE),
@@ -192,7 +206,6 @@ ROWS = [
         over="folds"),
     generated("generated tumour cells", TUMOUR),
     generated("generated fibroblasts", FIBROBLASTS),
-    generated("a state left as it is", ITSELF),
     Row("generated tiles", "simulated tissue", "share of the change", "morphology",
         {"data": "simulated:tiles", "split": "mean_area_um2"}, "share shown", "generated", ["copy of the source"],
         known={"copy of the source": 0.0}),
@@ -229,8 +242,8 @@ class Line:
 
 def values(row: Row, method: str) -> pd.DataFrame:
     """What a method has, by split and seed."""
-    name, metric = row.columns.get(method, (method, row.metric))
-    rows = results.select(results.read(row.script), **row.where, method=name, metric=metric)
+    name, metric, *script = row.columns.get(method, (method, row.metric))
+    rows = results.select(results.read(*(script or [row.script])), **row.where, method=name, metric=metric)
     return rows[["split", "seed", "value"]]
 
 
