@@ -1,6 +1,7 @@
 """From a bare picture: tissue, a very large slide, and the same correlation from a grid as at the spots.
 
 python benchmarks/bare.py tissue     which spots under tissue are kept, and which spots on glass are left out, of every section
+python benchmarks/bare.py blur       right halves of the her2st sections out of focus: which squares are named blurred
 python benchmarks/bare.py large      grid, features and prediction of a slide of 100,000 x 80,000 px: seconds and memory
 python benchmarks/bare.py held-out   each section left out: correlation from a grid over the picture against that at the spots
 """
@@ -15,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 import results
 import spatiaflow as sf
+from spatiaflow._slides.artefacts import COARSEST_UM, artefacts_of, at_cells
 from spatiaflow._slides.grid import tissue_of
 from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.slide import MIN_TISSUE
@@ -52,13 +55,38 @@ def sections():
 def tissue(table: results.Table) -> None:
     """Shares of spots, squares of 100 µm."""
     for name, picture, xy, under, mpp in sections():
-        found = (
-            tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None).share() >= MIN_TISSUE
-        )
+        patches = tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None)
+        spoilt = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp) > 0
+        found = patches.share(without=spoilt) >= MIN_TISSUE
         scores = {"spots under tissue kept": found[under].mean()}
         if not under.all():
             scores["spots on glass left out"] = (~found[~under]).mean()
+            grid = sf.pp.grid(picture, mpp=mpp)
+            beyond = cKDTree(xy).query(grid.obsm["spatial"])[0] * mpp > 150
+            scores["squares kept beyond the spots"] = beyond.sum()
         table.add("tissue", name, 0, "grid", scores)
+
+
+def blur(table: results.Table) -> None:
+    """Shares of squares of 100 µm that are named blurred, left and right, where the right half is smoothed."""
+    for name in RECIPES["breast"].sections:
+        (library,) = sf.datasets.her2st(name).uns["spatial"].values()
+        mpp = library["metadata"]["microns_per_pixel"]
+        if mpp > COARSEST_UM:
+            continue
+        whole = np.asarray(Image.open(library["metadata"]["source_image_path"]).convert("RGB"))
+        middle = int(np.median(sf.datasets.her2st(name).obsm["spatial"][:, 0]))
+        for sigma in (0, 1, 2, 4):  # µm
+            picture = whole.copy()
+            if sigma:
+                picture[:, middle:] = np.stack(
+                    [ndimage.gaussian_filter(whole[:, middle:, i], sigma / mpp) for i in range(3)], -1
+                )
+            grid = sf.pp.grid(picture, mpp=mpp)
+            x, named = grid.obsm["spatial"][:, 0], (grid.obs["artefact"] == "blurred").to_numpy()
+            side = 100 / mpp / 2
+            scores = {"right": named[x > middle + side].mean(), "left": named[x < middle - side].mean()}
+            table.add("blur", f"her2st {name}", 0, f"{sigma} µm", {f"{k}, share named": v for k, v in scores.items()})
 
 
 def encoded(pixels: np.ndarray) -> bytes:
@@ -168,7 +196,7 @@ def pearson(y: np.ndarray, predicted: np.ndarray) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = results.parser(__doc__)
-    out.add_argument("what", choices=("tissue", "large", "held-out"))
+    out.add_argument("what", choices=("tissue", "blur", "large", "held-out"))
     out.add_argument("--names", nargs="+", default=list(RECIPES))
     out.add_argument("--model", default="stflow-breast-small")
     out.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -182,6 +210,8 @@ def main() -> None:
     table = results.Table("bare", again=args.again)
     if args.what == "tissue":
         tissue(table)
+    elif args.what == "blur":
+        blur(table)
     elif args.what == "large":
         large(table, args.model, args.folder)
     else:

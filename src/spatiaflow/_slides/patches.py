@@ -19,6 +19,7 @@ PADDING = 254  # of 255: what is as bright in every channel is padding, or glass
 ENOUGH_GLASS = 0.01  # of the cells
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
 DARK = 80  # of 255: the brightest channel of stained tissue is brighter
+BESIDE_PADDING = 0.05  # of the cells that are not black: where more are white, what is black is padding
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
 
 
@@ -123,19 +124,30 @@ class Tissue:
 
     @property
     def dark(self) -> bool:
-        """Whether most of what the patches show is too dark for light that went through tissue."""
-        return bool((self.colour[self.inside].max(-1) < DARK).mean() > 0.5) if self.inside.any() else False
+        """Whether most of what the patches show is too dark for light that went through tissue, and it is no black padding."""
+        colour = self.colour[self.inside]
+        if not len(colour) or (colour.max(-1) < DARK).mean() <= 0.5:
+            return False
+        seen = colour[colour.max(-1) >= BLACK]
+        return not len(seen) or bool((seen.min(-1) > WHITE).mean() < BESIDE_PADDING)
 
-    def share(self) -> np.ndarray:
-        """Share of each patch, n, float32 in [0, 1]."""
+    def share(self, without: np.ndarray | None = None) -> np.ndarray:
+        """Share of each patch, n, float32 in [0, 1]; cells of ``without`` (n x 8 x 8) are no tissue."""
         known = self.inside & (self.colour.max(-1) >= BLACK)
+        known = known if without is None else known & ~without
         if not known.any():
             return np.zeros(len(known), np.float32)
-        white = glass(self.colour[known])
-        density = np.zeros(known.shape, np.float32)
-        for channel in range(3):  # one at a time: 64 floats of a patch, not 192
-            density -= np.log(np.maximum(self.colour[..., channel], 1) / white[channel]) / 3
-        return (known & (density > np.clip(otsu(density[known]), *OD))).mean((1, 2), dtype=np.float32)
+        density, threshold = optical_density(self.colour, known)
+        return (known & (density > threshold)).mean((1, 2), dtype=np.float32)
+
+
+def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean optical density of colours (... x 3, uint8) against the glass among those ``known``, and the threshold of tissue."""
+    white = glass(colour[known])
+    density = np.zeros(known.shape, np.float32)
+    for channel in range(3):  # one at a time: 64 floats of a patch, not 192
+        density -= np.log(np.maximum(colour[..., channel], 1) / white[channel]) / 3
+    return density, float(np.clip(otsu(density[known]), *OD))
 
 
 def glass(colour: np.ndarray) -> np.ndarray:
