@@ -37,7 +37,8 @@ RECTANGLE = 0.95  # and fills this share of the box around it
 
 SHARP_UM, COARSEST_UM = 1.0, 2.0  # µm per pixel at which sharpness is judged, and of the coarsest picture that allows it
 FINE = 4  # fine detail is compared with detail this many times coarser
-BLURRED = 0.25  # of the upper quartile of the slide
+BLURRED = 0.25  # of the upper quartile of the slide's ratios
+FLAT = 0.1  # of the upper quartile of the slide's coarse detail
 
 
 def artefacts_of(small: np.ndarray, um: float) -> np.ndarray:
@@ -136,15 +137,11 @@ def at_cells(codes: np.ndarray, xy: np.ndarray, width: float) -> np.ndarray:
 def sharpness(
     image: Any, xy: np.ndarray, width: float, pixels: int, *, channels_first: bool, progress: Callable[[int], Any]
 ) -> np.ndarray:
-    """Variance of the Laplacian of each square over that of its copy of a quarter of the size, n, float32.
-
-    Both are taken from one square: the ratio depends on focus, and little on what the tissue is.
-    """
-    out = np.zeros(len(xy), np.float32)
+    """Variance of the Laplacian of each square, and of its copy of a quarter of the size, n x 2, float32."""
+    out = np.zeros((len(xy), 2), np.float32)
     for rows, patches in cut(image, xy, width, pixels, channels_first=channels_first, batch_size=256):
         grey = patches[:, :3].float().mean(1, keepdim=True)
-        fine, coarse = _laplacian_variance(grey), _laplacian_variance(F.avg_pool2d(grey, FINE))
-        out[rows] = (fine / (coarse + 1)).numpy()
+        out[rows] = torch.stack([_laplacian_variance(grey), _laplacian_variance(F.avg_pool2d(grey, FINE))], 1).numpy()
         progress(len(rows))
     return out
 
@@ -154,10 +151,21 @@ def _laplacian_variance(grey: torch.Tensor) -> torch.Tensor:
     return F.conv2d(grey, kernel[None, None]).flatten(1).var(1)
 
 
+def out_of_focus(sharp: np.ndarray) -> np.ndarray:
+    """Which squares of a slide lack fine detail, from their :func:`sharpness`, n.
+
+    Both variances come from one square: their ratio depends on focus, and little on what the tissue is. Where there is no coarse
+    detail either, the slide's is taken.
+    """
+    fine, coarse = sharp.T
+    ratio = fine / (np.maximum(coarse, FLAT * np.quantile(coarse, 0.75)) + 1)
+    return ratio < BLURRED * np.quantile(ratio, 0.75)
+
+
 def named(cells: np.ndarray, sharp: np.ndarray | None) -> pd.Categorical:
     """Artefact of each square from codes at its cells (n x 8 x 8) and its sharpness; missing where there is none."""
     covered = np.stack([(cells == code).mean((1, 2)) for code in range(1, len(NAMES))], 1)
     codes = np.where(covered.max(1) >= COVERED, covered.argmax(1), -1)
     if sharp is not None and len(sharp):
-        codes[(codes < 0) & (sharp < BLURRED * np.quantile(sharp, 0.75))] = NAMES.index("blurred")
+        codes[(codes < 0) & out_of_focus(sharp)] = NAMES.index("blurred")
     return pd.Categorical.from_codes(codes, categories=list(NAMES))
