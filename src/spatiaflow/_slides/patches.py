@@ -131,14 +131,35 @@ class Tissue:
         seen = colour[colour.max(-1) >= BLACK]
         return not len(seen) or bool((seen.min(-1) > WHITE).mean() < BESIDE_PADDING)
 
-    def share(self, without: np.ndarray | None = None) -> np.ndarray:
-        """Share of each patch, n, float32 in [0, 1]; cells of ``without`` (n x 8 x 8) are no tissue."""
+    def cells(self, without: np.ndarray | None = None) -> np.ndarray:
+        """Which cells are tissue, n x 8 x 8; those of ``without`` are none."""
         known = self.inside & (self.colour.max(-1) >= BLACK)
         known = known if without is None else known & ~without
         if not known.any():
-            return np.zeros(len(known), np.float32)
+            return known
         density, threshold = optical_density(self.colour, known)
-        return (known & (density > threshold)).mean((1, 2), dtype=np.float32)
+        return known & (density > threshold)
+
+    def share(self, without: np.ndarray | None = None) -> np.ndarray:
+        """Share of each patch, n, float32 in [0, 1]; cells of ``without`` (n x 8 x 8) are no tissue."""
+        return self.cells(without).mean((1, 2), dtype=np.float32)
+
+    def stains(self, cells: np.ndarray) -> np.ndarray:
+        """Quartiles over the patches of the mean optical density of hematoxylin and eosin in their ``cells``, 2 x 3.
+
+        Against a fixed white, as the texture features see it; NaN where no cell is tissue.
+        """
+        from spatiaflow.models.encoders._texture import UNMIX
+
+        out = np.full((len(cells), 2), np.nan, np.float32)
+        for start in range(0, len(cells), 4096):
+            part = slice(start, start + 4096)
+            density = -np.log10((self.colour[part].astype(np.float32) + 1) / 256) @ UNMIX.numpy()[:, :2]
+            own = cells[part][..., None]
+            count = own.sum((1, 2))
+            out[part] = np.where(count > 0, (density * own).sum((1, 2)) / np.maximum(count, 1), np.nan)
+        known = out[np.isfinite(out).all(1)]
+        return np.quantile(known, (0.25, 0.5, 0.75), axis=0).T if len(known) else np.full((2, 3), np.nan)
 
 
 def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, float]:
