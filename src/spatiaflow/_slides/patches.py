@@ -19,6 +19,7 @@ PADDING = 254  # of 255: what is as bright in every channel is padding, or glass
 ENOUGH_GLASS = 0.01  # of the cells
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
 DARK = 80  # of 255: the brightest channel of stained tissue is brighter
+GREENISH = 0.1  # of the mean density: how much more H&E absorbs green than red and blue, at least
 BESIDE_PADDING = 0.05  # of the cells that are not black: where more are white, what is black is padding
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
 
@@ -143,6 +144,14 @@ class Tissue:
     def share(self, without: np.ndarray | None = None) -> np.ndarray:
         """Share of each patch, n, float32 in [0, 1]; cells of ``without`` (n x 8 x 8) are no tissue."""
         return self.cells(without).mean((1, 2), dtype=np.float32)
+
+    def unlike_stain(self, rows: np.ndarray, cells: np.ndarray) -> float:
+        """Share of the ``cells`` of some rows that absorb green hardly more than red and blue: in H&E at most 2 % do."""
+        colour = self.colour[rows][cells]
+        if not len(colour):
+            return 0.0
+        density = np.log(glass(self.colour[self.inside]) / np.maximum(colour, 1))
+        return float((density[:, 1] - density[:, [0, 2]].mean(1) < GREENISH * density.mean(1)).mean())
 
     def stains(self, cells: np.ndarray) -> np.ndarray:
         """Quartiles over the patches of the mean optical density of hematoxylin and eosin in their ``cells``, 2 x 3.

@@ -22,6 +22,7 @@ from spatiaflow.models.slide import MIN_TISSUE
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+FOREIGN = 0.3  # of the tissue; more that absorbs light unlike H&E is a warning
 HIRES = 2000  # pixels of the small copy of the picture, as Space Ranger writes it
 
 
@@ -92,7 +93,7 @@ def grid(
     Warns
     -----
     UserWarning
-        The picture is dark, as fluorescence is; ``mpp`` contradicts the file.
+        The picture is dark, as fluorescence is; its colours are not those of H&E; ``mpp`` contradicts the file.
 
     See Also
     --------
@@ -144,13 +145,19 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     small, step = shrunk(opened, HIRES, channels_first=first)
     codes = np.zeros(small.shape[:2], np.uint8) if tissue.dark else artefacts_of(small, scale * step)
     spoilt = at_cells(codes, (places + 0.5) * width / step, width / step)
-    share = tissue.share(without=spoilt > 0)
+    cells = tissue.cells(without=spoilt > 0)
+    share = cells.mean((1, 2), dtype=np.float32)
     kept = share >= max(min_tissue, 1e-6)
     logger.info("%r: %d of %d squares are tissue, %.3g µm per pixel", found.name, kept.sum(), len(kept), found.mpp)
     if not kept.any():
         raise ValueError(
             f"no square of image {found.name!r} is tissue (highest share {share.max():.2f}, min_tissue={min_tissue:g}). Is it "
             "empty glass?"
+        )
+    if not tissue.dark and (foreign := tissue.unlike_stain(kept, cells[kept])) > FOREIGN:
+        warn(
+            f"image {found.name!r} does not look like H&E: {foreign:.0%} of what was taken for tissue absorbs green no more than "
+            "red and blue. Is it another stain, or a photograph of something else?"
         )
     places, name = places[kept], _io.plain_stem(found.name)
     xy = (places + 0.5) * step_um / found.mpp  # pixel i covers [i, i + 1)
