@@ -141,8 +141,11 @@ def stain(table: results.Table, model_name: str) -> None:
                                             "metadata": {"microns_per_pixel": mpp * scale}}}  # fmt: skip
                 sf.pp.encode_patches(one, model=model, image_key="hires")
                 sf.tl.predict_expression(one, model=model, random_state=0)
-                scores = {"pearson": pearson(y, one.obsm["stflow"]), "spots with ood above .95": (one.obs["stflow_ood"] > 0.95).mean(),
-                          "mean absolute error": np.abs(y - one.obsm["stflow"]).mean()}  # fmt: skip
+                scores = {
+                    "pearson": pearson(y, one.obsm["stflow"]),
+                    "spots with ood above .95": (one.obs["stflow_ood"] > 0.95).mean(),
+                    "mean absolute error": np.abs(y - one.obsm["stflow"]).mean(),
+                }
                 table.add(f"stain: {change}", f"her2st {name}", 0, method, scores)
 
 

@@ -22,7 +22,10 @@ ROUND = 0.55  # a dot fills this share of the box around it
 REGULAR = 0.08  # by how much the distances to a dot's two nearest differ from the commonest distance
 GAP_UM = 16.0  # widest gap in the ring that a dot can be
 MIN_DOTS = 40  # in a frame; a frame of 6.5 mm has about 400
-REACH_UM = (600.0, 250.0)  # a dot, and a speck of up to two dots, is the frame's within this distance of three dots of it
+REACH_UM = (
+    600.0,
+    250.0,
+)  # a dot, and a speck of up to two dots, is the frame's within this distance of three dots of it
 COARSEST_FRAME = 20.0  # µm per pixel at which dots are still apart
 RIM_UM = 20.0  # the rim of what is found is blurred
 
@@ -30,12 +33,18 @@ PEN_UM = 100.0  # width of the thinnest stroke
 PEN_MM2 = 0.1  # area of the smallest
 STROKE = 0.3  # mean optical density of ink, at least
 BLUER = 0.35  # ink absorbs more red than green, by this share of the mean; H&E at most .22 in any section looked at
-BLACK_INK, COLOURLESS = 1.2, 0.12  # mean optical density of black ink, and largest difference of its channels, as a share
+BLACK_INK, COLOURLESS = (
+    1.2,
+    0.12,
+)  # mean optical density of black ink, and largest difference of its channels, as a share
 
 INSET = 0.25  # a small copy covers at most this share of the largest part of the picture
 RECTANGLE = 0.95  # and fills this share of the box around it
 
-SHARP_UM, COARSEST_UM = 1.0, 2.0  # µm per pixel at which sharpness is judged, and of the coarsest picture that allows it
+SHARP_UM, COARSEST_UM = (
+    1.0,
+    2.0,
+)  # µm per pixel at which sharpness is judged, and of the coarsest picture that allows it
 FINE = 4  # fine detail is compared with detail this many times coarser
 BLURRED = 0.25  # of the upper quartile of the slide's ratios
 FLAT = 0.1  # of the upper quartile of the slide's coarse detail
@@ -119,7 +128,9 @@ def inset(known: np.ndarray) -> np.ndarray:
     area = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     chosen = np.zeros(n + 1, bool)
     for i, (rows, columns) in enumerate(ndimage.find_objects(labels)):
-        corner = (rows.start == 0 or rows.stop == known.shape[0]) and (columns.start == 0 or columns.stop == known.shape[1])
+        corner = (rows.start == 0 or rows.stop == known.shape[0]) and (
+            columns.start == 0 or columns.stop == known.shape[1]
+        )
         box = (rows.stop - rows.start) * (columns.stop - columns.start)
         chosen[i + 1] = corner and area[i] >= RECTANGLE * box and area[i] <= INSET * area.max()
     return chosen[labels]

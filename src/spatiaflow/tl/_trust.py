@@ -70,8 +70,8 @@ def check_stain(stain: dict[str, np.ndarray] | None, model: STFlow) -> None:
     if found:
         warn(
             f"the stain differs from what the model was trained on (optical density: {'; '.join(found)}). Predictions can be "
-            "worse. To compare: squidpy.experimental.im.normalize_stains(sdata, image_key, reference) brings a picture to the stain "
-            "of a training slide, with reference = fit_stain_reference(..., method='reinhard'); then encode it again."
+            "worse. To compare: squidpy.experimental.im.normalize_stains(sdata, image_key, reference) brings a picture to the "
+            "stain of a training slide, with reference = fit_stain_reference(..., method='reinhard'); then encode it again."
         )
 
 
