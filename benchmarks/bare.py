@@ -1,6 +1,8 @@
 """From a bare picture: tissue, a very large slide, and the same correlation from a grid as at the spots.
 
 python benchmarks/bare.py tissue     which spots under tissue are kept, and which spots on glass are left out, of every section
+python benchmarks/bare.py blur       right halves of the her2st sections out of focus: which squares are named blurred
+python benchmarks/bare.py stain      bundled weights on sections whose stain was changed, before and after squidpy's normalisation
 python benchmarks/bare.py large      grid, features and prediction of a slide of 100,000 x 80,000 px: seconds and memory
 python benchmarks/bare.py held-out   each section left out: correlation from a grid over the picture against that at the spots
 """
@@ -15,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 import results
 import spatiaflow as sf
+from spatiaflow._slides.artefacts import COARSEST_UM, artefacts_of, at_cells
 from spatiaflow._slides.grid import tissue_of
+from spatiaflow._slides.patches import BLACK, optical_density
 from spatiaflow.models.regression import gene_pearson
 from spatiaflow.models.slide import MIN_TISSUE
 from stflow_weights import RECIPES, load
@@ -52,13 +57,96 @@ def sections():
 def tissue(table: results.Table) -> None:
     """Shares of spots, squares of 100 µm."""
     for name, picture, xy, under, mpp in sections():
-        found = (
-            tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None).share() >= MIN_TISSUE
-        )
+        patches = tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None)
+        spoilt = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp) > 0
+        found = patches.share(without=spoilt) >= MIN_TISSUE
         scores = {"spots under tissue kept": found[under].mean()}
         if not under.all():
             scores["spots on glass left out"] = (~found[~under]).mean()
+            grid = sf.pp.grid(picture, mpp=mpp)
+            beyond = cKDTree(xy).query(grid.obsm["spatial"])[0] * mpp > 150
+            scores["squares kept beyond the spots"] = beyond.sum()
         table.add("tissue", name, 0, "grid", scores)
+
+
+def blur(table: results.Table) -> None:
+    """Shares of squares of 100 µm that are named blurred, left and right, where the right half is smoothed."""
+    for name in RECIPES["breast"].sections:
+        (library,) = sf.datasets.her2st(name).uns["spatial"].values()
+        mpp = library["metadata"]["microns_per_pixel"]
+        if mpp > COARSEST_UM:
+            continue
+        whole = np.asarray(Image.open(library["metadata"]["source_image_path"]).convert("RGB"))
+        middle = int(np.median(sf.datasets.her2st(name).obsm["spatial"][:, 0]))
+        for sigma in (0, 1, 2, 4):  # µm
+            picture = whole.copy()
+            if sigma:
+                picture[:, middle:] = np.stack(
+                    [ndimage.gaussian_filter(whole[:, middle:, i], sigma / mpp) for i in range(3)], -1
+                )
+            grid = sf.pp.grid(picture, mpp=mpp)
+            x, named = grid.obsm["spatial"][:, 0], (grid.obs["artefact"] == "blurred").to_numpy()
+            side = 100 / mpp / 2
+            scores = {"right": named[x > middle + side].mean(), "left": named[x < middle - side].mean()}
+            table.add("blur", f"her2st {name}", 0, f"{sigma} µm", {f"{k}, share named": v for k, v in scores.items()})
+
+
+CHANGES = {"none": (1, 1, 1), "density x 1.4": (1.4, 1.4, 1.4), "density x .7": (0.7, 0.7, 0.7), "hue": (1.25, 1, 0.8)}
+
+
+def pictured(picture: np.ndarray, mpp: float):
+    """A SpatialData with a picture and its mask of tissue, as normalize_stains wants it."""
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel, Labels2DModel
+
+    known = picture.max(-1) >= BLACK
+    density, threshold = optical_density(picture, known)
+    mask = (known & (density > threshold) & (artefacts_of(picture, mpp) == 0)).astype(np.int32)
+    return SpatialData(
+        {"he": Image2DModel.parse(picture.transpose(2, 0, 1), dims=("c", "y", "x"))},
+        {"he_tissue": Labels2DModel.parse(mask, dims=("y", "x"))},
+    )
+
+
+def stain(table: results.Table, model_name: str) -> None:
+    """Correlation at the spots on pictures of 3.4 µm per pixel. The reference is C2, and C3 for C2 itself."""
+    import squidpy as sq
+
+    model = sf.models.load(sf.datasets.weights(model_name))
+    slides = {name: sf.datasets.her2st(name) for name in RECIPES["breast"].sections}
+    pictures = {name: next(iter(slide.uns["spatial"].values()))["images"]["hires"] for name, slide in slides.items()}
+    for name, slide in slides.items():
+        (key,), (library,) = slide.uns["spatial"], slide.uns["spatial"].values()
+        y, scale = truth(slide, model), library["scalefactors"]["tissue_hires_scalef"]
+        mpp = library["metadata"]["microns_per_pixel"] / scale
+        references = {
+            method: sq.experimental.im.fit_stain_reference(
+                pictured(pictures["C3" if name == "C2" else "C2"], mpp), "he", method=method
+            )
+            for method in ("reinhard", "macenko")
+        }
+        for change, factors in CHANGES.items():
+            whole = np.minimum(255 * (pictures[name] / 255) ** factors, 255).round().astype(np.uint8)
+            found = {"as it is": whole}
+            for method, reference in references.items():
+                try:
+                    normal = sq.experimental.im.normalize_stains(pictured(whole, mpp), "he", reference, inplace=False)
+                except RuntimeError as error:  # squidpy's StainFittingError: the two stains are not told apart
+                    print(f"{name}, {change}, {method}: {error}")
+                    continue
+                found[method] = np.asarray(normal.transpose("y", "x", "c")).astype(np.uint8)
+            for method, picture in found.items():
+                one = slide.copy()
+                one.uns["spatial"] = {key: {"images": {"hires": picture}, "scalefactors": library["scalefactors"],
+                                            "metadata": {"microns_per_pixel": mpp * scale}}}  # fmt: skip
+                sf.pp.encode_patches(one, model=model, image_key="hires")
+                sf.tl.predict_expression(one, model=model, random_state=0)
+                scores = {
+                    "pearson": pearson(y, one.obsm["stflow"]),
+                    "spots with ood above .95": (one.obs["stflow_ood"] > 0.95).mean(),
+                    "mean absolute error": np.abs(y - one.obsm["stflow"]).mean(),
+                }
+                table.add(f"stain: {change}", f"her2st {name}", 0, method, scores)
 
 
 def encoded(pixels: np.ndarray) -> bytes:
@@ -168,7 +256,7 @@ def pearson(y: np.ndarray, predicted: np.ndarray) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = results.parser(__doc__)
-    out.add_argument("what", choices=("tissue", "large", "held-out"))
+    out.add_argument("what", choices=("tissue", "blur", "stain", "large", "held-out"))
     out.add_argument("--names", nargs="+", default=list(RECIPES))
     out.add_argument("--model", default="stflow-breast-small")
     out.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -182,6 +270,10 @@ def main() -> None:
     table = results.Table("bare", again=args.again)
     if args.what == "tissue":
         tissue(table)
+    elif args.what == "blur":
+        blur(table)
+    elif args.what == "stain":
+        stain(table, args.model)
     elif args.what == "large":
         large(table, args.model, args.folder)
     else:

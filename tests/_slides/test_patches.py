@@ -227,3 +227,20 @@ def test_black_around_a_real_section_is_no_tissue(mirror):
     share = shares(image, np.vstack([true, black]), width=155 / 3.19)
     assert np.quantile(share[:-4], 0.02) > 0.1
     np.testing.assert_array_equal(share[-4:], 0)
+
+
+def test_stains_of_tissue_are_those_of_the_texture_features():
+    from spatiaflow.models.encoders import load_encoder
+
+    image = np.full((100, 300, 3), 240, np.uint8)
+    image[:, :200] = [150, 90, 160]
+    encoder = load_encoder("texture", device="cpu")
+    xy = np.array([[50.0, 50.0], [150.0, 50.0], [250.0, 50.0]])  # the last one is glass
+    tissue = Tissue(xy, 96, image.shape[:2])
+    for rows, patches in cut(image, xy, 96, 96, channels_first=False, batch_size=8):
+        tissue.add(rows, patches)
+        features = encoder(patches).numpy()
+    found = tissue.stains(tissue.cells())
+    for stain, quartiles in zip(("hematoxylin", "eosin"), found):
+        expected = features[0, list(encoder.feature_names).index(f"{stain}_mean")]
+        np.testing.assert_allclose(quartiles, expected, atol=1e-4)

@@ -183,6 +183,40 @@ def test_a_dark_picture_is_a_warning():
         sf.pp.grid(255 - section(), mpp=MPP, step_um=40)
 
 
+def test_a_fluorescence_image_is_a_warning():
+    image = np.random.default_rng(0).normal(6, 2, (300, 500, 3)).clip(0, 255)
+    image[40:240:7, 100:300, 2] = 230  # nuclei in blue
+    with pytest.warns(UserWarning, match="is it fluorescence"):
+        sf.pp.grid(image.astype(np.uint8), mpp=MPP, step_um=40)
+
+
+def test_black_padding_around_a_section_is_no_fluorescence():
+    image = np.zeros((600, 1200, 3), np.uint8)
+    image[100:400, 100:600] = section()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(sf.pp.grid(image, mpp=MPP, step_um=40)) == 100
+
+
+@pytest.mark.parametrize("colour", [(120, 120, 120), (180, 120, 40)])
+def test_a_photograph_of_something_else_is_a_warning(colour):
+    image = np.full((300, 500, 3), 235, np.uint8)
+    image[40:240, 100:300] = [190, 110, 170]
+    image[40:240, 180:450] = colour
+    with pytest.warns(UserWarning, match=r"does not look like H&E: \d+%"):
+        grid = sf.pp.grid(image, mpp=MPP, step_um=40)
+    assert len(grid)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "svs"])
+def test_a_truncated_file_is_an_error(tmp_path, kind):
+    path = saved(tmp_path, kind, np.random.default_rng(0).integers(0, 255, (300, 500, 3), dtype=np.uint8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"cut off|damaged"):
+        sf.pp.grid(path, mpp=1)
+
+
 @pytest.mark.parametrize("glass", [170, 215, 250])
 def test_glass_may_be_grey_beside_white_padding(glass):
     """A scan whose glass is darker than the padding around it."""

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import sparse
 
 import spatiaflow as sf
@@ -142,3 +143,51 @@ def test_sources_out_of_domain_warn_in_generation(score, warns):
         warnings.simplefilter("always")
         sf.tl.generate_morphology(sdata, source="A", target="B", **options)
     assert any("out-of-domain score" in str(one.message) for one in found) == warns
+
+
+@pytest.fixture
+def stained(tmp_path, slide):
+    """Slides on pictures whose optical density is multiplied, with features."""
+
+    def make(name, times=1.0, seed=0):
+        pixels = np.random.default_rng(seed).normal([190, 110, 170], 30, (1250, 1250, 3)).clip(1, 255)
+        pixels[:60] = 235
+        path = tmp_path / f"{name}.png"
+        Image.fromarray((255 * (pixels / 255) ** times).astype(np.uint8)).save(path)
+        one = slide(name, seed=seed)
+        one.obsm["spatial"] = one.obsm["spatial"] * 0.25 + 70
+        one.uns["spatial"] = {name: {"metadata": {"microns_per_pixel": 2.0, "source_image_path": str(path)}}}
+        sf.pp.encode_patches(one, patch_um=80)
+        return one
+
+    return make
+
+
+def test_another_stain_is_one_warning_with_its_figures(stained, tmp_path):
+    model = sf.tl.train_stflow([stained("a"), stained("b", seed=1)], genes=["G0", "G1"], max_epochs=1)
+    again = sf.models.load(model.save(tmp_path / "model"))
+    low, high = again.encoder["stain"]["hematoxylin"]
+    assert 0 < low < high
+    for times, warns in ((1.0, False), (1.6, True)):
+        test = stained("c", times, seed=2)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            sf.tl.predict_expression(test, model=again)
+        ours = [str(one.message) for one in found if "stain" in str(one.message)]
+        assert len(ours) == warns
+        if warns:
+            median = test.uns["X_texture"]["stain"]["hematoxylin"][0, 1]
+            assert f"a median of {median:.2f} of hematoxylin, in training {low:.2f} to {high:.2f}" in ours[0]
+            assert "squidpy.experimental.im.normalize_stains" in ours[0]
+
+
+def test_a_model_that_states_no_stain_is_silent(stained):
+    train = [stained("a"), stained("b", seed=1)]
+    for one in train:
+        del one.uns["X_texture"]["stain"]
+    model = sf.tl.train_stflow(train, genes=["G0", "G1"], max_epochs=1)
+    assert "stain" not in model.encoder
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sf.tl.predict_expression(stained("c", 1.6), model=model)
+    assert not [one for one in found if "normalize_stains" in str(one.message)]

@@ -18,6 +18,7 @@ from spatiaflow.models.slide import Slide
 
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "resolution_um", "standardize", "n_features")
+STAINS = ("hematoxylin", "eosin")
 SHALLOW = 5.0  # times fewer counts per row than in training: rather a part of the genes than less depth
 FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
@@ -62,6 +63,21 @@ def same_encoder(tables: list[AnnData], key: str) -> dict:
         if one != found[0]:
             raise ValueError(f"obsm[{key!r}] of the slides was made by different encoders: {found[0]} and {one}.")
     return found[0]
+
+
+def stain_entry(quartiles: list[np.ndarray]) -> dict:
+    """Entry ``"stain"`` of features, from the quartiles of the stains of each slide (2 x 3); empty where one has none."""
+    if not quartiles or not np.isfinite(quartiles).all():
+        return {}
+    return {"stain": {name: np.stack([one[i] for one in quartiles]) for i, name in enumerate(STAINS)}}
+
+
+def stain(tables: list[AnnData], key: str) -> dict[str, np.ndarray] | None:
+    """Quartiles of the stains of all slides (slides x 3) behind the features at ``key``; None where a table states none."""
+    found = [entry(table, key).get("stain") for table in tables]
+    if not all(isinstance(one, Mapping) and set(STAINS) <= set(one) for one in found):
+        return None
+    return {name: np.concatenate([np.reshape(one[name], (-1, 3)) for one in found]) for name in STAINS}  # type: ignore[index]
 
 
 def check_encoder(table: AnnData, key: str, expected: dict) -> None:

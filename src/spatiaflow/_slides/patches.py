@@ -19,6 +19,8 @@ PADDING = 254  # of 255: what is as bright in every channel is padding, or glass
 ENOUGH_GLASS = 0.01  # of the cells
 BLACK = 30  # of 255: what is darker in every channel is padding, no stain absorbs as much
 DARK = 80  # of 255: the brightest channel of stained tissue is brighter
+GREENISH = 0.1  # of the mean density: how much more H&E absorbs green than red and blue, at least
+BESIDE_PADDING = 0.05  # of the cells that are not black: where more are white, what is black is padding
 OD = (0.08, 0.15)  # bounds of the threshold of optical density; the upper one is that of Macenko et al. 2009
 
 
@@ -123,19 +125,59 @@ class Tissue:
 
     @property
     def dark(self) -> bool:
-        """Whether most of what the patches show is too dark for light that went through tissue."""
-        return bool((self.colour[self.inside].max(-1) < DARK).mean() > 0.5) if self.inside.any() else False
+        """Whether most of what the patches show is too dark for light that went through tissue, and it is no black padding."""
+        colour = self.colour[self.inside]
+        if not len(colour) or (colour.max(-1) < DARK).mean() <= 0.5:
+            return False
+        seen = colour[colour.max(-1) >= BLACK]
+        return not len(seen) or bool((seen.min(-1) > WHITE).mean() < BESIDE_PADDING)
 
-    def share(self) -> np.ndarray:
-        """Share of each patch, n, float32 in [0, 1]."""
+    def cells(self, without: np.ndarray | None = None) -> np.ndarray:
+        """Which cells are tissue, n x 8 x 8; those of ``without`` are none."""
         known = self.inside & (self.colour.max(-1) >= BLACK)
+        known = known if without is None else known & ~without
         if not known.any():
-            return np.zeros(len(known), np.float32)
-        white = glass(self.colour[known])
-        density = np.zeros(known.shape, np.float32)
-        for channel in range(3):  # one at a time: 64 floats of a patch, not 192
-            density -= np.log(np.maximum(self.colour[..., channel], 1) / white[channel]) / 3
-        return (known & (density > np.clip(otsu(density[known]), *OD))).mean((1, 2), dtype=np.float32)
+            return known
+        density, threshold = optical_density(self.colour, known)
+        return known & (density > threshold)
+
+    def share(self, without: np.ndarray | None = None) -> np.ndarray:
+        """Share of each patch, n, float32 in [0, 1]; cells of ``without`` (n x 8 x 8) are no tissue."""
+        return self.cells(without).mean((1, 2), dtype=np.float32)
+
+    def unlike_stain(self, rows: np.ndarray, cells: np.ndarray) -> float:
+        """Share of the ``cells`` of some rows that absorb green hardly more than red and blue: in H&E at most 2 % do."""
+        colour = self.colour[rows][cells]
+        if not len(colour):
+            return 0.0
+        density = np.log(glass(self.colour[self.inside]) / np.maximum(colour, 1))
+        return float((density[:, 1] - density[:, [0, 2]].mean(1) < GREENISH * density.mean(1)).mean())
+
+    def stains(self, cells: np.ndarray) -> np.ndarray:
+        """Quartiles over the patches of the mean optical density of hematoxylin and eosin in their ``cells``, 2 x 3.
+
+        Against a fixed white, as the texture features see it; NaN where no cell is tissue.
+        """
+        from spatiaflow.models.encoders._texture import UNMIX
+
+        out = np.full((len(cells), 2), np.nan, np.float32)
+        for start in range(0, len(cells), 4096):
+            part = slice(start, start + 4096)
+            density = -np.log10((self.colour[part].astype(np.float32) + 1) / 256) @ UNMIX.numpy()[:, :2]
+            own = cells[part][..., None]
+            count = own.sum((1, 2))
+            out[part] = np.where(count > 0, (density * own).sum((1, 2)) / np.maximum(count, 1), np.nan)
+        known = out[np.isfinite(out).all(1)]
+        return np.quantile(known, (0.25, 0.5, 0.75), axis=0).T if len(known) else np.full((2, 3), np.nan)
+
+
+def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean optical density of colours (... x 3, uint8) against the glass among those ``known``, and the threshold of tissue."""
+    white = glass(colour[known])
+    density = np.zeros(known.shape, np.float32)
+    for channel in range(3):  # one at a time: 64 floats of a patch, not 192
+        density -= np.log(np.maximum(colour[..., channel], 1) / white[channel]) / 3
+    return density, float(np.clip(otsu(density[known]), *OD))
 
 
 def glass(colour: np.ndarray) -> np.ndarray:

@@ -106,7 +106,8 @@ def encode_patches(
         ``key_added`` is. Optical density above the glass of the same image decides; black padding and what lies outside the
         image are no tissue. A column of this name that holds something else is kept, and a warning is logged
     ``.uns[key_added]`` : dict with the encoder's ``id``, ``sha256`` of its weights, ``mpp``, ``patch_um``, ``resolution_um``,
-        ``standardize``, ``n_features`` and ``params`` (with ``feature_names`` where they have names)
+        ``standardize``, ``n_features``, ``params`` (with ``feature_names`` where they have names), and of RGB images ``stain``:
+        quartiles of the optical density of ``hematoxylin`` and ``eosin`` in the tissue of each slide's patches (slides x 3)
 
     Raises
     ------
@@ -143,13 +144,14 @@ def encode_patches(
     pixels = encoder.patch_pixels(patch_um)
     key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
     out = np.zeros((table.n_obs, 0), np.float32)
-    share, standardized_on = np.full(table.n_obs, np.nan, np.float32), []
+    share, standardized_on, stains = np.full(table.n_obs, np.nan, np.float32), [], []
     bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
     for slide in slides:
-        found, tissue = _encoded(
+        found, tissue, stain = _encoded(
             data, slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size or 64, target, bar
         )
         share[slide.rows] = tissue
+        stains.append(stain)
         if not out.shape[1]:
             out = np.full((table.n_obs, found.shape[1]), np.nan, np.float32)
         if standardize:
@@ -165,7 +167,7 @@ def encode_patches(
         uns={
             "id": encoder.id, "sha256": encoder.sha256, "mpp": patch_um / pixels, "patch_um": float(patch_um),
             **({"resolution_um": float(resolution_um)} if resolution_um else {}),
-            "standardize": standardize, "n_features": out.shape[1],
+            "standardize": standardize, "n_features": out.shape[1], **_io.stain_entry(stains),
             "params": _io.provenance(
                 started, feature_names=list(encoder.feature_names), standardized_on=standardized_on
             ),
@@ -188,8 +190,11 @@ def _as_trained(model: STFlow | str | Path) -> tuple[str, float, float | None, b
 
 def _encoded(
     data, slide: Slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size, device, bar
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features of all spots of one slide, n x F, and the share of each patch that is tissue (NaN: the image is no RGB)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of all spots of one slide, n x F; of each patch the share that is tissue; quartiles of the stains, 2 x 3.
+
+    Where the image is no RGB the last two are NaN.
+    """
     from spatiaflow._slides.patches import Tissue, cut, warn_of_dark
 
     coarsest = max(patch_um / MIN_PIXELS, 1.05 * patch_um / pixels)
@@ -224,7 +229,10 @@ def _encoded(
         warn_of_dark(found.name, "around most spots")
     if bad := int((~np.isfinite(out[there])).any(1).sum()):
         raise ValueError(f"encoder {encoder.id!r} gave NaN or infinite features for {bad} patches of {slide.name!r}.")
-    return out, np.full(len(slide), np.nan, np.float32) if tissue is None else tissue.share()
+    if tissue is None:
+        return out, np.full(len(slide), np.nan, np.float32), np.full((2, 3), np.nan)
+    cells = tissue.cells()
+    return out, cells.mean((1, 2), dtype=np.float32), tissue.stains(cells)
 
 
 def _check(image, found, encoder, patch_um: float, pixels: int) -> int:

@@ -15,12 +15,14 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, warn
+from spatiaflow._slides.artefacts import COARSEST_UM, SHARP_UM, artefacts_of, at_cells, named, sharpness
 from spatiaflow._slides.grid import PIXELS, annotation_of, shrunk, squares, tissue_of
 from spatiaflow.models.slide import MIN_TISSUE
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+FOREIGN = 0.3  # of the tissue; more that absorbs light unlike H&E is a warning
 HIRES = 2000  # pixels of the small copy of the picture, as Space Ranger writes it
 
 
@@ -62,7 +64,11 @@ def grid(
     AnnData, squares x 0 genes, or a list or dict of them:
 
     ``.obs_names`` : ``"<image>_<column>_<row>"``
-    ``.obs["tissue"]`` : float32, share of the square that is tissue
+    ``.obs["tissue"]`` : float32, share of the square that is tissue, without pen, frame and inset
+    ``.obs["artefact"]`` : categories, what spoils the square; missing where nothing does. ``"pen"`` (blue, green and black
+        ink; not red), ``"frame"`` (the dots around a Visium slide) and ``"inset"`` (a small copy in a corner, set off by
+        black) are no tissue, and cover at least 5 % of the square. ``"blurred"`` is out of focus; this is judged where the
+        picture has at most 2 µm per pixel, against the sharpest quarter of its squares, and such squares stay
     ``.obs["annotation"]`` : with ``region``, categories: name of the smallest region around the centre; missing outside
     ``.obsm["spatial"]`` : float64 (n, 2), centres in pixels of the image
     ``.uns["spatial"]`` : one library, with a small copy of the picture (``images["hires"]``, at most 2,000 px), its scale, and
@@ -87,7 +93,7 @@ def grid(
     Warns
     -----
     UserWarning
-        The picture is dark, as fluorescence is; ``mpp`` contradicts the file.
+        The picture is dark, as fluorescence is; its colours are not those of H&E; ``mpp`` contradicts the file.
 
     See Also
     --------
@@ -127,17 +133,20 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
         )
     opened = _io.as_uint8(opened, found.name)
     scale = found.mpp * factor  # of what is read
-    places = squares(shape, step_um / scale)
+    width = step_um / scale
+    places = squares(shape, width)
     bar = progress(None, "looking for tissue", total=len(places), unit="square")
-    tissue = tissue_of(
-        opened, (places + 0.5) * step_um / scale, step_um / scale, channels_first=first, progress=bar.update
-    )
+    tissue = tissue_of(opened, (places + 0.5) * width, width, channels_first=first, progress=bar.update)
     bar.close()
     if tissue.dark:
         warn(
             f"image {found.name!r} is dark: is it fluorescence, or inverted? It is read as H&E in red, green and blue."
         )
-    share = tissue.share()
+    small, step = shrunk(opened, HIRES, channels_first=first)
+    codes = np.zeros(small.shape[:2], np.uint8) if tissue.dark else artefacts_of(small, scale * step)
+    spoilt = at_cells(codes, (places + 0.5) * width / step, width / step)
+    cells = tissue.cells(without=spoilt > 0)
+    share = cells.mean((1, 2), dtype=np.float32)
     kept = share >= max(min_tissue, 1e-6)
     logger.info("%r: %d of %d squares are tissue, %.3g µm per pixel", found.name, kept.sum(), len(kept), found.mpp)
     if not kept.any():
@@ -145,14 +154,22 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
             f"no square of image {found.name!r} is tissue (highest share {share.max():.2f}, min_tissue={min_tissue:g}). Is it "
             "empty glass?"
         )
+    if not tissue.dark and (foreign := tissue.unlike_stain(kept, cells[kept])) > FOREIGN:
+        warn(
+            f"image {found.name!r} does not look like H&E: {foreign:.0%} of what was taken for tissue absorbs green no more than "
+            "red and blue. Is it another stain, or a photograph of something else?"
+        )
     places, name = places[kept], _io.plain_stem(found.name)
     xy = (places + 0.5) * step_um / found.mpp  # pixel i covers [i, i + 1)
-    obs = pd.DataFrame({Key.obs.tissue: share[kept]}, index=[f"{name}_{x}_{y}" for x, y in places])
+    artefact = named(spoilt[kept], _sharpness(found, xy, step_um))
+    obs = pd.DataFrame(
+        {Key.obs.tissue: share[kept], "artefact": artefact}, index=[f"{name}_{x}_{y}" for x, y in places]
+    )
     if region is not None:
         obs["annotation"] = pd.Categorical(annotation_of(region, xy))
     out = AnnData(obs=obs)
     out.obsm[Key.obsm.spatial] = xy - 0.5  # an integer is the middle of a pixel
-    out.uns[Key.uns.spatial] = {name: _library(found, opened, first, factor, step_um)}
+    out.uns[Key.uns.spatial] = {name: _library(found, opened, first, small, step * factor, step_um)}
     out.uns["grid"] = {
         "step_um": float(step_um),
         "params": _io.storable(_io.provenance(
@@ -163,12 +180,26 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     return out
 
 
-def _library(found, opened, first: bool, factor: float, step_um: float) -> dict:
-    """The picture of a slide as readers of Visium leave it."""
-    small, step = shrunk(opened, HIRES, channels_first=first)
+def _sharpness(found, xy: np.ndarray, step_um: float) -> np.ndarray | None:
+    """Sharpness of the squares around points (pixels of the full resolution); None where the picture is too coarse for it."""
+    if found.mpp > COARSEST_UM:
+        return None
+    opened, first, factor = _io.open_image(found.source, found.channels_first, SHARP_UM / found.mpp)
+    um = max(SHARP_UM, found.mpp * factor)
+    bar = progress(None, "looking at the focus", total=len(xy), unit="square")
+    out = sharpness(
+        _io.as_uint8(opened, found.name), xy / factor, step_um / found.mpp / factor, max(16, round(step_um / um)),
+        channels_first=first, progress=bar.update,
+    )  # fmt: skip
+    bar.close()
+    return out
+
+
+def _library(found, opened, first: bool, small: np.ndarray, factor: float, step_um: float) -> dict:
+    """The picture of a slide as readers of Visium leave it, with a small copy, ``factor`` times coarser."""
     out = {
         "images": {"hires": small},
-        "scalefactors": {"tissue_hires_scalef": 1 / (step * factor), "spot_diameter_fullres": step_um / found.mpp},
+        "scalefactors": {"tissue_hires_scalef": 1 / factor, "spot_diameter_fullres": step_um / found.mpp},
         "metadata": {"microns_per_pixel": found.mpp},
     }
     if isinstance(found.source, Path):

@@ -16,7 +16,7 @@ from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings
 from spatiaflow._slides import gather
-from spatiaflow.tl._trust import check_pitch, warn_of_difference
+from spatiaflow.tl._trust import check_pitch, check_stain, stain_range, warn_of_difference
 
 if TYPE_CHECKING:
     from spatiaflow.models import Slide, STFlow, STFlowConfig
@@ -140,7 +140,7 @@ def train_stflow(
     names = _gene_names(genes)
     where = Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
     tables = [_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()]
-    encoder = _io.same_encoder(tables, use_rep)
+    encoder = _io.same_encoder(tables, use_rep) | stain_range(_io.stain(tables, use_rep))
     shared = _io.shared_genes(tables) if names is None else names
     slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key)
     _check_training(slides, shared, use_rep)
@@ -312,7 +312,8 @@ def predict_expression(
     -----
     UserWarning
         Data differ from the training data: over a third of the spots on tissue have an out-of-domain
-        score above 0.95, or spots are not as far apart. What older models do not store is not compared.
+        score above 0.95, spots are not as far apart, or the stain is another one (the median optical density of hematoxylin
+        or eosin lies outside of the quartiles of all training slides). What older models do not store is not compared.
 
     Examples
     --------
@@ -331,6 +332,7 @@ def predict_expression(
     _io.check_encoder(table, use_rep, model.encoder)
     slides = gather(data, where, need=("features",), use_rep=use_rep)
     check_pitch(slides, model)
+    check_stain(_io.stain([table], use_rep), model)
     result = model.predict(
         slides, n_samples=n_samples, n_steps=n_steps, new_donor=new_donor, seed=seed, batch_size=batch_size or 512,
         device=settings.torch_device(device), progress=lambda found: progress(found, "predicting", unit="slide"),

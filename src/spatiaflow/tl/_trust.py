@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -49,6 +49,29 @@ def warn_of_difference(
         warn(
             f"data differ from what the model was trained on: {'; '.join(found)}. Results can be worse than the model's scores "
             "say. Compare some with measured values, or train on data like these."
+        )
+
+
+def stain_range(stain: dict[str, np.ndarray] | None) -> dict:
+    """Entry ``"stain"`` of a model's encoder: lowest and highest quartile of each stain in the training slides."""
+    if stain is None:
+        return {}
+    return {"stain": {name: [float(q[:, 0].min()), float(q[:, 2].max())] for name, q in stain.items()}}
+
+
+def check_stain(stain: dict[str, np.ndarray] | None, model: STFlow) -> None:
+    """Warn once where the median of a slide's stain lies outside of the quartiles of all training slides."""
+    found = []
+    for name, (low, high) in model.encoder.get("stain", {}).items() if stain is not None else ():
+        medians = cast("dict", stain)[name][:, 1]
+        far = medians[np.argmax(np.maximum(low - medians, medians - high))]
+        if not low <= far <= high:
+            found.append(f"a median of {far:.2f} of {name}, in training {low:.2f} to {high:.2f}")
+    if found:
+        warn(
+            f"the stain differs from what the model was trained on (optical density: {'; '.join(found)}). Predictions can be "
+            "worse. To compare: squidpy.experimental.im.normalize_stains(sdata, image_key, reference) brings a picture to the "
+            "stain of a training slide, with reference = fit_stain_reference(..., method='reinhard'); then encode it again."
         )
 
 

@@ -19,7 +19,7 @@ PIXEL_MULTIPLE = 4  # wide smoothings are computed at a half and a quarter of th
 
 # optical density of hematoxylin, eosin and a residual in red, green, blue (Ruifrok and Johnston 2001), as in scikit-image
 _STAINS = F.normalize(torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1)
-_UNMIX = torch.linalg.inv(_STAINS)
+UNMIX = torch.linalg.inv(_STAINS)
 _SCALES = (1.0, 1.5, 2.1, 3.0, 4.2, 6.0, 8.5, 12.0)  # µm; band i is what lies between scales i and i + 1
 _NUCLEAR = 5  # bands below 6 µm: nuclei
 _CENTRES = (4.0, 10.0)  # µm: a nucleus; a cell with its neighbours
@@ -50,7 +50,7 @@ def names() -> tuple[str, ...]:
 
 def _features(patches: Tensor) -> dict[str, Tensor]:
     density = -torch.log10((patches.float() + 1) / 256)
-    hematoxylin, eosin, residual = torch.einsum("nchw,cs->nshw", density, _UNMIX.to(density)).unbind(1)
+    hematoxylin, eosin, residual = torch.einsum("nchw,cs->nshw", density, UNMIX.to(density)).unbind(1)
     smooth = _Smoother(patches.shape[-1])
     # nuclear scales stay at full resolution: nuclei are located in them
     levels = [smooth(hematoxylin, scale, whole=scale < 8) for scale in _SCALES]
