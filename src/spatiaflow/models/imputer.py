@@ -193,7 +193,7 @@ class Imputer(_base.Model):
     --------
     >>> model = sf.models.load(sf.datasets.weights("imputation-pancreas-small"))
     >>> model
-    Imputer: 377 genes from 377, genes + neighbors
+    Imputer: 377 genes from 377, genes + neighbors + network
     """
 
     inputs: list[str]
