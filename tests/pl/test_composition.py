@@ -50,6 +50,10 @@ def test_objects_are_samples_and_have_one_palette(cells):
     assert list(found.index) == ["s3", "s1", "s10"]
     assert list(parts["s1"].uns["niche_colors"]) == colors
     assert list(parts["s3"].uns["niche_colors"]) == colors[1:]  # it has niche "1" alone
+    del parts["s3"].uns["niche_colors"]
+    parts["s10"].uns["niche_colors"] = ["#000000", "#ff0000"]
+    assert drawn(sf.pl.composition(parts, return_fig=True))[1] == ["#000000", "#ff0000"]
+    assert parts["s3"].uns["niche_colors"] == ["#ff0000"]
 
 
 def test_colours_are_those_of_uns(cells):

@@ -62,7 +62,10 @@ def niche_composition(
     _io.text(by=by, key=key)
     niche, sample = columns_of_cells(data, [key, by], table_key)
     found = pd.crosstab(sample, niche, dropna=False).loc[lambda table: table.sum(axis=1) > 0]
-    found.index, found.columns = pd.Index(found.index, name=by, dtype=object), pd.Index(found.columns, name=key, dtype=object)
+    found.index, found.columns = (
+        pd.Index(found.index, name=by, dtype=object),
+        pd.Index(found.columns, name=key, dtype=object),
+    )
     out = found if counts else found.div(found.sum(axis=1), axis=0)
     out.attrs["n_cells"] = found.sum(axis=1).to_dict()
     return out
@@ -86,7 +89,8 @@ def columns_of_cells(data, columns: Sequence[str | None], table_key: str) -> lis
             part.append(values.cat.rename_categories([str(value) for value in values.cat.categories]))
     out = []
     for part in parts:
-        names = list(dict.fromkeys(name for values in part for name in values.cat.categories))
+        fullest_first = sorted(part, key=lambda values: -len(values.cat.categories))
+        names = list(dict.fromkeys(name for values in fullest_first for name in values.cat.categories))
         joined = np.concatenate([values.astype(object).to_numpy() for values in part])
         out.append(pd.Series(pd.Categorical(joined, names)))
     known = np.logical_and.reduce([values.notna() for values in out])

@@ -158,9 +158,12 @@ def _colors(data, groupby: str, names: Sequence[str], table_key: str) -> list[st
     usual = (
         list(sns.color_palette("colorblind", len(names)))
         if len(names) <= 10
-        else next((p for p in (palettes.default_20, palettes.default_28, palettes.default_102) if len(p) >= len(names)), None)
+        else next(
+            (p for p in (palettes.default_20, palettes.default_28, palettes.default_102) if len(p) >= len(names)), None
+        )
     )
     found = dict(zip(names, map(to_hex, usual or sns.color_palette("husl", len(names)))))
+    lacking: list[tuple[AnnData, list[str]]] = []
     for table in tables:
         column = table.obs[groupby]
         known = [str(one) for one in column.cat.categories] if isinstance(column.dtype, pd.CategoricalDtype) else []
@@ -168,5 +171,7 @@ def _colors(data, groupby: str, names: Sequence[str], table_key: str) -> list[st
         if known and len(stored) >= len(known) and all(map(is_color_like, stored)):
             found |= {name: to_hex(color) for name, color in zip(known, stored)}
         elif known and not table.is_view:
-            table.uns[key] = [found[name] for name in known]
+            lacking.append((table, known))
+    for table, known in lacking:
+        table.uns[key] = [found[name] for name in known]
     return [found[name] for name in names]
