@@ -63,7 +63,9 @@ def composition(
 
     Returns
     -------
-    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`. Sets ``.uns[f"{groupby}_colors"]`` where it is missing.
+    None, or with ``return_fig=True`` the :class:`matplotlib.figure.Figure`. Sets where it is missing:
+
+    ``.uns[f"{groupby}_colors"]`` : list of str, the colour of each category
 
     Raises
     ------
@@ -104,8 +106,7 @@ def composition(
             f"{n:,}", (x, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5, color="0.35",
             rotation=90 if upright else 0,
         )  # fmt: skip
-    turned = {"rotation": 90} if max(map(len, values.index)) > 5 else {}
-    ax.set_xticks(place, values.index, fontsize=6, **turned)
+    ax.set_xticks(place, values.index, fontsize=6, rotation=90 if max(map(len, values.index)) > 5 else 0)
     _name_conditions(ax, conditions, place)
     ax.tick_params(axis="y", labelsize=6)
     ax.tick_params(axis="x", length=0)
@@ -130,8 +131,8 @@ def _conditions(data, groupby: str, by: str | None, condition: str | None, table
     if mixed := list(n.index[(n > 0).sum(axis=1) > 1]):
         names = _io.listing(n.columns[n.loc[mixed[0]] > 0])
         raise ValueError(
-            f"sample {mixed[0]!r} has cells of several values of obs[{condition!r}]: {names}. A sample has one condition. Name the "
-            "column of samples by by=."
+            f"sample {mixed[0]!r} has cells of several values of obs[{condition!r}]: {names}. A sample has one condition. "
+            "Name the column of samples by by=."
         )
     return {name: list(n.index[n[name] > 0]) for name in n.columns}
 
