@@ -24,7 +24,7 @@ def test_an_encoder_of_your_own_is_twenty_lines():
     assert space["slide"]["table"].uns["X_my_encoder"]["mpp"] == 1.0
 
 
-@pytest.mark.parametrize("page", ["levels", "cohorts", "imputation", "uncertainty"])
+@pytest.mark.parametrize("page", ["levels", "cohorts", "imputation", "uncertainty", "weights"])
 def test_the_first_example_of_a_page_runs(page):
     code = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.S)[1]
     exec(code, {})

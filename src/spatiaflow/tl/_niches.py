@@ -274,8 +274,8 @@ def _warn_of_shift(shift: Mapping) -> None:
     if apart:
         listed = ", ".join(f"{name!r} ({value:.2f})" for name, value in list(apart.items())[:5])
         warn(
-            f"samples that hardly mix with the others in what tells niches apart: {listed}; 1 is full mixing. Their niches may come "
-            "from staining, depth or panel, or be theirs alone. Look at sf.pl.composition(data), and compare like with like."
+            f"samples that hardly mix with the others in what tells niches apart: {listed}; 1 is full mixing. Their niches may "
+            "come from staining, depth or panel, or be theirs alone. Look at sf.pl.composition(data), and compare like with like."
         )
 
 
