@@ -33,7 +33,9 @@ def test_an_encoder_of_your_own_is_twenty_lines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index", "concepts", "levels", "imputation", "uncertainty", "morphology"])
+@pytest.mark.parametrize(
+    "page", ["index", "concepts", "levels", "cohorts", "imputation", "uncertainty", "morphology", "weights"]
+)
 def test_the_first_example_of_a_page_runs(page, mirror, monkeypatch):
     monkeypatch.setattr(morphology, "MAX_STEPS", 60)
     monkeypatch.setattr(morphology, "MIN_BATCHES", 20)

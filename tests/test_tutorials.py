@@ -14,7 +14,9 @@ SMALLER = {
     "from_a_picture": ({}, 4),
     "impute_with_trust": ({}, 1),
     "levels_of_tissue": ({'table = sdata["table"]': 'sdata["table"] = table = sdata["table"][::3].copy()'}, 4),
+    "morphology_by_gene_dose": ({"doses = [0, 0.25, 0.5, 0.75, 1]": "doses = [0, 0.5, 1]"}, 3),
     "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(800, seed=7)"}, 5),
+    "niches_across_a_cohort": ({"simulated_tissue(700, seed=i)": "simulated_tissue(300, seed=i)"}, 3),
     "your_own_data": (
         {
             "SIZE = 1536": "SIZE = 1024",

@@ -1,6 +1,8 @@
 """datasets.weights and the argument model= of verbs: names, paths and models, and errors that name both kinds."""
 
+import logging
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,49 @@ def test_the_table_describes_every_file_that_comes_with_the_package():
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_weights_are_of_the_kind_that_the_table_says(name):
     assert sf.models.load(sf.datasets.weights(name)).kind == sf.datasets.weights().loc[name, "model"]
+
+
+RESTRICTED = {
+    "cell-features-small", "imputation-pancreas-small", "morphology-pancreas-genes", "morphology-pancreas-small",
+    "spatia-pancreas-small",
+}  # fmt: skip
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Lines that the package logs, in a process that has loaded nothing yet."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(_weights, "_told", set())
+    logging.getLogger("spatiaflow").addHandler(handler)
+    with sf.settings.override(verbosity="info"):
+        yield lines
+    logging.getLogger("spatiaflow").removeHandler(handler)
+
+
+def test_a_restricted_licence_is_said_once(said):
+    assert sf.datasets.weights() is not None and not said
+    sf.datasets.resolve("stflow-breast-small", "STFlow")
+    assert not said
+    for _ in range(2):
+        sf.datasets.resolve(NAME, "Imputer")
+        sf.models.load(sf.datasets.weights("morphology-pancreas-genes"))
+    (line,) = said
+    assert NAME in line and "non-commercial" in line and "docs/weights.md" in line
+
+
+def test_every_place_that_lists_weights_states_their_licence():
+    table, page = sf.datasets.weights(), Path(__file__).parents[2] / "docs" / "weights.md"
+    assert set(table.index[table["license"].str.contains("non-commercial")]) == RESTRICTED
+    rows = {
+        line.split("`")[1]: line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    }
+    assert set(rows) == set(table.index)
+    for name in table.index:
+        card = sf.datasets.weights(name).with_suffix(".md").read_text(encoding="utf-8")
+        for text in (card, rows[name]):
+            assert ("non-commercial" in text.replace("*", "")) == (name in RESTRICTED), name
 
 
 def test_unknown_weights_list_the_known_ones():

@@ -27,6 +27,15 @@ def test_objects_are_samples(cells):
     assert list(sf.get.niche_composition(list(parts.values())).index) == ["0", "1"]
 
 
+def test_counts_and_the_order_of_samples(cells):
+    counts = sf.get.niche_composition(cells, by="sample", counts=True)
+    assert counts.to_numpy().tolist() == [[2, 1, 0], [1, 1, 1]]
+    many = [cells[:1].copy() for _ in range(11)]
+    assert list(sf.get.niche_composition(many).index) == [str(i) for i in range(11)]
+    cells.obs["sample"] = pd.Categorical(cells.obs["sample"], ["c", "b", "a"])
+    assert list(sf.get.niche_composition(cells, by="sample").index) == ["b", "a"]
+
+
 def test_clear_errors(cells):
     with pytest.raises(KeyError, match="obs has no 'donor'.*cluster_niches"):
         sf.get.niche_composition(cells, by="donor")

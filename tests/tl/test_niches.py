@@ -119,6 +119,54 @@ def test_the_radius_is_physical(slides):
     )
 
 
+def said_of_samples(data, **options):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sf.tl.cluster_niches(data, mpp=1, random_state=0, **options)
+    return [str(one.message) for one in found if "hardly mix" in str(one.message)]
+
+
+def test_slides_of_one_tissue_mix_and_a_shifted_one_does_not(slides, tmp_path):
+    """Shifted: the genes of the third slide are called by each other's names, so all its niches are its own."""
+    shift = slides[0].uns["found"]["shift"]
+    assert list(shift["samples"]) == ["0", "1"] and (shift["mixing"] > 0.5).all() and shift["separation"] > 0.5
+    table = sf.datasets.simulated_tissue(1200, seed=4)["table"]
+    y = np.asarray(table.obsm["spatial"])[:, 1]
+    halves = {name: table[part].copy() for name, part in (("low", y < np.median(y)), ("high", y >= np.median(y)))}
+    assert not said_of_samples(halves, n_clusters=3)
+    assert (halves["low"].uns["niche"]["shift"]["mixing"] > 0.6).all()
+    other = sf.datasets.simulated_tissue(600, seed=5)["table"].copy()
+    other = ad.AnnData(
+        other.X[:, np.random.default_rng(0).permutation(60)], obs=other.obs, var=other.var, obsm=other.obsm
+    )
+    (said,) = said_of_samples({**halves, "other": other}, n_clusters=5)
+    assert "apart: 'other' (0." in said and "pl.composition" in said
+    shift = halves["low"].uns["niche"]["shift"]
+    assert list(shift["samples"]) == ["low", "high", "other"]
+    assert shift["mixing"][2] < 0.2 < shift["mixing"][:2].min()
+    halves["low"].write_h5ad(tmp_path / "a.h5ad")
+    stored = ad.read_h5ad(tmp_path / "a.h5ad").uns["niche"]["shift"]
+    np.testing.assert_array_equal(stored["mixing"], shift["mixing"])
+
+
+def test_a_new_sample_is_compared_with_those_of_the_model(slides):
+    new, alone = sf.datasets.simulated_tissue(400, seed=3)["table"], slides[0].copy()
+    assert not said_of_samples(new, model=slides[0], key_added="found")
+    assert new.uns["found"]["shift"]["mixing"].shape == (1,) and new.uns["found"]["shift"]["mixing"][0] > 0.5
+    wrong = ad.AnnData(new.X[:, ::-1].copy(), obs=new.obs[[]], var=new.var[[]], obsm=dict(new.obsm))
+    assert said_of_samples(wrong, model=slides[0], key_added="found")
+    sf.tl.cluster_niches(alone, mpp=1, n_clusters=3, random_state=0, key_added="alone")
+    assert list(alone.uns["alone"]["shift"]) == ["separation"]
+
+
+def test_slides_of_one_object_are_samples(slides):
+    whole = ad.concat({"a": slides[0], "b": slides[1]}, label="slide", index_unique="-")
+    sf.tl.cluster_niches(whole, mpp=1, n_clusters=3, library_key="slide", **SETTINGS)
+    shift = whole.uns["found"]["shift"]
+    assert list(shift["samples"]) == ["a", "b"]
+    np.testing.assert_allclose(shift["mixing"], slides[0].uns["found"]["shift"]["mixing"], atol=0.02)
+
+
 def test_no_structure_is_said_to_be_unstable():
     with pytest.warns(UserWarning, match="no number of niches is stable.*niche_stability"):
         sf.tl.cluster_niches(noise(), mpp=1, max_clusters=4)

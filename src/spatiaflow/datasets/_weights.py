@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from spatiaflow._process import verb
+from spatiaflow._settings import logger
 from spatiaflow.datasets._fetch import fetch
 
 if TYPE_CHECKING:
     from spatiaflow.models._base import Model
 
 FOLDER = "weights"
+RESTRICTED = "non-commercial"  # what the licence of training data that restricts a use says
+_told: set[str] = set()  # licences that this process has told of
 
 
 @verb
@@ -35,7 +38,9 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
     -------
     Path of a safetensors file for :func:`spatiaflow.models.load`. Without ``name`` a DataFrame with one row per name and the
     columns ``model`` (class), ``task``, ``tissue``, ``genes`` (how many), ``scores`` (on data that were held out), ``bundled``,
-    ``bytes``, ``sha256``, ``license`` and ``description``. The model card of bundled weights is the Markdown file beside them.
+    ``bytes``, ``sha256``, ``license`` (of the weights and of their training data) and ``description``. The model card of bundled
+    weights is the Markdown file beside them. The first weights in a process whose training data are for non-commercial use alone
+    log this.
 
     Raises
     ------
@@ -63,6 +68,12 @@ def weights(name: str | None = None) -> Path | pd.DataFrame:
             "pass the path of its .safetensors file."
         )
     row = known[name]
+    if RESTRICTED in row["license"] and row["license"] not in _told:
+        _told.add(row["license"])
+        logger.info(
+            "weights %r: %s. For other uses train on your own slide; docs/weights.md has the calls. This is said once.",
+            name, row["license"],
+        )  # fmt: skip
     if row["bundled"] != "yes":
         return fetch(FOLDER, f"{name}.safetensors")[0]
     path = Path(str(folder / f"{name}.safetensors"))

@@ -19,6 +19,7 @@ def niche_composition(
     *,
     by: str | None = None,
     key: str = "niche",
+    counts: bool = False,
     table_key: str = "table",
 ) -> pd.DataFrame:
     """Return the share of each sample's cells that lie in each niche.
@@ -31,13 +32,16 @@ def niche_composition(
         Column of ``.obs`` that names the sample of each cell; None: each object is a sample, called by its key or place.
     key
         Column of the niches.
+    counts
+        Return numbers of cells instead of shares, for tests of differences between samples.
     table_key
         Table of a SpatialData.
 
     Returns
     -------
-    DataFrame, samples x niches; rows sum to 1. ``.attrs["n_cells"]`` is the number of cells of each sample. Cells without a
-    niche or sample are left out.
+    DataFrame, samples x niches, both in the order of their categories; objects in the order given. Rows sum to 1, with
+    ``counts=True`` to the number of cells. ``.attrs["n_cells"]`` is the number of cells of each sample. Cells without a niche
+    or sample are left out.
 
     Raises
     ------
@@ -46,28 +50,48 @@ def niche_composition(
     ValueError
         The list or dict is empty.
 
+    See Also
+    --------
+    spatiaflow.pl.composition : draw it.
+
     Examples
     --------
     >>> sf.get.niche_composition(sdata, by="cell_type").sum(axis=1).round(3).unique().tolist()
     [1.0]
     """
     _io.text(by=by, key=key)
-    niches, samples = [], []
+    niche, sample = columns_of_cells(data, [key, by], table_key)
+    found = pd.crosstab(sample, niche, dropna=False).loc[lambda table: table.sum(axis=1) > 0]
+    found.index, found.columns = (
+        pd.Index(found.index, name=by, dtype=object),
+        pd.Index(found.columns, name=key, dtype=object),
+    )
+    out = found if counts else found.div(found.sum(axis=1), axis=0)
+    out.attrs["n_cells"] = found.sum(axis=1).to_dict()
+    return out
+
+
+def columns_of_cells(data, columns: Sequence[str | None], table_key: str) -> list[pd.Series]:
+    """Columns of ``.obs`` of all objects, one below the other, as categories of text in their order; None: the object.
+
+    Cells that lack one of them are left out.
+    """
+    parts: list[list[pd.Series]] = [[] for _ in columns]
     for name, one in _io.objects_of(data).items():
         table = _io.unpack(one, table_key)[1]
-        for column in (key, by):
+        for column, part in zip(columns, parts):
             if column is not None and column not in table.obs:
                 raise KeyError(
                     f"obs has no {column!r}; it has {_io.listing(table.obs.columns)}. Run sf.tl.cluster_niches(data)."
                 )
-        niches.append(table.obs[key].astype("category"))
-        samples.append(np.full(table.n_obs, name) if by is None else table.obs[by].astype(object).to_numpy())
-    names = list(dict.fromkeys(str(name) for column in niches for name in column.cat.categories))
-    frame = pd.DataFrame(
-        {"sample": np.concatenate(samples), "niche": np.concatenate([c.astype(object) for c in niches])}
-    )
-    frame = frame[frame.notna().all(axis=1)].astype(str)
-    counts = pd.crosstab(frame["sample"], frame["niche"]).reindex(columns=names, fill_value=0)
-    out = counts.div(counts.sum(axis=1), axis=0).rename_axis(index=by, columns=key)
-    out.attrs["n_cells"] = counts.sum(axis=1).to_dict()
-    return out
+            values = pd.Series(name, table.obs_names) if column is None else table.obs[column]
+            values = values.astype("category")
+            part.append(values.cat.rename_categories([str(value) for value in values.cat.categories]))
+    out = []
+    for part in parts:
+        fullest_first = sorted(part, key=lambda values: -len(values.cat.categories))
+        names = list(dict.fromkeys(name for values in fullest_first for name in values.cat.categories))
+        joined = np.concatenate([values.astype(object).to_numpy() for values in part])
+        out.append(pd.Series(pd.Categorical(joined, names)))
+    known = np.logical_and.reduce([values.notna() for values in out])
+    return [values[known].reset_index(drop=True) for values in out]

@@ -42,6 +42,8 @@ class Niches:
         Standard deviation of the middle scale, µm.
     target_sum
         Counts that cells are normalised to.
+    cells
+        Log odds of some of the cells that the niches were found in, n x niches: what new samples are compared with.
     """
 
     weights: np.ndarray
@@ -49,12 +51,13 @@ class Niches:
     genes: tuple[str, ...] = ()
     niche_um: float = 0.0
     target_sum: float = 1.0
+    cells: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.intercept.shape[1]
 
-    def of_slide(self, slide: Slide) -> tuple[np.ndarray, np.ndarray]:
-        """Probability of each niche for every cell, and that by the halves alone, each n x niches."""
+    def of_slide(self, slide: Slide) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability of each niche for every cell, that by the halves alone, and log odds by all genes, each n x niches."""
         z = standardised(slide.align(self.genes), self.target_sum)
         logit: Any = self.intercept[:, None]
         for i, scale in enumerate(SCALES):
@@ -62,7 +65,7 @@ class Niches:
             values = (z @ weights).astype(np.float32)
             means = np.concatenate([v for _, v in gaussian_means(slide.xy, values, [scale * self.niche_um])])
             logit = logit + means.reshape(len(slide), *self.intercept.shape).transpose(1, 0, 2)
-        return _consensus(logit)
+        return *_consensus(logit), logit[-1] - logit[-1].mean(1, keepdims=True)
 
     def of_embedding(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probability of each niche for every row, and that by all runs but the last, each n x niches."""
@@ -73,7 +76,8 @@ class Niches:
         order = np.broadcast_to(order, self.intercept.shape)
         runs = np.arange(len(order))[:, None]
         weights = self.weights.transpose(0, 3, 1, 2)[runs, order].transpose(0, 2, 3, 1)
-        return replace(self, weights=weights, intercept=self.intercept[runs, order])
+        cells = None if self.cells is None else self.cells[:, order[-1]]
+        return replace(self, weights=weights, intercept=self.intercept[runs, order], cells=cells)
 
 
 def niches_of_genes(

@@ -5,6 +5,7 @@ from spatiaflow._process import unchanged
 with unchanged():
     from spatiaflow.pl._benchmark import benchmark
     from spatiaflow.pl._calibration import calibration
+    from spatiaflow.pl._composition import composition
     from spatiaflow.pl._crops import crops
     from spatiaflow.pl._expression import expression
     from spatiaflow.pl._generation import morphology_dose, profile_shift, transition
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "benchmark",
     "calibration",
+    "composition",
     "crops",
     "expression",
     "gene_scores",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FEWEST_GENES = 10  # halves of fewer are no two views of a tissue
 CLOSE, FAR, UNSTABLE = 0.05, 0.15, 0.3  # differences of agreement, and agreement, that are worth a warning
+APART = 0.3  # mixing of a sample that is worth a warning: halves of a slide have .4 and more (benchmarks/LOG.md)
+N_KEPT = 1000  # cells whose log odds go with a model
 
 
 @verb
@@ -94,9 +96,12 @@ def cluster_niches(
     ``.obs[key_added]`` : categories "0", "1", ..., the largest first
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], mean probability of the niche by the twelve halves of the genes; with
         ``use_rep`` by twelve starts
-    ``.uns[key_added]`` : dict with ``stability``, ``params`` and ``model`` (arrays that carry the niches to other samples).
-        ``stability`` is a dict of arrays: ``n_clusters`` tried, ``agreement`` (adjusted Rand index of two halves of the genes,
-        mean over six splits) and its standard ``error``; empty where the number was given
+    ``.uns[key_added]`` : dict with ``stability``, ``shift``, ``params`` and ``model`` (arrays that carry the niches to other
+        samples). ``stability`` is a dict of arrays: ``n_clusters`` tried, ``agreement`` (adjusted Rand index of two halves of
+        the genes, mean over six splits) and its standard ``error``; empty where the number was given. ``shift`` is a dict:
+        ``samples`` (their names), ``mixing`` (of each, 0 to 1: share of other samples among the 30 nearest cells, over the share
+        by chance; with ``model`` the samples of the model are others too) and ``separation`` (mean silhouette of the niches);
+        one sample has no mixing, and with ``use_rep`` it is empty
 
     Raises
     ------
@@ -109,8 +114,8 @@ def cluster_niches(
     Warns
     -----
     UserWarning
-        The number chosen is the largest tried, another is nearly as stable, two niches are far more stable (a hierarchy), or
-        no number is stable.
+        The number chosen is the largest tried, another is nearly as stable, two niches are far more stable (a hierarchy), no
+        number is stable, or a sample hardly mixes with the others.
 
     See Also
     --------
@@ -134,7 +139,7 @@ def cluster_niches(
     if use_rep is None:
         slides = _slides(objects, tables, where, layer)
         found, agreement = _found(slides, numbers, niche_um, seed) if known is None else (_covered(known, slides), {})
-        probability, support = _of_slides(found, slides, tables)
+        probability, support, scores = _of_slides(found, slides, tables)
         for i, one in enumerate(_io.objects_of(objects).values()):
             _io.remember(one, [slide for j, slide in slides if j == i], mpp, spatial_key)
     else:
@@ -143,10 +148,15 @@ def cluster_niches(
         x, agreement = pooled(tables, use_rep).astype(np.float64), {}
         found = known or niches_of_embedding(x, numbers[0], seed)
         probability, support = found.of_embedding(x)
+    shift: dict = {}
+    if use_rep is None and len(found) > 1:
+        shift, cells = _shift(_io.objects_of(objects), slides, tables, probability, scores, found)
+        found = found if known else replace(found, cells=cells)
     if known is None:  # the largest is "0"
         order = np.argsort(-np.bincount(probability.argmax(1), minlength=len(found)), kind="stable")
         found, probability, support = found.take(order), probability[:, order], support[:, order]
     _warn_of(agreement, len(found), max_clusters)
+    _warn_of_shift(shift)
     params = _io.provenance(
         started, random_state=seed, n_clusters=len(found), use_rep=use_rep or "", niche_um=found.niche_um, n_objects=len(tables),
         carried=known is not None,
@@ -156,7 +166,7 @@ def cluster_niches(
         niche = pd.Categorical.from_codes(code, [str(i) for i in range(len(found))])
         _io.write(
             table, key_added, obs={"": niche, Key.obs.confidence(""): np.take_along_axis(support[rows], code[:, None], 1)[:, 0]},
-            uns={"stability": _curve(agreement), "model": _arrays(found), "params": params},
+            uns={"stability": _curve(agreement), "shift": shift, "model": _arrays(found), "params": params},
         )  # fmt: skip
     return objects if copy else None
 
@@ -219,12 +229,54 @@ def _found(
 
 def _of_slides(
     found: Niches, slides: Sequence[tuple[int, Slide]], tables: Sequence[AnnData]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of every niche, and that by halves of the genes alone, each rows of all tables x niches."""
-    out, rows = np.empty((2, sum(table.n_obs for table in tables), len(found))), rows_of(tables)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probability of every niche, that by halves of the genes alone, and log odds, each rows of all tables x niches."""
+    out, rows = np.empty((3, sum(table.n_obs for table in tables), len(found))), rows_of(tables)
     for i, slide in slides:
         out[:, rows[i].start + slide.rows] = found.of_slide(slide)
-    return out[0], out[1]
+    return out[0], out[1], out[2]
+
+
+def _shift(
+    objects: Mapping, slides: Sequence[tuple[int, Slide]], tables: Sequence[AnnData], probability: np.ndarray,
+    scores: np.ndarray, found: Niches,
+) -> tuple[dict, np.ndarray]:  # fmt: skip
+    """What ``uns`` says of the shift between samples, and the log odds of some cells that later samples are compared with."""
+    from spatiaflow.models import mixing
+    from spatiaflow.models.preprocess import spread
+
+    rows, objects_of_slides = rows_of(tables), [i for i, _ in slides]
+    names = [
+        slide.name if len(tables) == 1 else name if objects_of_slides.count(i) == 1 else f"{name}, {slide.name}"
+        for (i, slide), name in ((one, list(objects)[one[0]]) for one in slides)
+    ]
+    known = np.empty((0, len(found))) if found.cells is None else found.cells
+    taken, xy, sample = [], [np.full((len(known), 2), np.inf)], [np.full(len(known), len(slides))]
+    for j, (i, slide) in enumerate(slides):
+        some = np.lexsort(slide.xy.T)[spread(len(slide), mixing.MOST // (len(slides) + (found.cells is not None)))]
+        taken.append(rows[i].start + slide.rows[some])
+        xy.append(slide.xy[some])
+        sample.append(np.full(len(some), j))
+    cells = np.concatenate(taken)
+    kept = np.concatenate([one[spread(len(one), max(1, N_KEPT // len(taken)))] for one in taken])
+    niche = np.concatenate([known.argmax(1), probability[cells].argmax(1)])
+    x = mixing.in_spreads(np.concatenate([known, scores[cells]]), niche)
+    out: dict = {"separation": mixing.separation(x, niche)}
+    if len(slides) > 1 or len(known):
+        mixed = mixing.mixing(x, np.concatenate(sample), np.concatenate(xy), 2 * found.niche_um)
+        out |= {"samples": np.array(names, dtype=object), "mixing": mixed[: len(slides)]}
+    return out, scores[kept]
+
+
+def _warn_of_shift(shift: Mapping) -> None:
+    """Warn where samples do not mix."""
+    apart = {name: value for name, value in zip(shift.get("samples", ()), shift.get("mixing", ())) if value < APART}
+    if apart:
+        listed = ", ".join(f"{name!r} ({value:.2f})" for name, value in list(apart.items())[:5])
+        warn(
+            f"samples that hardly mix with the others in what tells niches apart: {listed}; 1 is full mixing. Their niches may "
+            "come from staining, depth or panel, or be theirs alone. Look at sf.pl.composition(data), and compare like with like."
+        )
 
 
 def _covered(known: Niches, slides: Sequence[tuple[int, Slide]]) -> Niches:
@@ -274,7 +326,7 @@ def _arrays(found: Niches) -> dict:
     return {
         "weights": found.weights.astype(np.float32), "intercept": found.intercept, "genes": np.array(found.genes, dtype=object),
         "niche_um": found.niche_um, "target_sum": found.target_sum,
-    }  # fmt: skip
+    } | ({} if found.cells is None else {"cells": found.cells.astype(np.float32)})  # fmt: skip
 
 
 def _stored(model: AnnData | SpatialData, table_key: str, key: str) -> Niches:
@@ -291,4 +343,5 @@ def _stored(model: AnnData | SpatialData, table_key: str, key: str) -> Niches:
         )
     genes = tuple(map(str, stored["genes"]))
     weights, intercept = (np.asarray(stored[name], np.float64) for name in ("weights", "intercept"))
-    return Niches(weights, intercept, genes, float(stored["niche_um"]), float(stored["target_sum"]))
+    cells = np.asarray(stored["cells"], np.float64) if "cells" in stored else None
+    return Niches(weights, intercept, genes, float(stored["niche_um"]), float(stored["target_sum"]), cells)
