@@ -59,6 +59,7 @@ def scale_bar(ax: Axes) -> float:
     ax.plot([x0, x0 + length], [y, y], color="black", lw=1.5, solid_capstyle="butt", clip_on=False, gid="scale bar")
     label = f"{length / 1000:g} mm" if length >= 1000 else f"{length} µm"
     ax.text(x0 + length / 2, y + 0.02 * (y1 - y0), label, ha="center", va="top", fontsize=6, clip_on=False)
+    ax.set(xlim=(x0, x1), ylim=(y1, y0))  # the bar lies outside, and the panel is as large as the others
     return float(length)
 
 
