@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy import ndimage
+from scipy.interpolate import LinearNDInterpolator
 from scipy.spatial import cKDTree
 
 import results
@@ -211,7 +212,7 @@ def large(table: results.Table, model: str, folder: Path) -> None:
 
 
 def held_out(table: results.Table, name: str, seeds: int) -> None:
-    """Each section left out: the model's prediction at the spots, and read from the nearest square of a grid."""
+    """Each section left out: the model's prediction at the spots, and read from a grid, nearest square or interpolated."""
     recipe = RECIPES[name]
     slides = {section: load(name, section) for section in recipe.sections}
     for seed in range(seeds):
@@ -236,8 +237,14 @@ def held_out(table: results.Table, name: str, seeds: int) -> None:
                 sf.tl.predict_expression(grid, model=model, random_state=seed)
                 distance, nearest = cKDTree(grid.obsm["spatial"]).query(test.obsm["spatial"] * scale)
                 near = distance * mpp / scale < step
-                read = pearson(y[near], grid.obsm["stflow"][nearest[near]])
-                scores = {"pearson": read, "pearson at the same spots": pearson(y[near], at_spots.obsm["stflow"][near])}
+                values, there = grid.obsm["stflow"], test.obsm["spatial"][near] * scale
+                between = LinearNDInterpolator(grid.obsm["spatial"], values)(there)
+                between = np.where(np.isfinite(between), between, values[nearest[near]])  # at the border of the tissue
+                scores = {
+                    "pearson": pearson(y[near], values[nearest[near]]),
+                    "pearson, interpolated": pearson(y[near], between),
+                    "pearson at the same spots": pearson(y[near], at_spots.obsm["stflow"][near]),
+                }
                 table.add(name, section, seed, f"grid of {step} µm", scores | {"spots read": near.mean()})
 
 

@@ -12,6 +12,12 @@ GENES = [f"g{i}" for i in range(9)]
 
 
 @pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """A rule this simple is learned from few cells."""
+    monkeypatch.setattr(masked, "MIN_CELLS", 1000)
+
+
+@pytest.fixture(autouse=True)
 def restored():
     """As in a verb: what an optimizer loads changes the filters of warnings."""
     with unchanged():

@@ -185,7 +185,7 @@ class Imputer(_base.Model):
     seen
         Which inputs the query measures, bool.
     networks
-        Trained on the same columns without the kernel; None where the reference has fewer than 1,000 cells.
+        Trained on the same columns without the kernel; None where the reference has fewer than 8,000 cells.
     card
         Reference data and settings.
 

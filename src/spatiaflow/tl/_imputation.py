@@ -51,7 +51,7 @@ def train_imputation(
     """Train a model that imputes any missing genes of a panel.
 
     The model learns how each gene of the panel follows from the other genes of the cell, of its neighbours, and from its image.
-    It keeps sums over cells and, from 1,000 cells on, three networks; no cell. It does what :func:`impute_genes` does with a
+    It keeps sums over cells and, from 8,000 cells on, three networks; no cell. It does what :func:`impute_genes` does with a
     reference, without the kernel.
 
     Parameters
@@ -133,7 +133,7 @@ def impute_genes(
     Each gene is predicted by ridge regression on four groups of columns (branches): the other genes of the cell, those of its
     5, 15 and 50 nearest neighbours (where data and reference have positions), features of its image (``use_rep``), and
     random Fourier features of the principal components of both (Rahimi and Recht, 2007), which approximate a kernel. With
-    1,000 reference cells and at most 2,000 genes, three perceptrons on the same columns without the kernel are trained, each
+    8,000 reference cells and at most 2,000 genes, three perceptrons on the same columns without the kernel are trained, each
     without a third of the reference, and the mean with them is taken. A branch, and these networks, are used only if they
     improve the prediction of held-out blocks of the reference. Genes that the data measure are *denoised*: the ridge's
     prediction from all other genes is the mean of a gamma prior, which the counts update.

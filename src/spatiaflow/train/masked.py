@@ -14,7 +14,7 @@ from spatiaflow.models.masked import Networks
 from spatiaflow.models.slide import Slide
 
 N_NETWORKS = 3
-MIN_CELLS, MOST_CELLS = 1000, 40_000  # of the reference: fewer train none, of more a sample does
+MIN_CELLS, MOST_CELLS = 8000, 40_000  # of the reference: fewer are too few to help, of more a sample is taken
 MOST_GENES = 2000  # to predict; for more the last layer would take minutes
 STEPS, EPOCHS, BATCH, RATE = 2500, 30, 128, 2e-3  # at most so many steps and epochs
 VISIBLE = 0.5  # least share of the inputs that a cell shows in training
