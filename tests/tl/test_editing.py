@@ -85,6 +85,12 @@ def test_genes_that_follow_the_nuclear_area_change_it(slide, model, edit):
     assert larger["up"] > 0.05 and larger["down"] < -0.01 and abs(larger["nothing"]) < 0.02, larger
 
 
+def test_a_dose_outside_of_the_edit_is_a_warning(slide, model):
+    cells = list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:3])
+    with pytest.warns(UserWarning, match="dose=-1 lies outside of 0 to 1"):
+        generate(slide, model, cells=cells, dose=[0, -1])
+
+
 def test_doses_lead_from_the_cell_itself_to_the_state(slide, model):
     made = generate(slide, model, dose=[1, 0, 0.5])
     none = made.obs["dose"] == 0

@@ -65,6 +65,20 @@ def test_the_effect_of_the_donor_cancels_within_a_slide(quick, test):
     assert (difference < 0.6 * independent[difference.index]).all()
 
 
+def test_a_region_on_glass_is_named_and_sets_say_of_how_many_genes(quick, test):
+    test.obs["tissue"] = np.where(test.obs["region"] == "fat", 0.0, 1.0)
+    with pytest.warns(UserWarning, match=r"obs\['region'\]: 'fat' have no spot on tissue"):
+        found = sf.tl.summarize_expression(test, model=quick, groupby="region", n_samples=20)
+    assert list(found["region"].unique()) == ["tumour", "stroma"]
+    assert (found["n_genes"] == 1).all()
+    sets = {"two": quick.genes[:2], "half": [quick.genes[0], "not a gene"]}
+    with pytest.warns(UserWarning, match="1 of 4 genes are not predicted"):
+        found = sf.tl.summarize_expression(
+            test, model=quick, groupby="region", gene_sets=sets, contrast=("tumour", "stroma")
+        )
+    assert found.set_index("gene_set")["n_genes"].to_dict() == {"two": 2, "half": 1}
+
+
 def test_a_region_is_pooled_over_slides_by_spots(quick, slide):
     both = ad.concat([slide("a", n=8, seed=7), slide("b", n=5, seed=8)], uns_merge="first", label="slide")
     both.obs["region"] = np.where(np.arange(89) % 3, "x", "y")

@@ -14,7 +14,7 @@ from scipy import sparse
 from spatiaflow._io._arguments import listing, slot_name, text
 from spatiaflow._io._keys import Key
 from spatiaflow._settings import logger, warn
-from spatiaflow.models.slide import Slide
+from spatiaflow.models.slide import MIN_TISSUE, Slide
 
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "resolution_um", "standardize", "n_features")
@@ -291,6 +291,12 @@ def write(
 ) -> None:
     """Write ``obsm[key + suffix]``, ``obs[key + suffix]`` and ``uns[key]`` together."""
     slot_name(key)
+    if key not in table.uns and (
+        foreign := [f"{key}{suffix}" for suffix in obs or {} if f"{key}{suffix}" in table.obs]
+    ):
+        logger.warning(
+            "obs[%r] was there before, and is overwritten. Give key_added= to keep such a column.", foreign[0]
+        )
     for suffix, values in (arrays or {}).items():
         table.obsm[f"{key}{suffix}"] = values
     for suffix, values in (obs or {}).items():
@@ -321,6 +327,13 @@ def write_tissue(table: AnnData, share: np.ndarray) -> None:
             "rename the column and encode again.", Key.obs.tissue, table.obs[Key.obs.tissue].dtype,
         )  # fmt: skip
         return
+    if n := int((share < MIN_TISSUE).sum()):
+        logger.info(
+            "%d of %d patches are glass (obs['tissue'] below %g): predictions there mean nothing",
+            n,
+            len(share),
+            MIN_TISSUE,
+        )
     table.obs[Key.obs.tissue] = pd.Series(share, index=table.obs_names)
 
 

@@ -64,7 +64,9 @@ def grid(
     AnnData, squares x 0 genes, or a list or dict of them:
 
     ``.obs_names`` : ``"<image>_<column>_<row>"``
-    ``.obs["tissue"]`` : float32, share of the square that is tissue, without pen, frame and inset
+    ``.obs["tissue"]`` : float32, share of the square that is tissue, without pen, frame and inset.
+        :func:`spatiaflow.pp.encode_patches` replaces it by that of its own patch, which may be smaller, so that a few squares
+        become glass
     ``.obs["artefact"]`` : categories, what spoils the square; missing where nothing does. ``"pen"`` (blue, green and black
         ink; not red), ``"frame"`` (the dots around a Visium slide) and ``"inset"`` (a small copy in a corner, set off by
         black) are no tissue, and cover at least 5 % of the square. ``"blurred"`` is out of focus; this is judged where the

@@ -82,7 +82,8 @@ def generate_morphology(
         Instead of ``target``: by how much to change the log counts (per median cell) of some genes, such as ``{"COL17A1": 1.0}``.
         Only for models of genes.
     dose
-        Share of the edit, or several: 0 leaves a cell as it is, .5 goes half the way. For a model of pairs, a place on the path
+        Share of the edit, or several: 0 leaves a cell as it is, .5 goes half the way. Outside of 0 to 1 the edit is extrapolated,
+        with a warning. For a model of pairs, a place on the path
         from the source (0, with noise) to the target (1), at the end of one of its steps.
     model
         :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path
@@ -140,7 +141,7 @@ def generate_morphology(
     UserWarning
         Data differ from the training data: over a third of the source cells have a score above 0.95 in
         ``.obs["X_spatia_ood"]`` (absent: not compared), genes are missing, or the image is many times brighter or darker. Source
-        cells have no niche, or one that training did not see.
+        cells have no niche, or one that training did not see. A dose lies outside of 0 to 1.
         What older models do not store is not compared.
 
     Examples
@@ -213,6 +214,10 @@ def _edit(
     genes = model.genes if isinstance(model, MorphologyEditor) else []
     if (shift is None) == (target is None) or (target is not None and source is None):
         raise ValueError("give source= and target=, two states; or shift=, such as {'COL17A1': 1.0}, and not target=.")
+    if genes and (bad := [d for d in doses if not 0 <= d <= 1]):
+        warn(
+            f"dose={bad[0]:g} lies outside of 0 to 1: it is extrapolated, and such cells may look like no cell of the tissue."
+        )
     if not genes and (bad := [d for d in doses if not 0 <= d <= 1 or abs(d * n_steps - round(d * n_steps)) > 1e-6]):
         raise ValueError(
             f"dose={bad[0]:g} is no step of a model of pairs; with n_steps={n_steps} it takes 0, {1 / n_steps:g}, ... to 1. A "

@@ -338,8 +338,14 @@ def _stored(model: AnnData | SpatialData, table_key: str, key: str) -> Niches:
     table = _io.unpack(model, table_key, name="model")[1]
     stored = _io.entry(table, key).get("model") if key in table.uns else None
     if not isinstance(stored, Mapping):
+        found = [
+            name
+            for name, one in table.uns.items()
+            if isinstance(one, Mapping) and isinstance(one.get("model"), Mapping)
+        ]
+        there = f" It has niches under {_io.listing(found)}: pass key_added={found[0]!r}." if found else ""
         raise KeyError(
-            f"uns of model has no niches under {key!r}. Run sf.tl.cluster_niches(model, key_added={key!r}) first."
+            f"uns of model has no niches under {key!r}.{there} Or run sf.tl.cluster_niches(model, key_added={key!r}) first."
         )
     genes = tuple(map(str, stored["genes"]))
     weights, intercept = (np.asarray(stored[name], np.float64) for name in ("weights", "intercept"))

@@ -106,6 +106,7 @@ def summarize_expression(
     ``mean``, ``std``, ``lower``, ``upper`` : of the draws, in log1p counts per 10,000 (as the model was trained)
     ``trusted`` : the gene is trusted, or more than half of the set, and in the region (of a difference, in both) at most half of
         the spots have an out-of-domain score above 0.95
+    ``n_genes`` : genes of the model that the row is the mean of; 1 for a gene
     ``n_spots`` : spots of the region, of a difference of both together
     ``depth`` : median counts of a drawn spot
     ``donor_effect`` : what the uncertainty of a slide's level rests on: ``"same donor"``, ``"learned"`` or
@@ -128,8 +129,8 @@ def summarize_expression(
     Warns
     -----
     UserWarning
-        Genes of sets that the model does not predict are left out; objects without a region of ``contrast`` are left out; or data
-        differ from the training data, as in :func:`predict_expression`.
+        Genes of sets that the model does not predict are left out; regions without a spot on tissue, or objects without a region
+        of ``contrast``, are left out; or data differ from the training data, as in :func:`predict_expression`.
 
     See Also
     --------
@@ -171,7 +172,8 @@ def summarize_expression(
             "region": np.repeat(regions.names, len(scores.names)), scores.kind: np.tile(scores.names, len(regions.names)),
             "mean": means.mean(0).ravel(), "std": means.std(0, ddof=1).ravel(), "lower": low.ravel(), "upper": high.ravel(),
             "trusted": (regions.in_domain[:, None] & scores.trusted).ravel(),
-            "n_spots": np.repeat(regions.n_spots, len(scores.names)), "depth": np.repeat(regions.depth, len(scores.names)),
+            "n_genes": np.tile(scores.n_genes, len(regions.names)), "n_spots": np.repeat(regions.n_spots, len(scores.names)),
+            "depth": np.repeat(regions.depth, len(scores.names)),
             "donor_effect": model.donor_effect(new_donor),
         })  # fmt: skip
         if isinstance(data, list | tuple | Mapping):
@@ -191,13 +193,14 @@ class _Scores:
     names: np.ndarray
     weights: np.ndarray  # genes x scores
     trusted: np.ndarray  # scores, bool
+    n_genes: np.ndarray  # scores, how many genes of the model each is the mean of
 
 
 def _scores(model: STFlow, sets: dict[str, list[str]] | None, new_donor: bool) -> _Scores:
     """Genes of the model, or sets without the genes that it does not predict."""
     trusted, n = model.trusted(new_donor), len(model.genes)
     if sets is None:
-        return _Scores("gene", np.array(model.genes, object), np.eye(n), trusted)
+        return _Scores("gene", np.array(model.genes, object), np.eye(n), trusted, np.ones(n, int))
     place = {gene: i for i, gene in enumerate(model.genes)}
     inside = np.zeros((n, len(sets)))
     for column, (name, genes) in enumerate(sets.items()):
@@ -216,7 +219,9 @@ def _scores(model: STFlow, sets: dict[str, list[str]] | None, new_donor: bool) -
             f"gene_sets: {left} of {asked} genes are not predicted by the model and are left out; most of {name!r}, of which "
             f"{int(sizes[least])} of {len(sets[name])} remain."
         )
-    return _Scores("gene_set", np.array(list(sets), object), inside / sizes, trusted @ inside > sizes / 2)
+    return _Scores(
+        "gene_set", np.array(list(sets), object), inside / sizes, trusted @ inside > sizes / 2, sizes.astype(int)
+    )
 
 
 def _gene_sets(given: Mapping[str, Sequence[str]] | str | Path) -> dict[str, list[str]]:
@@ -270,6 +275,9 @@ def _regions(sampler: Sampler, groupby: str, pair: tuple[str, str] | None) -> _R
     if (code < 0).any():
         logger.info("%d of %d spots have no obs[%r] and are left out", (code < 0).sum(), len(code), groupby)
     wanted = [name for name, n in zip(known, n_spots) if n] if pair is None else list(pair)
+    named = set(code[code >= 0]) | set(codes[codes >= 0])
+    if pair is None and wanted and (glass := [known[i] for i in sorted(named) if not n_spots[i]]):
+        warn(f"obs[{groupby!r}]: {_io.listing(glass)} have no spot on tissue (obs['tissue']) and are left out.")
     chosen = np.array([known.index(name) for name in wanted], int)
     if not len(chosen) or not n_spots[chosen].all():
         empty = repr(wanted[int(np.argmin(n_spots[chosen]))]) if wanted else "any region"
