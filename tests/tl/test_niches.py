@@ -220,7 +220,7 @@ def test_clear_errors(slides, embedded):
         sf.tl.cluster_niches(slides[0], max_clusters=2)
     with pytest.raises(ValueError, match="too few cells"):
         sf.tl.cluster_niches(slides[0][:5].copy(), mpp=1, n_clusters=3)
-    with pytest.raises(KeyError, match="has no niches under 'niche'. Or run"):
+    with pytest.raises(KeyError, match="has no niches under 'niche'"):
         sf.tl.cluster_niches(slides[0], mpp=1, model=slides[1])
     with pytest.raises(KeyError, match="under 'other'. It has niches under 'found': pass key_added='found'"):
         sf.tl.cluster_niches(slides[1], mpp=1, model=slides[0], key_added="other")
