@@ -43,7 +43,7 @@ def main() -> None:
         sf.pp.encode_patches(slide, patch_um=patch_um, **image)
     model = sf.tl.train_stflow(train, max_epochs=args.max_epochs)
     print(model)
-    sf.tl.predict_expression(test, model=model, n_samples=5)
+    sf.tl.predict_expression(test, model=model, n_samples=5, new_donor=False)  # all slides are of one donor
     model.save(args.out / "stflow")
 
     # one of the simple models that its network is stacked with
