@@ -178,7 +178,7 @@ ROWS = [
     Row("regions of nine spots", "her2st, a new donor", "energy", "joint", {"data": "donors", "split": ["A1", "B4", *DONOR]},
         "energy 9 spots", STFLOW, ["independent"], less=True, over="sections"),
     *(Row("regions of nine spots", f"Visium, {tissue}", "energy", "joint", {"data": tissue}, "energy 9 spots", STFLOW,
-          ["independent"], less=True, over="sections") for tissue in ("lung", "brain", "kidney")),
+          ["independent", "gene copula"], less=True, over="sections") for tissue in ("lung", "brain", "kidney")),
     Row("image to genes", "pancreas", "Pearson", "embedding", TEST, "pearson50", "SPATIA image, cell + niche",
         ["hand features", "hand features + neighbours", "CNN, supervised", "CNN, supervised + neighbours"]),
     Row("image found by genes", "pancreas", "share in first 10", "embedding", TEST, "top 10", "SPATIA", ["untrained"]),
