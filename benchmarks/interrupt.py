@@ -51,21 +51,36 @@ def spatia() -> Training:
 
 
 def morphology() -> Training:
-    """An autoencoder, then the flow."""
+    """An autoencoder, then the flow by genes."""
+    sdata = sf.datasets.simulated_tissue(1200, seed=1)
+    sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
+    config = sf.models.MorphologyConfig(**SMALL, n_components=20)
+    return _morphology(sdata, config=config, validation=0.3, max_epochs=4)
+
+
+def pairs() -> Training:
+    """An autoencoder, then the flow between pairs."""
     sdata = sf.datasets.simulated_tissue(300, seed=1)
     table = sdata["table"]
     x = np.sqrt(table.X.toarray() / table.X.sum(1))[:, :20].astype(np.float32)
     table.obsm["E_cell"] = table.obsm["E_niche"] = table.obsm["E_tissue"] = x
     sf.pp.morphology_profile(sdata, image_key="fluorescence")
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    sizes = {"crop_um": 16.0, "crop_pixels": 16, "n_latent": 8, "width": 16, "n_layers": 1, "n_neighbors": 4}
-    config = sf.models.MorphologyConfig(objective="pairs", **sizes, batch_size=16)
+    config = sf.models.MorphologyConfig(objective="pairs", **SMALL, batch_size=16)
+    return _morphology(sdata, use_rep="E", config=config, validation=0.2, max_epochs=4)
+
+
+def _morphology(sdata, **arguments) -> Training:
     train.morphology.MAX_STEPS, train.morphology.MIN_BATCHES = 40, 10  # seconds, not minutes
-    arguments = {"image_key": "fluorescence", "use_rep": "E", "config": config, "validation": 0.2, "max_epochs": 4}
-    return lambda **more: sf.tl.train_morphology(sdata, **arguments, device="cpu", **more).sha256
+    return lambda **more: (
+        sf.tl.train_morphology(sdata, image_key="fluorescence", **arguments, device="cpu", **more).sha256
+    )
 
 
-TRAININGS: dict[str, Callable[[], Training]] = {"stflow": stflow, "spatia": spatia, "morphology": morphology}
+SMALL = {"crop_um": 16.0, "crop_pixels": 16, "n_latent": 8, "width": 16, "n_layers": 1, "n_neighbors": 4}
+TRAININGS: dict[str, Callable[[], Training]] = {
+    "stflow": stflow, "spatia": spatia, "morphology": morphology, "pairs": pairs,
+}  # fmt: skip
 
 
 def attempt(prepare: Callable[[], Training], folder: Path, seconds: float = np.inf) -> tuple[str | None, float]:

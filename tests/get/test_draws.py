@@ -8,6 +8,7 @@ import spatiaflow as sf
 
 def test_draws_are_in_order_and_x_is_none_of_them(model, slide):
     drawn = sf.tl.sample_expression(slide("t", n=5, seed=7), model=model, n_samples=12)
+    drawn.layers["draw_of_mine"] = drawn.X + 1
     found = sf.get.draws(drawn)
     assert found.shape == (12, *drawn.shape) and found.dtype == np.float32
     np.testing.assert_array_equal(found[11], drawn.layers["draw_011"])

@@ -22,10 +22,8 @@ ROUND = 0.55  # a dot fills this share of the box around it
 REGULAR = 0.08  # by how much the distances to a dot's two nearest differ from the commonest distance
 GAP_UM = 16.0  # widest gap in the ring that a dot can be
 MIN_DOTS = 40  # in a frame; a frame of 6.5 mm has about 400
-REACH_UM = (
-    600.0,
-    250.0,
-)  # a dot, and a speck of up to two dots, is the frame's within this distance of three dots of it
+# a dot, and a speck of up to two dots, is the frame's within this distance of three dots of it
+REACH_UM = (600.0, 250.0)
 COARSEST_FRAME = 20.0  # µm per pixel at which dots are still apart
 RIM_UM = 20.0  # the rim of what is found is blurred
 
@@ -33,18 +31,14 @@ PEN_UM = 100.0  # width of the thinnest stroke
 PEN_MM2 = 0.1  # area of the smallest
 STROKE = 0.3  # mean optical density of ink, at least
 BLUER = 0.35  # ink absorbs more red than green, by this share of the mean; H&E at most .22 in any section looked at
-BLACK_INK, COLOURLESS = (
-    1.2,
-    0.12,
-)  # mean optical density of black ink, and largest difference of its channels, as a share
+# mean optical density of black ink, and largest difference of its channels, as a share
+BLACK_INK, COLOURLESS = 1.2, 0.12
 
 INSET = 0.25  # a small copy covers at most this share of the largest part of the picture
 RECTANGLE = 0.95  # and fills this share of the box around it
 
-SHARP_UM, COARSEST_UM = (
-    1.0,
-    2.0,
-)  # µm per pixel at which sharpness is judged, and of the coarsest picture that allows it
+# µm per pixel at which sharpness is judged, and of the coarsest picture that allows it
+SHARP_UM, COARSEST_UM = 1.0, 2.0
 FINE = 4  # fine detail is compared with detail this many times coarser
 BLURRED = 0.25  # of the upper quartile of the slide's ratios
 FLAT = 0.1  # of the upper quartile of the slide's coarse detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +40,9 @@ def draws(data: AnnData, *, genes: str | Sequence[str] | None = None) -> np.ndar
     >>> sf.get.draws(sampled).shape
     (20, 79, 3)
     """
-    names = sorted((name for name in data.layers if str(name).startswith("draw_")), key=lambda name: int(name[5:]))
+    names = sorted(
+        (name for name in data.layers if re.fullmatch(r"draw_\d+", str(name))), key=lambda name: int(name[5:])
+    )
     if not names:
         raise KeyError("layers has no draws. Make them with draws = sf.tl.sample_expression(data, model=model).")
     at = slice(None)
