@@ -7,6 +7,7 @@ from spatiaflow._io import Key, provenance
 
 def test_names_of_slots():
     assert Key.obsm.std("stflow") == "stflow_std"
+    assert Key.obsm.rate("stflow") == "stflow_rate"
     assert Key.obs.ood("stflow") == "stflow_ood"
     assert Key.obsm.level("X_spatia", "niche") == "X_spatia_niche"
     assert Key.obsm.encoder("uni") == "X_uni"

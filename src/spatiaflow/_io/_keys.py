@@ -22,6 +22,11 @@ class Key:
             return f"{key}_std"
 
         @staticmethod
+        def rate(key: str) -> str:
+            """Share of each gene in the counts of a spot, whatever its depth."""
+            return f"{key}_rate"
+
+        @staticmethod
         def level(key: str, level: str) -> str:
             """Embedding of one level of tissue: cell, niche or tissue."""
             return f"{key}_{level}"

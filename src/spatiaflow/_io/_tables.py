@@ -191,8 +191,9 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
         if name in table.uns[key]:
             var[name] = np.asarray(table.uns[key][name])
     out = beside(table, np.array(table.obsm[key]), var)
-    if f"{key}_std" in table.obsm:
-        out.layers["std"] = np.array(table.obsm[f"{key}_std"])
+    for name in ("std", "rate"):
+        if f"{key}_{name}" in table.obsm:
+            out.layers[name] = np.array(table.obsm[f"{key}_{name}"])
     where = dict(entry(table, key).get("params", {})).get("spatial_key", "spatial")
     if where in table.obsm:
         out.obsm[where] = owned(table.obsm[where])

@@ -103,6 +103,12 @@ def gene_pearson(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return np.where(norm_a < 1e-9, np.nan, np.where(norm_b < 1e-9, 0.0, r))
 
 
+def given_depth(values: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Residuals of every column on the log depth within one slide, ... x n x genes; depth (library sizes) has length n."""
+    x = np.stack([np.ones(len(depth)), np.log(np.maximum(depth, 1))], 1)
+    return values - x @ (np.linalg.pinv(x) @ values)
+
+
 @dataclass
 class Moments:
     """Sums that a ridge regression needs; they add over slides, so leaving slides out costs no pass over the data."""
@@ -284,10 +290,13 @@ def _bounded(x: np.ndarray, z: np.ndarray) -> np.ndarray:
 def combine(
     parts: Iterable[np.ndarray], mean: np.ndarray, level: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:  # fmt: skip
-    """Apply weights of :func:`fit_stack` to the predictions (each n x genes) of one slide; expression is never negative."""
+    """Apply weights of :func:`fit_stack` to the predictions (each n x genes) of one slide; expression is never negative.
+
+    With several sets of weights (sets x members x genes) there are as many results (sets x n x genes).
+    """
     out: Any = 0.0
-    for part, of_level, of_pattern in zip(parts, level, weights):
+    for part, of_level, of_pattern in zip(parts, level, np.moveaxis(weights, -2, 0).astype(np.float32)):
         centre = part.mean(0, keepdims=True, dtype=np.float64)
-        out = out + (part - centre.astype(np.float32)) * of_pattern.astype(np.float32)
+        out = out + (part - centre.astype(np.float32)) * of_pattern[..., None, :]
         out += (of_level * (centre - mean)).astype(np.float32)
     return np.maximum(out + mean.astype(np.float32), 0)

@@ -31,7 +31,7 @@ from spatiaflow.models.flow import schedule
 from spatiaflow.models.law import JointLaw
 from spatiaflow.models.members import NAMES, SMOOTHED_OVER, SMOOTHING, Members
 from spatiaflow.models.ood import OutOfDomain
-from spatiaflow.models.regression import combine, own_spots, smooth
+from spatiaflow.models.regression import blocks, combine, own_spots, smooth
 from spatiaflow.models.slide import ABSENT, Reordered, Slide
 from spatiaflow.models.spatial import spatial_graph
 
@@ -116,11 +116,15 @@ STFlowConfig.named = {
 }  # fmt: skip
 
 
+STACKS = ("weights", "rate_weights")  # of a measurement, and of what the depth of a spot does not explain
+
+
 @dataclass
 class Prediction:
     """What :meth:`STFlow.predict` returns; rows of all slides, one slide after the other."""
 
-    mean: np.ndarray  # n x genes, log1p
+    mean: np.ndarray  # n x genes, log1p, of a measurement at the depth that the image shows
+    rate: np.ndarray  # n x genes, share of a gene in the counts of a spot of any depth
     std: np.ndarray  # n x genes
     ood: np.ndarray  # n, in [0, 1]
     depth: np.ndarray  # n, predicted library size
@@ -165,8 +169,8 @@ class STFlow(_base.Model):
     ):  # fmt: skip
         self.config, self.genes, self.encoder, self.target_sum = config, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.members, self.law = networks, prior, members, law
-        # mean, theta, skill (genes); trusted (same donor, new donor x genes); level (members) and weights (members x genes),
-        # the network last; libraries (quantiles); three of the out-of-domain score
+        # mean, theta, skill (genes); trusted (same donor, new donor x genes); level (members); weights and rate_weights (members
+        # x genes, the network last); libraries (quantiles); three of the out-of-domain score
         self.arrays, self.history, self.card = arrays, history, card
         self.standardize, self.pitch = standardize, pitch
         for network in networks:
@@ -243,14 +247,14 @@ class STFlow(_base.Model):
         self._check_samples(n_samples)
         theta, parts = self.law.marginal_theta(new_donor), []
         for slide in progress(slides):
-            expected, degenerate = self._mean(slide, n_samples, n_steps, seed, batch_size, device)
+            (expected, of_rates), degenerate = self._means(slide, STACKS, n_samples, n_steps, seed, batch_size, device)
             parts.append((
-                expected, self.spread(expected, theta), self.ood_score(slide),
+                expected, self._rate(of_rates), self.spread(expected, theta), self.ood_score(slide),
                 np.exp(self.members.log_depth(slide)).astype(np.float32), degenerate,
             ))  # fmt: skip
-        mean, std, ood, depth = (np.concatenate([part[i] for part in parts]) for i in range(4))
+        mean, rate, std, ood, depth = (np.concatenate([part[i] for part in parts]) for i in range(5))
         return Prediction(
-            mean, std, ood, depth, sum(part[4] for part in parts) / max(len(mean), 1),
+            mean, rate, std, ood, depth, sum(part[5] for part in parts) / max(len(mean), 1),
             [own_spots(self.standardize, int(s.on_tissue.sum())) for s in slides],
             sum(int((~s.on_tissue).sum()) for s in slides),
         )  # fmt: skip
@@ -282,8 +286,8 @@ class STFlow(_base.Model):
             for _ in range(n_draws):
                 yield out.copy()
             return
-        mean, _ = self._mean(slide.take(order), 1, None, seed, batch_size, device)
-        log_mean = np.log(self.counting.rate_at(mean, self.arrays["theta"])).astype(np.float32)
+        (of_rates,), _ = self._means(slide.take(order), STACKS[1:], 1, None, seed, batch_size, device)
+        log_mean = np.log(self._rate(of_rates))
         size = np.broadcast_to(np.asarray(self.usual_depth if depth is None else depth, np.float64), len(slide))[order]
         for counts in self.law.draws(
             slide.name, slide.xy[order], log_mean, size, n_draws, new_donor=new_donor, seed=seed
@@ -314,19 +318,27 @@ class STFlow(_base.Model):
                 f"flow={self.config.flow}) is deterministic: every draw is the same. Use n_samples=1."
             )
 
-    def _mean(
-        self, slide: Slide, n_samples: int, n_steps: int | None, seed: int, batch_size: int, device: str | torch.device
-    ) -> tuple[np.ndarray, float]:
-        """Mean log expression in the slide's order, the training mean on glass; rows without a unique frame."""
-        a = self.arrays
+    def _rate(self, expression: np.ndarray) -> np.ndarray:
+        """Rates whose mean log expression, at the library sizes of the training data, is this; n x genes, float32."""
+        out = np.empty(expression.shape, np.float32)
+        for rows in blocks(len(out)):
+            out[rows] = self.counting.rate_at(expression[rows], self.arrays["theta"])
+        return out
+
+    def _means(
+        self, slide: Slide, stacks: tuple[str, ...], n_samples: int, n_steps: int | None, seed: int, batch_size: int,
+        device: str | torch.device,
+    ) -> tuple[np.ndarray, float]:  # fmt: skip
+        """Log expression (stacks x n x genes) in the slide's order, the training mean on glass; rows without a unique frame."""
+        a, weights = self.arrays, np.stack([self.arrays[name] for name in stacks])
         order = np.argsort(slide.obs_names.astype(str), kind="stable")  # noise goes by name, not by row
         order = order[slide.on_tissue[order]]
-        mean, degenerate = np.tile(a["mean"].astype(np.float32), (len(slide), 1)), [0.0]
+        mean, degenerate = np.tile(a["mean"].astype(np.float32), (len(stacks), len(slide), 1)), [0.0]
         if not len(order):
             return mean, 0.0
         tissue = replace(slide, features=ABSENT).take(order)
         tissue = replace(tissue, features=cast("Any", Reordered(slide.features, order)))
-        wanted = (a["level"] > 0) | (a["weights"] > 0).any(1)
+        wanted = (a["level"] > 0) | (weights > 0).any((0, 2))
 
         def parts() -> Iterator[np.ndarray]:
             yield from self.members.predictions(
@@ -336,8 +348,8 @@ class STFlow(_base.Model):
                 values, degenerate[0] = self._network(tissue, n_samples, n_steps, seed, batch_size, device)
                 yield values
 
-        mean[order] = combine(parts(), a["mean"], a["level"], a["weights"])
-        if bad := int((~np.isfinite(mean)).any(1).sum()):
+        mean[:, order] = combine(parts(), a["mean"], a["level"], weights)
+        if bad := int((~np.isfinite(mean)).any((0, 2)).sum()):
             raise ValueError(
                 f"slide {slide.name!r}: the prediction is not finite in {bad} rows. Are features (obsm) on the scale of the "
                 f"training data? The largest is {np.abs(slide.features).max():.3g}."
@@ -391,10 +403,12 @@ class STFlow(_base.Model):
             _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
+        arrays = under("array.")
+        arrays.setdefault("rate_weights", arrays["weights"])  # older files have one stack for both
         names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
         return cls(
             config=config, networks=networks, prior=PRIORS[config.prior](**prior), members=members,
-            law=JointLaw.of(under("law.")), arrays=under("array."), **{name: d[name] for name in names},
+            law=JointLaw.of(under("law.")), arrays=arrays, **{name: d[name] for name in names},
         )  # fmt: skip
 
 

@@ -287,7 +287,9 @@ def predict_expression(
     -------
     None, or with ``copy=True`` what was given. Sets:
 
-    ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p counts per 10,000; columns are ``.uns[key_added]["genes"]``
+    ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p counts per 10,000; columns are ``.uns[key_added]["genes"]``. What
+        a measurement is expected to give. It varies with the depth of spots too, as far as the image shows it
+    ``.obsm[f"{key_added}_rate"]`` : same shape, share of the gene in the counts of a spot, whatever its depth. Draws rest on it
     ``.obsm[f"{key_added}_std"]`` : same shape and unit; standard deviation of a measured value, learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
@@ -339,9 +341,11 @@ def predict_expression(
     )  # fmt: skip
     warn_of_difference(ood=result.ood[np.concatenate([slide.on_tissue for slide in slides])])
     rows = np.concatenate([slide.rows for slide in slides])
-    mean, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(2))
+    mean, rate, std = (np.full((table.n_obs, len(model.genes)), np.nan, np.float32) for _ in range(3))
     ood, depth = (np.full(table.n_obs, np.nan, np.float32) for _ in range(2))  # NaN: rows that annotate another element
-    mean[rows], std[rows], ood[rows], depth[rows] = result.mean, result.std, result.ood, result.depth
+    mean[rows], rate[rows], std[rows], ood[rows], depth[rows] = (
+        result.mean, result.rate, result.std, result.ood, result.depth,
+    )  # fmt: skip
     params = _io.provenance(
         started, model=model, random_state=seed, use_rep=use_rep, encoder=model.encoder["id"], n_samples=n_samples,
         n_steps=n_steps or model.config.n_steps, new_donor=new_donor, standardize=model.standardize, spatial_key=spatial_key,
@@ -349,7 +353,8 @@ def predict_expression(
         standardized_on=[str(n) if n else "training" for n in result.standardized_on], n_glass=result.n_glass,
     )  # fmt: skip
     _io.write(
-        table, key_added, arrays={"": mean, Key.obsm.std(""): std}, obs={Key.obs.ood(""): ood, Key.obs.depth(""): depth},
+        table, key_added, arrays={"": mean, Key.obsm.rate(""): rate, Key.obsm.std(""): std},
+        obs={Key.obs.ood(""): ood, Key.obs.depth(""): depth},
         uns={
             "genes": model.genes, "skill": model.skill, "trusted": model.trusted(new_donor),
             "normalization": {"target_sum": model.target_sum if model.target_sum is not None else "raw", "log1p": True},

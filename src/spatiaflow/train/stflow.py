@@ -20,7 +20,7 @@ from spatiaflow.models.flow import interpolate, sample, schedule
 from spatiaflow.models.law import JointLaw
 from spatiaflow.models.members import NAMES, NETWORK, Members
 from spatiaflow.models.ood import OutOfDomain
-from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson
+from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson, given_depth
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
 from spatiaflow.models.stflow import PRIORS, STFlow, STFlowConfig
@@ -144,28 +144,22 @@ def _fit_stflow(
         networks.append(network)
         folds.append(fold.predict(network, seed))
     oof = {name: np.concatenate([fold[name] for fold in folds], axis=-2 if name == "parts" else 0) for name in folds[0]}
-    level, weights = np.zeros(len(NAMES) + 1), np.zeros((len(NAMES) + 1, len(genes)))
-    level[-1] = weights[-1] = 1.0  # the network alone
-    if config.stack and len(oof["y"]) > 1:
-        n_donors = len(np.unique(oof["donor"]))
-        strength = PRIOR_DONORS / n_donors if n_donors > 1 else 0.0
-        level, weights = fit_stack(oof["y"], oof["parts"], oof["mean"], oof["slide"], RATES_ALIKE, strength)
-    prediction = np.empty_like(oof["y"])
+    level, weights = _stacks(oof, choices) if config.stack and len(oof["y"]) > 1 else _network_alone(len(genes))
+    prediction, of_rates = np.empty((2, *oof["y"].shape), oof["y"].dtype)
     for rows in _slides_of(oof):
-        prediction[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
-    law = _law(oof, prediction, choices, float(np.median([s.pitch for s in slides])))
+        prediction[rows], of_rates[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
+    law = _law(oof, of_rates, choices, float(np.median([s.pitch for s in slides])))
     arrays = {
-        "mean": y.mean(0), "level": level, "weights": weights, "libraries": choices.counting.libraries,
-        "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
-        "trusted": trusted(oof["y"], prediction, oof["library"], oof["slide"], oof["donor"]),
+        "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
+        "libraries": choices.counting.libraries, "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
+        "trusted": trusted(oof["y"], of_rates, oof["library"], oof["slide"], oof["donor"]),
         **{f"ood_{name}": value for name, value in vars(ood).items()},
     }  # fmt: skip
     found = dict(zip((*NAMES, NETWORK), oof["parts"])) if config.stack else {NETWORK: oof["parts"][-1]}
     scores = {name: _mean_pearson(oof, value) for name, value in (found | {"model": prediction}).items()}
     logger.info("held-out Pearson inside the training slides: %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-    by_slide = weights[:-1][[", slide" in name for name in NAMES]].any() or (
-        weights[-1].any() and choices.mode == "slide"
-    )
+    used = np.any(weights, axis=(0, 2))
+    by_slide = used[:-1][[", slide" in name for name in NAMES]].any() or (used[-1] and choices.mode == "slide")
     card = model_card(
         slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=len(genes),
         target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide), donors=sorted({s.donor for s in slides}),
@@ -188,6 +182,32 @@ class _Task:
     max_epochs: int
     weight: np.ndarray  # of each gene in the loss
     residual_std: np.ndarray  # of cross-fitted ridge regression, genes
+
+
+def _network_alone(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of level, and of expression and rates, that take the network alone."""
+    alone = np.append(np.zeros(len(NAMES)), 1.0)
+    return alone, np.broadcast_to(alone[:, None], (2, len(alone), n_genes))
+
+
+def _stacks(oof: dict[str, np.ndarray], choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of level (members), and of the patterns of expression and of rates (2 x members x genes).
+
+    Measured expression varies with the depth of its spot. One stack predicts this too, as far as images show the depth. The other
+    is fitted to what the depth does not explain, so that rates are those of spots of any one depth.
+    """
+    y, parts, n_donors = oof["y"], oof["parts"], len(np.unique(oof["donor"]))
+    strength = PRIOR_DONORS / n_donors if n_donors > 1 else 0.0
+    level, weights = fit_stack(y, parts, oof["mean"], oof["slide"], RATES_ALIKE, strength)
+    if choices.target_sum is None:  # of raw counts: differences in depth belong to the expression
+        return level, np.stack([weights, weights])
+    y, parts = y.copy(), parts.copy()
+    for rows in _slides_of(oof):
+        y[rows] = given_depth(y[rows], oof["library"][rows])
+        for part in parts:  # one at a time: residuals are in float64
+            part[rows] = given_depth(part[rows], oof["library"][rows])
+    _, of_rates = fit_stack(y, parts, np.zeros_like(y), oof["slide"], RATES_ALIKE, strength)
+    return level, np.stack([weights, of_rates])
 
 
 def _loss_weight(y: np.ndarray, config: STFlowConfig) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.stats import norm
 
 from spatiaflow.models.law import MIN_DONORS
+from spatiaflow.models.regression import given_depth
 
 MAX_ERROR = 0.1  # share of trusted genes whose pattern may be wrong
 DONOR_SHIFT = 0.1  # sd of a gene's partial correlation between donors, where fewer than MIN_DONORS were seen
@@ -15,11 +16,7 @@ EFFECTIVE = 0.25  # independent spots in a spot, since neighbours are alike
 
 def partial(y: np.ndarray, prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Pearson correlation of each gene given log depth, both n x genes; 0 where one of the two is constant."""
-    x = np.stack([np.ones(len(y)), np.log(np.maximum(depth, 1))], 1)
-    a, b = (
-        v - x @ np.linalg.lstsq(x, v, rcond=None)[0]
-        for v in (np.asarray(y, np.float64), np.asarray(prediction, np.float64))
-    )
+    a, b = (given_depth(np.asarray(values, np.float64), depth) for values in (y, prediction))
     size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
     return np.where(size > 1e-9, (a * b).sum(0) / np.maximum(size, 1e-9), 0.0)
 
