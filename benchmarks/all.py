@@ -25,6 +25,7 @@ import pandas as pd
 from scipy import stats
 
 import results
+from spatiaflow.models.members import NAMES
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 FIGURE = PAGE.parent / "images" / "benchmark.png"
@@ -134,6 +135,10 @@ CONFIDENCE = ["one confidence for all", "without temperature"]
 GENES = ["all genes", "PCA of genes", "PCA of genes and of image features, side by side"]
 SPREAD = {"training distribution": (STFLOW, "crps_marginal"), "ridge with residuals": (STFLOW, "crps_ridge")}
 SAME, OTHER = "her2st, sections of one donor", "her2st, another donor"
+PATTERNS = [
+    (SAME, "her2st", DONOR), ("her2st, a new donor", "donors", ["A1", "B4", *DONOR]), ("Visium, lung", "lung", ["A1", "B1", "C1"]),
+    ("Visium, brain", "brain", ["A1", "B1"]), ("Visium, kidney", "kidney", ["B1", "C1"]),
+]  # fmt: skip
 
 
 def imputed(data: str, where: dict, more: list[str], **options) -> Row:
@@ -167,6 +172,8 @@ ROWS = [
         IMAGE_ONLY, paired="B4"),
     Row("expression from histology", "olfactory bulb", "Pearson", "expression",
         {"data": "mouse_olfactory_bulb", "split": BULBS}, "pearson50", STFLOW, IMAGE_ONLY, paired="all"),
+    *(Row("pattern given the depth", name, "partial r", "joint", {"data": data, "split": sections}, "partial", STFLOW, [*NAMES],
+          over="sections") for name, data, sections in PATTERNS),
     Row("four biomarkers", SAME, "Pearson", "expression", {"data": "her2st:markers", "split": DONOR}, "pearson:markers", STFLOW,
         IMAGE_ONLY, over="sections"),
     Row("four biomarkers", OTHER, "Pearson", "expression", {"data": "her2st:markers", "split": ["B4"]}, "pearson:markers",

@@ -25,7 +25,7 @@ import spatiaflow as sf
 from spatiaflow._slides import gather
 from spatiaflow.models.counts import draw_counts, log_normalize
 from spatiaflow.models.members import NAMES
-from spatiaflow.models.regression import gene_pearson
+from spatiaflow.models.regression import gene_pearson, given_depth
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.stflow import STFlow, STFlowConfig
 from spatiaflow.train.stflow import train_stflow
@@ -168,13 +168,27 @@ def base_rates(slides: list[Slide]) -> np.ndarray:
 
 
 def interval(difference: np.ndarray, xy: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean over regions, by bootstrap over 4 x 4 blocks of the slide."""
-    place = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-9)
-    block = np.minimum((place * 4).astype(int), 3) @ [4, 1]
-    names, rng = np.unique(block), np.random.default_rng(seed)
-    sums = np.array([[difference[block == b].sum(), (block == b).sum()] for b in names])
-    drawn = sums[rng.integers(0, len(names), (2000, len(names)))].sum(1)
+    """95 % interval of a mean over regions, by bootstrap over blocks of the slide."""
+    drawn = redrawn(np.stack([difference, np.ones(len(xy))], 1), xy, 2000, seed)
     return tuple(np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
+
+
+def redrawn(values: np.ndarray, xy: np.ndarray, n_draws: int, seed: int = 0) -> np.ndarray:
+    """Sums of rows (n x anything) over as many of the 4 x 4 blocks of a slide, drawn with replacement; draws x anything."""
+    place = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-9)
+    _, block = np.unique(np.minimum((place * 4).astype(int), 3) @ [4, 1], return_inverse=True)
+    sums = np.zeros((block.max() + 1, *values.shape[1:]))
+    np.add.at(sums, block, values)
+    times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), n_draws)
+    return np.tensordot(times, sums, 1)
+
+
+def partials(y: np.ndarray, predicted: np.ndarray, slide: Slide) -> np.ndarray:
+    """Correlation given the depth, mean over genes: of the slide, and of 500 times its blocks drawn anew."""
+    a, b = (given_depth(np.asarray(values, np.float64), slide.library) for values in (y, predicted))
+    values = np.stack([a * b, a**2, b**2], 1)
+    both, of_y, of_predicted = np.moveaxis(np.concatenate([values.sum(0)[None], redrawn(values, slide.xy, 500)]), 1, 0)
+    return (both / np.sqrt(np.maximum(of_y * of_predicted, 1e-12))).mean(1)
 
 
 def evaluate(
@@ -196,12 +210,19 @@ def evaluate(
         theta = model.law.marginal_theta(None)
         own |= deviance_skills(test, found.rate, base_rates(train), theta)
     simple = model.members.predictions(test, lambda log_rate: model.counting.mean_at(log_rate, model.arrays["theta"]))
+    ours = partials(y, np.log1p(1e4 * found.rate), test)
     for name, predicted in zip(NAMES, simple):
-        other = {
-            "pearson": float(np.nanmean(gene_pearson(y, predicted))),
-            "partial": float(partial(y, predicted, test.library).mean()),
-        }
-        table.add(task, test.name, seed, name, other)
+        theirs = partials(y, predicted, test)
+        low, high = np.quantile((ours - theirs)[1:], [0.025, 0.975])
+        table.add(
+            task,
+            test.name,
+            seed,
+            name,
+            {"pearson": float(np.nanmean(gene_pearson(y, predicted))), "partial": theirs[0]},
+        )
+        name = f"partial minus {name}"
+        own |= {name: ours[0] - theirs[0], f"{name}, low": low, f"{name}, high": high}
     own |= {
         "pearson": float(np.nanmean(gene_pearson(y, found.mean))), "partial": float(part.mean()),
         "trusted": int(trusted.sum()), "trusted but wrong": int((trusted & (part <= 0)).sum()),

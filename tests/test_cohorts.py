@@ -148,7 +148,7 @@ def impute_genes(data, models, options):
 
 VERBS = {
     encode_patches: ["X_mean"],
-    predict_expression: ["stflow", "stflow_std"],
+    predict_expression: ["stflow", "stflow_rate", "stflow_std"],
     embed_spatia: ["X_spatia_cell", "X_spatia_niche", "X_spatia_tissue"],
     morphology_profile: ["morphology"],
     impute_genes: ["imputed", "imputed_std"],

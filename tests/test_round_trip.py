@@ -49,7 +49,7 @@ def test_spatialdata_round_trip(result, tmp_path):
     sdata, _ = result
     sdata.write(tmp_path / "t.zarr")
     again = sd.read_zarr(tmp_path / "t.zarr")
-    for key in ("X_texture", "stflow", "stflow_std"):
+    for key in ("X_texture", "stflow", "stflow_rate", "stflow_std"):
         np.testing.assert_array_equal(again["table"].obsm[key], sdata["table"].obsm[key])
     assert list(again["table"].uns["stflow"]["genes"]) == list(sdata["table"].uns["stflow"]["genes"])
     assert again["table"].uns["stflow"]["params"]["n_samples"] == 4

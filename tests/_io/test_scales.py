@@ -167,7 +167,7 @@ def test_figures_and_new_objects_remember_nothing(unscaled, model):
     with pytest.raises(ValueError, match="is unknown"):
         _io.places(data)
     other = sf.tl.predict_expression(data, model=model, mpp=mpp, copy=True)
-    for name in ("stflow", "stflow_std"):
+    for name in ("stflow", "stflow_rate", "stflow_std"):
         data.obsm[name] = other.obsm[name]
     data.uns["stflow"] = other.uns["stflow"]
     sf.pl.expression(data, model.genes[0], mpp=mpp, show=False)

@@ -13,6 +13,7 @@ from spatiaflow._slides import gather
 from spatiaflow.models.counts import CountLaw
 from spatiaflow.models.law import JointLaw
 from spatiaflow.models.slide import Slide
+from spatiaflow.train.trust import partial
 
 RNG = np.random.default_rng(0)
 N, THETA = 600, np.array([2.0, 8.0])
@@ -61,8 +62,8 @@ def test_genes_of_the_copula_go_together_and_spots_do_not():
     model = SimpleNamespace(law=law, genes=["a", "b"], counting=counting, arrays={"theta": 20 * one})
     xy = np.repeat(RNG.uniform(0, 1e5, (100, 2)), 2, 0) + RNG.normal(size=(200, 2))  # pairs that lie together
     test = Slide("s", np.arange(200), xy, library=np.full(200, 5e3))
-    mean = np.full((200, 2), 4.0)
-    copula, alone = (draw(model, test, mean, 0) for draw in (joint.gene_copula, joint.independent))
+    rate = np.full((200, 2), np.expm1(4.0) / 1e4)
+    copula, alone = (draw(model, test, rate, 0) for draw in (joint.gene_copula, joint.independent))
 
     def correlation(first, second):
         return np.corrcoef(first.ravel(), second.ravel())[0, 1]
@@ -72,6 +73,19 @@ def test_genes_of_the_copula_go_together_and_spots_do_not():
     assert abs(correlation(copula[:, ::2], copula[:, 1::2])) < 0.05
     np.testing.assert_allclose(copula.mean((0, 1)), alone.mean((0, 1)), rtol=0.03)
     np.testing.assert_allclose(copula.std((0, 1)), alone.std((0, 1)), rtol=0.1)
+
+
+def test_blocks_are_drawn_anew_and_all_of_them_give_the_correlation_given_the_depth():
+    xy, depth = RNG.uniform(0, 1000, (400, 2)), RNG.integers(10, 1000, 400).astype(float)
+    one = Slide("s", np.arange(400), xy, library=depth)
+    signal = RNG.normal(size=(400, 3))
+    y, good = signal + np.log(depth)[:, None] + RNG.normal(size=(2, 400, 3))
+    found = joint.partials(y, good, one)
+    assert found[0] == pytest.approx(partial(y, good, depth).mean())
+    assert found[0] == pytest.approx(0.5, abs=0.08)
+    assert found[1:].std() == pytest.approx((1 - 0.25) / np.sqrt(400 * 3), rel=0.6)
+    sums = joint.redrawn(np.ones((400, 1)), xy, 50)
+    assert sums.mean() == pytest.approx(400, rel=0.03)
 
 
 @pytest.mark.slow
@@ -85,8 +99,14 @@ def test_a_run_writes_every_metric_once(slide, tmp_path, monkeypatch):
     joint.run(arguments)
     rows = results.read("joint")
     own = set(rows[rows.method == "STFlow default"].metric)
-    assert {"deviance skill", "level deviance skill", *joint.NEWEST.values()} <= own
-    assert set(rows.method) == {"STFlow default", *joint.BASELINES}
+    assert {
+        "deviance skill",
+        "level deviance skill",
+        "pattern deviance skill",
+        "energy minus gene copula",
+        "partial minus ridge, slide",
+    } <= own
+    assert set(rows.method) == {"STFlow default", *joint.BASELINES, *joint.NAMES}
     assert set(rows.split) == {"s0", "s1", "s2"}
     monkeypatch.setattr(joint, "train_stflow", None)
     joint.run(arguments)  # nothing is left to measure

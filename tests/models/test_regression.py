@@ -13,6 +13,7 @@ from spatiaflow.models.regression import (
     fit_ridge,
     fit_stack,
     gene_pearson,
+    given_depth,
     smooth,
 )
 from spatiaflow.models.slide import Reordered
@@ -98,6 +99,25 @@ def test_stack_judges_slide_means_and_patterns_inside_slides_apart():
     for group in range(6):
         one = groups == group
         np.testing.assert_allclose(combine(parts[:, one], mean[0], level, weights), np.maximum(y[one], 0), atol=0.5)
+
+
+def test_several_sets_of_weights_are_combined_as_each_alone():
+    parts, mean, level = RNG.normal(size=(3, 40, 5)), RNG.random(5), RNG.random(3)
+    weights = RNG.random((2, 3, 5))
+    both = combine(parts, mean, level, weights)
+    for found, one in zip(both, weights):
+        np.testing.assert_array_equal(found, combine(parts, mean, level, one))
+
+
+def test_what_the_depth_explains_is_taken_away():
+    depth, values = RNG.integers(1, 1000, 60), RNG.normal(size=(2, 60, 5))
+    values = values + 3 * np.log(depth)[:, None]
+    found, x = given_depth(values, depth), np.stack([np.ones(60), np.log(depth)], 1)
+    for i in range(2):
+        for g in range(5):
+            by_hand = values[i, :, g] - x @ np.linalg.lstsq(x, values[i, :, g], rcond=None)[0]
+            np.testing.assert_allclose(found[i, :, g], by_hand, atol=1e-10)
+    np.testing.assert_allclose(given_depth(values, np.full(60, 7)), values - values.mean(1, keepdims=True), atol=1e-10)
 
 
 def test_a_level_lies_within_what_the_members_say():

@@ -357,6 +357,8 @@ def test_h5ad_round_trip_and_get(slide, model, tmp_path):
     assert list(out.var_names) == model.genes
     np.testing.assert_array_equal(out.X, test.obsm["stflow"])
     np.testing.assert_array_equal(out.layers["std"], test.obsm["stflow_std"])
+    np.testing.assert_array_equal(out.layers["rate"], test.obsm["stflow_rate"])
+    assert ((out.layers["rate"] > 0) & (out.layers["rate"] < 1)).all()
     assert "spatial" in out.obsm
     with pytest.raises(KeyError, match="predict_expression"):
         sf.get.expression(again, key="nothing")
@@ -407,7 +409,7 @@ def test_glass_changes_nothing_for_tissue(slide, by_slide, n_samples):
     clean, dirty = slide("t", seed=7), with_glass(slide("t", seed=7), 80)
     for one in (clean, dirty):
         sf.tl.predict_expression(one, model=by_slide, n_samples=n_samples)
-    for key in ("stflow", "stflow_std"):
+    for key in ("stflow", "stflow_rate", "stflow_std"):
         np.testing.assert_array_equal(dirty.obsm[key][80:], clean.obsm[key])
     np.testing.assert_array_equal(dirty.obs["stflow_ood"][80:], clean.obs["stflow_ood"])
     np.testing.assert_allclose(dirty.obsm["stflow"][:80], by_slide.arrays["mean"][None].repeat(80, 0), rtol=1e-6)

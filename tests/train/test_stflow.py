@@ -5,9 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 import spatiaflow as sf
 from spatiaflow.models import STFlowConfig
+from spatiaflow.models.slide import Slide
+from spatiaflow.train.stflow import train_stflow
 
 FAST = dataclasses.replace(STFlowConfig.of("default"), width=16, n_heads=2, max_epochs=3, regions=2)
 
@@ -123,3 +126,36 @@ def test_the_checkpoints_of_other_donors_are_refused(slide, tmp_path):
         one.obs["donor"] = donor
     with pytest.raises(ValueError, match="another run.*donors"):
         sf.tl.train_stflow(slides, resume=True, donor_key="donor", **arguments)
+
+
+def tissue_that_shows_its_depth(seed: int) -> Slide:
+    """Spots with the depth and a pattern among their features; the first four genes follow neither, the others the pattern."""
+    rng = np.random.default_rng(seed)
+    depth, pattern, other = rng.normal(size=(3, 225))
+    library = np.rint(400 * np.exp(0.7 * depth))
+    log_rate = np.log(0.002) + np.outer(pattern, np.repeat([0.0, 0.8], 4))
+    counts = sparse.csr_matrix(rng.poisson(library[:, None] * np.exp(log_rate)).astype(np.float32))
+    xy = 100 * np.stack(np.meshgrid(np.arange(15.0), np.arange(15.0)), -1).reshape(-1, 2)
+    features = np.stack([depth, pattern, other], 1).astype(np.float32)
+    names = np.array([f"spot{i}" for i in range(225)])
+    return Slide(f"s{seed}", names, xy, counts=counts, library=library, genes=tuple("abcdefgh"), features=features)
+
+
+def test_rates_do_not_follow_the_depth_and_expected_measurements_do():
+    """Log expression of a rare gene depends on the depth of its spot; the rate of the gene does not."""
+    *train, test = (tissue_that_shows_its_depth(seed) for seed in range(4))
+    model = train_stflow(train, FAST, encoder={"id": "planted"})
+    found = model.predict([test], new_donor=False)
+    depth, pattern, _ = test.features.T
+
+    def slopes(values):
+        return np.linalg.lstsq(np.stack([depth, pattern, np.ones(225)], 1), values, rcond=None)[0][:2]
+
+    of_rates, of_means = slopes(np.log(found.rate)), slopes(found.mean)
+    assert np.abs(of_rates[0]).mean() < 0.12
+    np.testing.assert_allclose(of_rates[1].reshape(2, 4).mean(1), [0, 0.8], atol=0.2)
+    truth = slopes(test.log_normalized().toarray())
+    assert truth[0, :4].mean() > 0.3
+    np.testing.assert_allclose(of_means[0, :4].mean(), truth[0, :4].mean(), rtol=0.4)
+    draws = np.mean(list(model.draws(test, 60, new_donor=False)), 0)  # all spots have one depth
+    assert np.abs(slopes(draws)[0, :4]).mean() < 0.15

@@ -37,6 +37,7 @@ def expression(
 
     ``.X`` : the values
     ``.layers["std"]`` : their standard deviations, if there are any
+    ``.layers["rate"]`` : of :func:`spatiaflow.tl.predict_expression`, the share of each gene in the counts of a spot
     ``.var`` : ``skill`` and ``trusted`` of predicted genes; ``reliability`` and ``denoised`` of imputed genes
     ``.obs``, ``.obsm["spatial"]``, ``.uns["spatial"]``, ``.uns["spatialdata_attrs"]`` : those of ``data``
 
