@@ -136,8 +136,9 @@ GENES = ["all genes", "PCA of genes", "PCA of genes and of image features, side 
 SPREAD = {"training distribution": (STFLOW, "crps_marginal"), "ridge with residuals": (STFLOW, "crps_ridge")}
 SAME, OTHER = "her2st, sections of one donor", "her2st, another donor"
 PATTERNS = [
-    (SAME, "her2st", DONOR), ("her2st, a new donor", "donors", ["A1", "B4", *DONOR]), ("Visium, lung", "lung", ["A1", "B1", "C1"]),
-    ("Visium, brain", "brain", ["A1", "B1"]), ("Visium, kidney", "kidney", ["B1", "C1"]),
+    (SAME, "her2st", DONOR), ("her2st, a new donor", "donors", ["A1", "B4", *DONOR]),
+    ("Visium, lung", "lung", ["A1", "B1", "C1"]), ("Visium, brain", "brain", ["A1", "B1"]),
+    ("Visium, kidney", "kidney", ["B1", "C1"]),
 ]  # fmt: skip
 
 

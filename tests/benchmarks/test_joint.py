@@ -94,7 +94,7 @@ def test_a_run_writes_every_metric_once(slide, tmp_path, monkeypatch):
     monkeypatch.setattr(joint, "N_DRAWS", 8)
     found = [gather(slide(f"s{i}", n=8, seed=i), need=("counts", "features"), use_rep="X_texture")[0] for i in range(3)]
     slides = [replace(one, name=f"s{i}", donor=donor) for i, (one, donor) in enumerate(zip(found, "abb"))]
-    monkeypatch.setattr(joint, "load", lambda task: slides)
+    monkeypatch.setattr(joint, "load", lambda task, seed: slides)
     arguments = joint.parser().parse_args(["--tasks", "donors", "--seeds", "1", "--epochs", "1"])
     joint.run(arguments)
     rows = results.read("joint")
