@@ -141,6 +141,7 @@ def tissue_that_shows_its_depth(seed: int) -> Slide:
     return Slide(f"s{seed}", names, xy, counts=counts, library=library, genes=tuple("abcdefgh"), features=features)
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_rates_do_not_follow_the_depth_and_expected_measurements_do():
     """Log expression of a rare gene depends on the depth of its spot; the rate of the gene does not."""
     *train, test = (tissue_that_shows_its_depth(seed) for seed in range(4))
