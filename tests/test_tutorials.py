@@ -13,7 +13,11 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 # what is made smaller, and how many figures a tutorial shows
 SMALLER = {
     "expression_from_histology": (
-        {"MAX_EPOCHS = 60": "MAX_EPOCHS = 2", "(train, max_epochs": "(train, genes=20, max_epochs"},
+        {
+            "MAX_EPOCHS = 60": "MAX_EPOCHS = 2",
+            "(train, max_epochs": "(train, genes=20, max_epochs",
+            "patch_um=155": "patch_um=64",
+        },
         4,
     ),
     "from_a_picture": ({}, 4),
@@ -29,6 +33,7 @@ SMALLER = {
             ', "B4": "B4, another donor"': "",
             "MAX_EPOCHS = 12": "MAX_EPOCHS = 2",
             "(train, max_epochs": "(train, genes=20, max_epochs",
+            "patch_um=155": "patch_um=64",
             "(hidden), 150": "(hidden), 60",
         },
         6,
