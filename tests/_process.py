@@ -4,6 +4,7 @@ import gc
 import hashlib
 import logging
 import os
+import pickle
 import random
 import signal
 import sys
@@ -14,9 +15,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from threadpoolctl import threadpool_info
 
-from spatiaflow._process import KEPT
+from spatiaflow._process import KEPT, pools
 
 LOGGERS = (
     "lightning lightning.pytorch lightning.fabric pytorch_lightning anndata scanpy spatialdata spatialdata._logging"
@@ -24,9 +24,8 @@ LOGGERS = (
 LOGGERS = [None, "spatiaflow", "matplotlib", "torch", "transformers", "py.warnings", *LOGGERS.split()]
 
 
-def digest(state) -> str:
-    with np.printoptions(threshold=sys.maxsize):
-        return hashlib.sha256(repr(state).encode()).hexdigest()[:8]
+def digest(*state) -> str:
+    return hashlib.sha256(pickle.dumps(state)).hexdigest()[:8]
 
 
 def process_state(figures: bool = True) -> dict:
@@ -34,9 +33,9 @@ def process_state(figures: bool = True) -> dict:
     cudnn = torch.backends.cudnn
     state = {
         "random": digest(random.getstate()),
-        "numpy random": digest(np.random.get_state(legacy=False)),  # noqa: NPY002
+        "numpy random": digest(*np.random.get_state()),  # noqa: NPY002
         "numpy errors": np.geterr(),
-        "torch random": digest(torch.get_rng_state().tolist()),
+        "torch random": digest(torch.get_rng_state().numpy()),
         "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "torch deterministic": (
             torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -52,7 +51,7 @@ def process_state(figures: bool = True) -> dict:
         "hooks": (sys.excepthook, sys.displayhook, sys.stdout, sys.stderr),
         "signals": [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
     }  # fmt: skip
-    state |= {f"threads of {one['filepath']}": one["num_threads"] for one in threadpool_info()}
+    state |= {f"threads of {one['filepath']}": one["num_threads"] for one in pools().info()}
     for name in LOGGERS:  # those that exist; a library that is first imported makes its own
         one = logging.root if name is None else logging.root.manager.loggerDict.get(name)
         if isinstance(one, logging.Logger):

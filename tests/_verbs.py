@@ -325,8 +325,13 @@ def _drawn(figure: Figure) -> dict[str, Any]:
 
 def fingerprint(data: Any) -> dict[str, str]:
     """A hash of each part of an object."""
+    return hashed(flat(data))
+
+
+def hashed(parts: dict[str, Any]) -> dict[str, str]:
+    """A hash of each part, by its place."""
     out = {}
-    for path, value in flat(data).items():
+    for path, value in parts.items():
         if isinstance(value, np.ndarray) and value.dtype != object:
             content = np.ascontiguousarray(value).tobytes() + f"{value.dtype} {value.shape}".encode()
         else:
@@ -357,7 +362,7 @@ def outcome(verb: str, data: Any, **options: Any) -> dict[str, Any]:
         check_error(verb, error)
         raise
     after = flat(data)
-    new = changed(before, fingerprint(data))
+    new = changed(before, hashed(after))
     out |= {path: after.get(path, "removed") for path in new}
     return {path: value for path, value in out.items() if not VOLATILE.search(path.strip("']"))}
 

@@ -12,7 +12,7 @@ from spatiaflow.train import morphology
 
 DOCS = Path(__file__).parents[1] / "docs"
 SMALLER = {
-    "index": {"train_stflow(train)": "train_stflow(train, genes=5, max_epochs=2)"},
+    "index": {"train_stflow(train)": "train_stflow(train, genes=5, max_epochs=2)", "patch_um=155": "patch_um=64"},
     "morphology": {
         "simulated_tissue(1500)": "simulated_tissue(800)",
         "crop_pixels=32": "crop_pixels=16, n_latent=16, width=64, n_layers=2",

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 
 import spatiaflow as sf
 from _process import process_is_left
-from spatiaflow._process import threads, unchanged, verb
+from spatiaflow._process import pools, threads, unchanged, verb
 
 
 @verb
@@ -112,6 +112,17 @@ def test_the_number_of_threads_is_set_for_the_block_only():
         assert torch.get_num_threads() == 2
         assert {one["num_threads"] for one in threadpool_info()} == {2}
         raise RuntimeError
+
+
+def test_libraries_are_looked_for_again_after_an_import_only():
+    assert pools() is pools()
+    code = (
+        "import numpy; from spatiaflow._process import threads\n"
+        "with threads(): pass\n"
+        "import sklearn.cluster; from threadpoolctl import threadpool_info\n"  # brings an OpenMP
+        "with threads(): print({one['user_api']: one['num_threads'] for one in threadpool_info()}['openmp'])\n"
+    )
+    assert output(code, OMP_NUM_THREADS="", SPATIAFLOW_N_THREADS="3").split() == ["3"]
 
 
 def test_numba_does_not_lift_the_limit_of_threads():

@@ -345,7 +345,9 @@ class Input:
             assert found.read([0]).shape[2:] == (16, 16)
 
     def train_spatia(self):
-        config = sf.models.SpatiaConfig(width=16, n_heads=2, gene_layers=1, niche_layers=1, tissue_layers=1)
+        config = sf.models.SpatiaConfig(
+            width=16, n_heads=2, gene_layers=1, niche_layers=1, tissue_layers=1, batches_per_epoch=2
+        )
         options = {"modalities": "genes", "genes": self.genes, "config": config, "max_epochs": 1}
         self.models["spatia"] = sf.tl.train_spatia(self.raw(), **options, **self.options)
         sf.tl.train_spatia(self.data, **options, **self.options) if self.raw() is not self.data else None

@@ -1,17 +1,23 @@
 """Tutorials run from top to bottom, at small settings."""
 
+import os
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 
 # what is made smaller, and how many figures a tutorial shows
 SMALLER = {
     "expression_from_histology": (
-        {"MAX_EPOCHS = 60": "MAX_EPOCHS = 2", "(train, max_epochs": "(train, genes=20, max_epochs"},
+        {
+            "MAX_EPOCHS = 60": "MAX_EPOCHS = 2",
+            "(train, max_epochs": "(train, genes=20, max_epochs",
+            "patch_um=155": "patch_um=64",
+        },
         4,
     ),
     "from_a_picture": ({}, 4),
@@ -27,6 +33,7 @@ SMALLER = {
             ', "B4": "B4, another donor"': "",
             "MAX_EPOCHS = 12": "MAX_EPOCHS = 2",
             "(train, max_epochs": "(train, genes=20, max_epochs",
+            "patch_um=155": "patch_um=64",
             "(hidden), 150": "(hidden), 60",
         },
         6,
@@ -34,27 +41,34 @@ SMALLER = {
 }
 
 
+# names of the last tutorial are gone
+NEXT = "%reset -f\nimport os; os.chdir({folder!r}); del os"
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Public tissue is assembled once."""
-    return tmp_path_factory.mktemp("cache")
+def kernel(mirror, tmp_path_factory):
+    """One process for all tutorials: libraries are imported, and public tissue is assembled, once."""
+    manager = KernelManager(kernel_name="python3")
+    used = {
+        "SPATIAFLOW_MIRROR": str(mirror),
+        "SPATIAFLOW_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+    manager.start_kernel(env=os.environ | used)
+    yield manager
+    manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial_runs(path, mirror, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPATIAFLOW_MIRROR", str(mirror))
-    monkeypatch.setenv("SPATIAFLOW_CACHE_DIR", str(cache))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+def test_tutorial_runs(path, kernel, tmp_path):
     notebook = nbformat.read(path, 4)
     small, figures = SMALLER[path.stem]
     for old, new in small.items():
         (cell,) = [cell for cell in notebook.cells if old in cell.source]
         cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(NEXT.format(folder=str(tmp_path))))
+    nbclient.NotebookClient(notebook, km=kernel, timeout=600).execute()
     shown = [
         o
         for cell in notebook.cells

@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from spatiaflow._settings import settings
+
+_pools: tuple[int, ThreadpoolController] | None = None  # and how many modules there were when they were found
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,10 +67,18 @@ def threads(large: bool = False) -> Iterator[None]:
     with ExitStack() as after:
         if torch := sys.modules.get("torch"):
             after.callback(torch.set_num_threads, torch.get_num_threads())
-        after.enter_context(threadpool_limits(n))
+        after.enter_context(pools().limit(limits=n))
         if torch:
             torch.set_num_threads(n)
         yield
+
+
+def pools() -> ThreadpoolController:
+    """The libraries with threads of their own. To find them takes longer than a small verb, and only an import loads more."""
+    global _pools
+    if _pools is None or _pools[0] != len(sys.modules):
+        _pools = len(sys.modules), ThreadpoolController()
+    return _pools[1]
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:

@@ -79,8 +79,8 @@ class Settings:
         if name not in _FIELDS:
             raise AttributeError(f"settings has no {name!r}; it has {', '.join(_FIELDS)}")
         object.__setattr__(self, name, _parse(name, value))
-        if name == "verbosity":
-            logger.setLevel(self.verbosity.upper())
+        if name == "verbosity" and logging.getLevelName(logger.level) != (level := self.verbosity.upper()):
+            logger.setLevel(level)  # forgets what every logger of the process has found out about its level
 
     @contextmanager
     def override(self, **values: Any) -> Iterator[Settings]:

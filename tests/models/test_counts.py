@@ -151,6 +151,16 @@ def test_spread_is_that_of_many_draws(theta, target_sum):
         np.testing.assert_allclose(found, y.std(), rtol=0.01)
 
 
+@pytest.mark.parametrize(("kind", "more"), [(CountLaw, (0.1,)), (Spread, ())])
+def test_tables_of_the_same_library_sizes_are_made_once(kind, more):
+    library = library_quantiles(RNG.lognormal(7, 0.5, 2000), 16)
+    one, again, other, raw = (
+        kind(size, target, *more) for size, target in ((library, 1e4), (library.copy(), 1e4), (library + 1, 1e4), (library, None))
+    )  # fmt: skip
+    assert one.mean is again.mean and one.std is again.std
+    assert not np.array_equal(one.mean, other.mean) and not np.array_equal(one.mean, raw.mean)
+
+
 def test_moments_of_counts_are_those_of_all_counts():
     theta, mean, scale = 0.7, np.array([0.01, 3.0, 400.0]), np.array([1.0, 8.0])
     first, variance = log_moments(theta, mean, scale)

@@ -7,6 +7,7 @@ of an extra zero. In scvi-tools, theta is ``total_count`` and log(mean / theta) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -216,17 +217,9 @@ class CountLaw:
 
     def __init__(self, libraries: np.ndarray, target_sum: float | None, pi: np.ndarray, n_draws: int = 2048):
         self.libraries, self.target_sum, self.pi = np.asarray(libraries), target_sum, np.asarray(pi)
-        rng = np.random.default_rng(0)
-        library = rng.choice(self.libraries, n_draws)
-        depth = float(np.mean(self.libraries))
-        self.thetas = np.geomspace(0.05, 1000, 20)
-        self.rates = np.geomspace(1e-3, 3e4, 80) / depth
-        self.mean, self.std = np.empty((2, len(self.thetas), len(self.rates)))
-        for i, theta in enumerate(self.thetas):
-            gamma = rng.gamma(theta, 1 / theta, n_draws)
-            counts = rng.poisson(np.minimum(self.rates[:, None] * (library * gamma), 1e9))
-            y = log_normalize(counts.T, library, target_sum)  # draws x rates
-            self.mean[i], self.std[i] = np.maximum.accumulate(y.mean(0)), y.std(0)
+        self.rates, self.thetas, self.mean, self.std = _drawn_moments(
+            self.libraries.tobytes(), self.libraries.dtype.str, target_sum, n_draws
+        )
 
     def std_at(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Return the standard deviation of log1p expression for a mean (n x genes) and dispersions (genes)."""
@@ -289,6 +282,22 @@ class CountLaw:
         return self.mean[i], self.std[i]
 
 
+@lru_cache(maxsize=64)
+def _drawn_moments(libraries: bytes, dtype: str, target_sum: float | None, n_draws: int) -> tuple[np.ndarray, ...]:
+    """Rates, inverse dispersions, and for each pair of them the mean and standard deviation of log1p expression in draws."""
+    known, rng = np.frombuffer(libraries, dtype), np.random.default_rng(0)
+    library = rng.choice(known, n_draws)
+    thetas = np.geomspace(0.05, 1000, 20)
+    rates = np.geomspace(1e-3, 3e4, 80) / float(np.mean(known))
+    mean, std = np.empty((2, len(thetas), len(rates)))
+    for i, theta in enumerate(thetas):
+        gamma = rng.gamma(theta, 1 / theta, n_draws)
+        counts = rng.poisson(np.minimum(rates[:, None] * (library * gamma), 1e9))
+        y = log_normalize(counts.T, library, target_sum)  # draws x rates
+        mean[i], std[i] = np.maximum.accumulate(y.mean(0)), y.std(0)
+    return rates, thetas, mean, std
+
+
 class Spread:
     """Standard deviation of log-normalised NB counts as a function of their mean.
 
@@ -297,16 +306,8 @@ class Spread:
     """
 
     def __init__(self, libraries: np.ndarray, target_sum: float | None):
-        scale = np.ones(len(libraries)) if target_sum is None else target_sum / np.maximum(libraries, 1)
-        rates = np.geomspace(1e-3, 3e4, 160) / float(np.mean(libraries))
-        wanted = np.log(rates[:, None] * libraries)
-        known = np.arange(wanted.min() - MEAN_STEP, wanted.max() + MEAN_STEP, MEAN_STEP)
-        self.thetas = np.geomspace(0.05, 1000, 40)
-        self.mean, self.std = np.empty((2, len(self.thetas), len(rates)))
-        for i, theta in enumerate(self.thetas):
-            moments = log_moments(float(theta), np.exp(known), scale)
-            mean, variance = (np.stack([np.interp(x, known, v) for x, v in zip(wanted.T, m.T)], 1) for m in moments)
-            self.mean[i], self.std[i] = mean.mean(1), np.sqrt(variance.mean(1) + mean.var(1))  # over library sizes
+        libraries = np.asarray(libraries)
+        self.thetas, self.mean, self.std = _summed_moments(libraries.tobytes(), libraries.dtype.str, target_sum)
 
     def __call__(self, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Standard deviation at a mean (n x genes) and dispersions (genes), interpolated between those of the table; float32."""
@@ -317,6 +318,23 @@ class Spread:
             low, high = (np.interp(mean[:, g], self.mean[j], self.std[j]) for j in (i, i + 1))
             out[:, g] = low + (at - i) * (high - low)
         return out
+
+
+@lru_cache(maxsize=64)
+def _summed_moments(libraries: bytes, dtype: str, target_sum: float | None) -> tuple[np.ndarray, ...]:
+    """Inverse dispersions, and for each of them the mean and standard deviation of log1p expression at many rates."""
+    sizes = np.frombuffer(libraries, dtype)
+    scale = np.ones(len(sizes)) if target_sum is None else target_sum / np.maximum(sizes, 1)
+    rates = np.geomspace(1e-3, 3e4, 160) / float(np.mean(sizes))
+    wanted = np.log(rates[:, None] * sizes)
+    known = np.arange(wanted.min() - MEAN_STEP, wanted.max() + MEAN_STEP, MEAN_STEP)
+    thetas = np.geomspace(0.05, 1000, 40)
+    mean, std = np.empty((2, len(thetas), len(rates)))
+    for i, theta in enumerate(thetas):
+        moments = log_moments(float(theta), np.exp(known), scale)
+        first, variance = (np.stack([np.interp(x, known, v) for x, v in zip(wanted.T, m.T)], 1) for m in moments)
+        mean[i], std[i] = first.mean(1), np.sqrt(variance.mean(1) + first.var(1))  # over library sizes
+    return thetas, mean, std
 
 
 def log_moments(theta: float, mean: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
