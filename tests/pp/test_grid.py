@@ -148,11 +148,41 @@ def test_a_file_that_openslide_reads(tmp_path):
     np.testing.assert_array_equal(grid.obsm["X_texture"], right.obsm["X_texture"])
 
 
-def test_an_object_with_a_reader_and_properties(tmp_path):
-    """The form of a WSIData; wsidata itself is not installed."""
+class Wsi(sd.SpatialData):
+    """What is used of a WSIData; wsidata is not installed. Its version 0.12.0 was tried by hand."""
+
+    def __init__(self, file, shape=(300, 500), mpp=None, **elements):
+        super().__init__(**elements)
+        self.reader, self.properties = SimpleNamespace(file=str(file)), SimpleNamespace(mpp=mpp, shape=list(shape))
+
+
+def test_a_wsidata_of_a_file(tmp_path):
+    path = saved(tmp_path, "svs")
+    right, found = (sf.pp.grid(image, step_um=40) for image in (path, Wsi(path, mpp=MPP)))
+    np.testing.assert_array_equal(found.obsm["spatial"], right.obsm["spatial"])
+    np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
+    assert found.uns["spatial"]["my_section"]["metadata"]["source_image_path"] == str(path)
+
+
+def test_a_wsidata_whose_scale_was_set_or_is_missing(tmp_path):
     path = saved(tmp_path, "png")
-    slide = SimpleNamespace(reader=SimpleNamespace(file=str(path)), properties=SimpleNamespace(mpp=MPP))
-    assert len(sf.pp.grid(slide, step_um=40)) == 100
+    assert len(sf.pp.grid(Wsi(path, mpp=MPP), step_um=40)) == len(sf.pp.grid(Wsi(path), step_um=40, mpp=MPP)) == 100
+    with pytest.raises(ValueError, match=r"does not state its scale.*give mpp="):
+        sf.pp.grid(Wsi(path), step_um=40)
+
+
+def test_a_wsidata_of_another_scene_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="shows 50 x 30 px of .*, and its largest image has 500 x 300. Only the largest"
+    ):
+        sf.pp.grid(Wsi(saved(tmp_path, "svs"), shape=(30, 50)), step_um=40)
+
+
+def test_a_wsidata_of_an_image_of_a_spatialdata():
+    element = Image2DModel.parse(section().transpose(2, 0, 1), dims=("c", "y", "x"))
+    right = sf.pp.grid(section(), step_um=40, mpp=MPP)
+    found = sf.pp.grid(Wsi("he", mpp=MPP, images={"he": element, "other": element}), step_um=40)
+    np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
 
 
 def test_what_cannot_be_read(tmp_path):
@@ -171,6 +201,13 @@ def test_what_cannot_be_read(tmp_path):
         sf.pp.grid(section()[..., 0], mpp=1)
     with pytest.raises(ValueError, match="the scale of an array is unknown"):
         sf.pp.grid(section())
+
+
+def test_a_file_without_any_image_is_refused(tmp_path):
+    path = tmp_path / "a.ndpi"  # its offsets are wider than those of a TIFF
+    tifffile.imwrite(path, section(), photometric="rgb")
+    with pytest.raises(OSError, match="has no image: it is damaged, or is not what its name says"):
+        sf.pp.grid(path, mpp=MPP)
 
 
 def test_glass_alone_is_refused():
