@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import spatiaflow as sf
 from spatiaflow.pp import _parts
@@ -153,10 +154,22 @@ def test_another_picture_in_the_same_place_is_refused(tissue, begun):
 def test_a_function_that_was_edited_is_refused(tissue, begun):
     class Edited(Picky):
         def __call__(self, patches):
-            return super().__call__(patches) * 1.05
+            return super().__call__(patches) * torch.tensor([1, 1.05, 1])  # one feature of three
 
     with pytest.raises(ValueError, match="the encoder gave other features for the same patches"):
         encode(tissue[0], Edited(), begun, resume=True)
+
+
+def test_last_digits_of_values_near_zero_are_no_other_encoder(tissue, tmp_path):
+    class Rough(Picky):
+        def __call__(self, patches):
+            found = super().__call__(patches)
+            found[:, 1] = 1e-7 * len(patches)
+            return found
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(tissue[0], Rough(5), tmp_path)
+    equal(encode(tissue[0], Rough(), tmp_path, resume=True), encode(tissue[0], Rough()))
 
 
 @pytest.mark.parametrize("damage", [b"", b"something else", None])

@@ -21,7 +21,7 @@ from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import MIN_TISSUE
-from spatiaflow.pp._parts import CHECKED, Parts
+from spatiaflow.pp._parts import CHECKED, Parts, checksums
 
 if TYPE_CHECKING:
     import torch
@@ -263,8 +263,11 @@ def _encoded(
     )  # fmt: skip
     if known := parts.read():
         some = known["rows"][spread(len(known["rows"]), CHECKED)]
-        for rows, patches in patches_at(found.xy[some]):
-            parts.check(known, some[rows], patches.numpy(), encoder(patches[:, :used].to(how.device)).numpy())
+        again = [
+            (some[at], checksums(patches.numpy()), encoder(patches[:, :used].to(how.device)).numpy())
+            for at, patches in patches_at(found.xy[some])
+        ]
+        parts.check(known, *map(np.concatenate, zip(*again)))
         out, done[known["rows"]] = _filled(out, known["rows"], known["features"], encoder.id), True
         if tissue is not None:
             tissue.colour[known["rows"]] = known["colour"]
