@@ -133,14 +133,14 @@ class Tissue:
     def dark(self) -> bool:
         """Whether most of what the patches show is too dark for light that went through tissue, and it is no black padding."""
         colour = self.colour[self.inside]
-        if not len(colour) or (colour.max(-1) < DARK).mean() <= 0.5:
+        if not len(colour) or (brightest(colour) < DARK).mean() <= 0.5:
             return False
-        seen = colour[colour.max(-1) >= BLACK]
-        return not len(seen) or bool((seen.min(-1) > WHITE).mean() < BESIDE_PADDING)
+        seen = colour[brightest(colour) >= BLACK]
+        return not len(seen) or bool((darkest(seen) > WHITE).mean() < BESIDE_PADDING)
 
     def cells(self, without: np.ndarray | None = None) -> np.ndarray:
         """Which cells are tissue, n x 8 x 8; those of ``without`` are none."""
-        known = self.inside & (self.colour.max(-1) >= BLACK)
+        known = self.inside & (brightest(self.colour) >= BLACK)
         known = known if without is None else known & ~without
         if not known.any():
             return known
@@ -186,9 +186,19 @@ def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, 
     return density, float(np.clip(otsu(density[known]), *OD))
 
 
+def brightest(colour: np.ndarray) -> np.ndarray:
+    """Brightest channel of colours (... x 3); ``max`` over so short an axis takes 20 times as long."""
+    return np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
+def darkest(colour: np.ndarray) -> np.ndarray:
+    """Darkest channel of colours (... x 3)."""
+    return np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
 def glass(colour: np.ndarray) -> np.ndarray:
     """Colour of the glass among the colours of cells (n x 3, uint8), float32."""
-    low, high = colour.min(1), colour.max(1)
+    low, high = darkest(colour), brightest(colour)
     grey = colour[(high - low <= GREY) & (low > DIM) & (low < PADDING)]
     if len(grey) < max(ENOUGH_GLASS * len(colour), 1):
         return np.clip(np.quantile(colour, 0.99, axis=0), WHITE, 255).astype(np.float32)
