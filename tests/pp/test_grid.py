@@ -1,6 +1,8 @@
 """A grid over a bare picture: every kind of file, scale and refusal; tissue; annotations; and the whole way to a map."""
 
+import io
 import json
+import struct
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 
 import spatiaflow as sf
+from spatiaflow._io import open_image
 from spatiaflow._slides.grid import shrunk, squares
 
 GLASS, MPP = 235, 2.0
@@ -132,6 +135,64 @@ def test_every_form_of_a_picture_gives_the_same_squares(tmp_path, form):
     np.testing.assert_allclose(found.obs["tissue"], right.obs["tissue"], atol=0.05)
     sf.pp.encode_patches(found, patch_um=40)
     assert np.isfinite(found.obsm["X_texture"]).all()
+
+
+def write_ndpi(path, pages, mcu_starts):
+    """A file in the form of NDPI: pages of (pixels, µm per pixel, magnification), each one JPEG; offsets of 8 bytes."""
+    data, places = bytearray(b"II*\0" + bytes(8)), [4]
+    for pixels, um, magnification in pages:
+        Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0, restart_marker_rows=1)
+        jpeg, at = file.getvalue(), len(data)
+        scan = jpeg.index(b"\xff\xda")
+        starts = [scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")]
+        starts += [i + 2 for i in range(starts[0], len(jpeg) - 1) if jpeg[i] == 0xFF and 0xD0 <= jpeg[i + 1] <= 0xD7]
+        bits = at + len(jpeg)
+        data += jpeg + struct.pack("<3H2I", 8, 8, 8, round(1e7 / um), 1000) + b"Hamamatsu\0"
+        data += struct.pack(f"<{len(starts)}I", *starts)
+        height, width = pixels.shape[:2]
+        scale = int.from_bytes(struct.pack("<f", magnification), "little")
+        tags = [
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (258, 3, 3, bits),
+            (259, 3, 1, 7),
+            (262, 3, 1, 6),
+            (271, 2, 10, bits + 14),
+        ]
+        tags += [(273, 4, 1, at), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, len(jpeg)), (282, 5, 1, bits + 6)]
+        tags += [(283, 5, 1, bits + 6), (296, 3, 1, 3), (65420, 4, 1, 1), (65421, 11, 1, scale)]
+        tags += [(code, 9, 1, 0) for code in (65422, 65423, 65424)]
+        tags += [(65426, 4, len(starts), bits + 24)] if mcu_starts else []
+        data[places[-1] : places[-1] + 8] = struct.pack("<Q", len(data))
+        data += struct.pack("<H", len(tags)) + b"".join(struct.pack("<2H2I", *tag) for tag in tags)
+        places.append(len(data))
+        data += bytes(8 + 4 * len(tags))  # of the next page; upper halves of the values
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("mcu_starts", [True, False])
+def test_a_file_in_the_form_of_ndpi(tmp_path, mcu_starts):
+    """No scanner's file is small enough; openslide takes this one for Hamamatsu's."""
+    import openslide
+
+    path, pixels = tmp_path / "a.ndpi", np.kron(section(304, 512), np.ones((4, 4, 1), np.uint8))
+    pages = [(np.ascontiguousarray(pixels[::k, ::k]), k * MPP / 4, 20 / k) for k in (1, 2, 4)]
+    write_ndpi(path, [*pages, (section(150, 400, 90), 20.0, -1.0)], mcu_starts)  # the last is the macro image
+    slide = openslide.OpenSlide(path)
+    assert openslide.OpenSlide.detect_format(path) == "hamamatsu" and "macro" in slide.associated_images
+    for (expected, um, _), level in zip(pages, range(3)):
+        image, _, factor = open_image(path, False, um / MPP * 4)
+        whole = np.asarray(image[tuple(slice(0, n) for n in image.shape)])
+        assert factor == um / MPP * 4 == slide.level_downsamples[level]
+        region = np.asarray(slide.read_region((0, 0), level, whole.shape[1::-1]))[..., :3]
+        assert np.abs(whole.astype(int) - region).max() <= 2  # decoders of JPEG round in their own ways
+        assert np.abs(whole.astype(int) - expected).mean() < 2  # JPEG
+    grid = sf.pp.grid(path, step_um=40)
+    assert len(grid) == 100 and grid.uns["grid"]["params"]["mpp"] == pytest.approx(MPP / 4) == float(
+        slide.properties["openslide.mpp-x"]
+    )
+    sf.pp.encode_patches(grid, patch_um=40)
+    assert np.isfinite(grid.obsm["X_texture"]).all()
 
 
 def test_a_file_that_openslide_reads(tmp_path):

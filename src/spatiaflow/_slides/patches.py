@@ -187,7 +187,7 @@ def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, 
 
 
 def brightest(colour: np.ndarray) -> np.ndarray:
-    """Brightest channel of colours (... x 3); ``max`` over so short an axis takes 20 times as long."""
+    """Brightest channel of colours (... x 3); ``max`` over so short an axis takes 25 times as long."""
     return np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
 
 
