@@ -200,7 +200,7 @@ def test_a_lock_is_had_once_and_ends_with_its_holder(tmp_path):
 
 
 def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
-    from spatiaflow.train.checkpoint import claim
+    from spatiaflow._runs import claim
 
     def none(self):
         raise OSError(errno.ENOLCK, "No locks available")

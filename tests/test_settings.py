@@ -63,9 +63,10 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def log(capsys):
-    """What stderr, which is no terminal here, has got; lines without their seconds."""
+    """What stderr, which is no terminal here, has got; lines without their seconds and rate."""
+    time = re.compile(r", \d+ s(, [\d,.]+ \w+/s, \d+ s left)?")
     with sf.settings.override(progress=True):
-        yield lambda: [re.sub(r", \d+ s", "", line) for line in capsys.readouterr().err.splitlines()]
+        yield lambda: [time.sub("", line) for line in capsys.readouterr().err.splitlines()]
 
 
 def test_in_a_log_progress_is_a_line_at_each_tenth(log):
@@ -80,6 +81,24 @@ def test_steps_larger_than_a_tenth_and_an_early_end_are_told(log):
         bar.update(400)
         bar.update(10)
     assert log() == ["reading: 45 %, cell 450 of 1,000, loss 0.5", "reading: ended, cell 460 of 1,000, loss 0.5"]
+
+
+def test_lines_say_the_rate_and_the_time_left_of_what_was_not_done_before(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 10.0, 40.0])
+    monkeypatch.setattr("spatiaflow._settings.time.monotonic", lambda: next(clock))
+    with sf.settings.override(progress=True), progress(None, "reading", 1000, "cell", initial=500) as bar:
+        bar.update(200)
+        monkeypatch.undo()
+    expected = "reading: 70 %, cell 700 of 1,000, 10 s, 20 cell/s, 15 s left"
+    assert capsys.readouterr().err.splitlines()[0] == expected
+
+
+def test_a_bar_says_the_rate_of_what_was_not_done_before(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with sf.settings.override(progress=True), progress(None, "reading", 1000, "cell", initial=500) as bar:
+        bar.update(1)
+        found = bar.format_dict | {"elapsed": 10.0, "rate": None, "n": 700}
+    assert "700/1000" in (text := bar.format_meter(**found)) and "20.00cell/s" in text and "<00:15" in text
 
 
 def test_no_progress_and_nothing_to_do_write_nothing(log):

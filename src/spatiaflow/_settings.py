@@ -207,15 +207,22 @@ def warn(message: str) -> None:
     warnings.warn_explicit(message, UserWarning, found.f_code.co_filename, found.f_lineno, module, registry)
 
 
-def progress(iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm | Lines:
-    """Show how far work has come, if :attr:`Settings.progress` says so: a bar where it can move, lines elsewhere."""
+def progress(
+    iterable: Iterable | None, description: str, total: int | None = None, unit: str = "it", initial: int = 0
+) -> tqdm | Lines:
+    """Show how far work has come, if :attr:`Settings.progress` says so: a bar where it can move, lines elsewhere.
+
+    ``initial`` were done before; the rate and the time left are of the others.
+    """
     if settings.progress and not _can_move():
-        return Lines(iterable, description, total, unit)
+        return Lines(iterable, description, total, unit, initial)
     with warnings.catch_warnings():  # a notebook without ipywidgets gets the text bar, without a warning
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 
-    return tqdm(iterable, desc=description, total=total, unit=unit, disable=not settings.progress, leave=False)
+    return tqdm(
+        iterable, desc=description, total=total, unit=unit, initial=initial, disable=not settings.progress, leave=False
+    )
 
 
 def _can_move() -> bool:
@@ -227,10 +234,11 @@ def _can_move() -> bool:
 class Lines:
     """Progress in a log: a line on stderr at each tenth. What the package uses of ``tqdm``."""
 
-    def __init__(self, iterable: Iterable | None, description: str, total: int | None, unit: str):
+    def __init__(self, iterable: Iterable | None, description: str, total: int | None, unit: str, initial: int = 0):
         self.iterable, self.description, self.unit = iterable, description, unit
         self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self.n, self.tenth, self.values, self.started = 0, 0, "", time.monotonic()
+        self.n, self.initial, self.values, self.started = initial, initial, "", time.monotonic()
+        self.tenth = 10 * initial // self.total if self.total else 0
 
     def __iter__(self) -> Iterator:
         with self:
@@ -253,15 +261,17 @@ class Lines:
         self.n += n
         if self.total and 10 * self.n // self.total > self.tenth:
             self.tenth = 10 * self.n // self.total
-            self._write(f"{100 * self.n // self.total} %")
+            rate = (self.n - self.initial) / max(time.monotonic() - self.started, 1e-6)
+            left = f", {rate:,.{1 if rate < 10 else 0}f} {self.unit}/s, {(self.total - self.n) / rate:,.0f} s left"
+            self._write(f"{100 * self.n // self.total} %", left if self.n < self.total else "")
 
     def close(self) -> None:
         """Say where it ended, if not at the end."""
-        if self.total and 0 < self.n < self.total:
+        if self.total and self.initial < self.n < self.total:
             self._write("ended")
-            self.n = 0
+            self.n = self.initial
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, left: str = "") -> None:
         seconds = f"{time.monotonic() - self.started:.0f} s"
-        line = f"{self.description}: {text}, {self.unit} {self.n:,} of {self.total:,}, {seconds}{self.values}"
+        line = f"{self.description}: {text}, {self.unit} {self.n:,} of {self.total:,}, {seconds}{left}{self.values}"
         print(line, file=sys.stderr, flush=True)

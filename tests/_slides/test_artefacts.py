@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 import spatiaflow as sf
-from spatiaflow._slides.artefacts import artefacts_of, at_cells
+from spatiaflow._slides.artefacts import artefacts_of, at_cells, sharpness
 
 UM, GLASS = 5.0, 235  # µm per pixel of the small pictures
 
@@ -93,6 +93,20 @@ def test_a_blurred_half_is_named_and_kept():
     assert named[x > 650].all()
     assert not named[x < 550].any()
     assert sf.pp.grid(half, mpp=4).obs["artefact"].isna().all()  # too coarse to tell
+
+
+@pytest.mark.parametrize("width", [32, 29])
+def test_sharpness_is_the_variance_of_a_convolution(width):
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    image[:40, :60] = 255 * (np.indices((40, 60)).sum(0) % 2)[..., None]  # the largest differences that there are
+    centres = np.array([[20.0, 18.0], [60.0, 50.0], [90.0, 70.0]])
+    found = sharpness(image, centres, width, width, channels_first=False, progress=lambda _: None)
+    kernel, side = np.array([[0, -1, 0], [-1, 4, -1], [0, -1, 0]]), width // 4 * 4
+    for row, (x, y) in zip(found, np.ceil(centres - width / 2 - 0.5).astype(int)):
+        grey = image[y : y + width, x : x + width].astype(float).mean(-1)
+        coarse = grey[:side, :side].reshape(side // 4, 4, side // 4, 4).mean((1, 3))
+        expected = [ndimage.convolve(one, kernel)[1:-1, 1:-1].var(ddof=1) for one in (grey, coarse)]
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_cells_of_squares_are_where_the_picture_is():

@@ -244,3 +244,17 @@ def test_stains_of_tissue_are_those_of_the_texture_features():
     for stain, quartiles in zip(("hematoxylin", "eosin"), found):
         expected = features[0, list(encoder.feature_names).index(f"{stain}_mean")]
         np.testing.assert_allclose(quartiles, expected, atol=1e-4)
+
+
+def test_batches_that_are_done_are_left_out_and_the_others_stay_as_they_are():
+    xy = RNG.uniform(0, 5000, (60, 2))
+    image = RNG.integers(0, 255, (5000, 5000, 1), dtype=np.uint8)
+    whole = list(cut(image, xy, 9, 4, channels_first=False, batch_size=4))
+    skip = np.zeros(60, bool)
+    skip[np.concatenate([rows for rows, _ in whole[1::2]])] = True
+    skip[whole[0][0][0]] = True  # of this batch others are not done
+    rest = list(cut(image, xy, 9, 4, channels_first=False, batch_size=4, skip=skip))
+    assert len(rest) == len(whole[::2])
+    for one, two in zip(rest, whole[::2], strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+        np.testing.assert_array_equal(one[1], two[1])

@@ -1,6 +1,8 @@
 """A grid over a bare picture: every kind of file, scale and refusal; tissue; annotations; and the whole way to a map."""
 
+import io
 import json
+import struct
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 
 import spatiaflow as sf
+from spatiaflow._io import open_image
 from spatiaflow._slides.grid import shrunk, squares
 
 GLASS, MPP = 235, 2.0
@@ -134,6 +137,64 @@ def test_every_form_of_a_picture_gives_the_same_squares(tmp_path, form):
     assert np.isfinite(found.obsm["X_texture"]).all()
 
 
+def write_ndpi(path, pages, mcu_starts):
+    """A file in the form of NDPI: pages of (pixels, µm per pixel, magnification), each one JPEG; offsets of 8 bytes."""
+    data, places = bytearray(b"II*\0" + bytes(8)), [4]
+    for pixels, um, magnification in pages:
+        Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0, restart_marker_rows=1)
+        jpeg, at = file.getvalue(), len(data)
+        scan = jpeg.index(b"\xff\xda")
+        starts = [scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")]
+        starts += [i + 2 for i in range(starts[0], len(jpeg) - 1) if jpeg[i] == 0xFF and 0xD0 <= jpeg[i + 1] <= 0xD7]
+        bits = at + len(jpeg)
+        data += jpeg + struct.pack("<3H2I", 8, 8, 8, round(1e7 / um), 1000) + b"Hamamatsu\0"
+        data += struct.pack(f"<{len(starts)}I", *starts)
+        height, width = pixels.shape[:2]
+        scale = int.from_bytes(struct.pack("<f", magnification), "little")
+        tags = [
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (258, 3, 3, bits),
+            (259, 3, 1, 7),
+            (262, 3, 1, 6),
+            (271, 2, 10, bits + 14),
+        ]
+        tags += [(273, 4, 1, at), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, len(jpeg)), (282, 5, 1, bits + 6)]
+        tags += [(283, 5, 1, bits + 6), (296, 3, 1, 3), (65420, 4, 1, 1), (65421, 11, 1, scale)]
+        tags += [(code, 9, 1, 0) for code in (65422, 65423, 65424)]
+        tags += [(65426, 4, len(starts), bits + 24)] if mcu_starts else []
+        data[places[-1] : places[-1] + 8] = struct.pack("<Q", len(data))
+        data += struct.pack("<H", len(tags)) + b"".join(struct.pack("<2H2I", *tag) for tag in tags)
+        places.append(len(data))
+        data += bytes(8 + 4 * len(tags))  # of the next page; upper halves of the values
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("mcu_starts", [True, False])
+def test_a_file_in_the_form_of_ndpi(tmp_path, mcu_starts):
+    """No scanner's file is small enough; openslide takes this one for Hamamatsu's."""
+    import openslide
+
+    path, pixels = tmp_path / "a.ndpi", np.kron(section(304, 512), np.ones((4, 4, 1), np.uint8))
+    pages = [(np.ascontiguousarray(pixels[::k, ::k]), k * MPP / 4, 20 / k) for k in (1, 2, 4)]
+    write_ndpi(path, [*pages, (section(150, 400, 90), 20.0, -1.0)], mcu_starts)  # the last is the macro image
+    slide = openslide.OpenSlide(path)
+    assert openslide.OpenSlide.detect_format(path) == "hamamatsu" and "macro" in slide.associated_images
+    for (expected, um, _), level in zip(pages, range(3)):
+        image, _, factor = open_image(path, False, um / MPP * 4)
+        whole = np.asarray(image[tuple(slice(0, n) for n in image.shape)])
+        assert factor == um / MPP * 4 == slide.level_downsamples[level]
+        region = np.asarray(slide.read_region((0, 0), level, whole.shape[1::-1]))[..., :3]
+        assert np.abs(whole.astype(int) - region).max() <= 2  # decoders of JPEG round in their own ways
+        assert np.abs(whole.astype(int) - expected).mean() < 2  # JPEG
+    grid = sf.pp.grid(path, step_um=40)
+    assert len(grid) == 100 and grid.uns["grid"]["params"]["mpp"] == pytest.approx(MPP / 4) == float(
+        slide.properties["openslide.mpp-x"]
+    )
+    sf.pp.encode_patches(grid, patch_um=40)
+    assert np.isfinite(grid.obsm["X_texture"]).all()
+
+
 def test_a_file_that_openslide_reads(tmp_path):
     import openslide
 
@@ -148,11 +209,41 @@ def test_a_file_that_openslide_reads(tmp_path):
     np.testing.assert_array_equal(grid.obsm["X_texture"], right.obsm["X_texture"])
 
 
-def test_an_object_with_a_reader_and_properties(tmp_path):
-    """The form of a WSIData; wsidata itself is not installed."""
+class Wsi(sd.SpatialData):
+    """What is used of a WSIData; wsidata is not installed. Its version 0.12.0 was tried by hand."""
+
+    def __init__(self, file, shape=(300, 500), mpp=None, **elements):
+        super().__init__(**elements)
+        self.reader, self.properties = SimpleNamespace(file=str(file)), SimpleNamespace(mpp=mpp, shape=list(shape))
+
+
+def test_a_wsidata_of_a_file(tmp_path):
+    path = saved(tmp_path, "svs")
+    right, found = (sf.pp.grid(image, step_um=40) for image in (path, Wsi(path, mpp=MPP)))
+    np.testing.assert_array_equal(found.obsm["spatial"], right.obsm["spatial"])
+    np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
+    assert found.uns["spatial"]["my_section"]["metadata"]["source_image_path"] == str(path)
+
+
+def test_a_wsidata_whose_scale_was_set_or_is_missing(tmp_path):
     path = saved(tmp_path, "png")
-    slide = SimpleNamespace(reader=SimpleNamespace(file=str(path)), properties=SimpleNamespace(mpp=MPP))
-    assert len(sf.pp.grid(slide, step_um=40)) == 100
+    assert len(sf.pp.grid(Wsi(path, mpp=MPP), step_um=40)) == len(sf.pp.grid(Wsi(path), step_um=40, mpp=MPP)) == 100
+    with pytest.raises(ValueError, match=r"does not state its scale.*give mpp="):
+        sf.pp.grid(Wsi(path), step_um=40)
+
+
+def test_a_wsidata_of_another_scene_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="shows 50 x 30 px of .*, and its largest image has 500 x 300. Only the largest"
+    ):
+        sf.pp.grid(Wsi(saved(tmp_path, "svs"), shape=(30, 50)), step_um=40)
+
+
+def test_a_wsidata_of_an_image_of_a_spatialdata():
+    element = Image2DModel.parse(section().transpose(2, 0, 1), dims=("c", "y", "x"))
+    right = sf.pp.grid(section(), step_um=40, mpp=MPP)
+    found = sf.pp.grid(Wsi("he", mpp=MPP, images={"he": element, "other": element}), step_um=40)
+    np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
 
 
 def test_what_cannot_be_read(tmp_path):
@@ -171,6 +262,13 @@ def test_what_cannot_be_read(tmp_path):
         sf.pp.grid(section()[..., 0], mpp=1)
     with pytest.raises(ValueError, match="the scale of an array is unknown"):
         sf.pp.grid(section())
+
+
+def test_a_file_without_any_image_is_refused(tmp_path):
+    path = tmp_path / "a.ndpi"  # its offsets are wider than those of a TIFF
+    tifffile.imwrite(path, section(), photometric="rgb")
+    with pytest.raises(OSError, match="has no image: it is damaged, or is not what its name says"):
+        sf.pp.grid(path, mpp=MPP)
 
 
 def test_glass_alone_is_refused():

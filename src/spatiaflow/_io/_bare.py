@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from spatialdata import SpatialData
 
 from spatiaflow._io._elements import image_scales
-from spatiaflow._io._files import ORIENTATION, TIFF, VENDORS, largest_series, open_openslide
+from spatiaflow._io._files import ORIENTATION, TIFF, VENDORS, largest_series, open_openslide, size_of
 from spatiaflow._io._images import SlideImage
 from spatiaflow._io._pixels import FINEST, plausible
 from spatiaflow._io._scales import contradiction, system_scale
@@ -39,7 +39,8 @@ def bare_image(image: Any, *, image_key: str | None = None, mpp: float | None = 
     Parameters
     ----------
     image
-        Path, array (y x x c), SpatialData, or a WSIData of wsidata.
+        Path, array (y x x c), SpatialData, or a WSIData of wsidata: an object with ``reader.file``, ``properties.mpp`` (or None)
+        and ``properties.shape`` (height and width).
     image_key
         Image of a SpatialData.
 
@@ -55,8 +56,8 @@ def bare_image(image: Any, *, image_key: str | None = None, mpp: float | None = 
         The file cannot be read.
     """
     reader = getattr(image, "reader", None)
-    if reader is not None and hasattr(reader, "file"):  # wsidata
-        found = _file(Path(reader.file), mpp or getattr(image.properties, "mpp", None))
+    if reader is not None and hasattr(reader, "file"):
+        found = _of_wsidata(image, mpp or image.properties.mpp)
     elif isinstance(image, SpatialData):
         found = _element(image, image_key, mpp)
     elif isinstance(image, str | Path):
@@ -75,6 +76,20 @@ def bare_image(image: Any, *, image_key: str | None = None, mpp: float | None = 
 
 def _channels_first(image: Any) -> bool:
     return np.ndim(image) == 3 and np.shape(image)[0] in (3, 4) and np.shape(image)[-1] not in (3, 4)
+
+
+def _of_wsidata(image: Any, mpp: float | None) -> SlideImage:
+    """Picture of a WSIData: the file of its reader, or the image of the SpatialData that it was made from."""
+    if image.reader.file in getattr(image, "images", ()):
+        return _element(image, image.reader.file, mpp)
+    found = _file(Path(image.reader.file), mpp)
+    shown, read = tuple(image.properties.shape), size_of(cast("Path", found.source))[::-1]
+    if shown != read:
+        raise ValueError(
+            f"the WSIData shows {shown[1]} x {shown[0]} px of {image.reader.file!r}, and its largest image has {read[1]} x "
+            f"{read[0]}. Only the largest can be read: open it with wsidata.open_wsi(path), without scene=, or give its path."
+        )
+    return found
 
 
 def _file(path: Path, mpp: float | None) -> SlideImage:

@@ -82,6 +82,8 @@ def _open_tiff(path: Path, shrink: float) -> tuple[Any, bool, float]:
 
 def largest_series(tif: Any) -> int:
     """Number of the image of a TIFF with most pixels: a thumbnail may come first."""
+    if not tif.series:
+        raise OSError(f"{tif.filehandle.path} has no image: it is damaged, or is not what its name says. {FORMATS}")
     return max(range(len(tif.series)), key=lambda i: _pixels(tif.series[i]))
 
 

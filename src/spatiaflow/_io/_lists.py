@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -24,7 +25,10 @@ def objects_of(data: Any) -> dict[str, Any]:
 
 
 def each_object(verb: Callable[P, R]) -> Callable[P, R]:
-    """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form."""
+    """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form.
+
+    Each object has a folder of its own in ``checkpoint_dir``, where the verb has one.
+    """
 
     @wraps(verb)
     def run(*args: Any, **arguments: Any) -> Any:
@@ -33,7 +37,9 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
             return verb(*args, **arguments)
         rest = args[1:]
         arguments.pop("data", None)
-        found = {name: verb(one, *rest, **arguments) for name, one in objects_of(data).items()}
+        objects, folder = objects_of(data), arguments.get("checkpoint_dir")
+        own = [{} if folder is None else {"checkpoint_dir": Path(folder) / f"object_{i}"} for i in range(len(objects))]
+        found = {name: verb(one, *rest, **arguments | at) for at, (name, one) in zip(own, objects.items(), strict=True)}
         return None if all(one is None for one in found.values()) else in_form_of(data, found)
 
     return run

@@ -53,6 +53,7 @@ def cut(
     channels_first: bool,
     batch_size: int,
     coarse: int | None = None,
+    skip: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield (rows, patches n x C x pixels x pixels) around points; uint8 where the image is, else float32.
 
@@ -70,6 +71,8 @@ def cut(
         Patches yielded at a time.
     coarse
         Side in pixels that patches are averaged to first, where they have more: detail that coarser pictures lack is gone.
+    skip
+        Points that are done, n. A batch of such points alone is left out; other batches are as they would be without.
 
     Patches are cut at whole pixels, so that all are resampled in the same way: centres move by at most half a pixel of the
     image. Beyond the border of the image its last pixels are repeated.
@@ -78,6 +81,10 @@ def cut(
     size = max(1, round(width))
     start = corners(xy, size)
     for rows in by_tile(xy):
+        batches = [rows[s : s + batch_size] for s in range(0, len(rows), batch_size)]
+        batches = batches if skip is None else [part for part in batches if not skip[part].all()]
+        if not batches:
+            continue
         x0, y0 = start[rows].min(0)
         x1, y1 = start[rows].max(0) + size
         at = [np.clip(np.arange(*ends), 0, n - 1) for ends, n in (((y0, y1), height), ((x0, x1), breadth))]
@@ -87,8 +94,7 @@ def cut(
         if block.shape[1:] != (y1 - y0, x1 - x0):  # beyond the border
             block = block[:, (at[0] - at[0][0])[:, None], at[1] - at[1][0]]
         windows = np.lib.stride_tricks.sliding_window_view(block, (size, size), axis=(1, 2)).transpose(1, 2, 0, 3, 4)
-        for s in range(0, len(rows), batch_size):
-            part = rows[s : s + batch_size]
+        for part in batches:
             found = windows[start[part, 1] - y0, start[part, 0] - x0]  # n x C x size x size
             # uint8 is kept: it is resampled many times faster than float32. Wider integers become float32, which holds 16
             # bits exactly.
@@ -127,14 +133,14 @@ class Tissue:
     def dark(self) -> bool:
         """Whether most of what the patches show is too dark for light that went through tissue, and it is no black padding."""
         colour = self.colour[self.inside]
-        if not len(colour) or (colour.max(-1) < DARK).mean() <= 0.5:
+        if not len(colour) or (brightest(colour) < DARK).mean() <= 0.5:
             return False
-        seen = colour[colour.max(-1) >= BLACK]
-        return not len(seen) or bool((seen.min(-1) > WHITE).mean() < BESIDE_PADDING)
+        seen = colour[brightest(colour) >= BLACK]
+        return not len(seen) or bool((darkest(seen) > WHITE).mean() < BESIDE_PADDING)
 
     def cells(self, without: np.ndarray | None = None) -> np.ndarray:
         """Which cells are tissue, n x 8 x 8; those of ``without`` are none."""
-        known = self.inside & (self.colour.max(-1) >= BLACK)
+        known = self.inside & (brightest(self.colour) >= BLACK)
         known = known if without is None else known & ~without
         if not known.any():
             return known
@@ -180,9 +186,19 @@ def optical_density(colour: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, 
     return density, float(np.clip(otsu(density[known]), *OD))
 
 
+def brightest(colour: np.ndarray) -> np.ndarray:
+    """Brightest channel of colours (... x 3); ``max`` over so short an axis takes 25 times as long."""
+    return np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
+def darkest(colour: np.ndarray) -> np.ndarray:
+    """Darkest channel of colours (... x 3)."""
+    return np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
 def glass(colour: np.ndarray) -> np.ndarray:
     """Colour of the glass among the colours of cells (n x 3, uint8), float32."""
-    low, high = colour.min(1), colour.max(1)
+    low, high = darkest(colour), brightest(colour)
     grey = colour[(high - low <= GREY) & (low > DIM) & (low < PADDING)]
     if len(grey) < max(ENOUGH_GLASS * len(colour), 1):
         return np.clip(np.quantile(colour, 0.99, axis=0), WHITE, 255).astype(np.float32)

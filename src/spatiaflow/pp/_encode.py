@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -13,14 +15,17 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from spatiaflow import _io, datasets
+from spatiaflow import _io, _runs, datasets
 from spatiaflow._io import Key, Where
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, settings
 from spatiaflow._slides import gather
 from spatiaflow.models.slide import MIN_TISSUE
+from spatiaflow.pp._parts import CHECKED, Parts, checksums
 
 if TYPE_CHECKING:
+    import torch
+
     from spatiaflow.models import Slide, STFlow
     from spatiaflow.models.encoders import Encoder
 
@@ -48,6 +53,8 @@ def encode_patches(
     mpp: float | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     key_added: str | None = None,
     copy: bool = False,
 ) -> Data | list[Data] | dict[str, Data] | None:
@@ -92,6 +99,12 @@ def encode_patches(
         Patches encoded at a time (64).
     device
         Overrides ``settings.device``.
+    checkpoint_dir
+        Folder for the features that are done, for this run alone: they are written every 20 seconds, and stay there. Nothing is
+        written when None. Of a list or dict each object has a folder in it.
+    resume
+        Go on from what ``checkpoint_dir`` holds. The result is that of an uninterrupted run. 16 patches of each slide are encoded
+        again, to see that picture and encoder are the same.
     key_added
         Slot; by default ``"X_"`` and the last part of the encoder's name.
     copy
@@ -115,11 +128,14 @@ def encode_patches(
         No image, or several and no ``image_key``.
     ValueError
         The scale is unknown, most spots lie outside of the image, the range of the image's values is not that of a picture,
-        the encoder needs other channels or returns values that are not finite.
+        the encoder needs other channels or returns values that are not finite. ``checkpoint_dir`` holds another run or a damaged
+        file, or ``resume`` has none.
+    RuntimeError
+        Another run uses ``checkpoint_dir``; the message names it.
     FileNotFoundError
         The image is not where ``.uns`` says.
     ImportError, OSError
-        The encoder's package or weights are missing; the message says how to get them.
+        The encoder's package or weights are missing; the message says how to get them. The disk is full.
 
     Examples
     --------
@@ -135,6 +151,8 @@ def encode_patches(
     _io.positive(None, resolution_um=resolution_um)
     _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume=True needs the checkpoint_dir of the run to continue.")
     started = time.perf_counter()
     data, table = _io.unpack(data, table_key, copy=copy)
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
@@ -145,11 +163,8 @@ def encode_patches(
     key_added = key_added or Key.obsm.encoder(re.sub(r"[^A-Za-z0-9_.-]", "-", encoder.name))
     out = np.zeros((table.n_obs, 0), np.float32)
     share, standardized_on, stains = np.full(table.n_obs, np.nan, np.float32), [], []
-    bar = progress(None, f"encoding with {encoder.name}", total=sum(map(len, slides)), unit="patch")
-    for slide in slides:
-        found, tissue, stain = _encoded(
-            data, slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size or 64, target, bar
-        )
+    how = _How(encoder, float(patch_um), resolution_um, pixels, batch_size or 64, target)
+    for slide, found, tissue, stain in _each(data, slides, image_key, how, checkpoint_dir, resume):
         share[slide.rows] = tissue
         stains.append(stain)
         if not out.shape[1]:
@@ -160,7 +175,6 @@ def encode_patches(
             found = (found - np.nanmean(own, axis=0)) / np.where(spread < 1e-6, 1, spread)
             standardized_on.append(len(own))
         out[slide.rows] = found
-    bar.close()
     _io.write_tissue(table, share)
     _io.write(
         table, key_added, arrays={"": out},
@@ -188,15 +202,49 @@ def _as_trained(model: STFlow | str | Path) -> tuple[str, float, float | None, b
     return made["id"], made["patch_um"], made.get("resolution_um"), bool(made.get("standardize")), made["key"]
 
 
+@dataclass(frozen=True)
+class _How:
+    """How patches are encoded: what each of them depends on, beside the picture and its place."""
+
+    encoder: Encoder
+    patch_um: float
+    resolution_um: float | None
+    pixels: int
+    batch_size: int
+    device: torch.device
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others. Batches and the kind of device move the last digits."""
+        named = {name: getattr(self, name) for name in ("patch_um", "resolution_um", "batch_size")}
+        return named | {"encoder": (self.encoder.id, self.encoder.sha256, self.pixels), "device": self.device.type}
+
+
+def _each(
+    data, slides: list[Slide], image_key: str | None, how: _How, folder: str | Path | None, resume: bool
+) -> Iterator[tuple[Slide, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield each slide and what :func:`_encoded` returns of it; what is done is kept in a folder, if there is one."""
+    folder = None if folder is None else Path(folder)
+    run = how.identity() | {"slides": tuple(slide.name for slide in slides), "positions": [s.xy for s in slides]}
+    with nullcontext() if folder is None else _runs.claim(folder, resume, **run):
+        parts = [Parts(folder, number) for number in range(len(slides))]
+        with progress(
+            None, f"encoding with {how.encoder.name}", sum(map(len, slides)), "patch", initial=sum(map(len, parts))
+        ) as bar:
+            for slide, kept in zip(slides, parts):
+                yield slide, *_encoded(data, slide, image_key, how, kept, bar)
+
+
 def _encoded(
-    data, slide: Slide, encoder, image_key, patch_um, resolution_um, pixels, batch_size, device, bar
+    data, slide: Slide, image_key: str | None, how: _How, parts: Parts, bar
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features of all spots of one slide, n x F; of each patch the share that is tissue; quartiles of the stains, 2 x 3.
 
     Where the image is no RGB the last two are NaN.
     """
     from spatiaflow._slides.patches import Tissue, cut, warn_of_dark
+    from spatiaflow.models.preprocess import spread
 
+    encoder, patch_um, pixels = how.encoder, how.patch_um, how.pixels
     coarsest = max(patch_um / MIN_PIXELS, 1.05 * patch_um / pixels)
     found = _io.slide_image(data, slide, image_key=image_key, mpp=patch_um / pixels, coarsest=coarsest)
     image, channels_first, shrunk = _io.open_image(found.source, found.channels_first, patch_um / pixels / found.mpp)
@@ -205,26 +253,33 @@ def _encoded(
     sides = image.shape[:0:-1] if channels_first else image.shape[1::-1]
     there = np.flatnonzero(_io.inside(found.xy, sides, slide.name, found.name, "Their features are NaN."))
     image = _io.as_uint8(image, found.name)
-    out: Any = None
+    out, done = np.zeros((len(slide), 0), np.float32), np.zeros(len(slide), bool)
     size = image.shape[1:] if channels_first else image.shape[:2]
     tissue = Tissue(found.xy, patch_um / found.mpp, size) if used == 3 and found.is_rgb(3) else None
-    coarse = round(patch_um / resolution_um) if resolution_um else None
-    parts = cut(
-        image, found.xy[there], patch_um / found.mpp, pixels, channels_first=channels_first, batch_size=batch_size,
+    coarse = round(patch_um / how.resolution_um) if how.resolution_um else None
+    patches_at = partial(
+        cut, image, width=patch_um / found.mpp, pixels=pixels, channels_first=channels_first, batch_size=how.batch_size,
         coarse=coarse,
     )  # fmt: skip
-    for rows, patches in parts:
-        values = encoder(patches[:, :used].to(device)).numpy()
-        if out is None:
-            out = np.full((len(slide), values.shape[1]), np.nan, np.float32)
-        if values.shape[1] != out.shape[1]:
-            raise ValueError(
-                f"encoder {encoder.id!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
-            )
-        out[there[rows]] = values
+    if known := parts.read():
+        some = known["rows"][spread(len(known["rows"]), CHECKED)]
+        again = [
+            (some[at], checksums(patches.numpy()), encoder(patches[:, :used].to(how.device)).numpy())
+            for at, patches in patches_at(found.xy[some])
+        ]
+        parts.check(known, *map(np.concatenate, zip(*again)))
+        out, done[known["rows"]] = _filled(out, known["rows"], known["features"], encoder.id), True
         if tissue is not None:
-            tissue.add(there[rows], patches[:, :3])
-        bar.update(len(rows))
+            tissue.colour[known["rows"]] = known["colour"]
+    with parts:
+        for at, patches in patches_at(found.xy[there], skip=done[there]):
+            rows, values = there[at], encoder(patches[:, :used].to(how.device)).numpy()
+            out = _filled(out, rows, values, encoder.id)
+            if tissue is not None:
+                tissue.add(rows, patches[:, :3])
+            colour = {} if tissue is None else {"colour": tissue.colour[rows]}
+            parts.add(rows, patches.numpy(), features=values, **colour)
+            bar.update(len(rows))
     if tissue is not None and tissue.dark:
         warn_of_dark(found.name, "around most spots")
     if bad := int((~np.isfinite(out[there])).any(1).sum()):
@@ -233,6 +288,18 @@ def _encoded(
         return out, np.full(len(slide), np.nan, np.float32), np.full((2, 3), np.nan)
     cells = tissue.cells()
     return out, cells.mean((1, 2), dtype=np.float32), tissue.stains(cells)
+
+
+def _filled(out: np.ndarray, rows: np.ndarray, values: np.ndarray, name: str) -> np.ndarray:
+    """``out`` with values (n x F) in some rows; it gets its width from the first."""
+    if not out.shape[1]:
+        out = np.full((len(out), values.shape[1]), np.nan, np.float32)
+    if values.shape[1] != out.shape[1]:
+        raise ValueError(
+            f"encoder {name!r} returned {out.shape[1]} features, then {values.shape[1]}: one width is needed."
+        )
+    out[rows] = values
+    return out
 
 
 def _check(image, found, encoder, patch_um: float, pixels: int) -> int:

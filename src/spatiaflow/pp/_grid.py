@@ -140,12 +140,12 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     bar = progress(None, "looking for tissue", total=len(places), unit="square")
     tissue = tissue_of(opened, (places + 0.5) * width, width, channels_first=first, progress=bar.update)
     bar.close()
-    if tissue.dark:
+    if dark := tissue.dark:
         warn(
             f"image {found.name!r} is dark: is it fluorescence, or inverted? It is read as H&E in red, green and blue."
         )
     small, step = shrunk(opened, HIRES, channels_first=first)
-    codes = np.zeros(small.shape[:2], np.uint8) if tissue.dark else artefacts_of(small, scale * step)
+    codes = np.zeros(small.shape[:2], np.uint8) if dark else artefacts_of(small, scale * step)
     spoilt = at_cells(codes, (places + 0.5) * width / step, width / step)
     cells = tissue.cells(without=spoilt > 0)
     share = cells.mean((1, 2), dtype=np.float32)
@@ -156,7 +156,7 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
             f"no square of image {found.name!r} is tissue (highest share {share.max():.2f}, min_tissue={min_tissue:g}). Is it "
             "empty glass?"
         )
-    if not tissue.dark and (foreign := tissue.unlike_stain(kept, cells[kept])) > FOREIGN:
+    if not dark and (foreign := tissue.unlike_stain(kept, cells[kept])) > FOREIGN:
         warn(
             f"image {found.name!r} does not look like H&E: {foreign:.0%} of what was taken for tissue absorbs green no more than "
             "red and blue. Is it another stain, or a photograph of something else?"

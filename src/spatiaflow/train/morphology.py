@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from spatiaflow import _files
+from spatiaflow._runs import IMAGES
 from spatiaflow._settings import progress
 from spatiaflow.models import _base
 from spatiaflow.models.autoencoder import Autoencoder
@@ -36,7 +37,7 @@ from spatiaflow.models.preprocess import intensity_of, scaled
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
-from spatiaflow.train.checkpoint import IMAGES, claim, identity
+from spatiaflow.train.checkpoint import claim, identity
 from spatiaflow.train.fit import fit
 from spatiaflow.train.pairs import PairBatches, Pairs, with_shifts
 
