@@ -7,6 +7,7 @@ niches, blocks and intervals are those of ``benchmarks/morphology.py pancreas``.
 
 data    ``pancreas:A -> B``: sources of A edited to B. ``pancreas:B, genes of another cell``: cells of B that get the genes of
         another cell of B in their niche, compared with other cells of B
+split   ``test`` is the mean over niches with enough cells of both states, ``test, niche 2`` is one of them
 method  ``flow`` and ``linear map`` are the two edits of a model, each at the strength that its training chose; ``default`` is
         the one that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths (S relative to the chosen
         one)
@@ -28,7 +29,7 @@ from scipy.spatial import cKDTree
 
 import results
 import spatiaflow as sf
-from morphology import OURS, Images, Pancreas, block_draws, effect, over_niches
+from morphology import MIN_CELLS, OURS, Images, Pancreas, block_draws, effect, over_niches
 from spatiaflow.models.orientation import canonical, inverse, turned
 from spatiaflow.models.transport import transport
 from spatiaflow.tl._generation import _as_in_training, _slides_for
@@ -107,12 +108,34 @@ def summary(found: dict[str, list], base: list[dict]) -> dict[str, dict[str, flo
     return out
 
 
+def drawn(data: Pancreas, where: str, state: str, most: int, rng) -> np.ndarray:
+    """Rows of a state, at most ``most`` in each niche. Drawn over all niches, a niche may keep too few and not be scored."""
+    rows = rng.permutation(data.rows(where, state))
+    niche = data.table[where].obs["niche"].astype(str).to_numpy()[rows]
+    return np.sort(np.concatenate([rows[niche == one][:most] for one in np.unique(niche)]))
+
+
+def in_each_niche(table: results.Table, label: str, where: str, samples: dict, wanted: Images, draws: list) -> None:
+    """Distances to real targets niche by niche."""
+    for niche in np.unique(wanted.niche):
+        own = {key: [one.rows(one.niche == niche) for one in some] for key, some in samples.items()}
+        real, n = wanted.rows(wanted.niche == niche), len(own["copy of the source"][0].niche)
+        if min(n, len(real.niche)) < MIN_CELLS:
+            continue
+        found = {
+            key: [over_niches(one, real, draws) for one in some]
+            for key, some in own.items()
+            if min(len(one.niche) for one in some) >= MIN_CELLS
+        }
+        for key, row in summary(found, found["linear map"]).items():
+            table.add(label, f"{where}, {niche}", "mean", key, row)
+        table.add(label, f"{where}, {niche}", "", "run", {"cells": n, "target cells": len(real.niche)})
+
+
 def transition(a, table: results.Table, data: Pancreas, models: list, name: str) -> None:
     """One transition: all methods, all seeds."""
     label, where, (source, target), rng = f"pancreas:{name}", a.part, name.split(" -> "), np.random.default_rng(0)
-    rows = {
-        (p, s): np.sort(rng.permutation(data.rows(p, s))[: a.cells]) for p in ("train", where) for s in (source, target)
-    }
+    rows = {(p, s): drawn(data, p, s, a.cells, rng) for p in ("train", where) for s in (source, target)}
     real = {key: data.images(key[0], r) for key, r in rows.items()}
     data.mean = None
     known = data.sample(real["train", target], "train", rows["train", target])
@@ -153,6 +176,7 @@ def transition(a, table: results.Table, data: Pancreas, models: list, name: str)
     before = samples["copy of the source"][0]
     found = {key: [over_niches(one, wanted, draws) for one in some] for key, some in samples.items()}
     found["training targets"] = [over_niches(known, wanted, draws)]
+    in_each_niche(table, label, where, samples | {"training targets": [known]}, wanted, draws)
     for key, row in summary(found, found["linear map"]).items():
         each = []
         for seed, one in enumerate(samples.get(key, [])):
@@ -205,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     out.add_argument("--folder", type=Path, required=True, help="of models by benchmarks/morphology_weights.py")
     out.add_argument("--part", default="test", choices=["validation", "test"])
-    out.add_argument("--cells", type=int, default=600, help="most cells of a state that are scored")
+    out.add_argument("--cells", type=int, default=600, help="most cells of a state in a niche that are scored")
     out.add_argument("--draws", type=int, default=300, help="resamples of blocks")
     out.add_argument("--guidance", type=float, nargs="*", default=[])
     out.add_argument("--strengths", type=float, nargs="*", default=[])

@@ -6,7 +6,15 @@ import torch
 from scipy import sparse
 
 from spatiaflow._slides.crops import Crops
-from spatiaflow.models.preprocess import full, gene_standard, in_vocabulary, intensity_of, scaled, unscaled
+from spatiaflow.models.preprocess import (
+    full,
+    gene_standard,
+    in_vocabulary,
+    intensity_of,
+    scaled,
+    stain_levels,
+    unscaled,
+)
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig
 
@@ -77,3 +85,20 @@ def test_batches_are_of_one_size_and_lose_nothing():
     assert {len(rows) for rows, _ in out[:-1]} == {8} and 0 < len(out[-1][0]) <= 8
     np.testing.assert_array_equal(np.concatenate([rows for rows, _ in out]), np.arange(done))
     np.testing.assert_array_equal(torch.cat([x for _, x in out])[:, 0], 2 * np.arange(done))
+
+
+def test_stain_levels_are_means_of_the_crops_inside_in_units_of_the_bright_end():
+    rng = np.random.default_rng(0)
+    slides, rows, expected = [], [], []
+    for name in "ab":
+        xy, image = rng.uniform(-20, 99, (30, 2)), rng.integers(0, 100, (2, 100, 100)).astype(np.uint8)
+        crops = Crops(image, xy, 16, 16, True, ("x", "y"), range=np.array([[0, 100.0], [10, 60.0]]))
+        crops = crops.matched(["y", "x"], None, name)
+        inside = np.flatnonzero(crops.inside)[::2]
+        values = crops.read(inside).numpy().mean((2, 3))
+        expected.append(np.c_[(values[:, 1] - 10) / 50, values[:, 0] / 100])
+        rows += [*inside + 30 * len(slides), *np.flatnonzero(~crops.inside) + 30 * len(slides)]
+        slides.append(Slide(name, np.arange(30), xy, crops=crops))
+    assert len(rows) > len(np.concatenate(expected))
+    np.testing.assert_allclose(stain_levels(slides, np.array(rows[::-1])), np.concatenate(expected), atol=0.01)
+    assert stain_levels(slides, np.zeros(0, int)).shape == (0, 2)

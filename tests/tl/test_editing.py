@@ -1,5 +1,6 @@
 """The generator by genes, from the verbs."""
 
+import warnings
 from dataclasses import replace
 
 import anndata as ad
@@ -89,6 +90,19 @@ def test_a_dose_outside_of_the_edit_is_a_warning(slide, model):
     cells = list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:3])
     with pytest.warns(UserWarning, match="dose=-1 lies outside of 0 to 1"):
         generate(slide, model, cells=cells, dose=[0, -1])
+
+
+def test_sources_with_another_stain_than_in_training_are_a_warning(slide, model):
+    """As between acini, whose stain lies in the crops of other cells. The whole image is not brighter, which is another check."""
+    assert set(model.card["source_stains"]) == {"A -> B", "A -> A"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(slide, model, dose=0)
+    other = tissue(1)
+    image = other["fluorescence"]
+    image.loc[{"c": "rna"}] = 2 * image.sel(c="rna").clip(max=120)
+    with pytest.warns(UserWarning, match="brighter in 'rna' than 95% of those in training"):
+        generate(other, model, dose=0)
 
 
 def test_doses_lead_from_the_cell_itself_to_the_state(slide, model):

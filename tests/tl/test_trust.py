@@ -18,6 +18,19 @@ from spatiaflow.tl._trust import warn_of_difference
         ({"channels": (2, 4)}, "they have 2 of its 4 channels"),
         ({"depth": (5.0, 27.0)}, "median of 5 counts per row, in training 27"),
         ({"depth": (120.0, 27.0)}, "median of 120 counts"),
+        (
+            {
+                "stains": (
+                    np.r_[np.full((5, 2), [0.2, 0.9]), np.full((7, 2), 0.2)],
+                    {"dapi": [0, 0.2, 0.5], "rna": [0.1, 0.2, 0.5]},
+                )
+            },
+            "images of 42% of the rows are brighter in 'rna' than 95% .*median 0.2, in training 0.2",
+        ),
+        (
+            {"stains": (np.full((10, 1), 0.05), {"rna": [0.1, 0.2, 0.5]})},
+            "100% of the rows are darker in 'rna' .*median 0.05, in training 0.2",
+        ),
         ({"ood": np.r_[np.full(4, 0.99), np.full(6, 0.2), np.nan]}, "40% of the rows .* in training 5%"),
     ],
 )
@@ -31,6 +44,9 @@ def test_what_is_alike_or_not_known_is_silent():
         warnings.simplefilter("error")
         warn_of_difference(genes=(300, 377), channels=(3, 4), depth=(20.0, 27.0), ood=np.linspace(0, 1, 50))
         warn_of_difference(depth=(0.0, 27.0), ood=np.full(3, np.nan))
+        known = {"dapi": [0.0, 0.2, 0.5], "rna": [0.1, 0.2, 0.5]}
+        warn_of_difference(stains=(np.r_[np.full((3, 2), 0.9), np.full((7, 2), 0.2)], known))
+        warn_of_difference(stains=(np.full((9, 2), 0.9), known))  # of few, a third may differ by chance
         warn_of_difference()
 
 

@@ -140,8 +140,9 @@ def generate_morphology(
     -----
     UserWarning
         Data differ from the training data: over a third of the source cells have a score above 0.95 in
-        ``.obs["X_spatia_ood"]`` (absent: not compared), genes are missing, or the image is many times brighter or darker. Source
-        cells have no niche, or one that training did not see. A dose lies outside of 0 to 1.
+        ``.obs["X_spatia_ood"]`` (absent: not compared), or are brighter or darker in a channel than 95 % of the sources of this
+        transition in training; genes are missing; or the image is many times brighter or darker. Source cells have no niche, or
+        one that training did not see. A dose lies outside of 0 to 1.
         What older models do not store is not compared.
 
     Examples
@@ -167,8 +168,7 @@ def generate_morphology(
     slides = _as_in_training(_slides_for(data, where, table, model), model)
     place, inside = placed(table, slides)
     rows = _sources(table, model, source, target, cells, inside)
-    if (ood := Key.obs.ood(model.card["use_rep"])) in table.obs:
-        warn_of_difference(ood=table.obs[ood].to_numpy()[rows])
+    _compare(model, table, slides, rows, place[rows], name)
     niche = _niches(table, rows, model, name) if shift is None else np.full(len(rows), "")
     with progress(None, "generating", total=len(rows), unit="cell") as bar:
         made = model.generate_cells(
@@ -194,6 +194,19 @@ def generate_morphology(
         which = np.repeat(np.arange(len(slides)), [len(slide) for slide in slides])[at]
         _io.keep(data, key_added, out, slides, which, out.obsm[Key.obsm.spatial])
     return out
+
+
+def _compare(
+    model: MorphologyFlow, table: AnnData, slides: Sequence[Slide], rows: np.ndarray, place: np.ndarray, name: str
+) -> None:
+    """Warn where sources are unlike those that the model learned from: by their embeddings, and by how bright they are."""
+    from spatiaflow.models.preprocess import stain_levels
+
+    ood, stains = Key.obs.ood(model.card["use_rep"]), model.card.get("source_stains", {}).get(name)
+    warn_of_difference(
+        ood=table.obs[ood].to_numpy()[rows] if ood in table.obs else None,
+        stains=(stain_levels(slides, place), stains) if stains else None,
+    )
 
 
 def _doses(dose: float | Sequence[float]) -> list[float]:

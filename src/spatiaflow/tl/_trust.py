@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COVERAGE = 0.5  # of genes or channels; with this share or less a warning
 DEPTH = 3.0  # times the counts of the training data, or one over it
+MIN_IMAGES = 10  # of few, a third may differ by chance
 BEYOND, OOD_SHARE = 0.95, 1 / 3  # share of rows with a higher out-of-domain score; .05 in training
 
 
@@ -22,6 +23,7 @@ def warn_of_difference(
     channels: tuple[int, int] | None = None,
     depth: tuple[float, float] | None = None,
     ood: np.ndarray | None = None,
+    stains: tuple[np.ndarray, dict[str, list[float]]] | None = None,
 ) -> None:
     """Warn once of everything that differs, with both figures. What a model does not store is None and not compared.
 
@@ -33,6 +35,8 @@ def warn_of_difference(
         Median counts of a row in the data, and what it was in training.
     ood
         Out-of-domain scores of the rows; NaN counts for nothing.
+    stains
+        Mean of each channel over the image of each row (n x channels), and by channel the 5, 50 and 95 % quantiles in training.
     """
     found = []
     for name, pair in (("genes", genes), ("channels", channels)):
@@ -45,11 +49,28 @@ def warn_of_difference(
         found.append(
             f"{share:.0%} of the rows have an out-of-domain score above {BEYOND}, in training {1 - BEYOND:.0%}"
         )
+    found += _other_stains(*stains) if stains is not None else []
     if found:
         warn(
             f"data differ from what the model was trained on: {'; '.join(found)}. Results can be worse than the model's scores "
             "say. Compare some with measured values, or train on data like these."
         )
+
+
+def _other_stains(levels: np.ndarray, known: dict[str, list[float]]) -> list[str]:
+    """Say which stain lies beyond the 5 or 95 % quantile of training in many rows, the worst one."""
+    if len(levels) < MIN_IMAGES:
+        return []
+    ends = np.array([*known.values()])  # channels x quantiles
+    shares = np.stack([(levels < ends[:, 0]).mean(0), (levels > ends[:, 2]).mean(0)])
+    side, channel = np.unravel_index(shares.argmax(), shares.shape)
+    if shares[side, channel] <= OOD_SHARE:
+        return []
+    name, now, then = list(known)[channel], np.median(levels[:, channel]), ends[channel, 1]
+    return [
+        f"the images of {shares[side, channel]:.0%} of the rows are {('darker', 'brighter')[side]} in {name!r} than 95% of those "
+        f"in training (median {now:.2g}, in training {then:.2g} of the bright end)"
+    ]
 
 
 def stain_range(stain: dict[str, np.ndarray] | None) -> dict:

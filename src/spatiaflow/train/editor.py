@@ -29,7 +29,7 @@ from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
 from spatiaflow.train import morphology
 from spatiaflow.train.fit import fit
-from spatiaflow.train.morphology import MorphologyTraining, fitted_images, holding
+from spatiaflow.train.morphology import MorphologyTraining, fitted_images, holding, source_stains
 from spatiaflow.train.pairs import Pairs
 
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
@@ -99,7 +99,8 @@ def train_editor(
     scores |= {name: min(values) for name, values in history.items() if name.startswith("val_") and values}
     model.card = _base.model_card(
         slides, config=asdict(model.config), seed=seed, epochs=max_epochs, scores=scores,
-        autoencoder_r2=dict(zip(config.channels, map(float, rebuilt))), **(about or {}),
+        autoencoder_r2=dict(zip(config.channels, map(float, rebuilt))),
+        source_stains=source_stains(slides, pairs.rows(kept), config.transitions, config.channels), **(about or {}),
     )  # fmt: skip
     return model
 

@@ -33,7 +33,7 @@ from spatiaflow.models.morphology import (
     start,
 )
 from spatiaflow.models.orientation import canonical, turned
-from spatiaflow.models.preprocess import intensity_of, scaled
+from spatiaflow.models.preprocess import intensity_of, scaled, stain_levels
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import far_band
 from spatiaflow.models.transport import per_unit
@@ -120,12 +120,26 @@ def train_morphology(
         slides, config=asdict(config), seed=seed, epochs=max_epochs,
         scores={name: values[-1] for name, values in history.items() if name.startswith("val_") and len(values)},
         autoencoder_r2=dict(zip(config.channels, map(float, rebuilt))),
-        surrogate_r2=dict(zip(config.profile, map(float, r2))), **(about or {}),
+        surrogate_r2=dict(zip(config.profile, map(float, r2))),
+        source_stains=source_stains(slides, training, config.transitions, config.channels), **(about or {}),
     )  # fmt: skip
     return MorphologyFlow(
         network=network, autoencoder=autoencoder, surrogate=surrogate, shifts=shifts,
         intensity=intensity_of(slides, config.channels), history=history, card=card,
     )  # fmt: skip
+
+
+def source_stains(
+    slides: Sequence[Slide], pairs: Pairs, transitions: Sequence[str], channels: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """Return how bright the images of the sources of each transition are: 5, 50 and 95 % quantiles of each channel's mean."""
+    found = {}
+    for i, name in enumerate(transitions):
+        levels = stain_levels(slides, pairs.source[pairs.transition == i])
+        if len(levels):
+            ends = np.quantile(levels, (0.05, 0.5, 0.95), axis=0).T
+            found[name] = dict(zip(channels, np.round(ends.astype(float), 4).tolist()))
+    return found
 
 
 @contextmanager
