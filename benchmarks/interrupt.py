@@ -2,6 +2,7 @@
 
     python benchmarks/interrupt.py                          # 20 kills of each training, on small simulated tissue
     python benchmarks/interrupt.py --trainings stflow --kills 5
+    python benchmarks/interrupt.py --trainings encoding     # features of patches instead of weights
 
 Every training runs in a process of its own with ``checkpoint_dir=`` and ``resume=True``. When its data are ready it is
 killed (SIGKILL) after a random time, between nothing and the duration of an undisturbed run, and started again until it ends
@@ -9,9 +10,11 @@ by itself. The imputer has no checkpoints: its fit is one pass over the cells.
 
 method   the training
 metric   ``kills``; ``runs``: trainings that were killed at least once and came to their end; ``same``: those of them whose
-         weights have the SHA-256 of an undisturbed run; ``seconds``: what an undisturbed run takes
+         weights, or features, tissue and stain, have the SHA-256 of an undisturbed run; ``seconds``: what an undisturbed run
+         takes
 """
 
+import hashlib
 import os
 import shutil
 import signal
@@ -25,6 +28,7 @@ import numpy as np
 
 import results
 import spatiaflow as sf
+import spatiaflow.pp._parts
 import spatiaflow.train.morphology
 import spatiaflow.train.spatia
 import spatiaflow.train.stflow
@@ -77,9 +81,27 @@ def _morphology(sdata, **arguments) -> Training:
     )
 
 
+def encoding() -> Training:
+    """Features of the patches of two slides, written after each batch."""
+    slides = [sf.datasets.simulated_tissue(600, seed=seed) for seed in range(2)]
+    sf.pp._parts.EVERY = 0
+
+    def run(**more) -> str:
+        found = sf.pp.encode_patches(
+            slides, image_key="he", patch_um=64, batch_size=16, device="cpu", copy=True, **more
+        )
+        digest = hashlib.sha256()
+        for table in (one["table"] for one in found):
+            for values in (table.obsm["X_texture"], table.obs["tissue"], *table.uns["X_texture"]["stain"].values()):
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    return run
+
+
 SMALL = {"crop_um": 16.0, "crop_pixels": 16, "n_latent": 8, "width": 16, "n_layers": 1, "n_neighbors": 4}
 TRAININGS: dict[str, Callable[[], Training]] = {
-    "stflow": stflow, "spatia": spatia, "morphology": morphology, "pairs": pairs,
+    "stflow": stflow, "spatia": spatia, "morphology": morphology, "pairs": pairs, "encoding": encoding,
 }  # fmt: skip
 
 
