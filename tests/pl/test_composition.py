@@ -23,8 +23,10 @@ def drawn(figure):
     """Heights of the bars of each niche by sample, and their colours."""
     (ax,) = figure.axes
     samples = [label.get_text() for label in ax.get_xticklabels()]
-    heights = {bars.get_label(): dict(zip(samples, [bar.get_height() for bar in bars])) for bars in ax.containers}
-    return pd.DataFrame(heights), [to_hex(bars[0].get_facecolor()) for bars in ax.containers]
+    niches = [bars.get_label() for bars in ax.containers]
+    heights = np.stack([[bar.get_height() for bar in bars] for bars in ax.containers], 1)
+    index, columns = (pd.Index(names, dtype=object) for names in (samples, niches))  # pandas 3 has a type of text
+    return pd.DataFrame(heights, index, columns), [to_hex(bars[0].get_facecolor()) for bars in ax.containers]
 
 
 def test_bars_are_the_numbers_of_get(cells):

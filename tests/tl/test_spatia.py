@@ -1,39 +1,16 @@
-import dataclasses
-import shutil
-
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
 import torch
-from spatialdata.models import Image2DModel
 
 import spatiaflow as sf
+from _spatia import edited, embedded, image_like, tiny, train
 from spatiaflow._io import Where
-from spatiaflow.models.spatia import LOSSES
 from spatiaflow.tl._images import cells_with_images
 
-TINY = {
-    "crop_pixels": 16,
-    "patch_pixels": 8,
-    "width": 32,
-    "image_layers": 1,
-    "gene_layers": 1,
-    "anchor_um": 40.0,
-    "crop_um": 12.0,
-    "batches_per_epoch": 6,
-}
 LEVELS = ("X_spatia_cell", "X_spatia_niche", "X_spatia_tissue")
-
-
-def tiny(**changes):
-    return sf.models.SpatiaConfig(**(TINY | changes))
-
-
-def train(slides, **options):
-    options = {"image_key": "fluorescence", "max_epochs": 2, "config": tiny()} | options
-    return sf.tl.train_spatia(slides, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +23,6 @@ def slides():
 def model(slides):
     with sf.settings.override(progress=False, verbosity="warning"):
         return train(slides)
-
-
-def embedded(slide, model, **options):
-    options = {"image_key": "fluorescence"} | options
-    copy = sf.tl.embed_spatia(slide, model=model, copy=True, **options)
-    return copy["table"] if isinstance(copy, sd.SpatialData) else copy
-
-
-def edited(slide, **changes):
-    """A copy of a slide with other images, shapes or table."""
-    table = changes.pop("table", slide["table"].copy())
-    elements = {name: element for _, name, element in slide.gen_elements() if name != "table"} | changes
-    return sd.SpatialData.init_from_elements({**elements, "table": table}, attrs=dict(slide.attrs))
-
-
-def image_like(slide, values, names):
-    from spatialdata.transformations import get_transformation
-
-    return Image2DModel.parse(
-        values, dims=("c", "y", "x"), c_coords=list(names),
-        transformations={"global": get_transformation(slide["fluorescence"], "global")},
-    )  # fmt: skip
 
 
 def test_slots_and_provenance(slides, model):
@@ -255,70 +210,6 @@ def test_bad_arguments(slides, model, tmp_path):
         train(slides, config={"width": 32})
 
 
-def test_every_loss_is_logged_and_can_be_switched_off(slides, model):
-    for name in LOSSES:
-        assert f"val_{name}" in model.history
-        assert np.isfinite(model.history[f"train_{name}"]).all()
-    off = train(slides[:1], config=tiny(losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}), max_epochs=1)
-    assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
-
-
-@pytest.mark.slow
-def test_training_lowers_every_loss(slides):
-    history = train(slides, max_epochs=6).history
-    for name in ("genes", "image_to_genes", "reconstruction", "niche", "tissue"):
-        assert history[f"train_{name}"][-1] < history[f"train_{name}"][0], name
-
-
-def test_the_context_is_trained_with_dropout(slides, monkeypatch):
-    from spatiaflow.train.spatia import ContextTraining
-
-    modes, losses = set(), ContextTraining.losses
-
-    def watched(self, b, g):
-        modes.add((self.training, self.network.niche_layers.training))
-        return losses(self, b, g)
-
-    monkeypatch.setattr(ContextTraining, "losses", watched)
-    train(slides, max_epochs=1)
-    assert modes == {(True, True), (False, False)}
-
-
-@pytest.mark.slow
-def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
-    whole = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "a")
-    assert train(slides, max_epochs=3).sha256 == whole.sha256
-
-    from spatiaflow.train.spatia import ContextTraining
-
-    class Killed(Exception):
-        pass
-
-    def stop(self):
-        if self.current_epoch == 1:
-            raise Killed
-
-    monkeypatch.setattr(ContextTraining, "on_train_epoch_start", stop, raising=False)
-    with pytest.raises(Killed):
-        train(slides, max_epochs=3, checkpoint_dir=tmp_path / "b")
-    monkeypatch.undo()
-    resumed = train(slides, max_epochs=3, checkpoint_dir=tmp_path / "b", resume=True)
-    assert resumed.sha256 == whole.sha256
-    assert resumed.history["epoch"] == [0, 1, 2]
-
-
-def test_one_modality_and_going_on(slides):
-    genes = train([s["table"] for s in slides], modalities="genes", mpp=1, image_key=None)
-    assert not genes.config.channels
-    with pytest.raises(ValueError, match="trained without image"):
-        embedded(slides[0], genes)
-    quick = sf.models.SpatiaConfig(batches_per_epoch=TINY["batches_per_epoch"])  # its sizes are not taken
-    more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, config=quick, max_epochs=1)
-    assert more.config == genes.config
-    image = train(slides, modalities="image", config=tiny(losses={"reconstruction": 1.0}))
-    assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
-
-
 def test_levels_of_an_earlier_call_do_not_stay(slides, model):
     table = embedded(slides[0], model, attention=True)
     again = embedded(edited(slides[0], table=table), model, levels=("cell",))
@@ -343,41 +234,6 @@ def test_weights_go_by_name_or_path(slides, model, tmp_path):
         embedded(slides[0], "unheard-of")
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.safetensors"):
         embedded(slides[0], tmp_path / "elsewhere.safetensors")
-
-
-@pytest.fixture(scope="module")
-def corpus(slides, tmp_path_factory):
-    """Two stores: one with fewer genes and without two channels, of another tissue."""
-    folder = tmp_path_factory.mktemp("corpus")
-    slides[0].write(folder / "a.zarr")
-    few = slides[1]["table"][:, 5:].copy()
-    image = slides[1]["fluorescence"]
-    edited(slides[1], table=few, fluorescence=image_like(slides[1], image.values[:2], image.c.values[:2])).write(
-        folder / "b.zarr"
-    )
-    manifest = folder / "corpus.csv"
-    manifest.write_text("store,tissue,image_key\na.zarr,gland,fluorescence\nb.zarr,skin,fluorescence\n")
-    return manifest
-
-
-@pytest.mark.slow
-def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
-    on_disk = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
-    objects = [sd.read_zarr(corpus.parent / name) for name in ("a.zarr", "b.zarr")]
-    in_memory = train(objects)
-    assert on_disk.config.pitch_um == pytest.approx(in_memory.config.pitch_um, rel=1e-6)
-    assert dataclasses.replace(on_disk.config, pitch_um=in_memory.config.pitch_um) == in_memory.config
-    assert len(on_disk.config.genes) == slides[0]["table"].n_vars and len(on_disk.config.channels) == 4
-    # positions are kept in single precision; tissues weigh as one slide each here
-    np.testing.assert_allclose(on_disk.history["train_loss"], in_memory.history["train_loss"], rtol=2e-3)
-    assert set(on_disk.card["data"]) == {"a:nuclei", "b:nuclei"}
-
-
-@pytest.mark.slow
-def test_batches_may_be_read_by_other_processes(corpus):
-    alone = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny())
-    helped = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny(num_workers=2))
-    assert helped.sha256 == alone.sha256
 
 
 def test_crops_may_fit_their_cells(slides):
@@ -413,17 +269,6 @@ def test_a_published_vit_mae_is_loaded_with_its_weights(slides, tmp_path):
     )
     with pytest.raises(OSError, match="could not be loaded"):
         train(slides, config=tiny(backbone=str(tmp_path / "nothing")))
-
-
-def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
-    shutil.copytree(corpus.parent, tmp_path / "c")
-    for chunk in (tmp_path / "c" / "a.zarr" / "images" / "fluorescence").rglob("*"):
-        if chunk.is_file() and "json" not in chunk.name and chunk.name[0] != ".":
-            chunk.write_bytes(b"\x07" * chunk.stat().st_size)
-    with pytest.raises(OSError, match="of an image could not be read"):
-        sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, config=tiny())
-    with pytest.raises(OSError, match="of an image could not be read"):
-        train([sd.read_zarr(tmp_path / "c" / "a.zarr")])
 
 
 def test_intensities_scaled_as_in_training(slides, model):

@@ -96,7 +96,11 @@ def blobs(n, seed=0):
 def fitted():
     images, blob = blobs(800)
     rows = np.arange(800)
-    return *fit_autoencoder(images, rows < 700, rows >= 700, 8, n_steps=700), torch.from_numpy(images), blob
+    return (
+        *fit_autoencoder(images, rows < 700, rows >= 700, 8, n_steps=400, batch_size=32),
+        torch.from_numpy(images),
+        blob,
+    )
 
 
 @pytest.mark.slow

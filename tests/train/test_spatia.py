@@ -1,16 +1,23 @@
-"""What the losses of SPATIA may see."""
+"""What the losses of SPATIA may see, and trainings of a tiny one."""
+
+import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+import spatialdata as sd
 import torch
 
+import spatiaflow as sf
+from _spatia import TINY, edited, embedded, image_like, tiny, train
 from spatiaflow.models.fusion import Surroundings
-from spatiaflow.models.spatia import SpatiaConfig, SpatiaNetwork
+from spatiaflow.models.spatia import LOSSES, SpatiaConfig, SpatiaNetwork
 from spatiaflow.train.spatia import ContextTraining, nearest_hidden
 
-pytestmark = pytest.mark.usefixtures("own_draws")
+SHORT = tiny(batches_per_epoch=2)
 
 
+@pytest.mark.usefixtures("own_draws")
 def test_context_asks_for_hidden_cells_and_never_sees_them():
     n, rng = 200, np.random.default_rng(0)
     config = SpatiaConfig(genes=[f"g{i}" for i in range(20)], width=32, gene_layers=1, anchor_um=40.0)
@@ -35,3 +42,125 @@ def test_context_asks_for_hidden_cells_and_never_sees_them():
     absent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.25
     assert (cells.grad[absent] == 0).all()
     assert (cells.grad[~absent].abs().sum(1) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def slides():
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return [sf.datasets.simulated_tissue(200, seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def history(slides):
+    with sf.settings.override(progress=False, verbosity="warning"):
+        return train(slides, max_epochs=6).history
+
+
+def test_every_loss_is_logged_and_can_be_switched_off(slides, history):
+    for name in LOSSES:
+        assert f"val_{name}" in history
+        assert np.isfinite(history[f"train_{name}"]).all()
+    off = train(slides[:1], config=tiny(losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}), max_epochs=1)
+    assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
+
+
+@pytest.mark.slow
+def test_training_lowers_every_loss(history):
+    for name in ("genes", "image_to_genes", "reconstruction", "niche", "tissue"):
+        assert history[f"train_{name}"][-1] < history[f"train_{name}"][0], name
+
+
+def test_the_context_is_trained_with_dropout(slides, monkeypatch):
+    from spatiaflow.train.spatia import ContextTraining
+
+    modes, losses = set(), ContextTraining.losses
+
+    def watched(self, b, g):
+        modes.add((self.training, self.network.niche_layers.training))
+        return losses(self, b, g)
+
+    monkeypatch.setattr(ContextTraining, "losses", watched)
+    train(slides, max_epochs=1)
+    assert modes == {(True, True), (False, False)}
+
+
+@pytest.mark.slow
+def test_training_is_seeded_and_resumes(slides, tmp_path, monkeypatch):
+    short = {"max_epochs": 3, "config": SHORT}
+    whole = train(slides, **short, checkpoint_dir=tmp_path / "a")
+    assert train(slides, **short).sha256 == whole.sha256
+
+    from spatiaflow.train.spatia import ContextTraining
+
+    class Killed(Exception):
+        pass
+
+    def stop(self):
+        if self.current_epoch == 1:
+            raise Killed
+
+    monkeypatch.setattr(ContextTraining, "on_train_epoch_start", stop, raising=False)
+    with pytest.raises(Killed):
+        train(slides, **short, checkpoint_dir=tmp_path / "b")
+    monkeypatch.undo()
+    resumed = train(slides, **short, checkpoint_dir=tmp_path / "b", resume=True)
+    assert resumed.sha256 == whole.sha256
+    assert resumed.history["epoch"] == [0, 1, 2]
+
+
+def test_one_modality_and_going_on(slides):
+    genes = train([s["table"] for s in slides], modalities="genes", mpp=1, image_key=None)
+    assert not genes.config.channels
+    with pytest.raises(ValueError, match="trained without image"):
+        embedded(slides[0], genes)
+    quick = sf.models.SpatiaConfig(batches_per_epoch=TINY["batches_per_epoch"])  # its sizes are not taken
+    more = sf.tl.train_spatia([slides[0]["table"]], modalities="genes", mpp=1, init=genes, config=quick, max_epochs=1)
+    assert more.config == genes.config
+    image = train(slides, modalities="image", config=tiny(losses={"reconstruction": 1.0}))
+    assert embedded(slides[0], image, modalities="image").obsm["X_spatia"].shape == (200, 96)
+
+
+@pytest.fixture(scope="module")
+def corpus(slides, tmp_path_factory):
+    """Two stores: one with fewer genes and without two channels, of another tissue."""
+    folder = tmp_path_factory.mktemp("corpus")
+    slides[0].write(folder / "a.zarr")
+    few = slides[1]["table"][:, 5:].copy()
+    image = slides[1]["fluorescence"]
+    edited(slides[1], table=few, fluorescence=image_like(slides[1], image.values[:2], image.c.values[:2])).write(
+        folder / "b.zarr"
+    )
+    manifest = folder / "corpus.csv"
+    manifest.write_text("store,tissue,image_key\na.zarr,gland,fluorescence\nb.zarr,skin,fluorescence\n")
+    return manifest
+
+
+@pytest.mark.slow
+def test_a_corpus_on_disk_trains_as_objects_in_memory_do(corpus, slides):
+    on_disk = sf.tl.train_spatia(corpus, max_epochs=2, config=SHORT)
+    objects = [sd.read_zarr(corpus.parent / name) for name in ("a.zarr", "b.zarr")]
+    in_memory = train(objects, config=SHORT)
+    assert on_disk.config.pitch_um == pytest.approx(in_memory.config.pitch_um, rel=1e-6)
+    assert dataclasses.replace(on_disk.config, pitch_um=in_memory.config.pitch_um) == in_memory.config
+    assert len(on_disk.config.genes) == slides[0]["table"].n_vars and len(on_disk.config.channels) == 4
+    # positions are kept in single precision; tissues weigh as one slide each here
+    np.testing.assert_allclose(on_disk.history["train_loss"], in_memory.history["train_loss"], rtol=2e-3)
+    assert set(on_disk.card["data"]) == {"a:nuclei", "b:nuclei"}
+
+
+@pytest.mark.slow
+def test_batches_may_be_read_by_other_processes(corpus):
+    alone = sf.tl.train_spatia(corpus, max_epochs=2, config=SHORT)
+    helped = sf.tl.train_spatia(corpus, max_epochs=2, config=tiny(batches_per_epoch=2, num_workers=2))
+    assert helped.sha256 == alone.sha256
+
+
+def test_a_corrupted_chunk_is_an_error_and_not_black(corpus, tmp_path):
+    shutil.copytree(corpus.parent, tmp_path / "c")
+    for chunk in (tmp_path / "c" / "a.zarr" / "images" / "fluorescence").rglob("*"):
+        if chunk.is_file() and "json" not in chunk.name and chunk.name[0] != ".":
+            chunk.write_bytes(b"\x07" * chunk.stat().st_size)
+    with pytest.raises(OSError, match="of an image could not be read"):
+        sf.tl.train_spatia(tmp_path / "c" / "corpus.csv", max_epochs=1, config=SHORT)
+    with pytest.raises(OSError, match="of an image could not be read"):
+        train([sd.read_zarr(tmp_path / "c" / "a.zarr")])
