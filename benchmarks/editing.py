@@ -7,14 +7,16 @@ niches, blocks and intervals are those of ``benchmarks/morphology.py pancreas``.
 
 data    ``pancreas:A -> B``: sources of A edited to B. ``pancreas:B, genes of another cell``: cells of B that get the genes of
         another cell of B in their niche, compared with other cells of B
-split   ``test`` is the mean over niches with enough cells of both states, ``test, niche 2`` is one of them
+split   ``test`` is the mean over niches with enough cells of both states, ``test, niche 2`` is one of them. ``test, y < 4096`` is
+        what lies in ``datasets.xenium_pancreas()``, ``test, y >= 4096`` the rest, both over all niches; ``..., alike`` are
+        pairs of a source and a target whose 12 neighbours are alike in stains and in the shares of exocrine cells and fibroblasts
 method  ``flow`` and ``linear map`` are the two edits of a model, each at the strength that its training chose; ``default`` is
         the one that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths (S relative to the chosen
         one)
 metric  ``KID minus linear map``: below 0 where the method is nearer to real targets than the linear map. ``half dose, lowest``
         and ``highest``: share of the effect of the full dose that half of it has, over features whose full effect is
-        ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the pixels of the image, of which the
-        model clips those brighter than twice the bright end
+        ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the pixels of the image. ``rna, target
+        minus source``: difference of the mean stain of crops, in grey values
 """
 
 import argparse
@@ -25,16 +27,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 import results
 import spatiaflow as sf
-from morphology import MIN_CELLS, OURS, Images, Pancreas, block_draws, effect, over_niches
+from embedding import MPP
+from morphology import MIN_CELLS, OURS, Images, Pancreas, block_draws, distances, effect, over_niches
 from spatiaflow.models.orientation import canonical, inverse, turned
 from spatiaflow.models.transport import transport
 from spatiaflow.tl._generation import _as_in_training, _slides_for
 
 MIN_EFFECT, DOSES = 0.2, [0.0, 0.5, 1.0]
+EXOCRINE, FIBROBLASTS = ("CXCL6/CFTR", "ACE2/ANPEP"), ("SFRP4/LTBP2", "COL5A2/THBS2")
+PLACE_BLOCK_UM, NEAR = 100.0, 1.0  # the public region is too small for blocks of 500; distance of like surroundings
 PAIRS = OURS.replace("generated", "pairs")
 
 
@@ -92,7 +99,7 @@ def doses(before: Images, half: Images, whole: Images, zero: np.ndarray, source:
     }  # fmt: skip
 
 
-def summary(found: dict[str, list], base: list[dict]) -> dict[str, dict[str, float]]:
+def summary(found: dict[str, list], base: list[dict], against: str = "linear map") -> dict[str, dict[str, float]]:
     """Means over seeds, with intervals over blocks, and differences to a method seed by seed."""
     out = {}
     for key, some in found.items():
@@ -100,7 +107,7 @@ def summary(found: dict[str, list], base: list[dict]) -> dict[str, dict[str, flo
         for metric in some[0]:
             each = np.stack([one[metric] for one in some])  # seeds x draws
             minus = np.stack([one[metric] - base[min(i, len(base) - 1)][metric] for i, one in enumerate(some)])
-            for score, v in ((metric, each.mean(0)), (f"{metric} minus linear map", minus.mean(0))):
+            for score, v in ((metric, each.mean(0)), (f"{metric} minus {against}", minus.mean(0))):
                 low, high = np.nanquantile(v[1:], (0.025, 0.975))
                 row |= {score: v[0], f"{score}, low": low, f"{score}, high": high}
             row[f"{metric}, sd of seeds"] = pd.Series(each[:, 0]).std()
@@ -116,16 +123,15 @@ def drawn(data: Pancreas, where: str, state: str, most: int, rng) -> np.ndarray:
 
 
 def in_each_niche(table: results.Table, label: str, where: str, samples: dict, wanted: Images, draws: list) -> None:
-    """Distances to real targets niche by niche."""
+    """Distances to real targets niche by niche, of all cells: both are unbiased at any n, and a draw of 30 cells is noisy."""
     for niche in np.unique(wanted.niche):
-        own = {key: [one.rows(one.niche == niche) for one in some] for key, some in samples.items()}
-        real, n = wanted.rows(wanted.niche == niche), len(own["copy of the source"][0].niche)
+        real, n = wanted.rows(wanted.niche == niche), (samples["copy of the source"][0].niche == niche).sum()
         if min(n, len(real.niche)) < MIN_CELLS:
             continue
         found = {
-            key: [over_niches(one, real, draws) for one in some]
-            for key, some in own.items()
-            if min(len(one.niche) for one in some) >= MIN_CELLS
+            key: [distances(one.rows(one.niche == niche), real, draws) for one in some]
+            for key, some in samples.items()
+            if min((one.niche == niche).sum() for one in some) >= MIN_CELLS
         }
         for key, row in summary(found, found["linear map"]).items():
             table.add(label, f"{where}, {niche}", "mean", key, row)
@@ -190,6 +196,55 @@ def transition(a, table: results.Table, data: Pancreas, models: list, name: str)
     table.add(label, where, "", "run", {"cells": len(here), "target cells": len(wanted.niche)})
 
 
+def around(data: Pancreas, where: str) -> np.ndarray:
+    """What surrounds each cell, standardised: mean stains of its 12 neighbours, and their shares of two kinds of cells."""
+    (slide,) = sf._io.places(data.parts[where], sf._io.Where(mpp=1))
+    near = cKDTree(slide.xy).query(slide.xy, k=13)[1][:, 1:]
+    state = data.table[where].obs["state"].astype(str).to_numpy()
+    stain = np.concatenate([
+        data.images(where, rows).mean((2, 3)) for rows in np.array_split(np.arange(len(state)), len(state) // 1000 + 1)
+    ])  # fmt: skip
+    kinds = np.stack([np.isin(state, kind) for kind in (EXOCRINE, FIBROBLASTS)], 1)
+    found = np.concatenate([stain, kinds], 1)[near].mean(1)
+    return (found - found.mean(0)) / found.std(0)
+
+
+def places(a, table: results.Table, data: Pancreas, models: list, name: str) -> None:
+    """One transition in the public region and outside of it, as it is and where the surroundings are alike."""
+    label, where, (source, target) = f"pancreas:{name}", a.part, name.split(" -> ")
+    (slide,) = sf._io.places(data.parts[where], sf._io.Where(mpp=1))
+    block, surroundings = sf.metrics.spatial_blocks(slide.xy, PLACE_BLOCK_UM), around(data, where)
+    rows = {state: data.rows(where, state) for state in (source, target)}
+    data.mean = None
+    real = {state: data.images(where, r) for state, r in rows.items()}
+    wanted = data.sample(real[target], where, rows[target])
+    images = {"copy of the source": [real[source]]}
+    for model in models:
+        chosen = model.config.edit
+        for method, edit in (("flow", "flow"), ("linear map", "linear")):
+            images.setdefault(method, []).extend(generated(data, where, with_edit(model, edit), rows[source], name))
+        with_edit(model, chosen)
+    samples = {key: [data.sample(one, where, rows[source]) for one in some] for key, some in images.items()}
+    for one, state in [(wanted, target), *((one, source) for some in samples.values() for one in some)]:
+        one.block = block[rows[state]]
+    north = slide.xy[:, 1] < 4096 * MPP
+    for split, inside in ((f"{where}, y < 4096", north), (f"{where}, y >= 4096", ~north)):
+        one, other = (np.flatnonzero(inside[rows[state]]) for state in (source, target))
+        cost = cdist(surroundings[rows[source][one]], surroundings[rows[target][other]])
+        i, j = linear_sum_assignment(cost**2)
+        near = cost[i, j] < NEAR
+        for part, (x, y) in {split: (one, other), f"{split}, alike": (one[i[near]], other[j[near]])}.items():
+            draws = block_draws(np.concatenate([block[rows[source][x]], block[rows[target][y]]]), a.draws)
+            found = {key: [distances(s.rows(x), wanted.rows(y), draws) for s in some] for key, some in samples.items()}
+            for key, row in summary(found, found["copy of the source"], "copies").items():
+                table.add(label, part, "mean", key, row)
+            rna = [real[state][r, 2].mean((1, 2)) for state, r in ((source, x), (target, y))]
+            table.add(label, part, "", "run", {
+                "cells": len(x), "target cells": len(y), "rna, target minus source": rna[1].mean() - rna[0].mean(),
+                "rna, standard error": np.sqrt(sum(v.var() / len(v) for v in rna)),
+            })  # fmt: skip
+
+
 def another(a, table: results.Table, data: Pancreas, models: list, state: str) -> None:
     """Cells of a state that get the genes of another cell of it, against other cells of it."""
     label, where, rng = f"pancreas:{state}, genes of another cell", a.part, np.random.default_rng(0)
@@ -245,6 +300,11 @@ if __name__ == "__main__":
     for name in names:
         if table.lacks(f"pancreas:{name}", a.part, "mean", "default"):
             transition(a, table, data, models, name)
+    for name in names:
+        if {*name.split(" -> ")} == {*FIBROBLASTS} and table.lacks(
+            f"pancreas:{name}", f"{a.part}, y < 4096", "mean", "flow"
+        ):
+            places(a, table, data, models, name)
     for state in dict.fromkeys(name.split(" -> ")[1] for name in names):
         if table.lacks(f"pancreas:{state}, genes of another cell", a.part, "mean", "flow"):
             another(a, table, data, models, state)

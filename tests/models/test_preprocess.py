@@ -7,6 +7,7 @@ from scipy import sparse
 
 from spatiaflow._slides.crops import Crops
 from spatiaflow.models.preprocess import (
+    beyond,
     full,
     gene_standard,
     in_vocabulary,
@@ -38,6 +39,16 @@ def test_unscaling_undoes_scaling_and_clips_to_whole_numbers(dtype):
     np.testing.assert_allclose(found[:, 0], pixels[:, 0], atol=1e-3)
     np.testing.assert_allclose(found[:, 1], pixels[:, 1].clamp_max(90), atol=1e-3)
     assert unscaled(x * 9 - 4, known, names, np.dtype(np.uint8)).max() == 255
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_pixels_that_a_model_does_not_see_are_given_back(dtype):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 250, (5, 2, 4, 4)).astype(np.float32))
+    known, places = np.array([[3.0, 20.0], [60.0, 100.0]]), np.array([1, 0])  # dark ones lie below the background
+    x, cut = scaled(pixels, known, places), beyond(pixels, known, places)
+    assert (cut > 0).any() and (cut < 0).any() and (cut == 0).any()
+    ends = {"b": [60.0, 100.0], "a": [3.0, 20.0]}
+    np.testing.assert_allclose(unscaled(x, ends, ["b", "a"], np.dtype(dtype), cut), pixels[:, [1, 0]], atol=1e-4)
 
 
 def test_a_slide_is_put_into_the_vocabulary_of_a_model():

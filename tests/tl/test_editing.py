@@ -114,6 +114,22 @@ def test_doses_lead_from_the_cell_itself_to_the_state(slide, model):
     assert set(made.obs["transition"]) == {"A -> B"} and made.obs["confidence"].between(0, 1).all()
 
 
+def test_pixels_brighter_than_a_model_sees_are_kept(slide, model):
+    other = tissue(1)
+    image = other["fluorescence"]
+    image.loc[{"x": image["x"][np.arange(image.sizes["x"]) % 20 < 6]}] = 250  # stripes
+    made = generate(
+        other, model, dose=[0, 1], cells=list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:20])
+    )
+    crops = sf.pp.crops(other, crop_um=model.config.crop_um, crop_pixels=model.config.crop_pixels, **IMAGE)
+    rows = other["table"].obs_names.get_indexer(made.obs["source_cell"][::2])
+    order = [list(crops.channels).index(name) for name in made.uns["morphology"]["channels"]]
+    pixels = crops.read(rows).numpy()[:, order]
+    low, high = np.array([*made.uns["morphology"]["intensity"].values()]).T
+    assert (pixels.max((0, 2, 3)) > low + 2 * (high - low)).any()  # else this tests nothing
+    np.testing.assert_array_equal(made.obsm["image"][::2], pixels)
+
+
 def test_samples_begin_without_noise(slide, model):
     cells = list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:5])
     one, three = (generate(slide, model, cells=cells, n_samples=n) for n in (1, 3))

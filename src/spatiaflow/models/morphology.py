@@ -18,7 +18,7 @@ from spatiaflow.models.autoencoder import SCALE, Autoencoder
 from spatiaflow.models.conditions import Conditions, Context
 from spatiaflow.models.flow import integrate, time_features
 from spatiaflow.models.orientation import canonical, inverse, turned
-from spatiaflow.models.preprocess import scaled, unscaled
+from spatiaflow.models.preprocess import beyond, scaled, unscaled
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import GatedMLP
 
@@ -418,8 +418,11 @@ class MorphologyFlow(_base.Model):
             first += len(slide)
             for some, found in crops.batches(batch_size, np.flatnonzero((own >= 0) & crops.inside)):
                 control = (2 * scaled(found, crops.range, crops.places) - 1).to(device)
+                cut = beyond(found, crops.range, crops.places)[:, None]
                 for slot, values in make(control, slide.obs_names[some], own[some]).items():
-                    pixels = unscaled((values.cpu() + 1) / 2, self.intensity, self.config.channels, found.numpy().dtype)
+                    pixels = unscaled(
+                        (values.cpu() + 1) / 2, self.intensity, self.config.channels, found.numpy().dtype, cut
+                    )
                     made.setdefault(slot, np.zeros((len(rows), *pixels.shape[1:]), pixels.dtype))
                     made[slot][own[some]] = pixels
                 update(len(some))

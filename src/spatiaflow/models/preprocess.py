@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from spatiaflow.models.spatia import SpatiaConfig
 
 
+SEEN = -0.5, 2.0  # what a model sees of pixels, background 0 and bright end 1
+
+
 def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     """Crops in the model's channels, background 0 and bright end 1.
 
@@ -30,16 +33,24 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
         For each channel of the model its place on the slide, or -1: missing, left at 0.
     """
     low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
-    x = ((crops.float() - low) / (high - low)).clamp(-0.5, 2)
+    x = ((crops.float() - low) / (high - low)).clamp(*SEEN)
     out = x.new_zeros(len(x), len(places), *x.shape[2:])
     have = np.flatnonzero(places >= 0)
     out[:, have] = x[:, places[have]]
     return out
 
 
+def beyond(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
+    """By how much pixels are brighter or darker than :func:`scaled` lets a model see, n x model channels x p x p; mostly 0."""
+    low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
+    x = crops.float()
+    return (x - x.clamp(*(low + end * (high - low) for end in SEEN)))[:, places]
+
+
 def unscaled(
-    x: Tensor, intensity: Mapping[str, Sequence[float]], channels: Sequence[str], dtype: np.dtype
-) -> np.ndarray:
+    x: Tensor, intensity: Mapping[str, Sequence[float]], channels: Sequence[str], dtype: np.dtype,
+    cut: Tensor | None = None,
+) -> np.ndarray:  # fmt: skip
     """Images of a model in the scale and type of a slide: what :func:`scaled` undoes.
 
     Parameters
@@ -50,9 +61,13 @@ def unscaled(
         Background and bright end of each channel by name.
     dtype
         Whole numbers are rounded and clipped; everything else becomes float32.
+    cut
+        What :func:`beyond` found, to be given back.
     """
     low, high = np.array([intensity[name] for name in channels]).T[:, :, None, None]
     values = x.numpy() * (high - low) + low
+    if cut is not None:
+        values = values + cut.numpy()
     if np.issubdtype(dtype, np.integer):
         return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
     return values.astype(np.float32)
