@@ -37,9 +37,10 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
             return verb(*args, **arguments)
         rest = args[1:]
         arguments.pop("data", None)
-        objects, folder = objects_of(data), arguments.get("checkpoint_dir")
-        own = [{} if folder is None else {"checkpoint_dir": Path(folder) / f"object_{i}"} for i in range(len(objects))]
-        found = {name: verb(one, *rest, **arguments | at) for at, (name, one) in zip(own, objects.items(), strict=True)}
+        found, folder = {}, arguments.get("checkpoint_dir")
+        for i, (name, one) in enumerate(objects_of(data).items()):
+            own = {} if folder is None else {"checkpoint_dir": Path(folder) / f"object_{i}"}
+            found[name] = verb(one, *rest, **arguments | own)
         return None if all(one is None for one in found.values()) else in_form_of(data, found)
 
     return run

@@ -12,9 +12,8 @@ from spatiaflow import _files, _runs
 
 EVERY = 20.0  # seconds between two files
 CHECKED = 16  # patches that are encoded again before a run goes on
-SAME = (
-    0.01  # of the largest value of a feature: how much it may differ then, as another batch may change its last digits
-)
+# of the largest value of a feature: how much it may differ then, as another batch may change its last digits
+SAME = 0.01
 
 
 class Parts:
