@@ -20,6 +20,7 @@ def test_expression_shares_one_scale_and_gives_the_right_r(predicted):
     ]  # fmt: skip
     measured, mean, std = (ax.collections[0].get_clim() for ax in axes[:3])
     assert measured == mean != std
+    assert 0 < std[1] and std[0] <= std[1] / 2, "a small range of std is not stretched over all colours"
     truth = axes[0].collections[0].get_array()
     r = np.corrcoef(truth, predicted.obsm["stflow"][:, 1])[0, 1]
     assert f"r = {r:.2f}" in [t.get_text() for t in axes[1].texts]

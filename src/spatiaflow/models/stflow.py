@@ -389,8 +389,8 @@ class STFlow(_base.Model):
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> STFlow:
         """Rebuild a model from the description and tensors of its file."""
-        if tuple(d.get("members", ())) != NAMES:
-            raise ValueError("its stack has other members than this version's; train it again")
+        if tuple(d.get("members", ())) != NAMES or "array.rate_weights" not in tensors:
+            raise ValueError("its stack has other members than this version's, or none for rates; train it again")
 
         def under(start: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(start): v.numpy() for k, v in tensors.items() if k.startswith(start)}
@@ -403,12 +403,10 @@ class STFlow(_base.Model):
             _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
-        arrays = under("array.")
-        arrays.setdefault("rate_weights", arrays["weights"])  # older files have one stack for both
         names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
         return cls(
             config=config, networks=networks, prior=PRIORS[config.prior](**prior), members=members,
-            law=JointLaw.of(under("law.")), arrays=arrays, **{name: d[name] for name in names},
+            law=JointLaw.of(under("law.")), arrays=under("array."), **{name: d[name] for name in names},
         )  # fmt: skip
 
 

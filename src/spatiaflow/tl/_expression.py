@@ -290,7 +290,7 @@ def predict_expression(
     ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p counts per 10,000; columns are ``.uns[key_added]["genes"]``. What
         a measurement is expected to give. It varies with the depth of spots too, as far as the image shows it
     ``.obsm[f"{key_added}_rate"]`` : same shape, share of the gene in the counts of a spot, whatever its depth. Draws rest on
-        it. Of weights that were trained before there was this slot it still contains the depth that the image shows
+        it
     ``.obsm[f"{key_added}_std"]`` : same shape and unit; standard deviation of a measured value, learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
