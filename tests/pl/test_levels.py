@@ -49,7 +49,7 @@ def test_components_that_do_not_exist_are_left_out(embedded):
 def test_a_level_that_does_not_vary_is_drawn_without_a_warning(embedded):
     embedded["table"].obsm["X_spatia_niche"][:] = 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         figure = sf.pl.levels(embedded, levels="niche", return_fig=True)
     assert figure.axes[0].get_title() == "niche, component 1 (0%)"
 

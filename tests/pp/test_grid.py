@@ -292,7 +292,7 @@ def test_black_padding_around_a_section_is_no_fluorescence():
     image = np.zeros((600, 1200, 3), np.uint8)
     image[100:400, 100:600] = section()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert len(sf.pp.grid(image, mpp=MPP, step_um=40)) == 100
 
 

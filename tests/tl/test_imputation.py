@@ -326,7 +326,7 @@ def test_reliability_is_measured_again_in_the_query(by, query, reference):
     permuted.var_names = np.random.default_rng(0).permutation(permuted.var_names)
     other = hidden(cells("o", seed=2, tissue=8))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         sf.tl.impute_genes(right, **source)
     for wrong in (permuted, other):
         with pytest.warns(

@@ -41,7 +41,7 @@ def test_every_difference_is_told_with_both_figures(found, said):
 
 def test_what_is_alike_or_not_known_is_silent():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         warn_of_difference(genes=(300, 377), channels=(3, 4), depth=(20.0, 27.0), ood=np.linspace(0, 1, 50))
         warn_of_difference(depth=(0.0, 27.0), ood=np.full(3, np.nan))
         known = {"dapi": [0.0, 0.2, 0.5], "rna": [0.1, 0.2, 0.5]}
@@ -130,7 +130,7 @@ def test_foreign_features_warn_in_predictions(slide, model):
         sf.tl.predict_expression(far, model=model)
     far.obs["tissue"] = np.float32(0)  # glass is no news
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         sf.tl.predict_expression(far, model=model)
 
 
