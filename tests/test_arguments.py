@@ -79,7 +79,7 @@ NAMES = {
     "table_key", "image_key", "shapes_key", "labels_key", "library_key", "spatial_key", "layer", "use_rep", "groupby", "labels",
     "niche_key", "key", "library_id", "pool", "pairs_key", "profile_key", "genes", "cells", "cell", "color", "channels",
     "features", "source", "target", "transition", "transitions", "model", "levels", "modalities", "method", "scaling",
-    "config", "init", "device", "cost", "validation", "gene_sets", "contrast", "donor_key",
+    "config", "init", "device", "cost", "validation", "gene_sets", "contrast", "donor_key", "fold_key",
 }  # fmt: skip
 # arguments that only one kind of object has a use for, or that another argument replaces
 UNUSED = {"AnnData": {"table_key", "image_key", "shapes_key", "labels_key"}, "SpatialData": {"spatial_key"}}

@@ -151,6 +151,14 @@ def test_few_spots(slide, model):
         assert few.obsm["stflow"].shape == (n, 12)
 
 
+def in_folds(n, missing=0):
+    def change(adata):
+        fold = [str(i % n) for i in range(adata.n_obs)]
+        adata.obs["fold"] = [None] * missing + fold[missing:]
+
+    return change
+
+
 BAD_TRAINING = {
     "nan features": (lambda a: a.obsm["X_texture"].__setitem__((0, 0), np.nan), {}, ValueError, "X_texture.*NaN"),
     "inf counts": (lambda a: a.X.data.__setitem__(0, np.inf), {}, ValueError, "X has NaN or infinite"),
@@ -190,6 +198,14 @@ BAD_TRAINING = {
     "an empty list": (lambda a: None, {"validation": []}, ValueError, "validation is empty"),
     "a number of slides": (lambda a: None, {"validation": 1}, ValueError, "validation as a fraction"),
     "no such device": (lambda a: None, {"device": "tpu"}, ValueError, "device 'tpu'"),
+    "one fold": (in_folds(1), {"fold_key": "fold"}, ValueError, "at least 2 folds; it names '0'"),
+    "rows without a fold": (
+        in_folds(3, missing=5),
+        {"fold_key": "fold"},
+        ValueError,
+        "5 of .* rows of slide 's0' have none",
+    ),
+    "two ways to hold out": (in_folds(2), {"fold_key": "fold", "validation": 0.5}, ValueError, "give one of them"),
 }
 
 

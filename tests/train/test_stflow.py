@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from scipy.spatial.distance import cdist
 
 import spatiaflow as sf
 from spatiaflow.models import STFlowConfig
@@ -78,6 +79,29 @@ def test_every_ablation_trains_and_predicts(slides, slide, change):
 def test_validation_is_what_was_asked_for(slides, validation):
     model = sf.tl.train_stflow(slides, config=FAST, genes=4, validation=validation)
     assert len(model.networks) == 1
+
+
+def remembered(name, rng):
+    """A serial section: features tell the place alone, and what is expressed there only a sibling knows."""
+    xy = rng.uniform(0, 2000, (90, 2))
+    places = np.stack(np.meshgrid(*2 * [np.arange(200, 2000, 400)]), -1).reshape(-1, 2)
+    features = np.exp(-(cdist(xy, places) ** 2) / (2 * 250**2)).astype(np.float32)
+    rate = np.exp(1 + features @ np.random.default_rng(0).normal(0, 1, (len(places), 6)))
+    fold = (3 * xy[:, 0] / 2000).astype(int).astype(str)
+    parts = {"library": np.full(90, 100.0), "genes": tuple("abcdef"), "features": features, "labels": fold}
+    return Slide(name, [f"{name}{i}" for i in range(90)], xy=xy, counts=sparse.csr_matrix(rng.poisson(rate)), **parts)
+
+
+@pytest.mark.usefixtures("own_draws")
+def test_folds_are_held_out_over_all_slides_so_that_place_is_not_rewarded():
+    slides = [remembered(name, np.random.default_rng(i + 2)) for i, name in enumerate("xyz")]
+    scores = {}
+    for name, given in {"folds": slides, "slides": [dataclasses.replace(s, labels=None) for s in slides]}.items():
+        model = train_stflow(given, FAST, encoder={"id": "place"}, target_sum=None, max_epochs=1)
+        scores[name] = model.card["validation_scores"]["ridge, slide"]
+        assert len(model.networks) == 3
+        assert set(model.card["data"]) == set("xyz")
+    assert scores["slides"] > 0.6 > 0.3 > scores["folds"]
 
 
 def test_networks_of_a_run_that_was_overwritten_are_gone(slide, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ def gather(
     layer: str | None = None,
     use_rep: str | Sequence[str] | None = None,
     donor_key: str | None = None,
+    label_key: str | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
     missing: bool = False,
@@ -52,6 +53,8 @@ def gather(
         Slot of ``.obsm``, or several whose columns are put side by side.
     donor_key
         Column of ``.obs`` that names the donor of each slide.
+    label_key
+        Column of ``.obs`` with a label of each row.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
     missing
@@ -110,6 +113,8 @@ def gather(
                 parts["features"] = features if whole else features[rows]  # features can be gigabytes: no copy
             if donor_key is not None:
                 parts["donor"] = _donor(table, donor_key, slide)
+            if label_key is not None:
+                parts["labels"] = _labels(table, label_key, slide)
             if "crops" in need:
                 from spatiaflow._slides.crops import slide_crops
 
@@ -138,6 +143,17 @@ def _donor(table: AnnData, donor_key: str, slide: Slide) -> str:
             "table holds several slides, tell them apart with library_key."
         )
     return names.pop()
+
+
+def _labels(table: AnnData, label_key: str, slide: Slide) -> np.ndarray:
+    """Label of each row, as text; every row has one."""
+    found = _io.groups(table, label_key).iloc[slide.rows]
+    if found.isna().any():
+        raise ValueError(
+            f"obs[{label_key!r}] must name a group for every row; {found.isna().sum()} of {len(found)} rows of slide "
+            f"{slide.name!r} have none. Leave these rows out, or name a group for them."
+        )
+    return _io.as_text(found)
 
 
 def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], named: bool) -> str:

@@ -34,6 +34,7 @@ def train_stflow(
     target_sum: float | None = 1e4,
     config: str | STFlowConfig = "default",
     donor_key: str | None = None,
+    fold_key: str | None = None,
     validation: Sequence[str] | float | None = None,
     max_epochs: int | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -73,10 +74,14 @@ def train_stflow(
     donor_key
         Column of ``.obs`` that names the donor of each slide. With two donors or more, whole donors are held out in turn. None:
         all slides are of one donor.
+    fold_key
+        Column of ``.obs`` with the fold of each spot. Spots of a fold are held out together, over all slides. Use it for
+        serial sections of one donor, with regions of the registered sections as folds, if the model is for other donors:
+        leaving out a section rewards what is known of the place (see ``docs/uncertainty.md``).
     validation
-        What is held out inside ``data`` to stop, stack and calibrate. None holds out each donor in turn; with one donor each
-        slide, or contiguous bands where there are fewer than three slides. Names hold out slides. A fraction of at most 0.5
-        holds out one of 1 / fraction contiguous bands of every slide.
+        What is held out inside ``data`` to stop, stack and calibrate. None holds out each fold or donor in turn; with one donor
+        each slide, or contiguous bands where there are fewer than three slides. Names hold out slides. A fraction of at most
+        0.5 holds out one of 1 / fraction contiguous bands of every slide.
     max_epochs
         Epochs of each network; the config's when None.
     checkpoint_dir
@@ -142,7 +147,9 @@ def train_stflow(
     tables = [_io.unpack(one, table_key)[1] for one in _io.objects_of(data).values()]
     encoder = _io.same_encoder(tables, use_rep) | stain_range(_io.stain(tables, use_rep))
     shared = _io.shared_genes(tables) if names is None else names
-    slides = gather(data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key)
+    slides = gather(
+        data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key, label_key=fold_key
+    )
     _check_training(slides, shared, use_rep)
     if target_sum is not None:
         _io.check_library(tables, layer, "sf.tl.train_stflow(data, genes=[...])")
@@ -151,6 +158,8 @@ def train_stflow(
         kept = _most_variable(slides, int(cast("int", genes)), target_sum)
         slides = [slide.align(kept) for slide in slides]
     held_out = _io.held_out(validation, [slide.name for slide in slides], largest=0.5)
+    if fold_key is not None:
+        _check_folds(slides, fold_key, validation)
     logger.info("training STFlow on %d slide(s), %d spots, device %s", len(slides), sum(map(len, slides)), target)
     return train(
         slides, chosen_config, encoder=encoder, target_sum=target_sum, validation=held_out, max_epochs=max_epochs,
@@ -182,6 +191,15 @@ def _check_training(slides: list[Slide], genes: Sequence[str], use_rep: str) -> 
     first = slides[0].features[0]
     if all((slide.features == first).all() for slide in slides):
         raise ValueError(f"obsm[{use_rep!r}] is the same in every row; there is nothing to learn from.")
+
+
+def _check_folds(slides: list[Slide], fold_key: str, validation: object) -> None:
+    """Refuse folds that leave nothing to train on, or nothing to do."""
+    if validation is not None:
+        raise ValueError("fold_key and validation both say what is held out; give one of them.")
+    folds = {label for slide in slides for label in slide.labels}
+    if len(folds) < 2:
+        raise ValueError(f"obs[{fold_key!r}] must name at least 2 folds; it names {', '.join(map(repr, folds))}.")
 
 
 def _usable(slide: Slide) -> Slide:

@@ -97,7 +97,7 @@ def train_stflow(
     target_sum
         Expression is log1p of counts per ``target_sum`` of the library; None: log1p of raw counts.
     validation
-        Names of slides to hold out, a fraction of each, or None: each slide in turn.
+        Names of slides to hold out, a fraction of each, or None: each slide in turn; rows of one label where slides have them.
     """
     n_epochs = max_epochs or config.max_epochs
     run: dict = {"target_sum": target_sum, "validation": validation, "seed": seed}
@@ -107,7 +107,8 @@ def train_stflow(
     with claim(
         checkpoint_dir, resume, config=config, genes=slides[0].genes, max_epochs=n_epochs,
         slides=tuple(s.name for s in slides), donors=tuple(s.donor for s in slides),
-        data=[value for s in slides for value in (s.xy, s.features, s.counts.toarray(), s.library)], **run,
+        data=[value for s in slides for value in (s.xy, s.features, s.counts.toarray(), s.library)],
+        folds=tuple(None if s.labels is None else tuple(s.labels) for s in slides), **run,
     ):  # fmt: skip
         return _fit_stflow(slides, config, encoder, n_epochs, **run, **options)
 
@@ -227,9 +228,13 @@ def _residual_std(groups: list[list[Slide]], choices: Choices) -> np.ndarray:
 
 
 def _groups(slides: list[Slide], seed: int) -> list[list[Slide]]:
-    """Slides in at most MAX_FOLDS groups: by donor where there are several; one or two slides are cut into bands first."""
+    """Slides in at most MAX_FOLDS groups: by label or donor where there are several; one or two slides are cut into bands."""
     donors = list(dict.fromkeys(s.donor for s in slides))
-    if len(donors) > 1:
+    if slides[0].labels is not None:
+        labels = sorted({label for s in slides for label in s.labels})
+        cut = [[s.take(s.labels == label, f"{s.name}:{label}") for s in slides] for label in labels]
+        pieces = [kept for part in cut if (kept := [s for s in part if len(s) > 1])]
+    elif len(donors) > 1:
         pieces = [[s for s in slides if s.donor == donor] for donor in donors]
     else:
         if len(slides) < 3:
