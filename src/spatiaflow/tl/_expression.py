@@ -106,10 +106,11 @@ def train_stflow(
     Raises
     ------
     KeyError
-        Features, layer or genes are missing.
+        Features, layer, genes or a column of ``.obs`` are missing.
     ValueError
         Counts are not raw, values are not finite, the scale is unknown, features differ between slides, a slide has
-        fewer than two spots on tissue with counts, or ``checkpoint_dir`` holds another run or a damaged file.
+        fewer than two spots on tissue with counts, ``fold_key`` names fewer than two folds or none for some spots or stands
+        beside ``validation``, or ``checkpoint_dir`` holds another run or a damaged file.
     RuntimeError
         Another run uses ``checkpoint_dir``; the message names it.
     OSError
