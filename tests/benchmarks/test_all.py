@@ -169,6 +169,17 @@ def test_the_best_of_each_run_is_compared_with_where_it_differs(book):
     np.testing.assert_allclose([found.difference, found.low, found.high], [0.1, 0, 0.3])
 
 
+def test_the_best_of_each_run_does_not_stand_for_a_method_that_was_no_candidate(book):
+    """Published methods are measured apart: the difference to another method says nothing of them."""
+    for split, value in (("x", 0.5), ("y", 0.6)):
+        book.add("d", split, 0, "a", {"r": value, "r minus b": 0.2, "r minus b, low": 0.1, "r minus b, high": 0.3})
+        book.add("d", split, 0, "b", {"r": value - 0.2})
+        book.add("d", split, 0, "c", {"r": value - 0.05})
+    found = everything.line(task(over="mice"))
+    assert (found.best, found.over) == ("c", "2 mice")
+    assert found.difference == pytest.approx(0.05)
+
+
 def test_a_longer_name_is_another_method(book):
     book.add("d", "x", 0, "b", {"r": 0.4})
     book.add("d", "x", 0, "a", {"r": 0.5, "r minus b + smoothing": 0.3, "r minus b + smoothing, low": 0.2})
