@@ -3,7 +3,7 @@
     python benchmarks/imputation.py pancreas --store pancreas.zarr --cache features
     python benchmarks/imputation.py known --store pancreas.zarr --cache features [--weights FILE]
     python benchmarks/imputation.py starmap
-    python benchmarks/imputation.py others      gimVI and Tangram on STARmap, where scvi-tools and tangram-sc are installed
+    python benchmarks/imputation.py others [--method SpaGE]     published methods on STARmap, where they are installed
     python benchmarks/imputation.py bulb
     python benchmarks/imputation.py memory
 
@@ -27,6 +27,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsRegressor
 
+import peers
 import results
 import spatiaflow as sf
 from flow_head import fit_head
@@ -317,43 +318,10 @@ def starmap(a, table: results.Table) -> None:
     evaluate(table, "starmap", starmap_tasks(a), a)
 
 
-def gimvi(seq: ad.AnnData, spatial: ad.AnnData, hidden: np.ndarray, target_sum: float, seed: int) -> np.ndarray:
-    """Hidden genes of spatial cells by gimVI at its own settings."""
-    import scvi
-
-    scvi.settings.seed = seed
-    for table in (seq, spatial):
-        scvi.external.GIMVI.setup_anndata(table)
-    model = scvi.external.GIMVI(seq, spatial)
-    model.train()
-    return per_shown(model.get_imputed_values(normalized=True)[1], hidden, target_sum)
-
-
-def tangram(seq: ad.AnnData, spatial: ad.AnnData, hidden: np.ndarray, target_sum: float, seed: int) -> np.ndarray:
-    """Hidden genes of spatial cells by Tangram, every reference cell mapped, at its own settings."""
-    import tangram as tg
-
-    order = seq.var_names.str.lower()  # as Tangram calls them from here on
-    tg.pp_adatas(seq, spatial)
-    found = tg.map_cells_to_space(seq, spatial, mode="cells", device="cpu", random_state=seed, verbose=False)
-    projected = tg.project_genes(found, seq).to_df().reindex(columns=order).fillna(0)
-    return per_shown(projected.to_numpy(), hidden, target_sum)
-
-
-def per_shown(values: np.ndarray, hidden: np.ndarray, target_sum: float) -> np.ndarray:
-    """Log1p of hidden genes per ``target_sum`` of all others."""
-    total = np.delete(values, hidden, 1).sum(1, keepdims=True)
-    return np.log1p(target_sum * values[:, hidden] / np.maximum(total, 1e-12))
-
-
 def others(a, table: results.Table) -> None:
     """Published methods on the folds of ``starmap``."""
-    import importlib.util
-
-    methods = {"gimVI": ("scvi", gimvi), "Tangram": ("tangram", tangram)}
-    for name, (package, method) in methods.items():
-        if not importlib.util.find_spec(package):
-            print(f"{name} is not installed")
+    for name, (package, method) in peers.IMPUTATION.items():
+        if a.method not in (None, name) or not peers.installed(package, name):
             continue
         for where, task in starmap_tasks(a).items():
             for seed in range(a.seeds):
@@ -365,8 +333,7 @@ def others(a, table: results.Table) -> None:
                     query = task.cells(task.query, shown, hidden, True)
                     names = [task.genes[i] for i in hidden]
                     truth.append(query.align(names).log_normalized(task.target_sum).toarray())
-                    left = task.query[:, shown].copy()
-                    found.append(method(ad.concat(task.reference), left, hidden, task.target_sum, seed))
+                    found.append(peers.imputed(method, task.reference, task.query, hidden, task.target_sum, seed))
                 r = np.nanmean(gene_pearson(np.hstack(truth), np.hstack(found)))
                 table.add("starmap", where, seed, name, {"pearson": r, "seconds": time.perf_counter() - start})
 
@@ -419,6 +386,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", type=int, default=3)
     out.add_argument("--folds", type=int, default=N_FOLDS, help="how many of the five are scored")
     out.add_argument("--only", help="one mouse")
+    out.add_argument("--method", choices=list(peers.IMPUTATION), help="one published method")
     return out
 
 

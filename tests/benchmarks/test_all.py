@@ -88,7 +88,7 @@ def test_no_simple_method_is_left_out_that_is_better():
     """Ours in other forms, and rows that are no method or know what no method may, aside."""
     aside = (
         "SPATIA", "ours", "generated", "gain of", "real targets", "training targets", "STFlow", "deterministic twin",
-        "no context", "depth only", "position only", "ceiling",
+        "no context", "depth only", "position only", "ceiling", "cluster_niches",
     )  # fmt: skip
     for row in everything.ROWS:
         rows = results.select(results.read(row.script), **row.where, metric=row.metric)
@@ -167,6 +167,17 @@ def test_the_best_of_each_run_is_compared_with_where_it_differs(book):
         book.add("d", "x", seed, "c", {"r": 0.3})
     found = everything.line(task())
     np.testing.assert_allclose([found.difference, found.low, found.high], [0.1, 0, 0.3])
+
+
+def test_the_best_of_each_run_does_not_stand_for_a_method_that_was_no_candidate(book):
+    """Published methods are measured apart: the difference to another method says nothing of them."""
+    for split, value in (("x", 0.5), ("y", 0.6)):
+        book.add("d", split, 0, "a", {"r": value, "r minus b": 0.2, "r minus b, low": 0.1, "r minus b, high": 0.3})
+        book.add("d", split, 0, "b", {"r": value - 0.2})
+        book.add("d", split, 0, "c", {"r": value - 0.05})
+    found = everything.line(task(over="mice"))
+    assert (found.best, found.over) == ("c", "2 mice")
+    assert found.difference == pytest.approx(0.05)
 
 
 def test_a_longer_name_is_another_method(book):
