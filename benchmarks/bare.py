@@ -25,7 +25,7 @@ import results
 import spatiaflow as sf
 from joint import FFPE, N_GENES, SECTIONS
 from spatiaflow._slides import gather
-from spatiaflow._slides.artefacts import COARSEST_UM, artefacts_of, at_cells
+from spatiaflow._slides.artefacts import COARSEST_UM, NO_TISSUE, artefacts_of, at_cells
 from spatiaflow._slides.grid import tissue_of
 from spatiaflow._slides.patches import BLACK, optical_density
 from spatiaflow.models.regression import gene_pearson
@@ -63,7 +63,8 @@ def tissue(table: results.Table) -> None:
     """Shares of spots, squares of 100 µm."""
     for name, picture, xy, under, mpp in sections():
         patches = tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None)
-        spoilt = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp) > 0
+        codes = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp)
+        spoilt = (codes > 0) & (codes <= NO_TISSUE)
         found = patches.share(without=spoilt) >= MIN_TISSUE
         scores = {"spots under tissue kept": found[under].mean()}
         if not under.all():
