@@ -23,7 +23,9 @@ from scipy.spatial import cKDTree
 
 import results
 import spatiaflow as sf
-from spatiaflow._slides.artefacts import COARSEST_UM, artefacts_of, at_cells
+from joint import FFPE, N_GENES, SECTIONS
+from spatiaflow._slides import gather
+from spatiaflow._slides.artefacts import COARSEST_UM, NO_TISSUE, artefacts_of, at_cells
 from spatiaflow._slides.grid import tissue_of
 from spatiaflow._slides.patches import BLACK, optical_density
 from spatiaflow.models.regression import gene_pearson
@@ -31,6 +33,8 @@ from spatiaflow.models.slide import MIN_TISSUE
 from stflow_weights import RECIPES, load
 
 WIDTH, HEIGHT, TILE, MPP = 100_000, 80_000, 512, 0.25
+HELD_OUT = ("breast", *FFPE)
+BLOCK_UM = 500.0  # of the bootstrap
 
 
 def sections():
@@ -59,7 +63,8 @@ def tissue(table: results.Table) -> None:
     """Shares of spots, squares of 100 µm."""
     for name, picture, xy, under, mpp in sections():
         patches = tissue_of(picture, xy + 0.5, 100 / mpp, channels_first=False, progress=lambda _: None)
-        spoilt = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp) > 0
+        codes = at_cells(artefacts_of(picture, mpp), xy + 0.5, 100 / mpp)
+        spoilt = (codes > 0) & (codes <= NO_TISSUE)
         found = patches.share(without=spoilt) >= MIN_TISSUE
         scores = {"spots under tissue kept": found[under].mean()}
         if not under.all():
@@ -211,47 +216,56 @@ def large(table: results.Table, model: str, folder: Path) -> None:
     table.add("large", f"{WIDTH} x {HEIGHT} px", 0, "grid", scores)
 
 
+def sections_of(name: str):
+    """Sections that share a task with their features, and the column of their donors."""
+    if name in RECIPES:
+        return {section: load(name, section) for section in RECIPES[name].sections}, RECIPES[name].donor_key
+    slides = {section: sf.datasets.visium_ffpe(f"{FFPE[name]}_{section}") for section in SECTIONS[name]}
+    sf.pp.encode_patches(slides)
+    return slides, None
+
+
 def held_out(table: results.Table, name: str, seeds: int) -> None:
     """Each section left out: the model's prediction at the spots, and read from a grid, nearest square or interpolated."""
-    recipe = RECIPES[name]
-    slides = {section: load(name, section) for section in recipe.sections}
+    (slides, donor_key), difference = sections_of(name), "interpolated minus spots"
     for seed in range(seeds):
         for section, test in slides.items():
-            if not table.lacks(name, section, seed, "grid of 200 µm"):
+            if not table.lacks(name, section, seed, "grid of 200 µm", difference):
                 continue
             rest = [slide for other, slide in slides.items() if other != section]
-            model = sf.tl.train_stflow(rest, donor_key=recipe.donor_key, random_state=seed)
+            model = sf.tl.train_stflow(rest, genes=N_GENES, donor_key=donor_key, random_state=seed)
             (library,) = test.uns["spatial"].values()
-            mpp = library["metadata"]["microns_per_pixel"]
             path = library["metadata"].get("source_image_path")
             picture, scale = (
                 (path, 1.0) if path else (library["images"]["hires"], library["scalefactors"]["tissue_hires_scalef"])
             )
-            y = truth(test, model)
-            at_spots = test.copy()
+            (slide,), spots = gather(test, need=("counts",)), test.obsm["spatial"] * scale
+            mpp = float(np.linalg.norm(np.ptp(slide.xy, axis=0)) / np.linalg.norm(np.ptp(spots, axis=0)))
+            y, at_spots = truth(test, model), test.copy()
             sf.tl.predict_expression(at_spots, model=model, random_state=seed)
             table.add(name, section, seed, "spots", {"pearson": pearson(y, at_spots.obsm["stflow"])})
             for step in (100, 200):
-                grid = sf.pp.grid(picture, mpp=mpp / scale, step_um=step)
+                grid = sf.pp.grid(picture, mpp=mpp, step_um=step)
                 sf.pp.encode_patches(grid, model=model)
                 sf.tl.predict_expression(grid, model=model, random_state=seed)
-                distance, nearest = cKDTree(grid.obsm["spatial"]).query(test.obsm["spatial"] * scale)
-                near = distance * mpp / scale < step
-                values, there = grid.obsm["stflow"], test.obsm["spatial"][near] * scale
-                between = LinearNDInterpolator(grid.obsm["spatial"], values)(there)
-                between = np.where(np.isfinite(between), between, values[nearest[near]])  # at the border of the tissue
+                distance, nearest = cKDTree(grid.obsm["spatial"]).query(spots)
+                near = distance * mpp < step
+                nearest, own = grid.obsm["stflow"][nearest[near]], at_spots.obsm["stflow"][near]
+                between = LinearNDInterpolator(grid.obsm["spatial"], grid.obsm["stflow"])(spots[near])
+                between = np.where(np.isfinite(between), between, nearest)  # at the border of the tissue
+                blocks = sf.metrics.spatial_blocks(slide.xy[near], BLOCK_UM)
+                apart = sf.metrics.paired_pearson_difference(y[near], between, own, blocks)
                 scores = {
-                    "pearson": pearson(y[near], values[nearest[near]]),
+                    "pearson": pearson(y[near], nearest),
                     "pearson, interpolated": pearson(y[near], between),
-                    "pearson at the same spots": pearson(y[near], at_spots.obsm["stflow"][near]),
-                }
-                table.add(name, section, seed, f"grid of {step} µm", scores | {"spots read": near.mean()})
+                    "pearson at the same spots": pearson(y[near], own),
+                    "spots read": near.mean(),
+                } | {f"{difference}{end}": value for end, value in zip(("", ", low", ", high"), apart)}
+                table.add(name, section, seed, f"grid of {step} µm", scores)
 
 
 def truth(test, model) -> np.ndarray:
     """Log-normalised expression of the model's genes, spots x genes."""
-    from spatiaflow._slides import gather
-
     (slide,) = gather(test, need=("counts",))
     return slide.align(model.genes).log_normalized().toarray()
 
@@ -264,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = results.parser(__doc__)
     out.add_argument("what", choices=("tissue", "blur", "stain", "large", "held-out"))
-    out.add_argument("--names", nargs="+", default=list(RECIPES))
+    out.add_argument("--names", nargs="+", choices=HELD_OUT, default=list(HELD_OUT))
     out.add_argument("--model", default="stflow-breast-small")
     out.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     out.add_argument("--seeds", type=int, default=1)

@@ -64,8 +64,24 @@ def test_a_stroke_of_a_pen_is_no_tissue(ink):
 def test_nuclei_and_blood_are_no_pen():
     image = tissue()
     image[300:400, 300:400] = [70, 60, 150]  # dense haematoxylin
-    image[400:500, 450:550] = [200, 60, 70]
+    image[400:500, 450:550] = [160, 43, 92]  # the reddest of vessels in a section of lung
     assert not artefacts_of(image, UM).any()
+
+
+@pytest.mark.parametrize("ink", [(200, 30, 40), (230, 70, 90)])
+def test_red_ink_is_named_and_kept(ink):
+    image = tissue()
+    image[650:690, 100:800] = ink  # on glass
+    image[300:500, 400:440] = ink  # over tissue
+    found = artefacts_of(image, UM)
+    assert (found[650:690, 100:800] == 4).all()
+    assert (found[300:500, 400:440] == 4).all()
+    assert (found > 0).mean() < 0.07
+    with pytest.warns(UserWarning, match="as red as ink"):
+        grid = sf.pp.grid(image, mpp=UM)
+    assert set(grid.obs["artefact"].dropna()) == {"red"}
+    assert grid.obs["tissue"][grid.obs["artefact"] == "red"].max() == 1
+    assert grid[grid.obs["artefact"] != "red"].obsm["spatial"][:, 1].max() < 560
 
 
 def test_a_small_copy_in_a_corner_is_no_tissue():

@@ -1,4 +1,7 @@
-"""What spoils a picture of a slide: pen, the frame of a Visium slide, a small copy in a corner, and parts out of focus."""
+"""What spoils a picture of a slide: pen, the frame of a Visium slide, a small copy in a corner, and parts out of focus.
+
+Red ink cannot be told for sure from blood of an orange stain. It has a name of its own, and is kept.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from scipy.spatial import cKDTree
 
 from spatiaflow._slides.patches import BLACK, CELLS, brightest, cut, glass, optical_density
 
-NAMES = ("pen", "frame", "inset", "blurred")  # codes 1 to 4; the first three are no tissue
+NAMES = ("pen", "frame", "inset", "red", "blurred")  # codes 1 to 5
+NO_TISSUE = 3  # the first three are no tissue
 COVERED = 0.05  # share of a square that an artefact covers, at least, to be named
 
 DOT_UM = (45.0, 160.0)  # diameters that a fiducial of a Visium slide may have; they measure about 90 µm, 150 µm apart
@@ -29,6 +33,7 @@ PEN_UM = 100.0  # width of the thinnest stroke
 PEN_MM2 = 0.1  # area of the smallest
 STROKE = 0.3  # mean optical density of ink, at least
 BLUER = 0.35  # ink absorbs more red than green, by this share of the mean; H&E at most .22 in any section looked at
+REDDER = 0.7  # red ink absorbs more blue than red, by this share of the mean; H&E at most .57, vessels with blood at most .54
 # mean optical density of black ink, and largest difference of its channels, as a share
 BLACK_INK, COLOURLESS = 1.2, 0.12
 
@@ -50,7 +55,8 @@ def artefacts_of(small: np.ndarray, um: float) -> np.ndarray:
         return out
     density, threshold = optical_density(small, known)
     reach = max(1, round(RIM_UM / um))
-    for code, found in enumerate((pen(small, known, um), frame(known & (density > threshold), um), inset(known)), 1):
+    cold, red = pen(small, known, um)
+    for code, found in ((4, red), (1, cold), (2, frame(known & (density > threshold), um)), (3, inset(known))):
         if found.any():
             out[ndimage.binary_dilation(found, iterations=reach)] = code
     return out
@@ -97,8 +103,11 @@ def _commonest(values: np.ndarray) -> float:
     return float(np.median(values[first : ends[first]]))
 
 
-def pen(small: np.ndarray, known: np.ndarray, um: float) -> np.ndarray:
-    """Strokes of green, blue and black pens. Red ink has the colour of eosin and blood, and is not found."""
+def pen(small: np.ndarray, known: np.ndarray, um: float) -> tuple[np.ndarray, np.ndarray]:
+    """Strokes of green, blue and black pens, and of red ones.
+
+    Ink between red and purple, and pink ink over tissue, has the colour of eosin, and is not found.
+    """
     white, width = glass(small[known]), max(1, round(PEN_UM / 4 / um))
     red, green, blue = (
         -np.log(np.maximum(ndimage.uniform_filter(small[..., i].astype(np.float32), width), 1) / white[i])
@@ -106,7 +115,13 @@ def pen(small: np.ndarray, known: np.ndarray, um: float) -> np.ndarray:
     )
     mean = (red + green + blue) / 3
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    ink = known & (mean > STROKE) & ((red - green > BLUER * mean) | ((mean > BLACK_INK) & (spread < COLOURLESS * mean)))
+    dense = known & (mean > STROKE)
+    cold = dense & ((red - green > BLUER * mean) | ((mean > BLACK_INK) & (spread < COLOURLESS * mean)))
+    return _strokes(cold, um), _strokes(dense & (blue - red > REDDER * mean), um)
+
+
+def _strokes(ink: np.ndarray, um: float) -> np.ndarray:
+    """Ink that is as broad and as large as a stroke."""
     broad = ndimage.binary_opening(ink, np.ones((2, 2)), iterations=max(1, round(PEN_UM / 2 / um)))
     labels, n = ndimage.label(broad)
     return (np.bincount(labels.ravel(), minlength=n + 1) * um**2 / 1e6 >= PEN_MM2)[labels] & broad

@@ -15,7 +15,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, warn
-from spatiaflow._slides.artefacts import COARSEST_UM, SHARP_UM, artefacts_of, at_cells, named, sharpness
+from spatiaflow._slides.artefacts import COARSEST_UM, NO_TISSUE, SHARP_UM, artefacts_of, at_cells, named, sharpness
 from spatiaflow._slides.grid import PIXELS, annotation_of, shrunk, squares, tissue_of
 from spatiaflow.models.slide import MIN_TISSUE
 
@@ -68,8 +68,9 @@ def grid(
         :func:`spatiaflow.pp.encode_patches` replaces it by that of its own patch, which may be smaller, so that a few squares
         become glass
     ``.obs["artefact"]`` : categories, what spoils the square; missing where nothing does. ``"pen"`` (blue, green and black
-        ink; not red), ``"frame"`` (the dots around a Visium slide) and ``"inset"`` (a small copy in a corner, set off by
-        black) are no tissue, and cover at least 5 % of the square. ``"blurred"`` is out of focus; this is judged where the
+        ink), ``"frame"`` (the dots around a Visium slide) and ``"inset"`` (a small copy in a corner, set off by black) are no
+        tissue, and cover at least 5 % of the square. ``"red"`` is as red as ink: a red or pink pen, or blood of an orange
+        stain; such squares stay, and a warning counts them. ``"blurred"`` is out of focus; this is judged where the
         picture has at most 2 µm per pixel, against the sharpest quarter of its squares, and such squares stay
     ``.obs["annotation"]`` : with ``region``, categories: name of the smallest region around the centre; missing outside
     ``.obsm["spatial"]`` : float64 (n, 2), centres in pixels of the image
@@ -95,7 +96,8 @@ def grid(
     Warns
     -----
     UserWarning
-        The picture is dark, as fluorescence is; its colours are not those of H&E; ``mpp`` contradicts the file.
+        The picture is dark, as fluorescence is; its colours are not those of H&E; squares are as red as ink; ``mpp`` contradicts
+        the file.
 
     See Also
     --------
@@ -147,7 +149,7 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     small, step = shrunk(opened, HIRES, channels_first=first)
     codes = np.zeros(small.shape[:2], np.uint8) if dark else artefacts_of(small, scale * step)
     spoilt = at_cells(codes, (places + 0.5) * width / step, width / step)
-    cells = tissue.cells(without=spoilt > 0)
+    cells = tissue.cells(without=(spoilt > 0) & (spoilt <= NO_TISSUE))
     share = cells.mean((1, 2), dtype=np.float32)
     kept = share >= max(min_tissue, 1e-6)
     logger.info("%r: %d of %d squares are tissue, %.3g µm per pixel", found.name, kept.sum(), len(kept), found.mpp)
@@ -164,6 +166,11 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     places, name = places[kept], _io.plain_stem(found.name)
     xy = (places + 0.5) * step_um / found.mpp  # pixel i covers [i, i + 1)
     artefact = named(spoilt[kept], _sharpness(found, xy, step_um))
+    if n := (artefact == "red").sum():
+        warn(
+            f"{n} squares of image {found.name!r} are as red as ink. Look at sf.pl.tissue(grid). If it is pen and not blood, "
+            'drop them: grid[grid.obs["artefact"] != "red"].'
+        )
     obs = pd.DataFrame(
         {Key.obs.tissue: share[kept], "artefact": artefact}, index=[f"{name}_{x}_{y}" for x, y in places]
     )
