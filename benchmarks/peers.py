@@ -110,27 +110,9 @@ def banksy(cells: ad.AnnData, seed: int, neighbours: tuple) -> Iterator:
         yield k, labels(resolutions=[], max_labels=N_NICHES)
 
 
-def novae(cells: ad.AnnData, seed: int, hops: tuple) -> Iterator:
-    """Graph network that is trained from nothing: the published weights are not at hand."""
-    import novae as package
-    from pytorch_lightning import seed_everything
-
-    for n in hops:
-        seed_everything(seed, verbose=False)
-        mice = [cells[cells.obs["mouse"] == mouse].copy() for mouse in cells.obs["mouse"].cat.categories]
-        package.spatial_neighbors(mice, radius=100, verbose=False)
-        model = package.Novae(mice, n_hops_local=n, n_hops_view=n)
-        model.fit(accelerator="cpu", enable_progress_bar=False)
-        model.compute_representations(mice)
-        for number, name in ((7, OWN_NUMBER), (N_NICHES, n)) if n == hops[0] else ((N_NICHES, n),):
-            key = model.assign_domains(mice, n_domains=number)
-            yield name, pd.concat([mouse.obs[key].astype(str) for mouse in mice])[cells.obs_names].to_numpy()
-
-
 NICHES = [
     NichePeer("CellCharter", "cellcharter", "layers", (3, 2, 5, 8), cellcharter),
     NichePeer("BANKSY", "banksy", "neighbours", (15, 30, 60, 120), banksy),
-    NichePeer("novae, from nothing", "novae", "hops", (2, 1, 3, 4), novae),
 ]
 
 
