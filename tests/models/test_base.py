@@ -34,6 +34,8 @@ def test_what_is_saved_is_loaded(name, tmp_path):
     assert type(again) is type(model)
     assert again.sha256 == model.sha256
     assert repr(again) == repr(model)
+    assert len(model.genes) in (0, sf.datasets.weights().loc[name, "genes"])
+    assert [*again.genes] == [*model.genes]
     assert json.dumps(again.card, default=_base._plain) == json.dumps(model.card, default=_base._plain)
 
 

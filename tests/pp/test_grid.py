@@ -17,7 +17,6 @@ from spatialdata.transformations import Scale
 
 import spatiaflow as sf
 from spatiaflow._io import open_image
-from spatiaflow._slides.grid import shrunk, squares
 
 GLASS, MPP = 235, 2.0
 
@@ -367,23 +366,6 @@ def test_annotations_that_cannot_be_meant(tmp_path):
     path.write_text("<xml>")
     with pytest.raises(ValueError, match="no GeoJSON"):
         sf.pp.grid(section(), mpp=MPP, step_um=40, region=path)
-
-
-@pytest.mark.parametrize("channels_first", [False, True])
-def test_a_shrunk_copy_is_the_mean_of_squares(monkeypatch, channels_first):
-    monkeypatch.setattr("spatiaflow._slides.grid.BLOCK", 64)
-    image = np.random.default_rng(0).integers(0, 255, (203, 305, 4), dtype=np.uint8)
-    given = image.transpose(2, 0, 1) if channels_first else image
-    found, factor = shrunk(given, 80, channels_first=channels_first)
-    assert factor == 4
-    right = image[:200, :304, :3].reshape(50, 4, 76, 4, 3).mean((1, 3))
-    np.testing.assert_allclose(found, right, atol=0.51)
-
-
-def test_squares_cover_the_picture():
-    assert len(squares((100, 250), 50)) == 10
-    assert len(squares((10, 10), 50)) == 1
-    assert squares((100, 250), 50).max(0).tolist() == [4, 1]
 
 
 def test_from_a_picture_to_a_map(tmp_path, slide):

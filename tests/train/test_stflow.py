@@ -50,14 +50,6 @@ def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):
         torch.load(path, weights_only=True)
 
 
-@pytest.mark.usefixtures("own_draws")
-def test_paper_config_is_the_paper():
-    from spatiaflow.models.stflow import Denoiser
-
-    for size, count in (((1024, 50), 1_147_724), ((1536, 313), 1_483_624)):
-        assert sum(p.numel() for p in Denoiser(STFlowConfig.of("paper").denoiser(*size)).parameters()) == count
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -73,6 +73,8 @@ class Model(ABC):
         Name of the class, as it stands in the file.
     verb
         The function that applies the model, for error messages.
+    genes
+        Names of the genes that it reads or predicts; none where it knows images alone.
     card
         Dict with data (slides and their boxes), config, seed, epochs done, validation scores, versions and licence; see
         :func:`model_card`.
@@ -80,6 +82,7 @@ class Model(ABC):
 
     kind: ClassVar[str]
     verb: ClassVar[str]
+    genes: Sequence[str]
     card: dict
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -54,7 +54,7 @@ class ImageFeatures(_base.Model, nn.Module):
 
     def __init__(self, config: FeaturesConfig, card: dict | None = None) -> None:
         super().__init__()
-        self.config, self.card, self.num_features = config, card or {}, config.n_features
+        self.config, self.genes, self.card, self.num_features = config, (), card or {}, config.n_features
         n, layers = len(config.channels), []
         for step, out in enumerate((1, 2, 4)):
             out *= config.width

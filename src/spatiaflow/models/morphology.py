@@ -291,7 +291,7 @@ class MorphologyFlow(_base.Model):
         self.network, self.config, self.surrogate = network.eval(), network.config, surrogate
         self.autoencoder = autoencoder.eval()
         self.shifts, self.intensity, self.history, self.card = shifts, intensity, history, card
-        self.states = states
+        self.genes, self.states = (), states
 
     def __repr__(self) -> str:
         return f"MorphologyFlow: {', '.join(self.config.transitions)}; channels {', '.join(self.config.channels)}"

@@ -285,7 +285,7 @@ class Spatia(_base.Model):
         domains: dict[str, Domain] | None = None,
     ):
         self.network, self.config, self.target_sum = network.eval(), network.config, target_sum
-        self.history, self.card, self.domains = history, card, domains or {}
+        self.genes, self.history, self.card, self.domains = network.config.genes, history, card, domains or {}
 
     def __repr__(self) -> str:
         c = self.config

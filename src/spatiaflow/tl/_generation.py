@@ -289,7 +289,7 @@ def _slides_for(data: AnnData | SpatialData, where: Where, table: AnnData, model
         slides = cells_with_images(data, where, model.card["use_rep"], **size)
         _check_embeddings(table, slides, model)
         return slides
-    slides, genes = cells_with_images(data, where, None, counts=True, **size), set(model.genes)  # type: ignore[attr-defined]
+    slides, genes = cells_with_images(data, where, None, counts=True, **size), set(model.genes)
     for slide in slides:
         if missing := sorted(genes - set(slide.genes)):
             if 2 * len(missing) > len(genes):
