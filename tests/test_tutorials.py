@@ -15,24 +15,27 @@ SMALLER = {
     "expression_from_histology": (
         {
             "MAX_EPOCHS = 60": "MAX_EPOCHS = 2",
-            "(train, max_epochs": "(train, genes=20, max_epochs",
+            "(train, max_epochs": "(train, genes=8, max_epochs",
             "patch_um=155": "patch_um=64",
         },
         4,
     ),
     "from_a_picture": ({}, 4),
-    "impute_with_trust": ({".ravel() >= 15].copy()": ".ravel() >= 15][::2].copy()"}, 1),
-    "levels_of_tissue": ({'table = sdata["table"]': 'sdata["table"] = table = sdata["table"][::3].copy()'}, 4),
+    "impute_with_trust": (
+        {".ravel() >= 15].copy()": ".ravel() >= 15][::3].copy()", "starmap_mpfc()": "starmap_mpfc()[::3].copy()"},
+        2,
+    ),
+    "levels_of_tissue": ({'table = sdata["table"]': 'sdata["table"] = table = sdata["table"][::5].copy()'}, 4),
     "morphology_by_gene_dose": ({"doses = [0, 0.25, 0.5, 0.75, 1]": "doses = [0, 0.5, 1]"}, 3),
     "morphology_transition": ({"simulated_tissue(3000, seed=7)": "simulated_tissue(800, seed=7)"}, 5),
     "niches_across_a_cohort": ({"simulated_tissue(700, seed=i)": "simulated_tissue(300, seed=i)"}, 3),
     "your_own_data": (
         {
-            "SIZE = 1536": "SIZE = 1024",
+            "SIZE = 1536": "SIZE = 768",
             'TRAIN = ["C3", "C4", "C5"]': 'TRAIN = ["C5"]',
             ', "B4": "B4, another donor"': "",
             "MAX_EPOCHS = 12": "MAX_EPOCHS = 2",
-            "(train, max_epochs": "(train, genes=20, max_epochs",
+            "(train, max_epochs": "(train, genes=8, max_epochs",
             "patch_um=155": "patch_um=64",
             "(hidden), 150": "(hidden), 60",
         },

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
@@ -27,7 +28,7 @@ def gather(
     layer: str | None = None,
     use_rep: str | Sequence[str] | None = None,
     donor_key: str | None = None,
-    label_key: str | None = None,
+    fold_key: str | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
     missing: bool = False,
@@ -53,8 +54,8 @@ def gather(
         Slot of ``.obsm``, or several whose columns are put side by side.
     donor_key
         Column of ``.obs`` that names the donor of each slide.
-    label_key
-        Column of ``.obs`` with a label of each row.
+    fold_key
+        Column of ``.obs`` with the fold of each row, which becomes its label.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
     missing
@@ -113,8 +114,8 @@ def gather(
                 parts["features"] = features if whole else features[rows]  # features can be gigabytes: no copy
             if donor_key is not None:
                 parts["donor"] = _donor(table, donor_key, slide)
-            if label_key is not None:
-                parts["labels"] = _labels(table, label_key, slide)
+            if fold_key is not None:
+                parts["labels"] = _folds(table, fold_key, slide)
             if "crops" in need:
                 from spatiaflow._slides.crops import slide_crops
 
@@ -129,12 +130,7 @@ def gather(
 
 def _donor(table: AnnData, donor_key: str, slide: Slide) -> str:
     """Name of a slide's donor; a slide has one."""
-    _io.text(donor_key=donor_key)
-    if donor_key not in table.obs:
-        raise KeyError(
-            f"obs has no {donor_key!r} (donor_key); it has {', '.join(map(repr, table.obs.columns)) or 'no columns'}."
-        )
-    found = table.obs[donor_key].to_numpy()[slide.rows]
+    found = _column(table, slide, donor_key=donor_key).to_numpy()
     names = {str(one) for one in found}
     if len(names) != 1 or found[0] is None or found[0] != found[0]:
         listed = ", ".join(sorted(map(repr, names))[:3])
@@ -145,15 +141,26 @@ def _donor(table: AnnData, donor_key: str, slide: Slide) -> str:
     return names.pop()
 
 
-def _labels(table: AnnData, label_key: str, slide: Slide) -> np.ndarray:
-    """Label of each row, as text; every row has one."""
-    found = _io.groups(table, label_key).iloc[slide.rows]
+def _folds(table: AnnData, fold_key: str, slide: Slide) -> np.ndarray:
+    """Fold of each row, as text; every row has one."""
+    found = _column(table, slide, fold_key=fold_key)
     if found.isna().any():
         raise ValueError(
-            f"obs[{label_key!r}] must name a group for every row; {found.isna().sum()} of {len(found)} rows of slide "
-            f"{slide.name!r} have none. Leave these rows out, or name a group for them."
+            f"obs[{fold_key!r}] must name a fold for every row; {found.isna().sum()} of {len(found)} rows of slide "
+            f"{slide.name!r} have none. Leave these rows out, or name a fold for them."
         )
     return _io.as_text(found)
+
+
+def _column(table: AnnData, slide: Slide, **named: str) -> pd.Series:
+    """Values of a column of ``.obs``, named by the argument that gives it, in the rows of a slide."""
+    _io.text(**named)
+    ((argument, key),) = named.items()
+    if key not in table.obs:
+        raise KeyError(
+            f"obs has no {key!r} ({argument}); it has {', '.join(map(repr, table.obs.columns)) or 'no columns'}."
+        )
+    return table.obs[key].iloc[slide.rows]
 
 
 def unique_name(name: str, label: str, n_slides: int, taken: Collection[str], named: bool) -> str:

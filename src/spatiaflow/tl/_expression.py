@@ -149,7 +149,7 @@ def train_stflow(
     encoder = _io.same_encoder(tables, use_rep) | stain_range(_io.stain(tables, use_rep))
     shared = _io.shared_genes(tables) if names is None else names
     slides = gather(
-        data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key, label_key=fold_key
+        data, where, need=("counts", "features"), layer=layer, use_rep=use_rep, donor_key=donor_key, fold_key=fold_key
     )
     _check_training(slides, shared, use_rep)
     if target_sum is not None:
