@@ -1,9 +1,7 @@
 """Segmented cells of public raw files, against the raw files read slowly."""
 
 import sys
-from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +11,7 @@ from skimage.draw import polygon as fill
 
 import spatiaflow as sf
 from spatiaflow import _io
-from spatiaflow.datasets import _assemble, _fetch
+from spatiaflow.datasets import _fetch
 from spatiaflow.datasets._cells import repaired
 
 LOADERS = {"xenium_pancreas": 7619, "merfish_mouse_brain": 504}
@@ -146,44 +144,6 @@ def test_merfish_counts_are_the_molecules_in_the_polygon_of_their_plane(stores, 
     assert (points["cell_id"] != "").sum() == table.X.sum() + table.obsm["controls"].sum()
 
 
-def test_starmap_has_three_mice_with_the_layers_in_order(cortex, cache):
-    import rdata
-
-    assert cortex.obs["mouse"].value_counts().to_dict() == {"BZ5": 1049, "BZ9": 1053, "BZ14": 1088}
-    assert cortex.n_vars == 166
-    assert cortex.obs["cell_type"].nunique() == 15
-    assert cortex.obs["layer"].cat.ordered
-    assert list(cortex.obs["layer"].cat.categories) == ["L1", "L2/3", "L5", "L6"]
-    depth = pd.Series(cortex.obsm["spatial"][:, 0], cortex.obs_names).groupby(
-        [cortex.obs["mouse"], cortex.obs["layer"]], observed=True
-    )
-    assert (depth.mean().unstack().diff(axis=1).iloc[:, 1:] > 0).all(axis=None)  # layers lie at increasing depth
-    most = pd.crosstab(cortex.obs["cell_type"], cortex.obs["layer"]).idxmax(axis=1)
-    assert most[["eL2/3", "L5-1", "eL5-3", "eL6-1", "eL6-2"]].tolist() == ["L2/3", "L5", "L5", "L6", "L6"]
-
-    raw = rdata.read_rda(cache / "starmap_mpfc" / "starmap_mpfc.RData")
-    for name, counts in raw["starmap_cnts"].items():
-        for i in (0, 500, 1000):
-            cell = str(counts["dim_1"].values[i])
-            mine = cortex[f"{name.split('_')[1]}_{cell}"]
-            assert dict(zip(mine.var_names, mine.X.toarray()[0])) == dict(
-                zip(map(str, counts["dim_0"].values), counts.values[:, i])
-            )
-            info = raw["starmap_info"][name].loc[cell]
-            assert mine.obsm["spatial"][0].tolist() == [info["x"], info["y"]]
-            assert mine.obs["cell_type"].iloc[0] == info["c"]
-    assert len(_io.places(cortex, _io.Where(library_key="mouse", mpp=1))) == 3
-    with pytest.raises(ValueError, match="the scale of slide 'BZ5' is unknown: give mpp="):
-        _io.places(cortex, _io.Where(library_key="mouse"))
-
-
-def test_starmap_says_what_to_install(cache, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "rdata", None)
-    with sf.settings.override(cache_dir=tmp_path):
-        with pytest.raises(ImportError, match=r'pip install "spatiaflow\[datasets\]"'):
-            sf.datasets.starmap_mpfc()
-
-
 @pytest.mark.parametrize("name", [*LOADERS, "starmap_mpfc"])
 def test_second_call_only_reads(stores, cortex, name, monkeypatch):
     """Neither the raw files nor the package that reads them are needed again."""
@@ -201,70 +161,6 @@ def test_what_is_written_into_a_dataset_stays_out_of_the_cache(stores, tmp_path)
     assert sdata.path is None
     sdata.write(tmp_path / "mine.zarr")
     assert sd.read_zarr(tmp_path / "mine.zarr")["table"].n_obs == 504
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A dataset of one raw file; ``small()`` returns its store's path, ``small.built`` counts how often it was made."""
-    sources = {"set": {"raw": _fetch.Source("https://x", "0" * 64, 1)}}
-    monkeypatch.setattr(_assemble, "registry", lambda: sources)
-
-    def write(store: Path):
-        load.built += 1
-        if load.fails:
-            (store.parent / "half").write_text("half")
-            raise KeyboardInterrupt
-        ad.AnnData(np.ones((4, 3), np.float32)).write_h5ad(store)
-
-    def load():
-        return _assemble.assembled("set", write, ".h5ad")
-
-    load.built, load.fails, load.sources = 0, False, sources
-    with sf.settings.override(cache_dir=tmp_path):
-        yield load
-
-
-def test_a_killed_assembly_leaves_nothing_that_is_read(small, tmp_path):
-    small.fails = True
-    with pytest.raises(KeyboardInterrupt):
-        small()
-    assert not list((tmp_path / "set").iterdir())
-    (tmp_path / "set" / "assembling-old").mkdir()  # of a process that had no time to clean up
-    small.fails = False
-    assert ad.read_h5ad(small()).shape == (4, 3)
-
-
-@pytest.mark.parametrize("damage", ["cut", "lost", "unfinished"])
-def test_a_damaged_store_is_built_again(small, damage):
-    path = small()
-    assert small() == path
-    assert small.built == 1
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:100])
-    elif damage == "lost":
-        path.unlink()
-    else:
-        (path.parent / _assemble.SIZE).unlink()
-    assert ad.read_h5ad(small()).shape == (4, 3)
-    assert small.built == 2
-
-
-def test_another_registry_is_another_store(small):
-    first = small()
-    small.sources["set"]["raw"] = _fetch.Source("https://x", "1" * 64, 1)
-    assert small() != first
-    assert first.exists()
-
-
-def test_the_faster_of_two_processes_keeps_its_store(small, monkeypatch):
-    """The slower one finds a whole store under the name and leaves it, as it may be in use."""
-    path = small()
-    (path.parent / "mark").write_text("")
-    answers = iter([False, True])
-    monkeypatch.setattr(_assemble, "_is_whole", lambda folder: next(answers))
-    assert small() == path
-    assert small.built == 2
-    assert (path.parent / "mark").exists()
 
 
 def test_outlines_that_cross_themselves_are_repaired():
