@@ -45,7 +45,7 @@ class CrossAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """A small perceptron beside the identity, which is what it starts as."""
+    """A small perceptron beside the identity. At first it adds the same to every row."""
 
     def __init__(self, d: int):
         super().__init__()
