@@ -28,6 +28,8 @@ def test_what_passes_and_what_is_refused(check, right, wrong):
 def test_what_may_be_left_out_passes():
     _arguments.at_least_one(None, "all", some=None, other="all")
     _arguments.positive(None, some=None)
+    with pytest.raises(ValueError, match="other must be a whole number"):
+        _arguments.at_least_one(None, some=None, other="all")
 
 
 def test_names_of_slots_and_elements_fit_into_files():

@@ -18,20 +18,8 @@ LOADERS = {"xenium_pancreas": 7619, "merfish_mouse_brain": 504}
 
 
 @pytest.fixture(scope="module")
-def cache(mirror, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with sf.settings.override(mirror=str(mirror), cache_dir=folder, progress=False, verbosity="warning"):
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def stores(cache):
     return {name: getattr(sf.datasets, name)() for name in LOADERS}
-
-
-@pytest.fixture(scope="module")
-def cortex(cache):
-    return sf.datasets.starmap_mpfc()
 
 
 @pytest.mark.parametrize("name", list(LOADERS))

@@ -9,18 +9,6 @@ import spatiaflow as sf
 from spatiaflow import _io
 
 
-@pytest.fixture(scope="module")
-def cache(mirror, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with sf.settings.override(mirror=str(mirror), cache_dir=folder, progress=False, verbosity="warning"):
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def cortex(cache):
-    return sf.datasets.starmap_mpfc()
-
-
 def test_starmap_has_three_mice_with_the_layers_in_order(cortex, cache):
     import rdata
 

@@ -56,9 +56,10 @@ def artefacts_of(small: np.ndarray, um: float) -> np.ndarray:
     density, threshold = optical_density(small, known)
     reach = max(1, round(RIM_UM / um))
     cold, red = pen(small, known, um)
-    for code, found in ((4, red), (1, cold), (2, frame(known & (density > threshold), um)), (3, inset(known))):
+    dots = frame(known & (density > threshold), um)
+    for name, found in (("red", red), ("pen", cold), ("frame", dots), ("inset", inset(known))):
         if found.any():
-            out[ndimage.binary_dilation(found, iterations=reach)] = code
+            out[ndimage.binary_dilation(found, iterations=reach)] = 1 + NAMES.index(name)
     return out
 
 

@@ -108,9 +108,7 @@ def expression(
         trusted = bool(predicted.var["trusted"].iloc[g]) if "trusted" in predicted.var else True
         for ax, column in zip(row, columns):
             limit = (0, top)
-            if (
-                column == "std"
-            ):  # hardly ever near 0; at least a factor of two, so that colours do not enlarge small differences
+            if column == "std":  # at least a factor of two, so that colours do not enlarge small differences
                 low, high = np.quantile(values["std"], [0.005, 0.995])
                 limit = (min(low, high / 2), high + 1e-6)
             cmap = "viridis" if column != "std" else "magma"

@@ -166,11 +166,7 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
     places, name = places[kept], _io.plain_stem(found.name)
     xy = (places + 0.5) * step_um / found.mpp  # pixel i covers [i, i + 1)
     artefact = named(spoilt[kept], _sharpness(found, xy, step_um))
-    if n := (artefact == "red").sum():
-        warn(
-            f"{n} squares of image {found.name!r} are as red as ink. Look at sf.pl.tissue(grid). If it is pen and not blood, "
-            'drop them: grid[grid.obs["artefact"] != "red"].'
-        )
+    _warn_of_red(found.name, int((artefact == "red").sum()))
     obs = pd.DataFrame(
         {Key.obs.tissue: share[kept], "artefact": artefact}, index=[f"{name}_{x}_{y}" for x, y in places]
     )
@@ -187,6 +183,15 @@ def _grid(image, *, step_um, region, min_tissue, image_key, mpp) -> AnnData:
         )),
     }  # fmt: skip
     return out
+
+
+def _warn_of_red(name: str, n: int) -> None:
+    """Ask to look at squares that may be pen or blood."""
+    if n:
+        warn(
+            f"{n} squares of image {name!r} are as red as ink. Look at sf.pl.tissue(grid). If it is pen and not blood, "
+            'drop them: grid[grid.obs["artefact"] != "red"].'
+        )
 
 
 def _sharpness(found, xy: np.ndarray, step_um: float) -> np.ndarray | None:
