@@ -49,6 +49,8 @@ class Crops:
         Background and bright end of each channel of the image, channels x 2.
     name
         Name of the image, for errors.
+    wide
+        Width of a second crop around each cell over that of the first. Its channels follow those of the first. 0: none.
 
     Examples
     --------
@@ -71,6 +73,7 @@ class Crops:
     places: np.ndarray = ABSENT
     range: np.ndarray = ABSENT
     name: str = "image"
+    wide: float = 0.0
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -79,7 +82,7 @@ class Crops:
     def shape(self) -> tuple[int, int, int, int]:
         """Number of crops, channels, and their side twice."""
         n_channels = self.image.shape[0 if self.channels_first else 2]
-        return len(self), n_channels, self.pixels, self.pixels
+        return len(self), n_channels * (2 if self.wide else 1), self.pixels, self.pixels
 
     @property
     def scale(self) -> np.ndarray:
@@ -124,16 +127,23 @@ class Crops:
         """Yield (rows, crops n x C x p x p), one tile of the image after the other, so that each is read once."""
         rows = np.arange(len(self)) if rows is None else self._rows(rows)
         for places, found in self._cut(rows, batch_size):
-            yield rows[places], found
+            yield rows[places], self._beside(rows[places], found)
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Return the crops of some cells, n x C x p x p, in the order of ``rows``."""
-        rows, out = self._rows(rows), None
+        rows, out = self._rows(rows), np.empty(0)
         for places, found in self._cut(rows, 64):  # few enough to stay in the processor's cache until they are copied
-            if out is None:
+            if not len(out):
                 out = np.empty((len(rows), *found.shape[1:]), found.numpy().dtype)
             out[places] = found.numpy()
-        return torch.from_numpy(out) if out is not None else torch.empty(0, *self.shape[1:])
+        return self._beside(rows, torch.from_numpy(out)) if len(out) else torch.empty(0, *self.shape[1:])
+
+    def _beside(self, rows: np.ndarray, found: torch.Tensor) -> torch.Tensor:
+        """Crops of some cells with their wider crops beside them, where there are any."""
+        if not self.wide:
+            return found
+        wider = replace(self, width=self.width * self.wide, wide=0.0, masks=None, members=ABSENT)
+        return torch.cat([found, wider.read(rows)], 1)
 
     def _rows(self, given: Any) -> np.ndarray:
         """Numbers of crops, of numbers or a mask."""
@@ -172,7 +182,9 @@ class Crops:
     def intensity(self, n: int = 1000, low: float = 1.0, high: float = 99.5) -> np.ndarray:
         """Background and bright end of each channel, channels x 2: percentiles over evenly spaced cells."""
         along = np.lexsort(self.xy.T)  # the order of the table has no influence
-        sample = self.read(along[np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))])
+        sample = replace(self, wide=0.0).read(
+            along[np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).astype(int))]
+        )
         flat = sample.numpy().transpose(1, 0, 2, 3).reshape(sample.shape[1], -1)
         low, high = np.percentile(flat, [low, high], axis=1)
         return np.stack([low, np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))], 1)
@@ -237,11 +249,12 @@ def slide_crops(
     *,
     crop_um: float | None,
     pixels: int,
+    wide: float = 0.0,
     own_pixels: bool = False,
     as_uint8: bool = False,
     image_key: str | None = None,
 ) -> Crops:
-    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell.
+    """Return the crops of all cells of one slide; ``crop_um=None`` fits each to its cell. ``wide``: see :class:`Crops`.
 
     ``as_uint8``: a picture (H&E) of any depth is read as uint8, as a model knows it.
     """
@@ -285,4 +298,5 @@ def slide_crops(
         masks if own_pixels else None,
         members,
         name=found.name,
+        wide=wide,
     )

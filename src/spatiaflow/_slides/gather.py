@@ -31,6 +31,7 @@ def gather(
     fold_key: str | None = None,
     crop_um: float | None = None,
     crop_pixels: int = 48,
+    crop_wide: float = 0.0,
     missing: bool = False,
     scaled: bool = True,
     together: bool = True,
@@ -58,6 +59,8 @@ def gather(
         Column of ``.obs`` with the fold of each row, which becomes its label.
     crop_um, crop_pixels
         Side of a crop on the tissue, and in pixels; ``crop_um=None`` fits each crop to its cell.
+    crop_wide
+        Width of a second crop over that of the first; 0: none.
     missing
         Positions may be NaN.
     scaled
@@ -119,8 +122,10 @@ def gather(
             if "crops" in need:
                 from spatiaflow._slides.crops import slide_crops
 
-                options: dict[str, Any] = {"crop_um": crop_um, "pixels": crop_pixels, "image_key": where.image_key}
-                parts["crops"] = slide_crops(one, slide, table, **options, as_uint8=True)
+                parts["crops"] = slide_crops(
+                    one, slide, table, crop_um=crop_um, pixels=crop_pixels, wide=crop_wide, image_key=where.image_key,
+                    as_uint8=True,
+                )  # fmt: skip
             name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
             out.append(replace(slide, name=name, **parts))
     if scaled and together:

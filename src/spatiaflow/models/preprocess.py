@@ -26,18 +26,18 @@ def scaled(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:
     Parameters
     ----------
     crops
-        n x slide channels x p x p, any dtype.
+        n x slide channels x p x p, any dtype; or the channels of several crops one after the other.
     intensity
         Background and bright end of each slide channel.
     places
         For each channel of the model its place on the slide, or -1: missing, left at 0.
     """
     low, high = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in intensity.T)
-    x = ((crops.float() - low) / (high - low)).clamp(*SEEN)
-    out = x.new_zeros(len(x), len(places), *x.shape[2:])
+    x = ((crops.float().unflatten(1, (-1, len(low))) - low) / (high - low)).clamp(*SEEN)  # n x crops x channels x p x p
+    out = x.new_zeros(*x.shape[:2], len(places), *x.shape[3:])
     have = np.flatnonzero(places >= 0)
-    out[:, have] = x[:, places[have]]
-    return out
+    out[:, :, have] = x[:, :, places[have]]
+    return out.flatten(1, 2)
 
 
 def beyond(crops: Tensor, intensity: np.ndarray, places: np.ndarray) -> Tensor:

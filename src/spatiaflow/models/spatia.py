@@ -39,6 +39,9 @@ class SpatiaConfig(_base.Config):
         Vocabulary; :func:`spatiaflow.tl.train_spatia` fills it in. A model without images has no channels.
     crop_um, crop_pixels, patch_pixels
         Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
+    wide
+        Width of a second crop around each cell over that of the first, with as many pixels: it shows the surroundings. Images
+        tell more of genes with it, and take twice as long to read. 0: none.
     adaptive
         Each crop fits its cell, ``crop_um`` is the usual width, and the model is told the scale of each crop.
     backbone
@@ -70,7 +73,8 @@ class SpatiaConfig(_base.Config):
     losses
         Weights of losses that differ from the defaults; 0 switches a loss off. ``genes``: the counts of a cell from those
         of its genes that are not hidden (negative binomial). ``image_to_genes``: all counts from the image alone.
-        ``reconstruction``: masked patches of the image. ``contrast``: a cell's image finds its genes in a batch. ``niche``
+        ``reconstruction``: masked patches of the image, by default only of a model without genes: beside genes it taught
+        nothing that a linear probe finds. ``contrast``: a cell's image finds its genes in a batch. ``niche``
         and ``tissue``: the counts of hidden cells from their surroundings.
     learning_rate, batches_per_epoch
         Of AdamW; the number of batches follows from the number of cells when None.
@@ -91,6 +95,7 @@ class SpatiaConfig(_base.Config):
     crop_um: float = 20.4
     crop_pixels: int = 48
     patch_pixels: int = 16
+    wide: float = 3.0
     adaptive: bool = False
     backbone: dict | str | None = None
     width: int = 128
@@ -127,13 +132,16 @@ class SpatiaConfig(_base.Config):
             raise ValueError(f"weights of losses must not be negative, nor all 0; they are {given}.")
         if self.context not in ("attention", "means"):
             raise ValueError(f"context must be 'attention' or 'means', not {self.context!r}.")
+        if not (self.wide == 0 or self.wide > 1):
+            raise ValueError(f"wide must be above 1, or 0 for no second crop, not {self.wide!r}.")
         if not self.crop_um > 0:
             raise ValueError(f"crop_um must be a positive number, not {self.crop_um!r}.")
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of every loss."""
-        return LOSSES | (self.losses or {})
+        usual = LOSSES | {"reconstruction": 0.0} if self.genes else LOSSES
+        return usual | (self.losses or {})
 
     def with_sizes_of(self, other: SpatiaConfig) -> SpatiaConfig:
         """Vocabulary and sizes of another configuration with the training settings of this one."""
@@ -469,7 +477,7 @@ class Spatia(_base.Model):
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
-        network = SpatiaNetwork(SpatiaConfig(**d["config"]))
+        network = SpatiaNetwork(SpatiaConfig(**({"wide": 0.0} | d["config"])))  # older files have one crop
         found: dict[str, dict[str, np.ndarray]] = {}
         for name in [name for name in tensors if name.startswith("domain.")]:
             _, seen, part = name.split(".")

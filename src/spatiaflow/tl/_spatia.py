@@ -364,7 +364,9 @@ def cells(
 
     need = [{"image": "crops", "genes": "counts"}[name] for name in modalities]
     crop_um = None if config.adaptive else config.crop_um
-    slides = gather(data, where, need=need, layer=layer, crop_um=crop_um, crop_pixels=config.crop_pixels)
+    slides = gather(
+        data, where, need=need, layer=layer, crop_um=crop_um, crop_pixels=config.crop_pixels, crop_wide=config.wide
+    )
     for slide in slides:
         if slide.crops is not None:
             check_inside(slide.crops, slide.name)

@@ -21,15 +21,17 @@ from spatiaflow.models.spatia import SpatiaConfig
 Standards = Mapping[str, np.ndarray | None]  # by name of the slide: how its genes are standardised, 3 x genes
 
 
-def augmented(x: Tensor, rng: np.random.Generator) -> Tensor:
+def augmented(x: Tensor, rng: np.random.Generator, n_channels: int) -> Tensor:
     """Turn and mirror each crop; change gain, gamma and background of each channel a little, by the same for all crops.
+
+    ``x`` has the channels of the crops, then those of the wider crops where there are any.
 
     Brightness carries information on expression. A large change, or another one for each cell, would teach to ignore it.
     """
-    n, c = x.shape[:2]
+    n, c = len(x), n_channels
     x = turned(x, rng.integers(0, 8, n))
     gain, gamma, shift = (
-        torch.from_numpy(v.astype(np.float32)).view(1, c, 1, 1)
+        torch.from_numpy(v.astype(np.float32)).repeat(x.shape[1] // c).view(1, -1, 1, 1)
         for v in (rng.lognormal(0, 0.08, c), rng.lognormal(0, 0.06, c), rng.normal(0, 0.012, c))
     )
     return x.clamp_min(0) ** gamma * gain + shift
@@ -116,7 +118,7 @@ class ScatteredCells(SlideBatches):
             part["standard"] = torch.from_numpy(self.standards[slide.name]).expand(n, -1, -1)
         if slide.crops is not None:
             x = scaled(slide.crops.read(rows), slide.crops.range, slide.crops.places)
-            part["crops"] = augmented(x, rng) if self.augment else x
+            part["crops"] = augmented(x, rng, len(slide.crops.places)) if self.augment else x
             part["scale"] = relative_scale(slide.crops, rows, self.config)
             part["present"] = torch.from_numpy(np.tile(slide.crops.places >= 0, (n, 1)))
         return part

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from spatiaflow._settings import logger
 from spatiaflow.models._base import model_card
@@ -29,6 +30,8 @@ from spatiaflow.train.cells import Fields, ScatteredCells, SlideBatches, Standar
 from spatiaflow.train.checkpoint import claim, identity
 from spatiaflow.train.domain import fit_domains
 from spatiaflow.train.fit import fit
+
+MEMORY = 0.999  # of the moving average of weights
 
 
 def train_spatia(
@@ -134,12 +137,21 @@ def hold_out(slides: Sequence[Slide], validation: Sequence[str] | float, gap: fl
     return list(training), list(held_out)
 
 
+def averaged(average: Tensor, current: Tensor, n: Tensor | int) -> Tensor:
+    """Exponential moving average of weights after ``n`` steps; it forgets faster in the first steps."""
+    return average + (current - average) * (9 / (torch.as_tensor(n) + 10)).clamp_min(1 - MEMORY)
+
+
 class _Training(L.LightningModule):
-    """One training step. Every loss has a name, a weight that may be 0, and an entry in the history."""
+    """One training step. Every loss has a name, a weight that may be 0, and an entry in the history.
+
+    Validated and kept is a moving average of the weights.
+    """
 
     def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=5e-4):
         super().__init__()
         self.network, self.target_sum, self.learning_rate = network, target_sum, learning_rate
+        self.average = AveragedModel(network, avg_fn=averaged, use_buffers=True).requires_grad_(False)
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.history: dict[str, list[float]] = {}
 
@@ -163,11 +175,16 @@ class _Training(L.LightningModule):
 
     def misfit(self, embedding: Tensor, level: str, b: dict, which: Tensor) -> Tensor:
         """Nats a gene of counts under the negative binomial of a level; what genes have more on a slide is its own."""
-        net, counts = self.network, b["counts"]
+        net, counts = self.used, b["counts"]
         log_rate = net.log_rates(embedding, level) + (b["standard"][:, 2] - net.gene.standard[2])
         mean = counts.sum(1, keepdim=True).clamp_min(1) * torch.exp(log_rate.clamp(-15, 3))
         log_p = log_likelihood(counts, mean.clamp_min(1e-6), net.theta)
         return -(log_p * which).sum() / which.sum().clamp_min(1)
+
+    @property
+    def used(self) -> SpatiaNetwork:
+        """What is trained or, in validation, the average of what was."""
+        return self.network if self.training else cast("SpatiaNetwork", self.average.module)
 
     @abstractmethod
     def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
@@ -183,6 +200,9 @@ class _Training(L.LightningModule):
 
     def training_step(self, b: dict, _):
         return self._step(b, "train")
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(self.network)
 
     def validation_step(self, b: dict, _):
         self._step(b, "val")
@@ -202,7 +222,7 @@ class CellTraining(_Training):
 
     def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
         """Every loss whose weight is not 0 and whose data are there."""
-        net, c, on, measured, out, image = self.network, self.network.config, self.weights, b["measured"], {}, None
+        net, c, on, measured, out, image = self.used, self.network.config, self.weights, b["measured"], {}, None
         n, device = len(measured), measured.device
         if "crops" in b:
             present = b["present"]
@@ -249,10 +269,10 @@ class ContextTraining(_Training):
     def losses(self, b: dict, g: torch.Generator) -> dict[str, Tensor]:
         """Every loss whose weight is not 0."""
         absent = (torch.rand(len(b["cells"]), generator=g) < 0.25).to(b["cells"].device)
-        cells = torch.where(absent[:, None], self.network.hidden_cell, b["cells"])
+        cells = torch.where(absent[:, None], self.used.hidden_cell, b["cells"])
         target, found = nearest_hidden(absent, b["around"].neighbors)
         asked, which = b | {"counts": b["counts"][target]}, found[:, None] & b["measured"]
-        levels = zip(self.NAMES, self.network.context(cells, b["around"]))
+        levels = zip(self.NAMES, self.used.context(cells, b["around"]))
         return {name: self.misfit(x, name, asked, which) for name, x in levels if name in self.weights}
 
 
@@ -356,6 +376,7 @@ def fit_spatia(
             checkpoint_dir=None if checkpoint_dir is None else checkpoint_dir / name, monitor="val_loss", seed=seed,
             resume=resume, accelerator=accelerator, devices=config.devices, precision=config.precision, **more,
         )  # fmt: skip
+        network.load_state_dict(module.average.module.state_dict())
         for key, values in module.history.items():
             history.setdefault(key, values)
         best = int(np.argmin(module.history["val_loss"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder(nn.Module):
-    """ViT-MAE of transformers over crops with any number of channels.
+    """ViT-MAE of transformers over crops with any number of channels, at one or two scales.
 
-    Crops are n x C x p x p, where 0 is a channel's background and 1 its bright end. A channel that a slide lacks is filled
+    Crops are n x C x p x p, where 0 is a channel's background and 1 its bright end. With ``wide`` they are n x 2C x p x p: the
+    cell and, in wider crops, what is around it. Patches of both attend to one another. A channel that a slide lacks is filled
     with a learned value. With ``stem_width`` convolutions replace the linear patch embedding and learn more from few cells
     (Xiao et al. 2021, arXiv 2106.14881).
     """
@@ -50,6 +53,16 @@ class ImageEncoder(nn.Module):
                 len(c.channels), c.stem_width, c.width, c.patch_pixels
             )
         self.patch, self.pixels = config.patch_size, config.image_size
+        self.n_channels = len(c.channels)
+        self.around: Any = None
+        if c.wide:
+            patch, out = c.patch_pixels, config.hidden_size
+            self.around = (
+                stem(self.n_channels, c.stem_width, out, patch)
+                if c.stem_width
+                else nn.Conv2d(self.n_channels, out, patch, patch)
+            )
+            self.around_place = nn.Parameter(0.02 * torch.randn((c.crop_pixels // patch) ** 2, out))
         self.missing = nn.Parameter(torch.zeros(len(c.channels)))
         self.size = nn.Linear(1, c.width) if c.adaptive else None
         self.register_buffer("order", torch.arange((self.pixels // self.patch) ** 2).float(), persistent=False)
@@ -69,17 +82,26 @@ class ImageEncoder(nn.Module):
     def forward(self, crops: Tensor, present: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Tokens n x (1 + patches) x d of whole crops: nothing is masked, and the same crop gives the same tokens.
 
+        With wider crops twice the patches.
+
         ``scale`` (n) is the size of a pixel over the usual one, for a model whose crops fit their cells.
         """
         self.mae.config.mask_ratio = 0.0  # constant noise keeps the patches in their order
         noise = self.order.expand(len(crops), -1)
-        tokens = self.narrow(self.mae.vit(self.pictures(crops, present), noise=noise).last_hidden_state)
+        vit, c, wider = self.mae.vit, self.n_channels, None
+        if self.around is not None:
+            wider = self.around(self.fill(crops[:, c:], present)).flatten(2).transpose(1, 2) + self.around_place
+        with joined_by(vit.embeddings, wider):
+            tokens = self.narrow(vit(self.pictures(crops[:, :c], present), noise=noise).last_hidden_state)
         return tokens if self.size is None else tokens + self.size(torch.log(cast("Tensor", scale))[:, None])[:, None]
 
     def reconstruction(self, crops: Tensor, present: Tensor | None = None) -> Tensor:
-        """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation."""
+        """Mean squared error of masked patches of the channels present, each patch scaled by its own deviation.
+
+        Wider crops are not looked at: they show what is masked.
+        """
         self.mae.config.mask_ratio = self.MASK_RATIO
-        x = self.pictures(crops, present)
+        x = self.pictures(crops[:, : self.n_channels], present)
         noise = torch.rand(len(x), len(self.order), device=x.device)
         n_kept = int(len(self.order) * (1 - self.MASK_RATIO))
         kept = noise.argsort(1).argsort(1) < n_kept  # as the vision transformer will choose
@@ -103,6 +125,19 @@ class ImageEncoder(nn.Module):
         if present is not None:
             weight = weight * present[:, None]
         return ((predicted - target) ** 2).mean(2).mul(weight).sum() / weight.sum().clamp_min(1)
+
+
+@contextmanager
+def joined_by(embeddings: nn.Module, others: Tensor | None) -> Iterator[None]:
+    """Let more tokens (n x t x d) follow those that a vision transformer embeds, whatever comes after in its release."""
+    if others is None:
+        yield
+        return
+    hook = embeddings.register_forward_hook(lambda _, __, out: (torch.cat([out[0], others], 1), *out[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def published_mae(name: str) -> tuple[dict, dict]:
