@@ -1,4 +1,4 @@
-"""Conventions that later parts of the package cannot drift from: imports, layers, signatures, docstrings."""
+"""Conventions that later parts of the package cannot drift from: files of tests, imports, layers, signatures, docstrings."""
 
 import ast
 import inspect
@@ -12,7 +12,7 @@ from numpydoc.docscrape import NumpyDocString
 import spatiaflow
 from spatiaflow import _process
 
-SOURCE = Path(spatiaflow.__file__).parent
+SOURCE, TESTS = Path(spatiaflow.__file__).parent, Path(__file__).parent
 ORDER = (
     "table_key image_key shapes_key labels_key library_key spatial_key mpp batch_size device random_state key_added copy"
 ).split()
@@ -30,6 +30,21 @@ def loaded_by(code: str) -> set[str]:
     """Packages that are in memory after some code, in a fresh interpreter."""
     code = f"import sys, spatiaflow as sf; {code}; print(*{{name.split('.')[0] for name in sys.modules}})"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_every_module_has_a_test_file_of_its_own():
+    modules = [path.relative_to(SOURCE) for path in sorted(SOURCE.rglob("*.py")) if path.name != "__init__.py"]
+    own = {module: module.parent / f"test_{module.name.removeprefix('_')}" for module in modules}
+    missing = [
+        f"tests/{file} of src/spatiaflow/{module}"
+        for module, file in own.items()
+        if not (TESTS / file).is_file() or "def test_" not in (TESTS / file).read_text(encoding="utf-8")
+    ]
+    assert modules
+    assert not missing, (
+        "tests mirror src: each module has a file with tests of its own, such as tests/metrics/test_spatial.py of "
+        f"src/spatiaflow/metrics/_spatial.py. Missing: {', '.join(missing)}"
+    )
 
 
 HEAVY = {

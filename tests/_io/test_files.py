@@ -100,3 +100,9 @@ def test_axes_that_are_no_picture(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.ones((5, 20, 30), np.uint8), photometric="minisblack")
     with pytest.raises(ValueError, match="axes QYX .5 x 20 x 30."):
         read(tmp_path / "a.tif")
+
+
+def test_a_stack_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 2, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
+    with pytest.raises(ValueError, match="ZCYX"):
+        read(tmp_path / "stack.tif")

@@ -368,18 +368,6 @@ def test_an_image_that_lies_over_the_others_is_to_be_chosen(tmp_path):
     np.testing.assert_allclose(found.xy, (CENTRES[SHUFFLED] + [10, 20]) / 2, atol=1e-6)
 
 
-def test_centroids_of_labels_do_not_depend_on_chunks():
-    """A cell that lies in four chunks has one centroid."""
-    one, many = (
-        Labels2DModel.parse(label_image(), dims=("y", "x"), chunks=chunks, transformations={"global": Identity()})
-        for chunks in ((HEIGHT, WIDTH), (29, 19))
-    )
-    for labels in (one, many):
-        found = _io._elements.centroids_of(labels, "labels", "global")
-        assert list(found.index) == [1, 2, 3, 4, 5]
-        np.testing.assert_allclose(found, CENTRES)
-
-
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("name", ["xenium", "xenium by its nuclei", "merscope", "visium hd, squares"])
 def test_the_scale_of_samples_that_were_concatenated(name, same):

@@ -124,32 +124,6 @@ def test_memory_holds_a_part_of_the_image(monkeypatch):
         assert 0 < held == opened.decoded.used <= 400_000
 
 
-def test_an_image_of_a_store_is_read_without_dask(tmp_path):
-    import zarr
-
-    values = RNG.integers(0, 255, (3, 700, 800), dtype=np.uint8)
-    stored = zarr.create_array(tmp_path / "image.zarr", data=values, chunks=(1, 300, 300))
-    for array, plain in (
-        (da.from_zarr(stored), True),
-        (da.from_zarr(stored)[::-1], False),
-        (da.from_zarr(stored) + 0, False),
-    ):
-        opened, _, _ = open_image(array, True)
-        assert isinstance(opened.array, zarr.Array) == plain
-        np.testing.assert_array_equal(opened[:, 250:650, 10:790], array[:, 250:650, 10:790])
-
-
-def test_images_that_share_memory_keep_their_pixels_apart():
-    source = RNG.integers(0, 255, (2, 3, 900, 900), dtype=np.uint8)
-    images = [open_image(da.from_array(values, chunks=(3, 300, 300)), True)[0] for values in source]
-    images[1].decoded = images[0].decoded
-    images[0].decoded.budget = 5 * 3 * 300 * 300
-    for y, x in RNG.integers(0, 800, (40, 2)):
-        for image, values in zip(images, source):
-            np.testing.assert_array_equal(image[:, y : y + 90, x : x + 90], values[:, y : y + 90, x : x + 90])
-        assert images[0].decoded.used <= images[0].decoded.budget
-
-
 def smooth_tissue(size):
     y, x = np.mgrid[:size, :size] / size
     return np.stack(
@@ -173,12 +147,6 @@ def test_a_coarser_level_of_a_file_is_read_where_it_is_enough(tmp_path):
             assert found == factor
             assert opened.shape[0] == 512 // factor
         assert abs(patches_of(tmp_path / name, xy, 160, 40, shrink=4.0) - expected).max() <= 6
-
-
-def test_a_stack_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 2, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
-    with pytest.raises(ValueError, match="ZCYX"):
-        open_image(tmp_path / "stack.tif", False)
 
 
 def shares(image, xy, width=32):

@@ -1,12 +1,10 @@
-"""Segmented cells of public raw files, against the raw files read slowly."""
+"""What all datasets of segmented cells have in common: valid polygons on their image, counts, and a store that is read again."""
 
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import shapely
-import spatialdata as sd
 from skimage.draw import polygon as fill
 
 import spatiaflow as sf
@@ -18,8 +16,8 @@ LOADERS = {"xenium_pancreas": 7619, "merfish_mouse_brain": 504}
 
 
 @pytest.fixture(scope="module")
-def stores(cache):
-    return {name: getattr(sf.datasets, name)() for name in LOADERS}
+def stores(xenium, merfish):
+    return {"xenium_pancreas": xenium, "merfish_mouse_brain": merfish}
 
 
 @pytest.mark.parametrize("name", list(LOADERS))
@@ -70,68 +68,6 @@ def test_nuclei_are_bright_inside_the_polygons(stores, name, mpp, stains):
             assert dapi[np.roll(inside, round(shift / mpp), axis)].mean() < 0.8 * dapi[inside].mean()
 
 
-def test_xenium_lies_where_the_slide_has_it(stores):
-    """Positions are those of the whole slide: pixels 18432-22528 and 0-4096, in µm."""
-    (slide,) = _io.places(stores["xenium_pancreas"])
-    assert (slide.xy >= np.array([18432, 0]) * 0.2125).all()
-    assert (slide.xy < np.array([22528, 4096]) * 0.2125).all()
-    assert slide.xy[:, 0].max() > 22500 * 0.2125
-
-
-def test_xenium_counts_and_polygons_are_those_of_the_raw_files(stores, cache):
-    sdata, raw = stores["xenium_pancreas"], cache / "xenium_pancreas"
-    table = sdata["table"]
-    assert table.n_vars == 377
-    assert table.obsm["controls"].shape == (7619, 129)
-    cells = [table.obs_names[i] for i in (0, 1234, 7618)]
-    for gene in ("INS", "CFTR", "AMY2A", "GATM"):
-        seen = pd.read_parquet(raw / "cbg" / f"{gene}.parquet")[gene]
-        for cell in cells:
-            assert table[cell, gene].X.sum() == (seen[cell] if cell in seen.index else 0)
-        assert table[:, gene].X.sum() == sum(n for cell, n in seen.items() if cell in table.obs_names)
-    clusters = pd.read_parquet(raw / "cell_clusters" / "cluster.parquet")["cluster"]
-    assert [table.obs.loc[cell, "cluster"] for cell in cells] == [clusters[cell] for cell in cells]
-    outlines = pd.read_parquet(raw / "cell_segmentation" / "cell_tile_100_5.parquet").set_index("name")["GEOMETRY"]
-    for cell, rings in outlines.items():
-        polygon = shapely.Polygon([(x * 0.2125, y * 0.2125) for x, y in rings[0]])
-        assert sdata["cell_boundaries"].geometry[cell].equals_exact(polygon, 1e-9)
-
-
-def test_xenium_tiles_are_where_their_names_say(stores, cache):
-    from PIL import Image
-
-    pixels = stores["xenium_pancreas"]["morphology"].data
-    for stain, channel in (("dapi", 0), ("prot", 3)):
-        path = cache / "xenium_pancreas" / "pyramid_images" / f"{stain}_files" / "16" / "38_1.webp"
-        tile = np.asarray(Image.open(path).convert("L"))
-        np.testing.assert_array_equal(pixels[channel, 512:1024, 1024:1536], tile)
-    assert pixels.chunks[0] == (4,)
-    assert set(pixels.chunks[1] + pixels.chunks[2]) == {512}
-
-
-def test_merfish_counts_are_the_molecules_in_the_polygon_of_their_plane(stores, cache):
-    sdata, raw = stores["merfish_mouse_brain"], cache / "merfish_mouse_brain"
-    table = sdata["table"]
-    assert table.n_vars + table.obsm["controls"].shape[1] == 559
-    molecules = pd.read_csv(raw / "vizgen_transcripts.gz")
-    outlines = [pd.read_csv(raw / "cell_boundaries" / f"z{z}_polygons.gz", dtype={"poly_ID": str}) for z in (0, 1)]
-    for cell in table.obs_names[[40, 300]]:
-        counted = dict.fromkeys(table.var_names, 0)
-        for z in (0, 1):
-            ring = outlines[z][outlines[z]["poly_ID"] == cell]
-            polygon = shapely.Polygon([(x, -y) for x, y in zip(ring["x"], ring["y"])])
-            west, south, east, north = polygon.bounds
-            near = molecules[molecules["global_x"].between(west, east) & molecules["global_y"].between(south, north)]
-            for molecule in near[near["global_z"] == z].itertuples():
-                if polygon.contains(shapely.Point(molecule.global_x, molecule.global_y)) and molecule.gene in counted:
-                    counted[molecule.gene] += 1
-        assert sum(counted.values()) > 10
-        assert table[cell].X.toarray().ravel().tolist() == list(counted.values())
-    points = sdata["transcripts"].compute()
-    assert len(points) == len(molecules)
-    assert (points["cell_id"] != "").sum() == table.X.sum() + table.obsm["controls"].sum()
-
-
 @pytest.mark.parametrize("name", [*LOADERS, "starmap_mpfc"])
 def test_second_call_only_reads(stores, cortex, name, monkeypatch):
     """Neither the raw files nor the package that reads them are needed again."""
@@ -142,13 +78,6 @@ def test_second_call_only_reads(stores, cortex, name, monkeypatch):
     again = getattr(sf.datasets, name)()
     table, before = (again, cortex) if name == "starmap_mpfc" else (again["table"], stores[name]["table"])
     assert (table.X != before.X).nnz == 0
-
-
-def test_what_is_written_into_a_dataset_stays_out_of_the_cache(stores, tmp_path):
-    sdata = sf.datasets.merfish_mouse_brain()
-    assert sdata.path is None
-    sdata.write(tmp_path / "mine.zarr")
-    assert sd.read_zarr(tmp_path / "mine.zarr")["table"].n_obs == 504
 
 
 def test_outlines_that_cross_themselves_are_repaired():

@@ -1,10 +1,9 @@
-"""A grid over a bare picture: every kind of file, scale and refusal; tissue; annotations; and the whole way to a map."""
+"""A grid over a bare picture: every form of it, tissue, annotations, refusals, and the whole way to a map."""
 
 import io
 import json
 import struct
 import warnings
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -16,41 +15,8 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 
 import spatiaflow as sf
+from _sections import MPP, Wsi, saved, section
 from spatiaflow._io import open_image
-
-GLASS, MPP = 235, 2.0
-
-
-def section(height=300, width=500, glass=GLASS, bits=8):
-    """Glass with a tissue of pink and purple in x 100 to 300, y 40 to 240."""
-    rng = np.random.default_rng(0)
-    image = np.full((height, width, 3), glass, float)
-    image[40:240, 100:300] = [190, 110, 170]
-    image[40:240:7, 100:300] = [90, 60, 140]
-    image = np.clip(image + rng.normal(0, 2, image.shape), 0, 255)
-    return image.astype(np.uint8) if bits == 8 else (image * 257).astype(np.uint16)
-
-
-def saved(folder, kind, pixels=None):
-    pixels = section() if pixels is None else pixels
-    path = folder / f"my section.{kind}"
-    if kind in ("jpg", "png"):
-        Image.fromarray(pixels).save(path)
-    elif kind == "ome.tif":
-        meta = {"PhysicalSizeX": MPP, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": MPP, "PhysicalSizeYUnit": "µm"}
-        tifffile.imwrite(path, pixels, photometric="rgb", metadata={"axes": "YXS", **meta}, tile=(64, 64))
-    elif kind == "svs":
-        text = f"Aperio Image Library v12\r\n500x300 |AppMag = 20|MPP = {MPP}"
-        tifffile.imwrite(path, pixels, photometric="rgb", description=text, metadata=None, tile=(64, 64))
-    elif kind == "imagej.tif":
-        tifffile.imwrite(
-            path, pixels, imagej=True, resolution=(1 / MPP, 1 / MPP), metadata={"unit": "um", "axes": "YXS"}
-        )
-    elif kind == "tif":
-        tifffile.imwrite(
-            path, pixels, photometric="rgb", resolution=(1e4 / MPP, 1e4 / MPP), resolutionunit="CENTIMETER"
-        )
-    return path
 
 
 def test_squares_of_tissue_are_where_it_is(tmp_path):
@@ -63,47 +29,6 @@ def test_squares_of_tissue_are_where_it_is(tmp_path):
     assert grid.uns["spatial"]["my_section"]["metadata"]["microns_per_pixel"] == MPP
     assert grid.uns["grid"]["step_um"] == 40
     assert grid.obs_names[0] == "my_section_5_2"
-
-
-@pytest.mark.parametrize("kind", ["ome.tif", "svs", "imagej.tif", "tif"])
-def test_the_scale_that_a_file_states(tmp_path, kind):
-    grid = sf.pp.grid(saved(tmp_path, kind), step_um=40)
-    (library,) = grid.uns["spatial"].values()
-    assert library["metadata"]["microns_per_pixel"] == pytest.approx(MPP, rel=1e-3)
-    assert len(grid) == 100
-
-
-@pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_file_without_a_scale(tmp_path, kind):
-    with pytest.raises(ValueError, match=r"does not state its scale.*give mpp="):
-        sf.pp.grid(saved(tmp_path, kind))
-
-
-def test_a_resolution_for_printers_is_no_scale(tmp_path):
-    path = tmp_path / "a.jpg"
-    Image.fromarray(section()).save(path, dpi=(300, 300))
-    with pytest.raises(ValueError, match=r"84\.67 µm per pixel, is a printer's"):
-        sf.pp.grid(path)
-    Image.fromarray(section()).save(path, dpi=(12700, 12700))
-    assert len(sf.pp.grid(path, step_um=40)) == 100
-
-
-@pytest.mark.parametrize("mpp", [0.001, 300])
-def test_a_scale_that_no_microscope_has(tmp_path, mpp):
-    with pytest.raises(ValueError, match="microscopes have 0.05 to 20"):
-        sf.pp.grid(saved(tmp_path, "png"), mpp=mpp)
-
-
-def test_a_scale_that_the_file_contradicts(tmp_path):
-    with pytest.warns(UserWarning, match="says 2 µm per pixel"):
-        sf.pp.grid(saved(tmp_path, "ome.tif"), mpp=1, step_um=40)
-
-
-def test_pixels_that_are_not_square(tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, section(), photometric="rgb", resolution=(5000, 4000), resolutionunit="CENTIMETER")
-    with pytest.raises(ValueError, match="not square"):
-        sf.pp.grid(path)
 
 
 @pytest.mark.parametrize("form", ["array", "sixteen bits", "turned", "SpatialData", "pyramid", "alpha"])
@@ -208,41 +133,12 @@ def test_a_file_that_openslide_reads(tmp_path):
     np.testing.assert_array_equal(grid.obsm["X_texture"], right.obsm["X_texture"])
 
 
-class Wsi(sd.SpatialData):
-    """What is used of a WSIData; wsidata is not installed. Its version 0.12.0 was tried by hand."""
-
-    def __init__(self, file, shape=(300, 500), mpp=None, **elements):
-        super().__init__(**elements)
-        self.reader, self.properties = SimpleNamespace(file=str(file)), SimpleNamespace(mpp=mpp, shape=list(shape))
-
-
 def test_a_wsidata_of_a_file(tmp_path):
     path = saved(tmp_path, "svs")
     right, found = (sf.pp.grid(image, step_um=40) for image in (path, Wsi(path, mpp=MPP)))
     np.testing.assert_array_equal(found.obsm["spatial"], right.obsm["spatial"])
     np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
     assert found.uns["spatial"]["my_section"]["metadata"]["source_image_path"] == str(path)
-
-
-def test_a_wsidata_whose_scale_was_set_or_is_missing(tmp_path):
-    path = saved(tmp_path, "png")
-    assert len(sf.pp.grid(Wsi(path, mpp=MPP), step_um=40)) == len(sf.pp.grid(Wsi(path), step_um=40, mpp=MPP)) == 100
-    with pytest.raises(ValueError, match=r"does not state its scale.*give mpp="):
-        sf.pp.grid(Wsi(path), step_um=40)
-
-
-def test_a_wsidata_of_another_scene_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="shows 50 x 30 px of .*, and its largest image has 500 x 300. Only the largest"
-    ):
-        sf.pp.grid(Wsi(saved(tmp_path, "svs"), shape=(30, 50)), step_um=40)
-
-
-def test_a_wsidata_of_an_image_of_a_spatialdata():
-    element = Image2DModel.parse(section().transpose(2, 0, 1), dims=("c", "y", "x"))
-    right = sf.pp.grid(section(), step_um=40, mpp=MPP)
-    found = sf.pp.grid(Wsi("he", mpp=MPP, images={"he": element, "other": element}), step_um=40)
-    np.testing.assert_array_equal(found.obs["tissue"], right.obs["tissue"])
 
 
 def test_what_cannot_be_read(tmp_path):

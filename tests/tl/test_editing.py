@@ -200,29 +200,6 @@ def test_what_an_edit_is_must_be_said(slide, model):
         train(tiles, table_key="tiles")
 
 
-def test_a_figure_of_doses(slide, model):
-    import matplotlib.pyplot as plt
-
-    cells = list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:4])
-    edits = [
-        generate(slide, model, cells=cells, dose=[0, 0.5, 1], **edit)
-        for edit in ({"source": "A", "target": "B"}, {"shift": {"STATE1": 2.0}})
-    ]
-    both = ad.concat(edits, uns_merge="first", index_unique="-")
-    figure = sf.pl.morphology_dose(both, cell=cells[2], return_fig=True)
-    assert sum(len(ax.images) for ax in figure.axes) == 6
-    assert [ax.get_title() for ax in figure.axes[:3]] == ["0", "0.5", "1"]
-    words = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert {"A -> B", "STATE1 +2"} <= set(words) and sum(word.startswith("area ") for word in words) == 2
-    plt.close(figure)
-    with pytest.raises(KeyError, match="no image was generated of the cell 'nobody'"):
-        sf.pl.morphology_dose(both, cell="nobody")
-    with pytest.raises(ValueError, match="the same doses, two or more"):
-        sf.pl.morphology_dose(generate(slide, model, cells=cells))
-    with pytest.raises(KeyError, match="generate_morphology"):
-        sf.pl.morphology_dose(slide["table"])
-
-
 def test_edits_are_kept_in_a_spatialdata(slide, model, tmp_path):
     cells = list(slide["table"].obs_names[slide["table"].obs["state"] == "A"][:4])
     made = generate(slide, model, cells=cells, dose=[0.5, 1], key_added="edited")

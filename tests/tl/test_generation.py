@@ -3,68 +3,21 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.spatial import cKDTree
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
 import spatiaflow as sf
-from spatiaflow.train import morphology
-
-TINY = {"objective": "pairs", "n_latent": 16, "width": 32, "n_layers": 2, "n_neighbors": 4}
-IMAGE = {"image_key": "fluorescence"}
-
-
-def tissue(seed, n=400):
-    """A slide with embeddings that need no training: shares of genes, and their means over neighbours."""
-    sdata = sf.datasets.simulated_tissue(n, seed=seed)
-    table = sdata["table"]
-    x = np.sqrt(table.X.toarray() / table.X.sum(1))[:, :20].astype(np.float32)
-    near = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 30)[1]
-    table.obsm["E_cell"], table.obsm["E_niche"], table.obsm["E_tissue"] = x, x[near[:, :10]].mean(1), x[near].mean(1)
-    return sdata
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short():
-    """An autoencoder of seconds: what it can learn is tested with its own module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(morphology, "MAX_STEPS", 150)
-        patch.setattr(morphology, "MIN_BATCHES", 30)
-        yield
+from _morphology import IMAGE, generate, paired_slide, tissue, train, trained
 
 
 @pytest.fixture(scope="module")
 def slide():
-    sdata = tissue(1)
-    sf.pp.morphology_profile(sdata, **IMAGE)
-    sf.tl.pair_transitions(sdata, transitions=[("A", "B"), ("A", "A")], groupby="state", niche_key="niche")
-    return sdata
-
-
-def train(slide, *, use_rep="E", config=(), validation=0.2, max_epochs=2, **options):
-    config = sf.models.MorphologyConfig(**({"crop_um": 16.0, "crop_pixels": 16} | TINY | dict(config)))
-    options |= {"use_rep": use_rep, "config": config, "validation": validation, "max_epochs": max_epochs}
-    return sf.tl.train_morphology(slide, **IMAGE, **options)
+    return paired_slide()
 
 
 @pytest.fixture(scope="module")
-def model(slide):
-    return train(slide)
-
-
-def test_pairs_whose_source_was_dropped_are_refused(slide):
-    data, table = sf._io.unpack(slide, copy=True)
-    first = table.uns["transitions"]["source"].iloc[0]
-    del data["table"]
-    data["table"] = table[table.obs_names != first].copy()
-    with pytest.raises(
-        KeyError, match=f"uns..transitions.. names a source .*first: '{first}'.*pair_transitions.* once more"
-    ):
-        train(data)
-
-
-def generate(slide, model, **options):
-    return sf.tl.generate_morphology(slide, **({"source": "A", "target": "B", "model": model} | IMAGE | options))
+def model():
+    return trained()
 
 
 def test_an_image_of_more_bits_than_the_training_slides_is_a_warning(model):
@@ -151,91 +104,6 @@ def test_noise_belongs_to_the_cell(slide, model):
     assert not np.array_equal(generate(slide, model, n_steps=2, random_state=1).obsm["image"], whole.obsm["image"])
 
 
-def test_figures(slide, model):
-    import matplotlib.pyplot as plt
-
-    made = generate(slide, model, n_steps=2, dose=[0.5, 1])
-    crops = sf.pp.crops(slide, crop_um=16.0, crop_pixels=16, **IMAGE)
-    real = {s: np.flatnonzero(slide["table"].obs["state"] == s) for s in "AB"}
-    figure = sf.pl.transition(made, crops.read(real["B"]).numpy(), n=5, return_fig=True)
-    labels = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert labels == ["source", "dose 0.5", "dose 1", "real targets", "2 µm"]
-    assert sum(len(ax.images) for ax in figure.axes) == 20
-    plt.close(figure)
-    profiles = {k: sf.pp.image_profile(crops.take(real[s])) for k, s in (("source", "A"), ("target", "B"))}
-    figure = sf.pl.profile_shift(made, **profiles, return_fig=True)
-    assert len(figure.axes) == 6
-    plt.close(figure)
-    with pytest.raises(KeyError, match="no feature 'size'"):
-        sf.pl.profile_shift(made, **profiles, features="size")
-    with pytest.raises(KeyError, match="generate_morphology"):
-        sf.pl.transition(slide["table"])
-    with pytest.raises(ValueError, match="targets must be"):
-        sf.pl.transition(made, np.zeros((3, 4, 8, 8)))
-
-
-@pytest.mark.slow
-def test_training_is_seeded_saved_and_notes_its_data(slide, model, tmp_path):
-    again = train(slide)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(model.network.state_dict().values(), again.network.state_dict().values())
-    )
-    loaded = sf.models.load(model.save(tmp_path / "m.safetensors"))
-    one, other = (generate(slide, m, n_steps=1).obsm["image"] for m in (model, loaded))
-    np.testing.assert_array_equal(one, other)
-    assert model.card["pairs"]["A -> B"] > 40 and set(model.shifts) == {"A -> B", "A -> A"}
-    assert {"train_flow", "val_flow", "train_alignment", "train_contrast"} <= set(model.history)
-    assert model.card["surrogate_r2"]["rna_mean"] > 0.5
-
-
-@pytest.mark.slow
-def test_another_run_is_not_resumed(slide, tmp_path):
-    options = {"max_epochs": 1, "profile_key": None, "checkpoint_dir": tmp_path}
-    whole = train(slide, **options)
-    again = train(slide, **options, resume=True)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values())
-    )
-    with pytest.raises(ValueError, match="holds another run: it differs in seed"):
-        train(slide, **options, resume=True, random_state=7)
-
-
-@pytest.mark.slow
-def test_one_model_is_trained_on_several_objects(slide, model):
-    """Two copies of a slide hold the same pairs twice: shifts stay, and each copy has its cells and pairs in the card."""
-    with pytest.warns(UserWarning, match="'one' and 'two' have the same positions"):
-        both = train({"one": slide, "two": slide}, max_epochs=1)
-    assert (
-        list(both.card["data"]) == ["one", "two"] and both.card["pairs"]["A -> B"] == 2 * model.card["pairs"]["A -> B"]
-    )
-    for kind in ("genes", "profile"):
-        np.testing.assert_allclose(both.shifts["A -> B"][""][kind], model.shifts["A -> B"][""][kind], atol=2e-5)
-    made = generate({"one": slide, "two": slide}, both, n_steps=1)
-    np.testing.assert_array_equal(made["one"].X, made["two"].X)
-
-
-def test_a_slide_given_twice_for_training_is_named(slide):
-    with pytest.warns(UserWarning, match="'one' and 'two' have the same positions"), pytest.raises(KeyError):
-        train({"one": slide, "two": slide}, profile_key="shape")
-
-
-def test_shift_is_the_mean_difference_of_pairs(slide, model):
-    """Nuclei of state B are half again as large: the shift of morphology of A -> B says so, that of A -> A does not."""
-    place = model.config.profile.index("area_um2")
-    assert model.shifts["A -> B"][""]["profile"][place] > 0.5
-    assert abs(model.shifts["A -> A"][""]["profile"][place]) < 0.35
-
-
-@pytest.mark.slow
-def test_losses_can_be_switched_off(slide):
-    model = train(
-        slide,
-        max_epochs=1,
-        config={"losses": {"alignment": 0, "contrast": 0}, "spatial": False, "start": "noise", "weighted": False},
-    )
-    assert {k for k in model.history if k.startswith("val_")} == {"val_loss", "val_flow"}
-
-
 def test_bad_input(slide, model):
     with pytest.raises(ValueError, match="does not know 'B -> A'; it knows"):
         generate(slide, model, source="B", target="A")
@@ -250,16 +118,6 @@ def test_bad_input(slide, model):
         generate(slide, model, cells=[stranger])
     with pytest.raises(ValueError, match="the image has channels r, g, b; the model generates"):
         generate(slide, model, image_key="he")
-    for bad, match in (
-        ({"start": "middle"}, "start must be one of 'control', 'noise'"), ({"losses": {"flwo": 1}}, "losses has no 'flwo'"),
-        ({"crop_pixels": 12}, "crop_pixels=12 must be a multiple of 8"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=match):
-            train(slide, config=bad)
-    with pytest.raises(TypeError, match="config must be a .*MorphologyConfig"):
-        sf.tl.train_morphology(slide, config={"width": 3}, **IMAGE)
-    with pytest.raises(KeyError, match="morphology_profile"):
-        train(slide, profile_key="shape")
     with pytest.raises(TypeError, match="model must be a MorphologyFlow; this is a Spatia"):
         generate(slide, sf.datasets.weights("spatia-pancreas-small"))
     with pytest.raises(ValueError, match="cells names .cell_1. twice"):
@@ -273,11 +131,6 @@ def test_bad_input(slide, model):
         other["table"].obsm[f"E_{level}"] = other["table"].obsm[f"E_{level}"][:, :5]
     with pytest.raises(ValueError, match="made by another model"):
         generate(other, model)
-    bare = tissue(2)
-    with pytest.raises(KeyError, match="pair_transitions"):
-        train(bare)
-    with pytest.raises(KeyError, match="embed_spatia"):
-        train(bare, use_rep="X_spatia")
 
 
 def test_states_by_the_rule_of_the_model(slide, model, tmp_path):

@@ -7,8 +7,6 @@ import torch
 
 import spatiaflow as sf
 from _spatia import edited, embedded, image_like, tiny, train
-from spatiaflow._io import Where
-from spatiaflow.tl._images import cells_with_images
 
 LEVELS = ("X_spatia_cell", "X_spatia_niche", "X_spatia_tissue")
 
@@ -371,9 +369,6 @@ def test_means_tell_planted_niches_and_survive_saving(slides, means, tmp_path):
 def test_means_of_genes_that_the_image_predicts(slides, means):
     table = embedded(slides[0], means, modalities="image")
     assert all(np.isfinite(table.obsm[slot]).all() for slot in LEVELS)
-    one = edited(slides[0], table=table)
-    with pytest.raises(ValueError, match=r"columns. The generator takes learned levels.*context=\"attention\""):
-        cells_with_images(one, Where(image_key="fluorescence"), "X_spatia", crop_um=12.0, crop_pixels=16)
     with pytest.raises(ValueError, match="means, without attention"):
         embedded(slides[0], means, attention=True)
     with pytest.raises(ValueError, match="no slide has counts"):

@@ -1,48 +1,11 @@
-from dataclasses import fields
-
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 import spatiaflow as sf
-
-W = np.random.default_rng(0).normal(size=(6, 120)) * 0.6
-SHIFT = np.random.default_rng(1).normal(size=120) * (np.random.default_rng(2).random(120) < 0.3) * 0.5
-GONE = np.random.default_rng(3).normal(size=120) * 2.0 * (np.random.default_rng(4).random(120) < 0.5)
-
-
-def tissue(n_a, n_b, *, seed=0, unmatched=0.0, depth=300, same=False, niches=1, noise=0.0):
-    """Cells of states A and B with six latent directions; B is shifted. Some of A have no counterpart in B."""
-    rng = np.random.default_rng([seed, n_a, n_b])
-    latent = rng.normal(size=(n_a + n_b, 6))
-    if same:  # the cells of B are those of A
-        latent[n_a:] = latent[:n_b]
-    alone = np.r_[rng.random(n_a) < unmatched, np.zeros(n_b, bool)]
-    state = np.r_[np.zeros(n_a), np.ones(n_b)]
-    log = -1 + latent @ W + state[:, None] * SHIFT + alone[:, None] * GONE
-    log = log + noise * rng.normal(size=log.shape)
-    rate = np.exp(log) / np.exp(log).sum(1, keepdims=True)
-    counts = rng.poisson(rate * depth * rng.lognormal(0, 0.3, (len(log), 1)))
-    obs = pd.DataFrame(
-        {"state": pd.Categorical(np.where(state, "B", "A")), "niche": rng.integers(0, niches, len(log)).astype(str)},
-        index=[f"c{i}" for i in range(len(log))],
-    )
-    out = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs)
-    out.obsm["spatial"] = rng.uniform(0, 500, (len(log), 2))
-    out.obs["alone"] = alone
-    return out, latent
-
-
-FIELDS = {field.name for field in fields(sf.models.PairingConfig)}
-
-
-def paired(adata, **options):
-    config = sf.models.PairingConfig(**{name: options.pop(name) for name in FIELDS & set(options)})
-    sf.tl.pair_transitions(adata, **({"transitions": [("A", "B")], "groupby": "state", "config": config} | options))
-    return adata.uns["transitions"]
+from _pairs import paired, tissue
 
 
 def test_slots(tmp_path):
@@ -217,60 +180,6 @@ def test_the_order_of_rows_does_not_matter():
     )
     assert (one["target"] == two["target"]).mean() > 0.97  # but for rounding
     np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-3)
-
-
-def test_pairs_are_drawn():
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import LineCollection
-
-    adata, _ = tissue(60, 80, niches=2)
-    found = paired(adata, niche_key="niche", transitions=[("A", "B"), ("B", "A")])
-    with pytest.raises(ValueError, match="give one of 'A -> B', 'B -> A'"):
-        sf.pl.pairs(adata, mpp=1)
-    figure = sf.pl.pairs(adata, "A -> B", n=20, mpp=1, return_fig=True)
-    (lines,) = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
-    xy = pd.DataFrame(adata.obsm["spatial"], adata.obs_names)
-    drawn = {tuple(np.ravel(one)) for one in lines.get_segments()}
-    known = {(*xy.loc[s], *xy.loc[t]) for s, t in zip(found["source"], found["target"])}
-    assert len(drawn) == 20 and drawn <= known
-    plt.close(figure)
-    with pytest.raises(KeyError, match="no transition 'A -> C'"):
-        sf.pl.pairs(adata, "A -> C", mpp=1)
-    del adata.uns["transitions"]
-    with pytest.raises(KeyError, match="pair_transitions"):
-        sf.pl.pairs(adata, mpp=1)
-
-
-def drawn(figure):
-    """Ends of the lines of a figure of pairs, and how many pairs each niche has."""
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import LineCollection
-
-    (lines,) = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
-    plt.close(figure)
-    return {tuple(np.ravel(one)) for one in lines.get_segments()}, [
-        t.get_text() for t in figure.axes[1].get_yticklabels()
-    ]
-
-
-def test_pairs_of_rows_that_were_dropped_are_not_drawn():
-    adata, _ = tissue(60, 80)
-    found = paired(adata)
-    kept = adata[adata.obsm["spatial"][:, 0] < 300].copy()
-    left = found[found["source"].isin(kept.obs_names) & found["target"].isin(kept.obs_names)]
-    assert 0 < len(left) < len(found)
-    with pytest.warns(
-        UserWarning, match=f"{len(found) - len(left)} of {len(found)} pairs of 'A -> B' name rows .*pair_trans"
-    ):
-        lines, niches = drawn(sf.pl.pairs(kept, mpp=1, return_fig=True))
-    xy = pd.DataFrame(kept.obsm["spatial"], kept.obs_names)
-    assert lines == {(*xy.loc[s], *xy.loc[t]) for s, t in zip(left["source"], left["target"])}
-    assert niches == [f"whole table ({len(left)})"]
-    sources = adata[adata.obs["state"] == "A"].copy()
-    with pytest.raises(
-        ValueError, match="60 of 60 pairs of 'A -> B' name rows that obs_names no longer has .*pair_trans"
-    ):
-        sf.pl.pairs(sources, mpp=1)
 
 
 def test_pairing_samples_of_an_outer_join_is_a_warning():

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from spatiaflow.models.encoders import Encoder, load_encoder
-from spatiaflow.models.encoders._cell import published_mae
 
 RNG = np.random.default_rng(0)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -197,8 +196,6 @@ def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch, kind):
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     with pytest.raises(OSError, match="asks to run code of its own.*never runs code.*give a function"):
         load_encoder(tmp_path / "tiny")
-    with pytest.raises(OSError, match="asks to run code of its own"):
-        published_mae(str(tmp_path / "tiny"))
     assert not marker.exists()
 
 
