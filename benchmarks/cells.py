@@ -71,7 +71,7 @@ def embed(a, table: results.Table) -> None:
 
     model = sf.models.load(a.weights if Path(a.weights).exists() else sf.datasets.weights(a.weights))
     c, network = model.config, model.network.eval()
-    images, present = torch.rand(512, len(c.channels), c.crop_pixels, c.crop_pixels), None
+    images, present = torch.rand(512, len(c.channels) * (2 if c.wide else 1), c.crop_pixels, c.crop_pixels), None
     values, measured = torch.rand(512, len(c.genes)), torch.ones(1, len(c.genes), dtype=torch.bool)
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ a mouse. What a run of the same seed has measured is not measured again.
 import argparse
 import importlib.util
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def retrieval(parts: dict, model: Spatia, seed: int, n: int = 1000) -> dict:
     """How often the image of a cell is the first (or among ten) that its genes find among 1,000 test cells."""
     part, c = parts["test"], model.config
     table, crops = part["table"], sf.pp.crops(part, mpp=1, crop_um=c.crop_um, crop_pixels=c.crop_pixels)
+    crops = replace(crops, wide=c.wide)
     counts, rng = sparse.csr_matrix(table[:, c.genes].X), np.random.default_rng(seed)
     chosen = np.sort(rng.choice(np.flatnonzero(np.asarray(counts.sum(1)).ravel() >= MIN_COUNTS), n, replace=False))
     order = np.array([[ch.lower() for ch in crops.channels].index(name) for name in c.channels])

@@ -108,7 +108,7 @@ def supervised_cnn(
         for batch in np.array_split(rng.permutation(rows), len(rows) // 256):
             x = scaled(images["train"][batch], own["train"], places)
             with torch.autocast("cpu", torch.bfloat16):
-                z = net(augmented(x, rng) if augment else x)
+                z = net(augmented(x, rng, channels) if augment else x)
             seen = torch.from_numpy(counts[batch].toarray())
             mean = seen.sum(1, keepdim=True) * torch.exp(head(z.float()).clamp(-15, 3))
             loss = -log_likelihood(seen, mean.clamp_min(1e-6), nn.functional.softplus(log_theta) + 0.01).mean()

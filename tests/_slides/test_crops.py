@@ -1,5 +1,7 @@
 """Crops: their pixels and order, their channels in a model, and the cells that lie in the image."""
 
+from dataclasses import replace
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -43,6 +45,21 @@ def test_rows_come_in_the_order_asked_for_and_in_batches():
         seen += rows.tolist()
     assert sorted(seen) == sorted(order)
     assert crops.read(np.array([], int)).shape == (0, 2, 6, 6)
+
+
+def test_wider_crops_follow_the_channels_of_the_first():
+    rng = np.random.default_rng(2)
+    image, xy = rng.integers(0, 255, (2, 300, 60)).astype(np.uint8), rng.uniform(5, [55, 295], (30, 2))
+    crops, near, far = (crops_of(image, xy, width) for width in (6, 6, 18))
+    both = replace(crops, wide=3.0)
+    assert both.shape == (30, 4, 6, 6) and both.channels == ("a", "b")
+    order = rng.permutation(30)[:12]
+    expected = torch.cat([near.read(order), far.read(order)], 1)
+    assert torch.equal(both.read(order), expected) and torch.equal(both.take(order).read(np.arange(12)), expected)
+    for rows, batch in both.batches(5, order):
+        assert torch.equal(batch, torch.cat([near.read(rows), far.read(rows)], 1))
+    assert both.read(np.array([], int)).shape == (0, 4, 6, 6)
+    np.testing.assert_array_equal(both.intensity(), near.intensity())  # one scale for both: they show the same stain
 
 
 def test_background_and_bright_end_of_each_channel():

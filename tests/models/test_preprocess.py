@@ -29,6 +29,13 @@ def test_scaling_and_order_of_channels():
     assert (x[:, 1] == 0).all()
 
 
+def test_channels_of_wider_crops_are_scaled_as_those_of_the_first():
+    crops, places = torch.rand(3, 4, 5, 5), np.array([1, -1, 0])
+    intensity = np.array([[0, 2.0], [0.1, 0.8]])
+    expected = torch.cat([scaled(crops[:, :2], intensity, places), scaled(crops[:, 2:], intensity, places)], 1)
+    assert torch.equal(scaled(crops, intensity, places), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_unscaling_undoes_scaling_and_clips_to_whole_numbers(dtype):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(3, 200, (5, 2, 4, 4)).astype(np.float32))

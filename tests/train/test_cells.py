@@ -2,14 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
 from spatiaflow.models.preprocess import standard_of
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatia import SpatiaConfig
-from spatiaflow.train.cells import Fields, ScatteredCells
+from spatiaflow.train.cells import Fields, ScatteredCells, augmented
 
 pytestmark = pytest.mark.usefixtures("own_draws")
+
+
+def test_a_cell_and_what_is_around_it_are_augmented_alike():
+    x = torch.rand(6, 3, 8, 8)
+    twice = augmented(torch.cat([x, x], 1), np.random.default_rng(0), 3)
+    once = augmented(x, np.random.default_rng(0), 3)
+    assert torch.equal(twice[:, :3], once) and torch.equal(twice[:, 3:], once) and not torch.equal(once, x)
 
 
 def test_tissues_are_drawn_in_balance():

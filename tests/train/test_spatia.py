@@ -12,7 +12,7 @@ import spatiaflow as sf
 from _spatia import TINY, edited, embedded, image_like, tiny, train
 from spatiaflow.models.fusion import Surroundings
 from spatiaflow.models.spatia import LOSSES, SpatiaConfig, SpatiaNetwork
-from spatiaflow.train.spatia import ContextTraining, nearest_hidden
+from spatiaflow.train.spatia import MEMORY, CellTraining, ContextTraining, nearest_hidden
 
 SHORT = tiny(batches_per_epoch=2)
 
@@ -53,7 +53,7 @@ def slides():
 @pytest.fixture(scope="module")
 def history(slides):
     with sf.settings.override(progress=False, verbosity="warning"):
-        return train(slides, max_epochs=6).history
+        return train(slides, config=tiny(losses={"reconstruction": 0.05}), max_epochs=6).history
 
 
 def test_every_loss_is_logged_and_can_be_switched_off(slides, history):
@@ -62,6 +62,31 @@ def test_every_loss_is_logged_and_can_be_switched_off(slides, history):
         assert np.isfinite(history[f"train_{name}"]).all()
     off = train(slides[:1], config=tiny(losses=dict.fromkeys(LOSSES, 0.0) | {"genes": 1.0}), max_epochs=1)
     assert {k for k in off.history if k.startswith("val_")} == {"val_loss", "val_genes"}
+
+
+def test_patches_are_reconstructed_where_there_are_no_genes():
+    assert not SpatiaConfig(genes=["a"], channels=["x"]).loss_weights["reconstruction"]
+    assert SpatiaConfig(channels=["x"]).loss_weights["reconstruction"] == LOSSES["reconstruction"]
+    assert SpatiaConfig(genes=["a"], losses={"reconstruction": 0.1}).loss_weights["reconstruction"] == 0.1
+
+
+def test_what_is_kept_is_a_moving_average_of_the_weights(slides, monkeypatch):
+    seen = []
+
+    class Watched(CellTraining):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            seen.append(self.network.rates.weight.detach().double().clone())
+
+    monkeypatch.setattr("spatiaflow.train.spatia.CellTraining", Watched)
+    losses = {"niche": 0.0, "tissue": 0.0, "contrast": 0.0}
+    model = train(slides[:1], config=tiny(losses=losses, batches_per_epoch=12), max_epochs=1)
+    average = seen[0]
+    for n, weight in enumerate(seen[1:], 1):
+        share = max(9 / (10 + n), 1 - MEMORY)
+        average = (1 - share) * average + share * weight
+    torch.testing.assert_close(model.network.rates.weight.double(), average, atol=1e-6, rtol=1e-4)
+    assert (average - seen[-1]).abs().max() > 1e-4
 
 
 @pytest.mark.slow

@@ -83,8 +83,8 @@ def gather(
         from spatiaflow._slides.corpus import read_corpus
 
         found = read_corpus(
-            data, need=need, layer=layer, use_rep=use_rep, crop_um=crop_um, crop_pixels=crop_pixels, missing=missing,
-            scaled=scaled,
+            data, need=need, layer=layer, use_rep=use_rep, crop_um=crop_um, crop_pixels=crop_pixels,
+            crop_wide=crop_wide, missing=missing, scaled=scaled,
         )  # fmt: skip
         if scaled and together:
             check_together(found)

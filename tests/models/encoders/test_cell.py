@@ -1,6 +1,7 @@
 """Encoders of one cell, against attention and masking written out; and a published ViT-MAE."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder, published_mae, stem
 from spatiaflow.models.spatia import SpatiaConfig
 
-SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1}
+SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "wide": 0.0}
 CONFIG = SpatiaConfig(genes=[f"g{i}" for i in range(20)], channels=["a", "b", "c"], **SIZES)
 
 
@@ -131,6 +132,33 @@ def test_what_is_hidden_leaves_no_trace_in_its_reconstruction(image, crops):
     assert statistics and all(torch.equal(a, b) for a, b in zip(statistics, after))
 
 
+@pytest.mark.parametrize("stem_width", [0, 8])
+def test_patches_of_wider_crops_are_tokens_beside_those_of_the_cell(crops, stem_width):
+    torch.manual_seed(0)
+    config = replace(CONFIG, wide=3.0, stem_width=stem_width)
+    image = away_from_the_start(ImageEncoder(config))
+    both = torch.cat([crops, crops.flip(0)], 1)
+    vit = image.mae.vit
+    with torch.no_grad():
+        tokens = image(both)
+        assert tokens.shape == (12, 1 + 4 + 4, 32)
+        image.mae.config.mask_ratio = 0.0  # by hand: all tokens through the layers of the transformer
+        x = vit.embeddings(2 * both[:, :3] - 1, noise=image.order.expand(12, -1))[0]
+        wider = image.around(2 * both[:, 3:] - 1).flatten(2).transpose(1, 2) + image.around_place
+        x = torch.cat([x, wider], 1)
+        for layer in vit.layers if hasattr(vit, "layers") else vit.encoder.layer:
+            found = layer(x)
+            x = found[0] if isinstance(found, tuple) else found
+        torch.testing.assert_close(tokens, vit.layernorm(x))
+        assert not torch.allclose(tokens, image(torch.cat([crops, crops], 1)), atol=1e-3)
+        present = torch.tensor([[True, False, True]]).expand(
+            12, -1
+        )  # a missing channel leaves no trace at either scale
+        other = both.clone()
+        other[:, [1, 4]] = torch.rand(12, 2, 16, 16)
+        assert torch.equal(image(both, present), image(other, present))
+
+
 def test_a_stem_gives_one_vector_a_patch():
     """Its place is that of the patch: what changes far from a patch does not reach its vector."""
     torch.manual_seed(0)
@@ -163,7 +191,9 @@ def test_a_published_vit_mae_sees_crops_as_its_own_pictures(published):
     """With channels passed on as they are, tokens are those of the published model of the crop in its size."""
     model, folder = published
     config, weights = published_mae(str(folder))
-    encoder = ImageEncoder(SpatiaConfig([], ["a", "b", "c"], backbone=config, width=16, crop_pixels=16)).eval()
+    encoder = ImageEncoder(
+        SpatiaConfig([], ["a", "b", "c"], backbone=config, width=16, crop_pixels=16, wide=0.0)
+    ).eval()
     encoder.mae.load_state_dict(weights)
     torch.nn.init.eye_(encoder.narrow.weight)
     torch.nn.init.zeros_(encoder.narrow.bias)
