@@ -57,7 +57,8 @@ if __name__ == "__main__":
     parser.add_argument("--init", type=Path, help="weights to go on from")
     parser.add_argument("--context-only", action="store_true", help="leave the cell level as --init has it")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=26)
+    parser.add_argument("--wide", type=float, default=3.0, help="width of the second crop over that of the first; 0: none")
     parser.add_argument("--out", type=Path, default=WHERE / "spatia-pancreas-small.safetensors")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +69,7 @@ if __name__ == "__main__":
         raise SystemExit
     losses = {"genes": 0, "image_to_genes": 0, "reconstruction": 0, "contrast": 0} if a.context_only else None
     model = sf.tl.train_spatia(
-        training_part(a.store), mpp=1, config=sf.models.SpatiaConfig(losses=losses, precision=a.precision),
+        training_part(a.store), mpp=1, config=sf.models.SpatiaConfig(losses=losses, precision=a.precision, wide=a.wide),
         modalities=tuple(a.modalities), validation=0.05, max_epochs=a.epochs, checkpoint_dir=a.checkpoints, resume=a.resume,
         init=a.init, random_state=a.seed,
     )  # fmt: skip
