@@ -18,7 +18,9 @@ from spatiaflow.models.spatia import (
 from spatiaflow.models.spatial import anchor_graph, anchors
 
 GENES = [f"g{i}" for i in range(20)]
-SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "niche_neighbors": 6}
+SIZES = {
+    "crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "niche_neighbors": 6, "wide": 3.0
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def network():
 @pytest.fixture(scope="module")
 def tokens(network):
     g = torch.Generator().manual_seed(1)
-    crops, values = torch.rand(12, 3, 16, 16, generator=g), torch.rand(12, 20, generator=g) * 3
+    crops, values = torch.rand(12, 6, 16, 16, generator=g), torch.rand(12, 20, generator=g) * 3
     measured = torch.ones(1, 20, dtype=torch.bool)
     with torch.inference_mode():
         return network.image(crops), network.gene(values, measured, values.sum(1))
@@ -44,7 +46,7 @@ def slide():
     rng = np.random.default_rng(0)
     counts, xy = sparse.csr_matrix(rng.poisson(2, (90, 20)).astype(np.float32)), rng.uniform(0, 150, (90, 2))
     image = rng.integers(0, 255, (3, 200, 200)).astype(np.uint8)
-    crops = Crops(image, xy + 20, 16, 16, True, ("a", "b", "c"), range=np.array([[0, 200.0]] * 3))
+    crops = Crops(image, xy + 20, 16, 16, True, ("a", "b", "c"), range=np.array([[0, 200.0]] * 3), wide=3.0)
     slide = Slide("s", np.arange(90), xy, counts, genes=GENES, crops=crops)
     return in_vocabulary(slide, SpatiaConfig(genes=GENES, channels=["a", "b", "c"]))
 
