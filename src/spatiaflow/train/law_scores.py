@@ -40,7 +40,7 @@ def law_scores(
     found = []
     for s in slides:
         n_spots = max(REGION, MAX_VALUES // s.counts.shape[1])
-        rows = np.argsort(((s.xy - np.median(s.xy, 0)) ** 2).sum(1), kind="stable")[:n_spots]
+        rows = np.sort(np.argsort(((s.xy - np.median(s.xy, 0)) ** 2).sum(1), kind="stable")[:n_spots])
         xy, library = s.xy[rows], s.library[rows]
         truth = log_normalize(s.counts[rows], library, target_sum)
         counts = law.draws(s.name, xy, s.log_mean[rows], library, N_DRAWS, new_donor=new_donor, seed=seed)
