@@ -24,6 +24,10 @@ def test_training_is_seeded_and_quiet(slides, tmp_path, monkeypatch):
     assert len(one.networks) == 3
     assert set(one.card["data"]) == {"s0", "s1", "s2"}
     assert len(one.history["train_loss"]) == len(one.history["val_pearson"]) == 9
+    assert one.card["law"] == two.card["law"]
+    assert one.card["law"]["chosen"] in one.card["law"]
+    path = one.save(tmp_path / "model")
+    assert sf.models.load(path).card["law"] == one.card["law"]
 
 
 def test_killed_and_resumed_equals_uninterrupted(slides, tmp_path):

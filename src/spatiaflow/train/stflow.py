@@ -28,6 +28,7 @@ from spatiaflow.train.batches import Regions, WholeSlides
 from spatiaflow.train.checkpoint import FINISHED, claim, read_weights
 from spatiaflow.train.fit import fit
 from spatiaflow.train.law import HeldOut, fit_law
+from spatiaflow.train.law_scores import independent, law_scores
 from spatiaflow.train.members import Choices, counts_of, expression, fit_members
 from spatiaflow.train.trust import trusted
 
@@ -149,7 +150,8 @@ def _fit_stflow(
     prediction, of_rates = np.empty((2, *oof["y"].shape), oof["y"].dtype)
     for rows in _slides_of(oof):
         prediction[rows], of_rates[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
-    law = _law(oof, of_rates, choices, float(np.median([s.pitch for s in slides])))
+    kept_out = _kept_out(oof, of_rates, choices)
+    law = fit_law(kept_out, float(np.median([s.pitch for s in slides])))
     arrays = {
         "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
         "libraries": choices.counting.libraries, "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
@@ -164,7 +166,7 @@ def _fit_stflow(
     card = model_card(
         slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=len(genes),
         target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide), donors=sorted({s.donor for s in slides}),
-        donors_learned=law.donors_learned,
+        donors_learned=law.donors_learned, law=_law_card(kept_out, law, target_sum, seed),
     )  # fmt: skip
     return STFlow(
         config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks,
@@ -344,16 +346,25 @@ def _slides_of(oof: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [oof["slide"] == name for name in np.unique(oof["slide"])]
 
 
-def _law(oof: dict[str, np.ndarray], prediction: np.ndarray, choices: Choices, pitch: float) -> JointLaw:
-    """The joint law of held-out counts around the stacked mean."""
-    log_mean, held_out = np.log(choices.counting.rate_at(prediction, choices.theta)), []
-    library = oof["library"]
+def _kept_out(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices) -> list[HeldOut]:
+    """Held-out slides with the rates that the stack predicts of them."""
+    log_mean, out, library = np.log(choices.counting.rate_at(of_rates, choices.theta)), [], oof["library"]
     if choices.target_sum is None:  # expression is of raw counts: differences in depth belong to it
         library = np.full(len(library), choices.counting.libraries.mean())
     for rows in _slides_of(oof):
         name, donor = (str(oof[key][rows][0]) for key in ("slide", "donor"))
-        held_out.append(HeldOut(name, donor, oof["xy"][rows], oof["counts"][rows], library[rows], log_mean[rows]))
-    return fit_law(held_out, pitch)
+        out.append(HeldOut(name, donor, oof["xy"][rows], oof["counts"][rows], library[rows], log_mean[rows]))
+    return out
+
+
+def _law_card(kept_out: list[HeldOut], law: JointLaw, target_sum: float | None, seed: int) -> dict[str, Any]:
+    """Which law draws come from, and how it and the independent law do on held-out slides."""
+    new_donor = len({s.donor for s in kept_out}) > 1
+    laws = {"gaussian field": law, "independent": independent(law)}
+    return {"chosen": "gaussian field"} | {
+        name: law_scores(kept_out, one, target_sum=target_sum, new_donor=new_donor, seed=seed)
+        for name, one in laws.items()
+    }
 
 
 def _skill(oof, prediction, law: JointLaw, choices: Choices, y: np.ndarray, seed: int) -> np.ndarray:
