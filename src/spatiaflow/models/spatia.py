@@ -298,7 +298,8 @@ class Spatia(_base.Model):
     def __repr__(self) -> str:
         c = self.config
         channels = ", ".join(c.channels) or "none"
-        return f"Spatia: {len(c.genes)} genes, channels {channels}, width {c.width}, {c.crop_um:g} µm crops"
+        wider = f" and {c.crop_um * c.wide:g}" if c.wide else ""
+        return f"Spatia: {len(c.genes)} genes, channels {channels}, width {c.width}, {c.crop_um:g}{wider} µm crops"
 
     def prepare(
         self, slide: Slide, *, channels: Mapping[str, str] | None = None, scaling: str = "slide"
