@@ -59,7 +59,7 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--epochs", type=int, default=26)
     parser.add_argument(
-        "--wide", type=float, default=3.0, help="width of the second crop over that of the first; 0: none"
+        "--wide", type=float, default=0.0, help="width of a second crop over that of the first; 0: none"
     )
     parser.add_argument("--out", type=Path, default=WHERE / "spatia-pancreas-small.safetensors")
     parser.add_argument("--precision", default="bf16-mixed")

@@ -70,6 +70,19 @@ def test_patches_are_reconstructed_where_there_are_no_genes():
     assert SpatiaConfig(genes=["a"], losses={"reconstruction": 0.1}).loss_weights["reconstruction"] == 0.1
 
 
+def test_a_model_with_two_crops_is_trained_saved_and_used(slides, tmp_path):
+    config = tiny(wide=3.0, batches_per_epoch=2, losses={"reconstruction": 0.05})
+    model = train(slides[:1], config=config, max_epochs=1)
+    assert "12 and 36 µm" in repr(model) and np.isfinite(model.history["val_loss"]).all()
+    found, again = (
+        embedded(slides[1], one, modalities="image").obsm["X_spatia_cell"]
+        for one in (model, model.save(tmp_path / "model"))
+    )
+    np.testing.assert_array_equal(found, again)
+    narrow = train(slides[:1], config=tiny(batches_per_epoch=2), max_epochs=1)
+    assert narrow.network.image.around is None and "36" not in repr(narrow)
+
+
 def test_what_is_kept_is_a_moving_average_of_the_weights(slides, monkeypatch):
     seen = []
 

@@ -40,8 +40,9 @@ class SpatiaConfig(_base.Config):
     crop_um, crop_pixels, patch_pixels
         Side of a cell's crop on the tissue and in pixels, and of the vision transformer's patches.
     wide
-        Width of a second crop around each cell over that of the first, with as many pixels: it shows the surroundings. Images
-        tell more of genes with it, and take twice as long to read. 0: none.
+        Width of a second crop around each cell over that of the first, such as 3, with as many pixels: it shows the
+        surroundings. 0: none. Images then take about twice as long to read. On the pancreas it helped the cell level little,
+        and not beside the niche level.
     adaptive
         Each crop fits its cell, ``crop_um`` is the usual width, and the model is told the scale of each crop.
     backbone
@@ -95,7 +96,7 @@ class SpatiaConfig(_base.Config):
     crop_um: float = 20.4
     crop_pixels: int = 48
     patch_pixels: int = 16
-    wide: float = 3.0
+    wide: float = 0.0
     adaptive: bool = False
     backbone: dict | str | None = None
     width: int = 128
@@ -478,7 +479,7 @@ class Spatia(_base.Model):
     @classmethod
     def from_state(cls, d: dict, tensors: dict[str, Tensor]) -> Spatia:
         """Rebuild a model from the description and tensors of its file."""
-        network = SpatiaNetwork(SpatiaConfig(**({"wide": 0.0} | d["config"])))  # older files have one crop
+        network = SpatiaNetwork(SpatiaConfig(**d["config"]))
         found: dict[str, dict[str, np.ndarray]] = {}
         for name in [name for name in tensors if name.startswith("domain.")]:
             _, seen, part = name.split(".")

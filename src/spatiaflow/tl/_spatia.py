@@ -130,7 +130,7 @@ def train_spatia(
     >>> small = sf.models.SpatiaConfig(width=32, crop_pixels=16, batches_per_epoch=4)
     >>> model = sf.tl.train_spatia(slides, image_key="fluorescence", config=small, max_epochs=1)
     >>> model
-    Spatia: 60 genes, channels dapi, bound, rna, prot, width 32, 20.4 and 61.2 µm crops
+    Spatia: 60 genes, channels dapi, bound, rna, prot, width 32, 20.4 µm crops
     >>> sf.tl.embed_spatia(sdata, model=model, image_key="fluorescence")
     """
     from spatiaflow import models

@@ -10,7 +10,7 @@ import torch
 from spatiaflow.models.encoders._cell import GeneEncoder, ImageEncoder, published_mae, stem
 from spatiaflow.models.spatia import SpatiaConfig
 
-SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1, "wide": 0.0}
+SIZES = {"crop_pixels": 16, "patch_pixels": 8, "width": 32, "image_layers": 2, "gene_layers": 1}
 CONFIG = SpatiaConfig(genes=[f"g{i}" for i in range(20)], channels=["a", "b", "c"], **SIZES)
 
 
@@ -191,9 +191,7 @@ def test_a_published_vit_mae_sees_crops_as_its_own_pictures(published):
     """With channels passed on as they are, tokens are those of the published model of the crop in its size."""
     model, folder = published
     config, weights = published_mae(str(folder))
-    encoder = ImageEncoder(
-        SpatiaConfig([], ["a", "b", "c"], backbone=config, width=16, crop_pixels=16, wide=0.0)
-    ).eval()
+    encoder = ImageEncoder(SpatiaConfig([], ["a", "b", "c"], backbone=config, width=16, crop_pixels=16)).eval()
     encoder.mae.load_state_dict(weights)
     torch.nn.init.eye_(encoder.narrow.weight)
     torch.nn.init.zeros_(encoder.narrow.bias)
