@@ -57,7 +57,7 @@ if __name__ == "__main__":
     parser.add_argument("--init", type=Path, help="weights to go on from")
     parser.add_argument("--context-only", action="store_true", help="leave the cell level as --init has it")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--epochs", type=int, default=26)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument(
         "--wide", type=float, default=0.0, help="width of a second crop over that of the first; 0: none"
     )

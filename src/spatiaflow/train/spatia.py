@@ -145,7 +145,7 @@ def averaged(average: Tensor, current: Tensor, n: Tensor | int) -> Tensor:
 class _Training(L.LightningModule):
     """One training step. Every loss has a name, a weight that may be 0, and an entry in the history.
 
-    Validated and kept is a moving average of the weights.
+    A moving average of the weights is validated and kept.
     """
 
     def __init__(self, network: SpatiaNetwork, weights: dict[str, float], target_sum: float, learning_rate=5e-4):

@@ -150,8 +150,8 @@ def _fit_stflow(
     prediction, of_rates = np.empty((2, *oof["y"].shape), oof["y"].dtype)
     for rows in _slides_of(oof):
         prediction[rows], of_rates[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
-    kept_out = _kept_out(oof, of_rates, choices)
-    law = fit_law(kept_out, float(np.median([s.pitch for s in slides])))
+    out_of_fold = _out_of_fold(oof, of_rates, choices)
+    law = fit_law(out_of_fold, float(np.median([s.pitch for s in slides])))
     arrays = {
         "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
         "libraries": choices.counting.libraries, "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
@@ -166,7 +166,7 @@ def _fit_stflow(
     card = model_card(
         slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=len(genes),
         target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide), donors=sorted({s.donor for s in slides}),
-        donors_learned=law.donors_learned, law=_law_card(kept_out, law, target_sum, seed),
+        donors_learned=law.donors_learned, law=_law_card(out_of_fold, law, target_sum, seed),
     )  # fmt: skip
     return STFlow(
         config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks,
@@ -346,7 +346,7 @@ def _slides_of(oof: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [oof["slide"] == name for name in np.unique(oof["slide"])]
 
 
-def _kept_out(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices) -> list[HeldOut]:
+def _out_of_fold(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices) -> list[HeldOut]:
     """Held-out slides with the rates that the stack predicts of them."""
     log_mean, out, library = np.log(choices.counting.rate_at(of_rates, choices.theta)), [], oof["library"]
     if choices.target_sum is None:  # expression is of raw counts: differences in depth belong to it
@@ -357,12 +357,12 @@ def _kept_out(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices
     return out
 
 
-def _law_card(kept_out: list[HeldOut], law: JointLaw, target_sum: float | None, seed: int) -> dict[str, Any]:
+def _law_card(out_of_fold: list[HeldOut], law: JointLaw, target_sum: float | None, seed: int) -> dict[str, Any]:
     """Which law draws come from, and how it and the independent law do on held-out slides."""
-    new_donor = len({s.donor for s in kept_out}) > 1
+    new_donor = len({s.donor for s in out_of_fold}) > 1
     laws = {"gaussian field": law, "independent": independent(law)}
     return {"chosen": "gaussian field"} | {
-        name: law_scores(kept_out, one, target_sum=target_sum, new_donor=new_donor, seed=seed)
+        name: law_scores(out_of_fold, one, target_sum=target_sum, new_donor=new_donor, seed=seed)
         for name, one in laws.items()
     }
 
