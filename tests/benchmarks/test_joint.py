@@ -106,7 +106,7 @@ def test_a_run_writes_every_metric_once(slide, tmp_path, monkeypatch):
         "energy minus gene copula",
         "partial minus ridge, slide",
     } <= own
-    assert set(rows.method) == {"STFlow default", *joint.BASELINES, *joint.NAMES}
+    assert set(rows.method) == {"STFlow default", joint.NO_FLOW, *joint.BASELINES, *joint.NAMES}
     assert set(rows.split) == {"s0", "s1", "s2"}
     monkeypatch.setattr(joint, "train_stflow", None)
     joint.run(arguments)  # nothing is left to measure

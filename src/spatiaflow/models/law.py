@@ -10,7 +10,7 @@ of exponential kernels. Everything is fitted to held-out predictions of training
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -107,7 +107,8 @@ class JointLaw:
         return sd * np.clip(effect, -MAX_EFFECT, MAX_EFFECT), scale
 
     def draws(
-        self, name: str, xy: np.ndarray, log_mean: np.ndarray, library: np.ndarray, n_draws: int, *, new_donor: bool, seed: int
+        self, name: str, xy: np.ndarray, log_mean: np.ndarray, library: np.ndarray, n_draws: int, *, new_donor: bool, seed: int,
+        move: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Yield joint draws of the counts of one slide, n x genes, one at a time.
 
@@ -123,18 +124,19 @@ class JointLaw:
             Counts of each spot that a draw is to have, n.
         new_donor
             Whether the slide's donor is not in the training data.
+        move
+            Changes field and nugget, n x genes, of a draw; see :class:`spatiaflow.models.field_flow.Moves`.
         """
-        n, n_genes = log_mean.shape
+        n = len(log_mean)
         effects, scales = self.slide_effects(name, n_draws, new_donor, seed)
         parts = [Fields(xy, float(length)) for length in self.lengths]
         size = np.asarray(library, np.float32)[:, None]
         for i in range(n_draws):
             rng = np.random.default_rng([seed, zlib.crc32(name.encode()), i])
             scale = np.float32(scales[i])
-            white = rng.standard_normal((n, self.factors.shape[1] + n_genes), dtype=np.float32)
-            log_rate = self._normal(white) * self.nugget_sd.astype(np.float32)
-            for part, sd in zip(parts, self.field_sd):
-                log_rate += self._normal(part.draw(rng, white.shape[1])) * (scale * sd.astype(np.float32))
+            log_rate = self.deviation(parts, rng, n, scale)
+            if move is not None:
+                log_rate = move(i, log_rate)
             variance = scale**2 * (self.field_sd**2).sum(0) + self.nugget_sd**2
             log_rate += (effects[i] - variance / 2).astype(np.float32)  # so that the mean is the mean
             log_rate += log_mean
@@ -143,6 +145,16 @@ class JointLaw:
                 rate = size[rows] * np.exp(np.minimum(log_rate[rows], 0)) / self.theta
                 log_rate[rows] = rng.poisson(rate * rng.standard_gamma(np.broadcast_to(self.theta, rate.shape)))
             yield log_rate
+
+    def deviation(
+        self, parts: list[Fields], rng: np.random.Generator, n: int, scale: float | np.floating = 1.0
+    ) -> np.ndarray:
+        """A draw of nugget and field (a part for each range, its standard deviation times ``scale``), n x genes."""
+        white = rng.standard_normal((n, sum(self.factors.shape)), dtype=np.float32)
+        out = self._normal(white) * self.nugget_sd.astype(np.float32)
+        for part, sd in zip(parts, self.field_sd):
+            out += self._normal(part.draw(rng, white.shape[1])) * (scale * sd.astype(np.float32))
+        return out
 
     def _normal(self, independent: np.ndarray) -> np.ndarray:
         """Correlated normals, n x genes, from n x (factors + genes) independent ones."""

@@ -27,6 +27,7 @@ from spatiaflow.models.counts import (
     log_normalize,
 )
 from spatiaflow.models.denoiser import Denoiser, DenoiserConfig, SlideTokens
+from spatiaflow.models.field_flow import FieldFlows, Moves
 from spatiaflow.models.flow import schedule
 from spatiaflow.models.law import JointLaw
 from spatiaflow.models.members import NAMES, SMOOTHED_OVER, SMOOTHING, Members
@@ -148,6 +149,9 @@ class STFlow(_base.Model):
         Per-gene CRPS skill over the gene's marginal distribution on held-out training slides.
     law
         Joint law of the deviations from the mean, :class:`spatiaflow.models.law.JointLaw`.
+    field_flows
+        Flows that draws of the law's field pass through, :class:`spatiaflow.models.field_flow.FieldFlows`, or None;
+        ``card["law"]`` says why.
     history
         Dict of lists, one entry an epoch.
     card
@@ -165,10 +169,11 @@ class STFlow(_base.Model):
     def __init__(
         self, *, config: STFlowConfig, genes: list[str], encoder: dict, target_sum: float | None, networks: list[Denoiser],
         prior: Any, members: Members, law: JointLaw, arrays: dict[str, np.ndarray], standardize: str, pitch: float,
-        history: dict, card: dict,
+        history: dict, card: dict, field_flows: FieldFlows | None = None,
     ):  # fmt: skip
         self.config, self.genes, self.encoder, self.target_sum = config, list(genes), dict(encoder), target_sum
         self.networks, self.prior, self.members, self.law = networks, prior, members, law
+        self.field_flows = field_flows
         # mean, theta, skill (genes); trusted (same donor, new donor x genes); level (members); weights and rate_weights (members
         # x genes, the network last); libraries (quantiles); three of the out-of-domain score
         self.arrays, self.history, self.card = arrays, history, card
@@ -248,8 +253,11 @@ class STFlow(_base.Model):
         theta, parts = self.law.marginal_theta(new_donor), []
         for slide in progress(slides):
             (expected, of_rates), degenerate = self._means(slide, STACKS, n_samples, n_steps, seed, batch_size, device)
+            rate = self._rate(of_rates)
+            if self.field_flows is not None:
+                self._move_means(self.field_flows, slide, rate, expected)
             parts.append((
-                expected, self._rate(of_rates), self.spread(expected, theta), self.ood_score(slide),
+                expected, rate, self.spread(expected, theta), self.ood_score(slide),
                 np.exp(self.members.log_depth(slide)).astype(np.float32), degenerate,
             ))  # fmt: skip
         mean, rate, std, ood, depth = (np.concatenate([part[i] for part in parts]) for i in range(5))
@@ -279,8 +287,7 @@ class STFlow(_base.Model):
         Noise belongs to the seed and the names of slide and rows: the order of rows and ``batch_size`` change nothing.
         """
         self._check(slide)
-        order = np.argsort(slide.obs_names.astype(str), kind="stable")
-        order = order[slide.on_tissue[order]]
+        order = _by_name(slide)
         out = np.full((len(slide), len(self.genes)), np.nan, np.float32)
         if not len(order):
             for _ in range(n_draws):
@@ -289,12 +296,31 @@ class STFlow(_base.Model):
         (of_rates,), _ = self._means(slide.take(order), STACKS[1:], 1, None, seed, batch_size, device)
         log_mean = np.log(self._rate(of_rates))
         size = np.broadcast_to(np.asarray(self.usual_depth if depth is None else depth, np.float64), len(slide))[order]
+        moves = None if self.field_flows is None else self._moves(self.field_flows, slide, order, log_mean)
         for counts in self.law.draws(
-            slide.name, slide.xy[order], log_mean, size, n_draws, new_donor=new_donor, seed=seed
-        ):
+            slide.name, slide.xy[order], log_mean, size, n_draws, new_donor=new_donor, seed=seed,
+            move=None if moves is None else moves.of_draws(n_draws),
+        ):  # fmt: skip
             values = out.copy()
             values[order] = log_normalize(counts, size, self.target_sum)
             yield values
+
+    def _moves(self, flows: FieldFlows, slide: Slide, order: np.ndarray, log_mean: np.ndarray) -> Moves:
+        """How flows move draws of some rows of a slide."""
+        scaled = self.members.scaled(Reordered(slide.features, order), self.standardize)
+        return Moves(flows, scaled, slide.xy[order], log_mean)
+
+    def _move_means(self, flows: FieldFlows, slide: Slide, rate: np.ndarray, expected: np.ndarray) -> None:
+        """Move rates and mean log expression of all rows, n x genes, as flows move the mean of draws; in place."""
+        if not len(order := _by_name(slide)):
+            return
+        by = self._moves(flows, slide, order, np.log(rate[order])).mean()
+        for part in blocks(len(order)):
+            rows, theta = order[part], self.arrays["theta"]
+            rate[rows] *= np.exp(by[part])
+            expected[rows] = self.counting.mean_at(
+                np.log(self.counting.rate_at(expected[rows], theta)) + by[part], theta
+            )
 
     def simple_prediction(self, features: np.ndarray, xy: np.ndarray | None = None) -> np.ndarray:
         """Ridge regression alone, for one slide, n x genes; smoothed over neighbours when positions are given."""
@@ -331,8 +357,7 @@ class STFlow(_base.Model):
     ) -> tuple[np.ndarray, float]:  # fmt: skip
         """Log expression (stacks x n x genes) in the slide's order, the training mean on glass; rows without a unique frame."""
         a, weights = self.arrays, np.stack([self.arrays[name] for name in stacks])
-        order = np.argsort(slide.obs_names.astype(str), kind="stable")  # noise goes by name, not by row
-        order = order[slide.on_tissue[order]]
+        order = _by_name(slide)
         mean, degenerate = np.tile(a["mean"].astype(np.float32), (len(stacks), len(slide), 1)), [0.0]
         if not len(order):
             return mean, 0.0
@@ -371,6 +396,8 @@ class STFlow(_base.Model):
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         groups = {"array": self.arrays, "members": self.members.tensors(), "law": self.law.tensors()}
+        if self.field_flows is not None:
+            groups["field_flows"] = self.field_flows.tensors()
         tensors = {
             f"{group}.{name}": torch.from_numpy(np.array(value))
             for group, found in groups.items()
@@ -403,11 +430,21 @@ class STFlow(_base.Model):
             _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
-        names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
+        names, moved = (
+            ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card"),
+            under("field_flows."),
+        )
         return cls(
             config=config, networks=networks, prior=PRIORS[config.prior](**prior), members=members,
-            law=JointLaw.of(under("law.")), arrays=under("array."), **{name: d[name] for name in names},
+            law=JointLaw.of(under("law.")), arrays=under("array."), field_flows=FieldFlows.of(moved) if moved else None,
+            **{name: d[name] for name in names},
         )  # fmt: skip
+
+
+def _by_name(slide: Slide) -> np.ndarray:
+    """Rows on tissue in the order of their names: noise goes by name, not by row."""
+    order = np.argsort(slide.obs_names.astype(str), kind="stable")
+    return order[slide.on_tissue[order]]
 
 
 PRIORS = {"zero": ZeroPrior, "gaussian": GaussianPrior, "zinb": ScalarZINB, "counts": CountPrior, "image": ImagePrior}

@@ -17,6 +17,7 @@ from scipy.special import gammaln
 from spatiaflow.models.counts import MAX_THETA, log_variance, theta_of
 from spatiaflow.models.fields import kernel
 from spatiaflow.models.law import DONOR_SD, MIN_DONORS, JointLaw
+from spatiaflow.models.slide import ABSENT
 
 LAGS = (0.5, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, 10.0, 14.0)  # edges, in pitches
 SHORT, LONG = (1.0, 1.5, 2.0, 3.0), (4.0, 6.0, 9.0, 14.0)  # ranges tried, in pitches
@@ -37,6 +38,12 @@ class HeldOut:
     counts: np.ndarray  # n x genes
     library: np.ndarray  # n
     log_mean: np.ndarray  # n x genes, log of the predicted rate
+    features: np.ndarray = ABSENT  # n x F, scaled
+
+    def take(self, rows: np.ndarray) -> HeldOut:
+        """Some of its rows."""
+        arrays = (self.xy, self.counts, self.library, self.log_mean, self.features)
+        return HeldOut(self.name, self.donor, *(a if a is ABSENT else a[rows] for a in arrays))
 
 
 def fit_law(slides: list[HeldOut], pitch: float) -> JointLaw:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from spatiaflow.models import _base
 from spatiaflow.models._base import model_card
 from spatiaflow.models.counts import CountPrior, ImagePrior, draw_counts, library_quantiles, log_normalize
 from spatiaflow.models.denoiser import Denoiser, SlideTokens
+from spatiaflow.models.field_flow import FieldFlow
 from spatiaflow.models.flow import interpolate, sample, schedule
 from spatiaflow.models.law import JointLaw
-from spatiaflow.models.members import NAMES, NETWORK, Members
+from spatiaflow.models.members import NAMES, NETWORK, SMOOTHED_OVER, SMOOTHING, Members
 from spatiaflow.models.ood import OutOfDomain
-from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson, given_depth
+from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson, given_depth, smooth
 from spatiaflow.models.slide import ABSENT, Slide
 from spatiaflow.models.spatial import Graph
 from spatiaflow.models.stflow import PRIORS, STFlow, STFlowConfig
 from spatiaflow.train.batches import Regions, WholeSlides
 from spatiaflow.train.checkpoint import FINISHED, claim, read_weights
+from spatiaflow.train.field_flow import fit_field_flow
 from spatiaflow.train.fit import fit
 from spatiaflow.train.law import HeldOut, fit_law
-from spatiaflow.train.law_scores import independent, law_scores
+from spatiaflow.train.law_scores import choose_law
 from spatiaflow.train.members import Choices, counts_of, expression, fit_members
 from spatiaflow.train.trust import trusted
 
@@ -36,6 +38,8 @@ MAX_FOLDS = 5
 CALIBRATION_DRAWS = 8  # of the prior, for the network's held-out mean
 CRPS_DRAWS = 64
 PERCEPTRON_EPOCHS = 60
+N_BANDS = 4  # that a single training slide is cut into, where its prediction must not have seen it
+FLOW_SPOTS = 100  # least, that a flow from draws of the field learns from
 PRIOR_DONORS = 4  # a few donors do not say who predicts the next: rates of counts are then trusted alike
 RATES_ALIKE = np.array([*("NB" in name for name in NAMES), False]) / sum("NB" in name for name in NAMES)
 
@@ -128,8 +132,10 @@ def _fit_stflow(
         [np.concatenate([(s.features - choices.mean) / choices.std for s in group]) for group in groups]
     )
     y = np.concatenate([expression(s, target_sum) for s in slides])
-    task = _Task(config, choices, n_epochs, _loss_weight(y, config), _residual_std(groups, choices))
+    pitch = float(np.median([s.pitch for s in slides]))
+    task = _Task(config, choices, n_epochs, _loss_weight(y, config), _residual_std(groups, choices), pitch)
     networks: list[Denoiser] = []
+    flows: list[FieldFlow | None] = []
     folds: list[dict] = []
     history: dict[str, Any] = {}
     for f in held_out:
@@ -144,6 +150,7 @@ def _fit_stflow(
         for name, values in ({"fold": [f] * len(log.get("epoch", []))} | log).items():
             history.setdefault(name, []).extend(values)
         networks.append(network)
+        flows.append(fold.field_flow(seed + f) if config.stack else None)
         folds.append(fold.predict(network, seed))
     oof = {name: np.concatenate([fold[name] for fold in folds], axis=-2 if name == "parts" else 0) for name in folds[0]}
     level, weights = _stacks(oof, choices) if config.stack and len(oof["y"]) > 1 else _network_alone(len(genes))
@@ -151,7 +158,11 @@ def _fit_stflow(
     for rows in _slides_of(oof):
         prediction[rows], of_rates[rows] = combine(oof["parts"][:, rows], oof["mean"][rows][0], level, weights)
     out_of_fold = _out_of_fold(oof, of_rates, choices)
-    law = fit_law(out_of_fold, float(np.median([s.pitch for s in slides])))
+    law = fit_law(out_of_fold, task.pitch)
+    law_card, field_flows = choose_law(
+        out_of_fold, law, _of_slides(flows, folds, oof), target_sum=target_sum, new_donor=len(np.unique(oof["donor"])) > 1,
+        seed=seed,
+    )  # fmt: skip
     arrays = {
         "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
         "libraries": choices.counting.libraries, "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
@@ -165,14 +176,14 @@ def _fit_stflow(
     by_slide = used[:-1][[", slide" in name for name in NAMES]].any() or (used[-1] and choices.mode == "slide")
     card = model_card(
         slides, config=asdict(config), seed=seed, epochs=len(history.get("epoch", [])), scores=scores, n_genes=len(genes),
-        target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide), donors=sorted({s.donor for s in slides}),
-        donors_learned=law.donors_learned, law=_law_card(out_of_fold, law, target_sum, seed),
+        target_sum=target_sum, standardize=choices.mode, transductive=bool(by_slide or field_flows),
+        donors=sorted({s.donor for s in slides}), donors_learned=law.donors_learned, law=law_card,
     )  # fmt: skip
     return STFlow(
         config=config, genes=genes, encoder=encoder, target_sum=target_sum, networks=networks,
-        prior=_prior(slides, task), members=_members(slides, task, seed), law=law,
+        prior=_prior(slides, task), members=_members(slides, task, seed), law=law, field_flows=field_flows,
         arrays={k: np.asarray(v, np.float64) for k, v in arrays.items()}, standardize=choices.mode,
-        pitch=float(np.median([s.pitch for s in slides])), history=history, card=card,
+        pitch=task.pitch, history=history, card=card,
     )  # fmt: skip
 
 
@@ -185,6 +196,7 @@ class _Task:
     max_epochs: int
     weight: np.ndarray  # of each gene in the loss
     residual_std: np.ndarray  # of cross-fitted ridge regression, genes
+    pitch: float  # µm
 
 
 def _network_alone(n_genes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +297,7 @@ class _Fold:
 
     def __init__(self, rest: list[list[Slide]], held_out: list[Slide], task: _Task, seed: int):
         c = task.choices
-        self.task, self.raw_held_out = task, held_out
+        self.task, self.rest, self.raw_held_out = task, rest, held_out
         raw = [s for group in rest for s in group]
         self.members = _members(raw, task, seed)
         self.training, self.held_out = [c.scaled(s) for s in raw], [c.scaled(s) for s in held_out]
@@ -294,6 +306,25 @@ class _Fold:
         self.training_base = sum(cross_fitted([_parts(group, c) for group in rest], c.alpha), [])
         self.held_out_base = [self.members.ridges[c.mode].predict(s.features) for s in self.held_out]
         self.prior = _prior(raw, task)
+
+    def field_flow(self, seed: int) -> FieldFlow | None:
+        """A flow from draws of the field around a smoothed ridge regression; None where spots are few or show no field."""
+        c = self.task.choices
+        groups = [[c.scaled(s) for s in group] for group in self.rest]
+        if len(groups) == 1:
+            groups = [[s] for s in groups[0]] if len(groups[0]) > 1 else [[s] for s in groups[0][0].bands(N_BANDS)]
+        slides = sum(groups, [])
+        if sum(map(len, slides)) < FLOW_SPOTS:
+            return None
+        parts = [[(s.features, expression(s, c.target_sum)) for s in group] for group in groups]
+        simple = sum(cross_fitted(parts, c.alpha), [])
+        smoothed = [smooth(one, s.graph(SMOOTHED_OVER), SMOOTHING) for one, s in zip(simple, slides)]
+        known = [
+            _held_out(HeldOut(s.name, s.donor, s.xy, counts_of(s), s.library, ABSENT, s.features), one, c)
+            for s, one in zip(slides, smoothed)
+        ]
+        law = fit_law(known, self.task.pitch)
+        return fit_field_flow(known, law, seed) if law.factors.any() and law.field_sd.any() else None
 
     def predict(self, network: Denoiser, seed: int) -> dict[str, np.ndarray]:
         """Out-of-fold predictions of simple models and network, and what they are compared with."""
@@ -309,7 +340,7 @@ class _Fold:
             simple = self.members.predictions(raw, lambda log_rate: c.counting.mean_at(log_rate, c.theta), wanted)
             rows.append({
                 "parts": np.stack([np.broadcast_to(p, y.shape) for p in (*simple, drawn)]), "y": y, "counts": counts_of(s),
-                "library": s.library, "xy": s.xy, "mean": np.broadcast_to(self.mean, y.shape),
+                "library": s.library, "xy": s.xy, "features": s.features, "mean": np.broadcast_to(self.mean, y.shape),
                 "slide": np.full(len(s), s.name), "donor": np.full(len(s), s.donor),
             })  # fmt: skip
         return {k: np.concatenate([r[k] for r in rows], axis=-2 if k == "parts" else 0) for k in rows[0]}
@@ -346,25 +377,29 @@ def _slides_of(oof: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [oof["slide"] == name for name in np.unique(oof["slide"])]
 
 
-def _out_of_fold(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices) -> list[HeldOut]:
-    """Held-out slides with the rates that the stack predicts of them."""
-    log_mean, out, library = np.log(choices.counting.rate_at(of_rates, choices.theta)), [], oof["library"]
+def _held_out(slide: HeldOut, of_rates: np.ndarray, choices: Choices) -> HeldOut:
+    """A slide with the rates whose mean log expression, n x genes, was predicted without it."""
+    library = slide.library
     if choices.target_sum is None:  # expression is of raw counts: differences in depth belong to it
         library = np.full(len(library), choices.counting.libraries.mean())
+    return replace(slide, library=library, log_mean=np.log(choices.counting.rate_at(of_rates, choices.theta)))
+
+
+def _out_of_fold(oof: dict[str, np.ndarray], of_rates: np.ndarray, choices: Choices) -> list[HeldOut]:
+    """Held-out slides with the rates that the stack predicts of them."""
+    out = []
     for rows in _slides_of(oof):
         name, donor = (str(oof[key][rows][0]) for key in ("slide", "donor"))
-        out.append(HeldOut(name, donor, oof["xy"][rows], oof["counts"][rows], library[rows], log_mean[rows]))
+        xy, counts, library, features = (oof[key][rows] for key in ("xy", "counts", "library", "features"))
+        out.append(_held_out(HeldOut(name, donor, xy, counts, library, ABSENT, features), of_rates[rows], choices))
     return out
 
 
-def _law_card(out_of_fold: list[HeldOut], law: JointLaw, target_sum: float | None, seed: int) -> dict[str, Any]:
-    """Which law draws come from, and how it and the independent law do on held-out slides."""
-    new_donor = len({s.donor for s in out_of_fold}) > 1
-    laws = {"gaussian field": law, "independent": independent(law)}
-    return {"chosen": "gaussian field"} | {
-        name: law_scores(out_of_fold, one, target_sum=target_sum, new_donor=new_donor, seed=seed)
-        for name, one in laws.items()
-    }
+def _of_slides(flows: list[FieldFlow | None], folds: list[dict], oof: dict[str, np.ndarray]) -> list[FieldFlow]:
+    """The flow that never saw it, for each held-out slide; none where a fold has no flow."""
+    of = {name: flow for flow, fold in zip(flows, folds) if flow is not None for name in np.unique(fold["slide"])}
+    names = np.unique(oof["slide"])
+    return [of[name] for name in names] if len(of) == len(names) else []
 
 
 def _skill(oof, prediction, law: JointLaw, choices: Choices, y: np.ndarray, seed: int) -> np.ndarray:
