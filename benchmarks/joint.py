@@ -6,10 +6,10 @@
 The split is a section that no choice has seen, or all sections of a donor (olfactory bulb: of a mouse). Of simulated tissue,
 whose cells stand for spots, it is the last of five slides, and sums are of eight genes instead of ten. Draws are the model's
 own, at the measured library size of the spots, around the model's rates. Baselines have the same rates and the same law of a
-single value: "independent" draws every count alone, "gene copula" draws the genes of a spot together and every spot alone. "no flow"
-is the model without the flows that its draws and means pass through ("share of the flow's way" is 0 where it chose none). A
-region is a spot and its nearest 8 or 24. The simple models of the stack stand beside it ("pearson", and "partial": given the
-depth).
+single value: "independent" draws every count alone, "gene copula" draws the genes of a spot together and every spot alone.
+"no flow" is the model without the flows that its means and draws pass through; "share of the flow's way" is 0 where it chose
+none. A region is a spot and its nearest 8 or 24. The simple models of the stack stand beside it ("pearson", and "partial":
+given the depth).
 
 On new donors the deviance of the predicted rates is compared with that of the base, the mean of the rates over training spots:
 "deviance skill" as they are, "level deviance skill" of each gene's mean rate alone, and "pattern deviance skill" after both sides

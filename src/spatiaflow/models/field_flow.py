@@ -113,9 +113,9 @@ class FieldFlow(nn.Module):
         neighbors
             n x k.
         """
-        columns = neighbors.T
-        near = [min(k, len(columns)) for k in NEIGHBORS]
-        around = [sum((x[:, j] for j in columns[1:k]), x[:, columns[0]]) / k for k in near]
+        flat = x.transpose(0, 1).flatten(1)  # n x (draws x components)
+        means = (nn.functional.embedding_bag(neighbors[:, :k].contiguous(), flat, mode="mean") for k in NEIGHBORS)
+        around = [mean.view(len(flat), *x.shape[::2]).transpose(0, 1) for mean in means]
         angle = torch.pi / 2 * t
         time = torch.stack([angle.cos(), angle.sin()], -1)[:, None].expand(-1, x.shape[1], -1)
         state = torch.cat([x, *around, time], 2)
