@@ -57,7 +57,8 @@ class STFlowConfig(_base.Config):
         The loss weighs each gene by the inverse of its variance.
     stack
         Cross-fit one network for each fold, average them, and stack them with the simple models of
-        :mod:`spatiaflow.models.members` on held-out slides. False: one network, held-out slides only decide when to stop.
+        :mod:`spatiaflow.models.members` on held-out slides. Flows from draws of the joint law's field are trained beside them
+        (:mod:`spatiaflow.models.field_flow`). False: one network, held-out slides only decide when to stop.
     standardize
         ``"global"``, ``"slide"`` (each slide by its own mean and deviation; transductive) or ``"choose"`` (by
         leave-one-slide-out ridge).
