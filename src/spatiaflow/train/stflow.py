@@ -39,7 +39,7 @@ CALIBRATION_DRAWS = 8  # of the prior, for the network's held-out mean
 CRPS_DRAWS = 64
 PERCEPTRON_EPOCHS = 60
 N_BANDS = 4  # that a single training slide is cut into, where its prediction must not have seen it
-FLOW_SPOTS = 300  # least, that a flow from draws of the field learns from
+FLOW_SPOTS = 250  # least, that a flow from draws of the field learns from
 PRIOR_DONORS = 4  # a few donors do not say who predicts the next: rates of counts are then trusted alike
 RATES_ALIKE = np.array([*("NB" in name for name in NAMES), False]) / sum("NB" in name for name in NAMES)
 
