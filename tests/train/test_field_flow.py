@@ -108,6 +108,7 @@ def test_flow_of_a_gaussian_field_that_images_do_not_show_moves_little():
 
 def test_of_many_and_large_slides_some_are_learned_from(monkeypatch):
     monkeypatch.setattr(module, "MAX_SLIDES", 2)
+    monkeypatch.setattr(module, "MIN_SPOTS", 50)
     monkeypatch.setattr(module, "MAX_SPOTS", 50)
     monkeypatch.setattr(module, "N_STEPS", 2)
     seen = []

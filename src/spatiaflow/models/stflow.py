@@ -431,13 +431,11 @@ class STFlow(_base.Model):
             _base.fill(network, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
             networks.append(network)
         prior = {k: np.asarray(v) if isinstance(v, list) else v for k, v in d["prior"].items()}
-        names, moved = (
-            ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card"),
-            under("field_flows."),
-        )
+        names = ("genes", "encoder", "target_sum", "standardize", "pitch", "history", "card")
+        flows = under("field_flows.")
         return cls(
             config=config, networks=networks, prior=PRIORS[config.prior](**prior), members=members,
-            law=JointLaw.of(under("law.")), arrays=under("array."), field_flows=FieldFlows.of(moved) if moved else None,
+            law=JointLaw.of(under("law.")), arrays=under("array."), field_flows=FieldFlows.of(flows) if flows else None,
             **{name: d[name] for name in names},
         )  # fmt: skip
 

@@ -22,7 +22,8 @@ from spatiaflow.models.law import JointLaw
 from spatiaflow.train.law import HeldOut
 
 N_COMPONENTS = 50  # of the features
-MAX_SLIDES, MAX_SPOTS = 12, 600  # of a fold, and of each, around its middle
+MAX_SLIDES = 12  # of a fold
+MIN_SPOTS, MAX_SPOTS, MAX_VALUES = 100, 600, 60_000  # of a slide, around its middle; spots x genes
 N_PRIOR, N_POSTERIOR = 48, 12  # draws of each slide
 N_STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DECAY = 120, 4, 1e-3, 0.1, 0.98
 
@@ -38,7 +39,8 @@ def fit_field_flow(slides: list[HeldOut], law: JointLaw, seed: int) -> FieldFlow
 def _middle(slide: HeldOut) -> HeldOut:
     """The slide, or the spots around its middle where it is large."""
     distance = ((slide.xy - np.median(slide.xy, 0)) ** 2).sum(1)
-    return slide.take(np.sort(np.argsort(distance, kind="stable")[:MAX_SPOTS]))
+    n_spots = int(np.clip(MAX_VALUES // slide.counts.shape[1], MIN_SPOTS, MAX_SPOTS))
+    return slide.take(np.sort(np.argsort(distance, kind="stable")[:n_spots]))
 
 
 def _arrays(slides: list[HeldOut], law: JointLaw) -> dict[str, np.ndarray]:

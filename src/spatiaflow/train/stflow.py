@@ -163,7 +163,7 @@ def _fit_stflow(
         out_of_fold, law, _of_slides(flows, folds, oof), target_sum=target_sum, new_donor=len(np.unique(oof["donor"])) > 1,
         seed=seed,
     )  # fmt: skip
-    arrays = {
+    arrays = {  # skill and trust are of the stack alone: flows were chosen on the same slides
         "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
         "libraries": choices.counting.libraries, "theta": choices.theta, "skill": _skill(oof, prediction, law, choices, y, seed),
         "trusted": trusted(oof["y"], of_rates, oof["library"], oof["slide"], oof["donor"]),
