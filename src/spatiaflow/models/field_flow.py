@@ -55,7 +55,7 @@ def gene_components(law: JointLaw) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbors_of(xy: np.ndarray) -> np.ndarray:
-    """Nearest other spots, n x at most 24; of a single spot, itself."""
+    """Nearest other spots (of several at one place, all but one), n x at most 24; of a single spot, itself."""
     found = cKDTree(xy).query(xy, k=list(range(1, min(NEIGHBORS[-1] + 1, len(xy)) + 1)))[1]
     return found[:, 1:] if len(xy) > 1 else found
 
@@ -63,7 +63,7 @@ def neighbors_of(xy: np.ndarray) -> np.ndarray:
 class FieldFlow(nn.Module):
     """Velocity of whitened gene components, n x components, from their own state, that of neighbours, images and time.
 
-    The mean velocity over a slide is 0: levels belong to the slide effect.
+    The mean velocity over a slide is 0.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class FieldFlows:
 
 @dataclass(frozen=True)
 class Moves:
-    """How flows move the draws of one slide.
+    """How flows move the draws of one slide. Levels belong to the slide effect: the sum of each gene's rates stays.
 
     Attributes
     ----------
@@ -188,27 +188,42 @@ class Moves:
         for flow in self.flows.flows:
             way = _way(self._velocity(flow), torch.zeros(len(out), flow.down.shape[1]))
             out += (self.flows.share / len(self.flows.flows) * way @ flow.up).numpy()
+        out -= _level(self.log_mean, out)
         return out
 
-    def of_draws(self, n_draws: int) -> Callable[[int, np.ndarray], np.ndarray]:
-        """What moves the deviation of log rates of each draw, n x genes; each flow moves its part of the draws in turn."""
+    def of_draws(self, n_draws: int, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:
+        """What moves the deviation of log rates of each draw, n x genes; one flow after the other takes its part of the draws."""
         last: dict[int, Velocity] = {}
+        order = np.random.default_rng(seed).permutation(len(self.flows.flows))
 
         def move(draw: int, deviation: np.ndarray) -> np.ndarray:
-            which = draw * len(self.flows.flows) // n_draws
+            which = int(order[draw * len(order) // n_draws])
             flow = self.flows.flows[which]
             if which not in last:  # one at a time: a slide can be large
                 last.clear()
                 last[which] = self._velocity(flow)
             way = _way(last[which], torch.from_numpy(deviation) @ flow.down)
-            return deviation + (self.flows.share * way @ flow.up).numpy()
+            by = (self.flows.share * way @ flow.up).numpy()
+            by -= _level(self.log_mean + deviation, by)
+            by += deviation
+            return by
 
         return move
+
+
+def _level(log_rate: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """How much a change of log rates, both n x genes, raises the log of the sum over a slide, genes."""
+    before, after = np.zeros((2, by.shape[1]))
+    for rows in blocks(len(by)):
+        rate = np.exp(log_rate[rows], dtype=np.float32)
+        before += rate.sum(0, dtype=np.float64)
+        after += (rate * np.exp(by[rows])).sum(0, dtype=np.float64)
+    return np.log(after / before).astype(np.float32)
 
 
 def _way(velocity: Velocity, start: Tensor) -> Tensor:
     """How far states of one slide, n x components, go from t = 0 to 1."""
     x = start
-    for i in range(N_STEPS):  # midpoints: x_0 and x_1 alone are seen at the ends
+    for i in range(N_STEPS):  # seen in the middle of each step: at the ends only one of x_0 and x_1 is
         x = x + velocity(x, (i + 0.5) / N_STEPS) / N_STEPS
     return x - start

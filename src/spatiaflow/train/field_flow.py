@@ -2,7 +2,8 @@
 
 Each fold of the training has a flow of its own. It learns from draws of the posterior of field and nugget given the counts of
 the fold's training slides, with a joint law as prior, around a ridge regression that left each of them out. Held-out slides
-touch none of this, so they can judge it (:func:`spatiaflow.train.law_scores.choose_law`).
+have a part only in what is chosen for all folds together (:class:`spatiaflow.train.members.Choices`), so they can judge it
+(:func:`spatiaflow.train.law_scores.choose_law`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ N_STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DECAY = 120, 4, 1e-3, 0.1, 0.98
 def fit_field_flow(slides: list[HeldOut], law: JointLaw, seed: int) -> FieldFlow:
     """Fit a flow to slides that were predicted without themselves, and the law of what they deviate by."""
     kept = np.sort(np.random.default_rng(seed).permutation(len(slides))[:MAX_SLIDES])
-    arrays = _arrays(slides, law)
-    examples = [_Examples.of(_middle(slides[i]), law, arrays, seed) for i in kept]
-    return _fitted(examples, arrays, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flow = FieldFlow(**_arrays(slides, law))
+        return _fitted(flow, [_Examples.of(_middle(slides[i]), law, flow, seed) for i in kept], seed)
 
 
 def _middle(slide: HeldOut) -> HeldOut:
@@ -136,9 +138,9 @@ class _Examples:
     posterior: Tensor
 
     @classmethod
-    def of(cls, slide: HeldOut, law: JointLaw, arrays: dict[str, np.ndarray], seed: int) -> _Examples:
-        found, neighbors, down = _Posterior(slide, law), neighbors_of(slide.xy), arrays["down"]
-        tokens = FieldFlow(**arrays).tokens(slide.features, neighbors, slide.log_mean)[:]
+    def of(cls, slide: HeldOut, law: JointLaw, flow: FieldFlow, seed: int) -> _Examples:
+        found, neighbors, down = _Posterior(slide, law), neighbors_of(slide.xy), flow.down.numpy()
+        tokens = flow.tokens(slide.features, neighbors, slide.log_mean)[:]
         rng = np.random.default_rng([seed, zlib.crc32(slide.name.encode())])
         prior = np.stack([found.prior(rng) @ down for _ in range(N_PRIOR)])
         posterior = np.stack([found.draw(rng) @ down for _ in range(N_POSTERIOR)])
@@ -146,26 +148,22 @@ class _Examples:
         return cls(tokens, torch.from_numpy(neighbors), *draws)
 
 
-def _fitted(examples: list[_Examples], arrays: dict[str, np.ndarray], seed: int) -> FieldFlow:
+def _fitted(flow: FieldFlow, examples: list[_Examples], seed: int) -> FieldFlow:
     """Train a flow; the moving average of its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        rng, flow = np.random.default_rng(seed), FieldFlow(**arrays)
-        # early on the mean of all steps so far, later of the last ones
-        average = AveragedModel(
-            flow, avg_fn=lambda mean, p, n: torch.lerp(mean, p, max(1 - DECAY, 10 / (float(n) + 10)))
-        )
-        optimizer = torch.optim.AdamW(flow.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        for _ in range(N_STEPS):
-            e = examples[rng.integers(len(examples))]
-            start, end = (x[rng.integers(len(x), size=BATCH)] for x in (e.prior, e.posterior))
-            t = torch.from_numpy(rng.random(BATCH).astype(np.float32))  # one of each slide
-            cos, sin = torch.cos(torch.pi / 2 * t)[:, None, None], torch.sin(torch.pi / 2 * t)[:, None, None]
-            velocity = torch.pi / 2 * (cos * end - sin * start)
-            optimizer.zero_grad()
-            found = flow(cos * start + sin * end, t, flow.of_tokens(e.tokens), e.neighbors)
-            ((found - (velocity - velocity.mean(1, keepdim=True))) ** 2).mean().backward()
-            optimizer.step()
-            average.update_parameters(flow)
+    rng = np.random.default_rng(seed)
+    # early on the mean of all steps so far, later of the last ones
+    average = AveragedModel(flow, avg_fn=lambda mean, p, n: torch.lerp(mean, p, max(1 - DECAY, 10 / (float(n) + 10))))
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    for _ in range(N_STEPS):
+        e = examples[rng.integers(len(examples))]
+        start, end = (x[rng.integers(len(x), size=BATCH)] for x in (e.prior, e.posterior))
+        t = torch.from_numpy(rng.random(BATCH).astype(np.float32))  # one of each slide
+        cos, sin = torch.cos(torch.pi / 2 * t)[:, None, None], torch.sin(torch.pi / 2 * t)[:, None, None]
+        velocity = torch.pi / 2 * (cos * end - sin * start)
+        optimizer.zero_grad()
+        found = flow(cos * start + sin * end, t, flow.of_tokens(e.tokens), e.neighbors)
+        ((found - (velocity - velocity.mean(1, keepdim=True))) ** 2).mean().backward()
+        optimizer.step()
+        average.update_parameters(flow)
     flow.load_state_dict(average.module.state_dict())
     return flow.eval()

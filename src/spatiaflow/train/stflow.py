@@ -340,8 +340,9 @@ class _Fold:
             simple = self.members.predictions(raw, lambda log_rate: c.counting.mean_at(log_rate, c.theta), wanted)
             rows.append({
                 "parts": np.stack([np.broadcast_to(p, y.shape) for p in (*simple, drawn)]), "y": y, "counts": counts_of(s),
-                "library": s.library, "xy": s.xy, "features": s.features, "mean": np.broadcast_to(self.mean, y.shape),
-                "slide": np.full(len(s), s.name), "donor": np.full(len(s), s.donor),
+                "library": s.library, "xy": s.xy, "features": s.features if config.stack else s.features[:, :0],
+                "mean": np.broadcast_to(self.mean, y.shape), "slide": np.full(len(s), s.name),
+                "donor": np.full(len(s), s.donor),
             })  # fmt: skip
         return {k: np.concatenate([r[k] for r in rows], axis=-2 if k == "parts" else 0) for k in rows[0]}
 
