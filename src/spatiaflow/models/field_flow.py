@@ -63,7 +63,7 @@ def neighbors_of(xy: np.ndarray) -> np.ndarray:
 class FieldFlow(nn.Module):
     """Velocity of whitened gene components, n x components, from their own state, that of neighbours, images and time.
 
-    The mean velocity over a slide is 0.
+    The mean velocity over a slide is 0: levels belong to the slide effect.
 
     Parameters
     ----------
@@ -158,7 +158,9 @@ class FieldFlows:
 
 @dataclass(frozen=True)
 class Moves:
-    """How flows move the draws of one slide. Levels belong to the slide effect: the sum of each gene's rates stays.
+    """How flows move the draws of one slide, and their mean.
+
+    Levels belong to the slide effect: the mean of a gene's log rate over the slide stays.
 
     Attributes
     ----------
@@ -188,37 +190,22 @@ class Moves:
         for flow in self.flows.flows:
             way = _way(self._velocity(flow), torch.zeros(len(out), flow.down.shape[1]))
             out += (self.flows.share / len(self.flows.flows) * way @ flow.up).numpy()
-        out -= _level(self.log_mean, out)
         return out
 
-    def of_draws(self, n_draws: int, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:
-        """What moves the deviation of log rates of each draw, n x genes; one flow after the other takes its part of the draws."""
+    def of_draws(self, n_draws: int) -> Callable[[int, np.ndarray], np.ndarray]:
+        """What moves the deviation of log rates of each draw, n x genes; one flow after the other moves its part of the draws."""
         last: dict[int, Velocity] = {}
-        order = np.random.default_rng(seed).permutation(len(self.flows.flows))
 
         def move(draw: int, deviation: np.ndarray) -> np.ndarray:
-            which = int(order[draw * len(order) // n_draws])
+            which = draw * len(self.flows.flows) // n_draws
             flow = self.flows.flows[which]
             if which not in last:  # one at a time: a slide can be large
                 last.clear()
                 last[which] = self._velocity(flow)
             way = _way(last[which], torch.from_numpy(deviation) @ flow.down)
-            by = (self.flows.share * way @ flow.up).numpy()
-            by -= _level(self.log_mean + deviation, by)
-            by += deviation
-            return by
+            return deviation + (self.flows.share * way @ flow.up).numpy()
 
         return move
-
-
-def _level(log_rate: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """How much a change of log rates, both n x genes, raises the log of the sum over a slide, genes."""
-    before, after = np.zeros((2, by.shape[1]))
-    for rows in blocks(len(by)):
-        rate = np.exp(log_rate[rows], dtype=np.float32)
-        before += rate.sum(0, dtype=np.float64)
-        after += (rate * np.exp(by[rows])).sum(0, dtype=np.float64)
-    return np.log(after / before).astype(np.float32)
 
 
 def _way(velocity: Velocity, start: Tensor) -> Tensor:

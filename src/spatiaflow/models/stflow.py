@@ -300,7 +300,7 @@ class STFlow(_base.Model):
         moves = None if self.field_flows is None else self._moves(self.field_flows, slide, order, log_mean)
         for counts in self.law.draws(
             slide.name, slide.xy[order], log_mean, size, n_draws, new_donor=new_donor, seed=seed,
-            move=None if moves is None else moves.of_draws(n_draws, seed),
+            move=None if moves is None else moves.of_draws(n_draws),
         ):  # fmt: skip
             values = out.copy()
             values[order] = log_normalize(counts, size, self.target_sum)

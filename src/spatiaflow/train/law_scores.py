@@ -52,7 +52,7 @@ def law_scores(
         rows = np.argsort(((s.xy - np.median(s.xy, 0)) ** 2).sum(1), kind="stable")[:n_spots]
         s = s.take(np.sort(rows))
         truth = log_normalize(s.counts, s.library, target_sum)
-        move = None if flows is None else Moves(flows[i], s.features, s.xy, s.log_mean).of_draws(N_DRAWS, seed)
+        move = None if flows is None else Moves(flows[i], s.features, s.xy, s.log_mean).of_draws(N_DRAWS)
         counts = law.draws(s.name, s.xy, s.log_mean, s.library, N_DRAWS, new_donor=new_donor, seed=seed, move=move)
         drawn = np.stack([log_normalize(one, s.library, target_sum) for one in counts])
         regions = cKDTree(s.xy).query(s.xy, k=list(range(1, min(REGION, len(s.xy)) + 1)))[1]
