@@ -88,7 +88,7 @@ def test_no_simple_method_is_left_out_that_is_better():
     """Ours in other forms, and rows that are no method or know what no method may, aside."""
     aside = (
         "SPATIA", "ours", "generated", "gain of", "real targets", "training targets", "STFlow", "deterministic twin",
-        "no context", "depth only", "position only", "ceiling", "cluster_niches",
+        "no context", "no flow", "depth only", "position only", "ceiling", "cluster_niches",
     )  # fmt: skip
     for row in everything.ROWS:
         rows = results.select(results.read(row.script), **row.where, metric=row.metric)
