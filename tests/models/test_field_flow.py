@@ -81,7 +81,7 @@ def test_draws_go_a_share_of_the_way_and_each_flow_moves_its_part_of_them():
     deviation = np.random.default_rng(0).standard_normal((N, N_GENES)).astype(np.float32)
 
     def moved(some, share, draw):
-        by = Moves(FieldFlows(some, share), features, xy, log_mean).of_draws(10)(draw, deviation) - deviation
+        by = Moves(FieldFlows(some, share, False), features, xy, log_mean).of_draws(10)(draw, deviation) - deviation
         assert by.shape == deviation.shape
         return by
 
@@ -93,7 +93,7 @@ def test_draws_go_a_share_of_the_way_and_each_flow_moves_its_part_of_them():
 
 
 def test_the_mean_log_rate_of_a_gene_stays():
-    moves = Moves(FieldFlows((flow(1), flow(2)), 1.0), *slide())
+    moves = Moves(FieldFlows((flow(1), flow(2)), 1.0, False), *slide())
     deviation = np.random.default_rng(0).standard_normal((N, N_GENES)).astype(np.float32)
     for by in (moves.mean(), moves.of_draws(2)(0, deviation) - deviation):
         assert np.abs(by).max() > 0.1
@@ -103,13 +103,13 @@ def test_the_mean_log_rate_of_a_gene_stays():
 def test_the_mean_moves_as_draws_do_on_average():
     one, (features, xy, log_mean) = flow(1), slide()
     torch.nn.init.zeros_(one.of_state.weight)
-    moves = Moves(FieldFlows((one,), 0.5), features, xy, log_mean)
+    moves = Moves(FieldFlows((one,), 0.5, False), features, xy, log_mean)
     same = np.ones((N, N_GENES), np.float32)
     np.testing.assert_allclose(moves.mean(), moves.of_draws(1)(0, same) - 1, atol=1e-5)
 
 
 def test_the_order_of_rows_changes_nothing():
-    flows, (features, xy, log_mean) = FieldFlows((flow(1),), 0.5), slide()
+    flows, (features, xy, log_mean) = FieldFlows((flow(1),), 0.5, False), slide()
     deviation = np.random.default_rng(0).standard_normal((N, N_GENES)).astype(np.float32)
     order = np.random.default_rng(1).permutation(N)
     one, two = Moves(flows, features, xy, log_mean), Moves(flows, features[order], xy[order], log_mean[order])
@@ -120,15 +120,15 @@ def test_the_order_of_rows_changes_nothing():
 def test_an_untrained_flow_moves_nothing():
     rng = np.random.default_rng(0)
     made = FieldFlow(np.zeros(N_FEATURES), np.eye(N_FEATURES), *gene_components(law(rng)))
-    moves = Moves(FieldFlows((made,), 1.0), *slide())
+    moves = Moves(FieldFlows((made,), 1.0, False), *slide())
     deviation = rng.standard_normal((N, N_GENES)).astype(np.float32)
     np.testing.assert_array_equal(moves.of_draws(1)(0, deviation), deviation)
     assert not moves.mean().any()
 
 
 def test_tensors_give_the_same_flows_back():
-    flows = FieldFlows(tuple(flow(i) for i in range(11)), 0.25)  # ten and more: names of two digits
+    flows = FieldFlows(tuple(flow(i) for i in range(11)), 0.25, False)  # ten and more: names of two digits
     again = FieldFlows.of(flows.tensors())
-    assert again.share == 0.25
+    assert (again.share, again.for_new_donors) == (0.25, False)
     assert len(again.flows) == 11
     np.testing.assert_array_equal(Moves(again, *slide()).mean(), Moves(flows, *slide()).mean())

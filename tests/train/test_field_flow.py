@@ -1,5 +1,7 @@
 """Flows learn what counts say beyond the mean: the posterior against a dense reference, and planted tissue."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -85,7 +87,7 @@ def test_flow_finds_the_type_that_images_show_on_a_slide_it_never_saw():
     made = slides(bimodal=True, shown=2.5)
     law = fit_law(made[:3], 100.0)
     flow = fit_field_flow(made[:3], law, 0)
-    moves = Moves(FieldFlows((flow,), 1.0), made[3].features, XY, made[3].log_mean)
+    moves = Moves(FieldFlows((flow,), 1.0, False), made[3].features, XY, made[3].log_mean)
     truth = np.log((made[3].counts[:, 0] + 1) / made[3].counts[:, 0].mean())
     assert np.corrcoef(moves.mean()[:, 0], truth)[0, 1] > 0.8
     card, chosen = choose_law(made[3:], law, [flow], **OPTIONS)
@@ -102,7 +104,7 @@ def test_flow_of_a_gaussian_field_that_images_do_not_show_moves_little():
     card, _ = choose_law(made[3:], law, [flow], **OPTIONS)
     field = card["gaussian field"]["energy 9 spots"]
     assert card["flow, 0.5 of the way"]["energy 9 spots"] == pytest.approx(field, rel=0.02)
-    moves = Moves(FieldFlows((flow,), 1.0), made[3].features, XY, made[3].log_mean)
+    moves = Moves(FieldFlows((flow,), 1.0, False), made[3].features, XY, made[3].log_mean)
     assert moves.mean().std() < 0.25 * np.sqrt(law.variance[0])
 
 
@@ -130,7 +132,7 @@ def test_a_model_whose_draws_pass_through_flows_is_saved_and_draws_the_same_what
     tmp_path, monkeypatch
 ):
     def forced(slides, law, flows, **options):  # the stack knows all that images show here
-        return choose_law(slides, law, flows, **options)[0], FieldFlows(tuple(flows), 0.5)
+        return choose_law(slides, law, flows, **options)[0], FieldFlows(tuple(flows), 0.5, False)
 
     monkeypatch.setattr("spatiaflow.train.stflow.choose_law", forced)
     made = []
@@ -154,12 +156,19 @@ def test_a_model_whose_draws_pass_through_flows_is_saved_and_draws_the_same_what
     )
     np.testing.assert_array_equal(loaded, draws)
     np.testing.assert_array_equal(shuffled, draws[:, order])
-    whole, part = model.predict([made[3]]), model.predict([made[3].take(order)])
+    whole, part = (model.predict([one], new_donor=False) for one in (made[3], made[3].take(order)))
     np.testing.assert_array_equal(part.rate, whole.rate[order])
     np.testing.assert_array_equal(part.mean, whole.mean[order])
     drawn = np.mean([np.expm1(x) / 1e4 for x in model.draws(made[3], 200, depth=1e5, new_donor=False)], 0)
     assert np.corrcoef(np.log(drawn).ravel(), np.log(whole.rate).ravel())[0, 1] > 0.97
     np.testing.assert_allclose(drawn.sum(0), whole.rate.sum(0), rtol=0.06)
-    model.field_flows = None
+    across = replace(model.field_flows, for_new_donors=True)
+    found = []
+    for flows in (model.field_flows, across, None):
+        model.field_flows = flows
+        found.append((model.predict([made[3]]).rate, next(model.draws(made[3], 1))))  # a new donor
+    for i in (0, 1):
+        np.testing.assert_array_equal(found[0][i], found[2][i])
+        assert np.abs(found[1][i] - found[2][i]).max() > 0
     assert np.abs(np.stack(list(model.draws(made[3], 4, new_donor=False, seed=4))) - draws).mean() > 0.01
-    assert np.abs(model.predict([made[3]]).rate / whole.rate - 1).mean() > 0.01
+    assert np.abs(model.predict([made[3]], new_donor=False).rate / whole.rate - 1).mean() > 0.01

@@ -134,15 +134,24 @@ class FieldFlow(nn.Module):
 
 @dataclass(frozen=True)
 class FieldFlows:
-    """Flows of some folds, and the share of the way that draws are moved."""
+    """Flows of some folds.
+
+    Attributes
+    ----------
+    share
+        Of the way that draws are moved.
+    for_new_donors
+        Whether they were judged on donors that they had not seen; otherwise they move slides of known donors alone.
+    """
 
     flows: tuple[FieldFlow, ...]
     share: float
+    for_new_donors: bool
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What a file holds, by name."""
         named = {f"{i}.{name}": v.numpy() for i, f in enumerate(self.flows) for name, v in f.state_dict().items()}
-        return {"share": np.array(self.share)} | named
+        return {"share": np.array(self.share), "for_new_donors": np.array(self.for_new_donors)} | named
 
     @classmethod
     def of(cls, tensors: dict[str, np.ndarray]) -> FieldFlows:
@@ -153,7 +162,7 @@ class FieldFlows:
             flow = FieldFlow(*(state[name].numpy() for name in ("centre", "components", "down", "up")))
             flow.load_state_dict(state)
             flows.append(flow.eval())
-        return cls(tuple(flows), float(tensors["share"]))
+        return cls(tuple(flows), float(tensors["share"]), bool(tensors["for_new_donors"]))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class STFlow(_base.Model):
         Joint law of the deviations from the mean, :class:`spatiaflow.models.law.JointLaw`.
     field_flows
         Flows that draws of the law's field pass through, :class:`spatiaflow.models.field_flow.FieldFlows`, or None;
-        ``card["law"]`` says why.
+        ``card["law"]`` says why. Slides of a new donor pass through them only if they were chosen by leaving donors out.
     history
         Dict of lists, one entry an epoch.
     card
@@ -255,8 +255,8 @@ class STFlow(_base.Model):
         for slide in progress(slides):
             (expected, of_rates), degenerate = self._means(slide, STACKS, n_samples, n_steps, seed, batch_size, device)
             rate = self._rate(of_rates)
-            if self.field_flows is not None:
-                self._move_means(self.field_flows, slide, rate, expected)
+            if (flows := self._flows(new_donor)) is not None:
+                self._move_means(flows, slide, rate, expected)
             parts.append((
                 expected, rate, self.spread(expected, theta), self.ood_score(slide),
                 np.exp(self.members.log_depth(slide)).astype(np.float32), degenerate,
@@ -297,7 +297,8 @@ class STFlow(_base.Model):
         (of_rates,), _ = self._means(slide.take(order), STACKS[1:], 1, None, seed, batch_size, device)
         log_mean = np.log(self._rate(of_rates))
         size = np.broadcast_to(np.asarray(self.usual_depth if depth is None else depth, np.float64), len(slide))[order]
-        moves = None if self.field_flows is None else self._moves(self.field_flows, slide, order, log_mean)
+        flows = self._flows(new_donor)
+        moves = None if flows is None else self._moves(flows, slide, order, log_mean)
         for counts in self.law.draws(
             slide.name, slide.xy[order], log_mean, size, n_draws, new_donor=new_donor, seed=seed,
             move=None if moves is None else moves.of_draws(n_draws),
@@ -305,6 +306,11 @@ class STFlow(_base.Model):
             values = out.copy()
             values[order] = log_normalize(counts, size, self.target_sum)
             yield values
+
+    def _flows(self, new_donor: bool) -> FieldFlows | None:
+        """Flows for a slide; what was judged within donors says nothing of a new one."""
+        flows = self.field_flows
+        return None if flows is None or (new_donor and not flows.for_new_donors) else flows
 
     def _moves(self, flows: FieldFlows, slide: Slide, order: np.ndarray, log_mean: np.ndarray) -> Moves:
         """How flows move draws of some rows of a slide."""

@@ -84,11 +84,11 @@ def choose_law(
     card["independent"] = law_scores(slides, independent(law), **options)
     best, chosen, score = card[FIELD], None, f"energy {REGION} spots"
     for share in SHARES if flows else ():
-        passed = [FieldFlows((flow,), share) for flow in flows]
+        passed = [FieldFlows((flow,), share, new_donor) for flow in flows]
         found = card[f"flow, {share:g} of the way"] = law_scores(slides, law, flows=passed, **options)
         if found[score] < best[score] and found[f"coverage {REGION} spots"] >= COVERAGE:
             best, card["chosen"] = found, f"flow, {share:g} of the way"
-            chosen = FieldFlows(tuple(dict.fromkeys(flows)), share)
+            chosen = FieldFlows(tuple(dict.fromkeys(flows)), share, new_donor)
     return card, chosen
 
 
