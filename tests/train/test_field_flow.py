@@ -135,11 +135,14 @@ def test_a_model_whose_draws_pass_through_flows_is_saved_and_draws_the_same_what
         return choose_law(slides, law, flows, **options)[0], FieldFlows(tuple(flows), 0.5, False)
 
     monkeypatch.setattr("spatiaflow.train.stflow.choose_law", forced)
-    made = []
+    monkeypatch.setattr("spatiaflow.train.stflow.FLOW_SPOTS", 100)
+    made, corner = [], (XY < 1200).all(1)
+    n = int(corner.sum())
     for s in slides(bimodal=True, shown=2.5):
-        names = np.array([f"{i:03}" for i in range(len(XY))])
+        s = s.take(corner)
+        names = np.array([f"{i:03}" for i in range(n)])
         arrays = {"counts": sparse.csr_matrix(s.counts), "library": s.library, "features": s.features}
-        xy = XY + np.random.default_rng(3).random(XY.shape)  # no ties between neighbours
+        xy = s.xy + np.random.default_rng(3).random(s.xy.shape)  # no ties between neighbours
         made.append(Slide(s.name, names, xy, genes=tuple(map(str, range(N_GENES))), **arrays))
     config = STFlowConfig(
         **(vars(STFlowConfig.of("default")) | {"width": 16, "n_heads": 2, "regions": 2, "max_epochs": 1})
@@ -149,7 +152,7 @@ def test_a_model_whose_draws_pass_through_flows_is_saved_and_draws_the_same_what
     assert {"chosen", "gaussian field", "independent", "flow, 0.25 of the way", "flow, 0.5 of the way"} == set(scores)
     assert len(model.field_flows.flows) == 3  # of the folds
     again = sf.models.load(model.save(tmp_path / "model"))
-    order = np.random.default_rng(0).permutation(len(XY))
+    order = np.random.default_rng(0).permutation(n)
     draws, loaded, shuffled = (
         np.stack(list(one.draws(slide, 4, new_donor=False, seed=4)))
         for one, slide in ((model, made[3]), (again, made[3]), (model, made[3].take(order)))
@@ -159,7 +162,7 @@ def test_a_model_whose_draws_pass_through_flows_is_saved_and_draws_the_same_what
     whole, part = (model.predict([one], new_donor=False) for one in (made[3], made[3].take(order)))
     np.testing.assert_array_equal(part.rate, whole.rate[order])
     np.testing.assert_array_equal(part.mean, whole.mean[order])
-    drawn = np.mean([np.expm1(x) / 1e4 for x in model.draws(made[3], 200, depth=1e5, new_donor=False)], 0)
+    drawn = np.mean([np.expm1(x) / 1e4 for x in model.draws(made[3], 100, depth=1e5, new_donor=False)], 0)
     assert np.corrcoef(np.log(drawn).ravel(), np.log(whole.rate).ravel())[0, 1] > 0.97
     np.testing.assert_allclose(drawn.sum(0), whole.rate.sum(0), rtol=0.06)
     across = replace(model.field_flows, for_new_donors=True)
