@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
+from spatiaflow.models.flow import integrate
 from spatiaflow.models.law import JointLaw
 from spatiaflow.models.regression import Scaled, blocks
+from spatiaflow.models.spatial import spatial_graph
 
 N_STEPS = 4
 NEIGHBORS = 8, 24  # whose mean state a token sees
@@ -55,9 +56,8 @@ def gene_components(law: JointLaw) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbors_of(xy: np.ndarray) -> np.ndarray:
-    """Nearest other spots (of several at one place, all but one), n x at most 24; of a single spot, itself."""
-    found = cKDTree(xy).query(xy, k=list(range(1, min(NEIGHBORS[-1] + 1, len(xy)) + 1)))[1]
-    return found[:, 1:] if len(xy) > 1 else found
+    """Nearest other spots, n x at most 24, nearest first; of a single spot, itself."""
+    return spatial_graph(xy, NEIGHBORS[-1], ties="cut").index.numpy() if len(xy) > 1 else np.zeros((1, 1), np.int64)
 
 
 class FieldFlow(nn.Module):
@@ -219,7 +219,5 @@ class Moves:
 
 def _way(velocity: Velocity, start: Tensor) -> Tensor:
     """How far states of one slide, n x components, go from t = 0 to 1."""
-    x = start
-    for i in range(N_STEPS):  # seen in the middle of each step: at the ends only one of x_0 and x_1 is
-        x = x + velocity(x, (i + 0.5) / N_STEPS) / N_STEPS
-    return x - start
+    half = 0.5 / N_STEPS  # the middle of each step: at the ends only one of x_0 and x_1 is seen
+    return integrate(lambda x, t: velocity(x, t + half), start, N_STEPS, method="euler") - start
