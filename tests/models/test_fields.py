@@ -40,3 +40,16 @@ def test_positions_off_the_grid_have_variance_1():
 def test_odd_positions(xy):
     for max_dense in (0, 100):
         assert np.isfinite(Fields(np.asarray(xy), 100.0, max_dense).draw(np.random.default_rng(0), 3)).all()
+
+
+def test_covariance_between_cells_of_the_grid():
+    """Spots anywhere, much closer to each other than a cell of the grid."""
+    rng = np.random.default_rng(2)
+    first, angle = rng.uniform(500, 1500, (400, 2)), rng.uniform(0, 2 * np.pi, 400)
+    towards = np.stack([np.cos(angle), np.sin(angle)], 1)
+    apart = (0.1, 0.25, 0.5, 1.0)
+    xy = np.concatenate([first, *(first + 300 * lag * towards for lag in apart)])
+    fields = Fields(xy, 300.0, 0)
+    drawn = np.concatenate([fields.draw(rng, 50) for _ in range(20)], 1).reshape(len(apart) + 1, 400, -1)
+    for lag, found in zip(apart, (drawn[0] * drawn[1:]).mean((1, 2))):
+        assert found == pytest.approx(kernel(300 * lag, 300.0), abs=0.05), lag

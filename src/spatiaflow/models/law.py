@@ -17,6 +17,7 @@ import numpy as np
 
 from spatiaflow.models.counts import log_variance, theta_of
 from spatiaflow.models.fields import Fields
+from spatiaflow.models.regression import blocks
 
 DONOR_SD = 1.0  # of log rate between donors, where fewer than MIN_DONORS were seen
 MIN_DONORS = 4
@@ -24,7 +25,6 @@ DONOR_DF = 5.0  # of the t distribution of donor effects
 SHARED = 0.3  # share of the donor effect that all genes have in common
 FIELD_SCALE = {False: 0.1, True: 0.35}  # sd of the log of the factor on the field's sd; True: a new donor
 MAX_EFFECT = 4.0  # sds
-ROWS = 20_000  # whose counts are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,7 @@ class JointLaw:
             variance = scale**2 * (self.field_sd**2).sum(0) + self.nugget_sd**2
             log_rate += (effects[i] - variance / 2).astype(np.float32)  # so that the mean is the mean
             log_rate += log_mean
-            for start in range(0, n, ROWS):  # numpy draws in float64: a part at a time
-                rows = slice(start, start + ROWS)
+            for rows in blocks(n):
                 rate = size[rows] * np.exp(np.minimum(log_rate[rows], 0)) / self.theta
                 log_rate[rows] = rng.poisson(rate * rng.standard_gamma(np.broadcast_to(self.theta, rate.shape)))
             yield log_rate
@@ -150,16 +149,19 @@ class JointLaw:
         self, parts: list[Fields], rng: np.random.Generator, n: int, scale: float | np.floating = 1.0
     ) -> np.ndarray:
         """A draw of nugget and field (a part for each range, its standard deviation times ``scale``), n x genes."""
-        white = rng.standard_normal((n, sum(self.factors.shape)), dtype=np.float32)
-        out = self._normal(white) * self.nugget_sd.astype(np.float32)
+        n_normals = sum(self.factors.shape)
+        out = np.zeros((n, self.factors.shape[0]), np.float32)
+        self._add(out, rng.standard_normal((n, n_normals), dtype=np.float32), self.nugget_sd)
         for part, sd in zip(parts, self.field_sd):
-            out += self._normal(part.draw(rng, white.shape[1])) * (scale * sd.astype(np.float32))
+            self._add(out, part.draw(rng, n_normals), scale * sd)
         return out
 
-    def _normal(self, independent: np.ndarray) -> np.ndarray:
-        """Correlated normals, n x genes, from n x (factors + genes) independent ones."""
+    def _add(self, out: np.ndarray, independent: np.ndarray, sd: np.ndarray) -> None:
+        """Add correlated normals, n x genes, made from n x (factors + genes) independent ones, times ``sd``."""
         n_factors = self.factors.shape[1]
-        return self.correlated(independent[:, :n_factors], independent[:, n_factors:])
+        for rows in blocks(len(out)):
+            z = independent[rows]
+            out[rows] += self.correlated(z[:, :n_factors], z[:, n_factors:]) * sd.astype(np.float32)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What a file holds, by name."""
