@@ -138,6 +138,17 @@ def test_whole_donors_are_held_out(slide):
     assert model.donor_effect(True) == "prior, not learned"
 
 
+@pytest.mark.parametrize(("n_donors", "made"), [(1, True), (3, False), (4, True)])
+def test_flows_are_made_where_enough_donors_can_judge_them(slide, monkeypatch, n_donors, made):
+    asked = []
+    monkeypatch.setattr("spatiaflow.train.stflow._Fold.field_flow", lambda fold, seed: asked.append(seed))
+    slides = [slide(f"s{i}", seed=i) for i in range(4)]
+    for i, one in enumerate(slides):
+        one.obs["donor"] = str(i % n_donors)
+    sf.tl.train_stflow(slides, config=FAST, genes=4, donor_key="donor", max_epochs=1)
+    assert bool(asked) == made
+
+
 def test_the_checkpoints_of_other_donors_are_refused(slide, tmp_path):
     slides = [slide(f"s{i}", seed=i) for i in range(2)]
     arguments = {"config": FAST, "genes": 4, "max_epochs": 1, "checkpoint_dir": tmp_path}

@@ -8,7 +8,9 @@ from scipy.linalg import cholesky
 from scipy.spatial.distance import cdist
 
 MAX_DENSE = 1500  # spots; a Cholesky factor of them takes 18 MB and .1 s
-CELLS_PER_RANGE = 6  # of the grid of the FFT: covariances of spots .1 (.25) of a range apart are then wrong by at most .05 (.02)
+CELLS_PER_RANGE = (
+    6  # of the grid of the FFT: covariances of spots .1 (.25) of a range apart are then wrong by at most .05 (.02)
+)
 MAX_GRID = 2**24  # cells
 
 

@@ -152,7 +152,8 @@ class STFlow(_base.Model):
         Joint law of the deviations from the mean, :class:`spatiaflow.models.law.JointLaw`.
     field_flows
         Flows that draws of the law's field pass through, :class:`spatiaflow.models.field_flow.FieldFlows`, or None;
-        ``card["law"]`` says why. Slides of a new donor pass through them only if they were chosen by leaving donors out.
+        ``card["law"]`` says why. Slides of a new donor pass through them only if they were chosen by leaving donors out,
+        which takes four.
     history
         Dict of lists, one entry an epoch.
     card

@@ -18,7 +18,7 @@ from spatiaflow.models.counts import CountPrior, ImagePrior, draw_counts, librar
 from spatiaflow.models.denoiser import Denoiser, SlideTokens
 from spatiaflow.models.field_flow import FieldFlow
 from spatiaflow.models.flow import interpolate, sample, schedule
-from spatiaflow.models.law import JointLaw
+from spatiaflow.models.law import MIN_DONORS, JointLaw
 from spatiaflow.models.members import NAMES, NETWORK, SMOOTHED_OVER, SMOOTHING, Members
 from spatiaflow.models.ood import OutOfDomain
 from spatiaflow.models.regression import combine, cross_fitted, fit_stack, gene_pearson, given_depth, smooth
@@ -138,6 +138,8 @@ def _fit_stflow(
     flows: list[FieldFlow | None] = []
     folds: list[dict] = []
     history: dict[str, Any] = {}
+    n_donors = len({s.donor for f in held_out for s in groups[f]})
+    judged = n_donors == 1 or n_donors >= MIN_DONORS  # fewer donors do not say whether a flow helps on the next
     for f in held_out:
         rest = [group for i, group in enumerate(groups) if i != f]
         fold = _Fold(rest, groups[f], task, seed + f)
@@ -150,7 +152,7 @@ def _fit_stflow(
         for name, values in ({"fold": [f] * len(log.get("epoch", []))} | log).items():
             history.setdefault(name, []).extend(values)
         networks.append(network)
-        flows.append(fold.field_flow(seed + f) if config.stack else None)
+        flows.append(fold.field_flow(seed + f) if config.stack and judged else None)
         folds.append(fold.predict(network, seed))
     oof = {name: np.concatenate([fold[name] for fold in folds], axis=-2 if name == "parts" else 0) for name in folds[0]}
     level, weights = _stacks(oof, choices) if config.stack and len(oof["y"]) > 1 else _network_alone(len(genes))
@@ -160,8 +162,7 @@ def _fit_stflow(
     out_of_fold = _out_of_fold(oof, of_rates, choices)
     law = fit_law(out_of_fold, task.pitch)
     law_card, field_flows = choose_law(
-        out_of_fold, law, _of_slides(flows, folds, oof), target_sum=target_sum, new_donor=len(np.unique(oof["donor"])) > 1,
-        seed=seed,
+        out_of_fold, law, _of_slides(flows, folds, oof), target_sum=target_sum, new_donor=n_donors > 1, seed=seed,
     )  # fmt: skip
     arrays = {  # skill and trust are of the stack alone: flows were chosen on the same slides
         "mean": y.mean(0), "level": level, "weights": weights[0], "rate_weights": weights[1],
