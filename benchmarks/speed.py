@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py                       # one training epoch; attention against a gather; prediction at all sizes
 python benchmarks/speed.py --preset default --spots 1000000       # prediction at one size
+python benchmarks/speed.py --draw --spots 1000000                 # a joint draw of 50 genes, ranges of 2 and 8 pitches, no flow
 """
 
 import argparse
@@ -19,6 +20,7 @@ import results
 import spatiaflow as sf
 from spatiaflow.models.counts import ScalarZINB
 from spatiaflow.models.denoiser import Denoiser
+from spatiaflow.models.law import JointLaw
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.spatial import LocalAttention, frames, spatial_graph
 from spatiaflow.models.stflow import STFlow, STFlowConfig
@@ -96,6 +98,22 @@ def predict(preset: str, n: int) -> dict[str, float]:
     }
 
 
+def draw(n: int, n_genes: int = 50) -> dict[str, float]:
+    """Seconds of the second joint draw of counts on one slide, and peak memory above the input."""
+    rng, same = np.random.default_rng(0), np.ones(n_genes)
+    law = JointLaw(
+        theta=5 * same, lengths=np.array([200.0, 800.0]), field_sd=0.3 * np.ones((2, n_genes)), nugget_sd=0.2 * same,
+        slide_sd=0 * same, donor_sd=same, factors=rng.uniform(-0.5, 0.5, (n_genes, 6)),
+    )  # fmt: skip
+    log_mean = rng.standard_normal((n, n_genes), dtype=np.float32) - 9
+    before = results.memory_gb()
+    draws = law.draws("s", lattice(n), log_mean, np.full(n, 5000.0), 2, new_donor=False, seed=0)
+    next(draws)
+    started = time.perf_counter()
+    next(draws)
+    return {"seconds": time.perf_counter() - started, "peak_gb above the input": results.peak_gb() - before}
+
+
 def attention_ratio(n: int = 4000, repeats: int = 5) -> tuple[float, float]:
     """Largest difference to, and speed over, attention that gathers and concatenates [q_i, k_j, e_ij, y_j - y_i]."""
     torch.manual_seed(0)
@@ -135,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     out = results.parser(__doc__)
     out.add_argument("--preset", choices=N_FEATURES, default="paper")
     out.add_argument("--spots", type=int)
+    out.add_argument("--draw", action="store_true", help="a joint draw instead of a prediction")
     out.add_argument("--threads", type=int, default=1)
     return out
 
@@ -143,9 +162,10 @@ def run(args) -> None:
     table, data = results.Table("speed", again=args.again), "random features"
     threads = {"threads": args.threads}
     if args.spots:
-        method = f"prediction, {args.preset}"
+        method = "joint draw" if args.draw else f"prediction, {args.preset}"
         if table.lacks(data, f"{args.spots} spots", 0, method):
-            table.add(data, f"{args.spots} spots", 0, method, predict(args.preset, args.spots) | threads)
+            found = draw(args.spots) if args.draw else predict(args.preset, args.spots)
+            table.add(data, f"{args.spots} spots", 0, method, found | threads)
         return
     if table.lacks(data, "900 spots", 0, "training epoch"):
         first, *seconds = epoch()

@@ -8,9 +8,8 @@ from scipy.linalg import cholesky
 from scipy.spatial.distance import cdist
 
 MAX_DENSE = 1500  # spots; a Cholesky factor of them takes 18 MB and .1 s
-CELLS_PER_RANGE = (
-    6  # of the grid of the FFT: covariances of spots .1 (.25) of a range apart are then wrong by at most .05 (.02)
-)
+# of the grid of the FFT: covariances of spots .1 (.25) of a range apart are wrong by at most .053 (.019)
+CELLS_PER_RANGE = 6
 MAX_GRID = 2**24  # cells
 
 
