@@ -161,6 +161,28 @@ def test_held_out_blocks_are_predicted_by_the_others():
         assert np.abs(moved[e.block != b]).max() > 1e-2
 
 
+def test_genes_of_a_panel_are_judged_hidden_with_their_fold():
+    cells, genes, alpha = panel(0), names(G + 3, "p"), 3.0
+    model, e = train.fit_imputer(
+        [cells], genes, genes, target_sum=50, blocks=[bands(cells)], branches=("genes", "neighbors"), panel=True
+    )
+    x, gene = e.x.astype(float), model.design.gene
+    y = log_normalize(cells.counts, cells.library, 50).toarray()
+    assert sorted(np.concatenate(e.folds)) == list(range(G + 3))
+    found, slow = e.predict(model, ("genes", "neighbors"), alpha, np.arange(G + 3)), np.empty((len(x), G + 3))
+    for b in range(5):
+        for fold in e.folds:
+            here, left = e.block == b, ~np.isin(gene, fold)
+            a, c = x[~here][:, left], y[~here][:, fold]
+            a, c, centre, mean = a - a.mean(0), c - c.mean(0), a.mean(0), c.mean(0)
+            penalty = alpha * np.trace(a.T @ a) / left.sum()
+            weights = np.linalg.solve(a.T @ a + penalty * np.eye(left.sum()), a.T @ c)
+            slow[np.ix_(here, fold)] = (x[here][:, left] - centre) @ weights + mean
+    np.testing.assert_allclose(found, slow, atol=2e-3)
+    expected = gene_pearson(y, np.maximum(e.predict(model, model.branches, model.alpha, np.arange(G + 3)), 0))
+    np.testing.assert_allclose(model.reliability, expected, atol=1e-3)
+
+
 def test_a_planted_relation_is_found_on_another_slide():
     model, (query, rate) = fitted(tissue(0, 2000)), planted(1, 1000)
     mean, std = (np.concatenate(v) for v in zip(*model.predict(query)))
@@ -235,10 +257,11 @@ def panel(seed, **options):
 @pytest.mark.parametrize("missing", [[0, 5], [12, 13, 14]])
 def test_a_saved_model_imputes_whatever_is_missing(missing, tmp_path):
     cells, genes, options = panel(0, n=1500), names(G + 3, "p"), {"target_sum": 50, "branches": ("genes", "neighbors")}
-    model = train.train_imputer([cells], genes, genes, blocks=[bands(cells)], **options)
+    model = train.train_imputer([cells], genes, genes, blocks=[bands(cells)], panel=True, **options)
     again = sf.models.load(model.save(tmp_path / "panel"))
     assert again.sha256 == model.sha256
     assert again.validation_scores == model.validation_scores
+    np.testing.assert_array_equal(again.promised, model.promised)
     query, wanted = panel(1, n=600), [genes[i] for i in missing]
     shown = [gene for gene in genes if gene not in wanted]
     y = log_normalize(query.align(wanted).counts, query.library, 50).toarray()

@@ -368,25 +368,26 @@ class Imputer(_base.Model):
         folds = self.folds(x, seed)
         kept: tuple[str, ...] = ("genes",)
         own = x[:, 1 : 1 + len(self.inputs)]
-        self.achieved = gene_pearson(own, self.hidden(x, kept, folds, self.sums))
+        self.achieved = gene_pearson(own, self.hidden(x, kept, folds, self.sums, self.alpha))
         for branch in (b for b in ("neighbors", "image", NETWORK) if b in self.branches):
-            more = gene_pearson(own, self.hidden(x, (*kept, branch), folds, self.sums))
+            more = gene_pearson(own, self.hidden(x, (*kept, branch), folds, self.sums, self.alpha))
             self.checked[branch] = float(np.nanmean(more)) - float(np.nanmean(self.achieved))
             if self.checked[branch] > 0:
                 kept, self.achieved = (*kept, branch), more
         self.branches = tuple(b for b in self.branches if b in kept or b == "kernel")
         self.n_checked = len(x)
 
-    def folds(self, x: np.ndarray, seed: int = 0, n: int = 5) -> list[np.ndarray]:
-        """Inputs that are hidden together: those that some cells (cells x columns) have, in ``n`` parts."""
+    def folds(self, x: np.ndarray, seed: int = 0, n: int = 5, least: float = 0.02) -> list[np.ndarray]:
+        """Inputs that are hidden together, in ``n`` parts: those in more than a share ``least`` of cells (cells x columns)."""
         own = 1 + np.arange(len(self.inputs))
         there = (x[:, own] > x[:, own].min(0)).mean(0) * np.isfinite(self.design.scale[own]) * self.seen
-        usable = np.flatnonzero(there > (0.02 if (there > 0.02).sum() >= 10 else 0))
+        usable = np.flatnonzero(there > (least if (there > least).sum() >= 10 else 0))
         return [f for f in np.array_split(np.random.default_rng(seed).permutation(usable), n) if len(f)]
 
     def hidden(
-        self, x: np.ndarray, branches: Sequence[str], folds: list[np.ndarray], sums: Sums, member: int | None = None
-    ) -> np.ndarray:
+        self, x: np.ndarray, branches: Sequence[str], folds: list[np.ndarray], sums: Sums, alpha: float,
+        member: int | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Predict inputs (cells x inputs, scaled) that are hidden with their fold from the rest; NaN: in no fold.
 
         ``member`` is the only one of the networks that is asked.
@@ -395,7 +396,7 @@ class Imputer(_base.Model):
         out = np.full((len(x), len(own)), np.nan, np.float32)
         for fold in folds:
             left = columns & ~np.isin(self.design.gene, fold)
-            weights, intercept = sums.ridge(left, self.alpha, (sums.xx[:, own[fold]], sums.x[own[fold]]))
+            weights, intercept = sums.ridge(left, alpha, (sums.xx[:, own[fold]], sums.x[own[fold]]))
             out[:, fold] = x @ weights + intercept
         if NETWORK in branches and self.networks is not None:
             own = own[np.isfinite(self.design.scale[own])]

@@ -65,8 +65,8 @@ def train_imputation(
 
     Returns
     -------
-    :class:`spatiaflow.models.Imputer`, with ``.reliability`` (correlation of each gene in held-out blocks, predicted from all
-    other genes), ``.validation_scores``, ``.card`` and ``.save(path)``.
+    :class:`spatiaflow.models.Imputer`, with ``.reliability`` (correlation of each gene in held-out blocks, hidden with a fifth
+    of the genes), ``.validation_scores``, ``.card`` and ``.save(path)``.
 
     Raises
     ------
@@ -103,7 +103,9 @@ def train_imputation(
         shared = _most_variable(slides, shared)
         slides = _slides(data, where, shared, layer, use_rep)
     branches, seed = ("genes", "neighbors", "image", "network"), resolve_seed(random_state)
-    return train_imputer(slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep)
+    return train_imputer(
+        slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep, panel=True
+    )
 
 
 @verb

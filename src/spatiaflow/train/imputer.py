@@ -27,7 +27,7 @@ N_LIBRARIES = 6  # bins of library size, each with its own predictive law
 def train_imputer(
     slides: list[Slide], inputs: list[str], genes: list[str], *, target_sum: float | None = None,
     branches: Sequence[str] = (*BRANCHES, NETWORK), seed: int = 0, blocks: list[np.ndarray] | None = None,
-    use_rep: str | None = None,
+    use_rep: str | None = None, panel: bool = False,
 ) -> Imputer:  # fmt: skip
     """Fit an imputer to reference cells.
 
@@ -48,16 +48,20 @@ def train_imputer(
         Block of every cell of each slide, held out together; see :func:`held_out_blocks`.
     use_rep
         Name of the features, for the card.
+    panel
+        The inputs are to be imputed themselves, where a query lacks them. So all choices are made, and reliability is measured,
+        on inputs that are hidden a fifth at a time.
     """
     return fit_imputer(
-        slides, inputs, genes, target_sum=target_sum, branches=branches, seed=seed, blocks=blocks, use_rep=use_rep
-    )[0]
+        slides, inputs, genes, target_sum=target_sum, branches=branches, seed=seed, blocks=blocks, use_rep=use_rep,
+        panel=panel,
+    )[0]  # fmt: skip
 
 
 def fit_imputer(
     slides: list[Slide], inputs: list[str], genes: list[str], *, target_sum: float | None = None,
     branches: Sequence[str] = (*BRANCHES, NETWORK), seed: int = 0, blocks: list[np.ndarray] | None = None,
-    use_rep: str | None = None,
+    use_rep: str | None = None, panel: bool = False,
 ) -> tuple[Imputer, Evidence]:  # fmt: skip
     """As :func:`train_imputer`, with the sample of reference cells that branches were scored on."""
     inputs, genes = list(inputs), list(genes)
@@ -72,12 +76,12 @@ def fit_imputer(
     design = fit_design(slides, inputs, target_sum, kernel=kernel, seed=seed)
     evidence = collect(design, slides, genes, blocks, seed=seed)
     model = Imputer(inputs, genes, target_sum, design, evidence.total, total / max(total.sum(), 1))
+    evidence.folds = model.folds(evidence.x, seed, least=0) if panel else None
     choose(model, evidence, [b for i, b in enumerate(BRANCHES) if b in branches and (design.branch == i).any()])
     if NETWORK in branches and (networks := fit_networks(design, slides, genes, blocks, seed)) is not None:
         choose_network(model, networks, evidence, seed)
     score(model, evidence)
-    if not len(model.promised):
-        model.promised = promised(model, evidence, seed)
+    model.promised = model.reliability if panel else promised(model, evidence, seed)
     boxes = {
         s.name: {"n_obs": len(s)} | ({} if s.xy is None else {"box": [*s.xy.min(0), *s.xy.max(0)]}) for s in slides
     }
@@ -163,6 +167,7 @@ class Evidence:
     counts: sparse.csr_matrix  # sampled cells x genes
     library: np.ndarray  # sampled cells
     block: np.ndarray  # sampled cells
+    folds: list[np.ndarray] | None = None  # of a panel: inputs that are hidden together
     by_networks: np.ndarray | None = (
         None  # sampled cells x genes, log1p; each by the network that has not seen its block
     )
@@ -181,11 +186,25 @@ class Evidence:
         out = np.empty((len(self.x), len(genes)), np.float32)
         for b in np.unique(self.block):
             rows = self.block == b
+            if self.folds is not None:
+                out[rows] = self._hidden(model, branches, alpha, self.folds, b)[:, genes]
+                continue
             weights, intercept = model.weights(branches, alpha, genes, self.without(b))
             out[rows] = self.x[rows] @ weights + intercept
         if NETWORK in branches and self.by_networks is not None:
             out = (out + self.by_networks[:, genes]) / 2
         return out
+
+    def _hidden(
+        self, model: Imputer, branches: Sequence[str], alpha: float, folds: list[np.ndarray], block: int
+    ) -> np.ndarray:
+        """Predict the inputs of a block's cells by the ridge, each hidden with its fold (cells x inputs, log1p)."""
+        ridge, own = [b for b in branches if b != NETWORK], 1 + np.arange(len(model.inputs))
+        scaled = model.hidden(self.x[self.block == block], ridge, folds, self.without(block), alpha)
+        scale, centre = model.design.scale[own], model.design.centre[own]
+        return (
+            np.nan_to_num(scaled) * np.where(np.isfinite(scale), scale, 0.0) + centre
+        )  # a constant gene gets its mean
 
 
 def collect(
@@ -258,7 +277,8 @@ def choose_network(model: Imputer, networks: Networks, evidence: Evidence, seed:
 
     A gene that is an input itself is hidden with a fifth of the inputs.
     """
-    inner, outer, folds = np.flatnonzero(model.measured), np.flatnonzero(~model.measured), model.folds(evidence.x, seed)
+    inner, outer = np.flatnonzero(model.measured), np.flatnonzero(~model.measured)
+    folds = model.folds(evidence.x, seed) if evidence.folds is None else evidence.folds
     found = np.empty((len(evidence.x), len(model.genes)), np.float32)
     for i in range(N_NETWORKS):
         rows = np.flatnonzero(evidence.block % N_NETWORKS == i)
@@ -305,5 +325,7 @@ def promised(model: Imputer, evidence: Evidence, seed: int = 0) -> np.ndarray:
     folds, predicted = model.folds(evidence.x, seed), np.empty((len(evidence.x), g), np.float32)
     for b in np.unique(evidence.block):
         rows = evidence.block == b
-        predicted[rows] = model.hidden(evidence.x[rows], branches, folds, evidence.without(b), int(b) % N_NETWORKS)
+        predicted[rows] = model.hidden(
+            evidence.x[rows], branches, folds, evidence.without(b), model.alpha, int(b) % N_NETWORKS
+        )
     return np.nan_to_num(gene_pearson(evidence.x[:, 1 : 1 + g], predicted))
