@@ -24,9 +24,9 @@ VENDOR = MIRROR.parent / "vendor"
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no process is left with one while the other has nothing to do."""
+    """Files with slow tests come first, then those that train, so that no process is left with one while the other is idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in ("tl", "train")))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,6 +9,8 @@ import spatialdata as sd
 import spatiaflow as sf
 from spatiaflow._slides import gather
 
+pytestmark = pytest.mark.slow  # the model that the tests share
+
 
 @pytest.fixture(scope="module")
 def result():
