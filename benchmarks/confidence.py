@@ -36,14 +36,10 @@ def scores(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
 
 def by_likelihood(x: np.ndarray, y: np.ndarray, groups: np.ndarray, method: str, seed: int) -> tuple:
     """In place of the probe of highest macro-F1 and its temperature: that of highest likelihood, as it comes."""
-    classes, folds, found = np.unique(y), _labels._folds(y, groups, seed), {}
+    truth, folds, found = np.searchsorted(np.unique(y), y), _labels._folds(y, groups, seed), {}
     for make in _labels._candidates(method, len(y)):
-        held_out = np.zeros((len(y), len(classes)))
-        for train, test in folds:
-            fitted = make().fit(x[train], y[train])
-            held_out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(x[test])
-        score = np.log(held_out[np.arange(len(y)), np.searchsorted(classes, y)] + 1e-9).mean()
-        found[score] = make, 1.0, held_out
+        held_out = _labels._held_out(make, x, y, folds)
+        found[np.log(held_out[np.arange(len(y)), truth] + 1e-9).mean()] = make, 1.0, held_out
     return found[max(found)]
 
 
@@ -77,9 +73,8 @@ def pancreas(a, table: results.Table) -> None:
     parts = {name: part["table"] for name, part in embedded(a.store, a.cache, ("train", "test")).items()}
     for name, cells in parts.items():
         label = cells.obs["cluster"].astype(str)
-        parts[name] = cells[
-            np.asarray(cells.X.sum(1)).ravel() >= 15
-        ].copy()  # only cells without counts have no cluster
+        # only cells without counts have no cluster
+        parts[name] = cells[np.asarray(cells.X.sum(1)).ravel() >= 15].copy()
         parts[name].obs["label"] = label
     for seed in range(a.seeds):
         if table.lacks("pancreas", "test", seed, METHODS):

@@ -5,6 +5,7 @@ import pytest
 
 import confidence
 import spatiaflow as sf
+from spatiaflow.tl import _labels
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,11 @@ def test_the_probability_as_it_comes_is_that_of_highest_likelihood():
     make, temperature, held_out = confidence.by_likelihood(x, y, np.repeat("slide", 200), "linear", 0)
     assert temperature == 1
     np.testing.assert_allclose(held_out.sum(1), 1)
-    truth = held_out[np.arange(200), (y == "b").astype(int)]
-    assert np.log(truth).mean() > np.log(0.5)
+
+    def likelihood(probability):
+        return np.log(probability[np.arange(200), (y == "b").astype(int)]).mean()
+
+    folds = _labels._folds(y, np.repeat("slide", 200), 0)
+    tried = [likelihood(_labels._held_out(one, x, y, folds)) for one in _labels._candidates("linear", 200)]
+    assert likelihood(held_out) == max(tried) > min(tried)
     assert make().fit(x, y).score(x, y) > 0.8

@@ -271,14 +271,21 @@ def _probe(
     classes, folds, score = np.unique(y), _folds(y, groups, seed), -np.inf
     best: Any = None
     for make in _candidates(method, len(y)):
-        held_out = np.zeros((len(y), len(classes)))
-        for train, test in folds:
-            fitted = make().fit(x[train], y[train])
-            held_out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(x[test])
+        held_out = _held_out(make, x, y, folds)
         found = f1_score(y, classes[held_out.argmax(1)], average="macro")
         if found > score:
             best, score = (make, _temperature(held_out, np.searchsorted(classes, y)), held_out), found
     return best
+
+
+def _held_out(make: Callable, x: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Probabilities of the classes (n x classes) of each cell, by a probe that has not seen its fold."""
+    classes = np.unique(y)
+    out = np.zeros((len(y), len(classes)))
+    for train, test in folds:
+        fitted = make().fit(x[train], y[train])
+        out[np.ix_(test, np.searchsorted(classes, fitted.classes_))] = fitted.predict_proba(x[test])
+    return out
 
 
 def _candidates(method: str, n: int) -> list[Callable]:

@@ -202,9 +202,8 @@ class Evidence:
         ridge, own = [b for b in branches if b != NETWORK], 1 + np.arange(len(model.inputs))
         scaled = model.hidden(self.x[self.block == block], ridge, folds, self.without(block), alpha)
         scale, centre = model.design.scale[own], model.design.centre[own]
-        return (
-            np.nan_to_num(scaled) * np.where(np.isfinite(scale), scale, 0.0) + centre
-        )  # a constant gene gets its mean
+        # a constant gene, which is in no fold, gets its mean
+        return np.nan_to_num(scaled) * np.where(np.isfinite(scale), scale, 0.0) + centre
 
 
 def collect(
