@@ -1,6 +1,7 @@
 """Cells of the pancreas edited by their genes, against real cells of the target state.
 
     python benchmarks/editing.py --store pancreas.zarr --cache features --folder runs [--part validation]
+    python benchmarks/editing.py --store pancreas.zarr --cache features --folder runs-band --part band
 
 ``runs`` holds ``genes-0.safetensors``, ... by ``benchmarks/morphology_weights.py --variants genes``: one model a seed. Distances,
 niches, blocks and intervals are those of ``benchmarks/morphology.py pancreas``.
@@ -10,9 +11,10 @@ data    ``pancreas:A -> B``: sources of A edited to B. ``pancreas:B, genes of an
 split   ``test`` is the mean over niches with enough cells of both states, ``test, niche 2`` is one of them. ``test, y < 4096`` is
         what lies in ``datasets.xenium_pancreas()``, ``test, y >= 4096`` the rest, both over all niches; ``..., alike`` are
         pairs of a source and a target whose 12 neighbours are alike in stains and in the shares of exocrine cells and fibroblasts
-method  ``flow`` and ``linear map`` are the two edits of a model, each at the strength that its training chose; ``default`` is
-        the one that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths (S relative to the chosen
-        one)
+        ``band`` has the exocrine cells of a band of the training part, edited by models that were trained without it
+method  ``flow`` and ``linear map`` are the two edits of a model, each at the strength that its training chose for the
+        transition; ``default`` is the one that training took. ``flow, guidance W`` and ``linear map, x S`` are other strengths
+        (S relative to the chosen one)
 metric  ``KID minus linear map``: below 0 where the method is nearer to real targets than the linear map. ``half dose, lowest``
         and ``highest``: share of the effect of the full dose that half of it has, over features whose full effect is
         ``MIN_EFFECT`` standard deviations or more. ``dose 0, pixel correlation``: with the pixels of the image. ``rna, target
@@ -38,16 +40,17 @@ from morphology import MIN_CELLS, OURS, Images, Pancreas, block_draws, distances
 from spatiaflow.models.orientation import canonical, inverse, turned
 from spatiaflow.models.transport import transport
 from spatiaflow.tl._generation import _as_in_training, _slides_for
+from transitions import EXOCRINE
 
 MIN_EFFECT, DOSES = 0.2, [0.0, 0.5, 1.0]
-EXOCRINE, FIBROBLASTS = ("CXCL6/CFTR", "ACE2/ANPEP"), ("SFRP4/LTBP2", "COL5A2/THBS2")
+FIBROBLASTS = ("SFRP4/LTBP2", "COL5A2/THBS2")
 PLACE_BLOCK_UM, NEAR = 100.0, 1.0  # the public region is too small for blocks of 500; distance of like surroundings
 PAIRS = OURS.replace("generated", "pairs")
 
 
-def with_edit(model, edit: str, guidance: float | None = None):
-    """Let a model edit in one way."""
-    model.config = replace(model.config, edit=edit, guidance=model.config.guidance if guidance is None else guidance)
+def with_edit(model, edit: str | None = None, guidance: float | None = None):
+    """Let a model edit in one way; of None as its training chose."""
+    model.config = replace(model.config, edit=edit, guidance=guidance)
     return model
 
 
@@ -163,7 +166,7 @@ def transition(a, table: results.Table, data: Pancreas, models: list, name: str)
         images[PAIRS] = generated(data, where, pairs, here, name, random_state=0)
     dosed: dict[str, list] = {}
     for model in models:
-        chosen, guidance, line = model.config.edit, model.config.guidance, model.linear
+        chosen, line = with_edit(model).edit_of(name).kind, model.linear
         for method, edit in (("flow", "flow"), ("linear map", "linear")):
             dosed.setdefault(method, []).append(generated(data, where, with_edit(model, edit), here, name, dose=DOSES))
             images.setdefault(method, []).append(dosed[method][-1][-1])
@@ -177,7 +180,6 @@ def transition(a, table: results.Table, data: Pancreas, models: list, name: str)
                 generated(data, where, with_edit(model, "linear"), here, name)
             )
         model.linear = line
-        with_edit(model, chosen, guidance)
     samples = {key: [data.sample(one, where, here) for one in some] for key, some in images.items()}
     before = samples["copy of the source"][0]
     found = {key: [over_niches(one, wanted, draws) for one in some] for key, some in samples.items()}
@@ -220,10 +222,8 @@ def places(a, table: results.Table, data: Pancreas, models: list, name: str) -> 
     wanted = data.sample(real[target], where, rows[target])
     images = {"copy of the source": [real[source]]}
     for model in models:
-        chosen = model.config.edit
         for method, edit in (("flow", "flow"), ("linear map", "linear")):
             images.setdefault(method, []).extend(generated(data, where, with_edit(model, edit), rows[source], name))
-        with_edit(model, chosen)
     samples = {key: [data.sample(one, where, rows[source]) for one in some] for key, some in images.items()}
     for one, state in [(wanted, target), *((one, source) for some in samples.values() for one in some)]:
         one.block = block[rows[state]]
@@ -265,12 +265,10 @@ def another(a, table: results.Table, data: Pancreas, models: list, state: str) -
     samples = {"copy of the source": [data.sample(control, where, here)]}
     for model in models:
         slides, own = genes_of(data, where, model)
-        chosen, guidance = model.config.edit, model.config.guidance
         for key, made_by in make.items():
             change = own[here][donor] - own[here]
             images = made_by(model).generate_cells(slides, here, change, niche)["image"]
             samples.setdefault(key, []).append(data.sample(images, where, here))
-            with_edit(model, chosen, guidance)
     found = {key: [over_niches(one, wanted, draws) for one in some] for key, some in samples.items()}
     for key, row in summary(found, found["linear map"]).items():
         for seed, one in enumerate(found[key]):
@@ -283,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--store", required=True)
     out.add_argument("--cache", type=Path, help="folder that keeps embeddings of the parts")
     out.add_argument("--folder", type=Path, required=True, help="of models by benchmarks/morphology_weights.py")
-    out.add_argument("--part", default="test", choices=["validation", "test"])
+    out.add_argument("--part", default="test", choices=["validation", "test", "band"])
     out.add_argument("--cells", type=int, default=600, help="most cells of a state in a niche that are scored")
     out.add_argument("--draws", type=int, default=300, help="resamples of blocks")
     out.add_argument("--guidance", type=float, nargs="*", default=[])
@@ -295,8 +293,9 @@ if __name__ == "__main__":
     a = parser().parse_args()
     table = results.Table("editing", again=a.again)
     models = [sf.models.load(path) for path in sorted(a.folder.glob("genes-[0-9]*.safetensors"))]
-    data = Pancreas(a.store, a.cache, models[0].config.crop_um, models[0].config.crop_pixels)
+    data = Pancreas(a.store, a.cache, models[0].config.crop_um, models[0].config.crop_pixels, band=a.part == "band")
     names = [name for name in models[0].config.transitions if len(set(name.split(" -> "))) == 2]
+    names = [name for name in names if ({*name.split(" -> ")} == {*EXOCRINE}) == (a.part == "band")]
     for name in names:
         if table.lacks(f"pancreas:{name}", a.part, "mean", "default"):
             transition(a, table, data, models, name)
@@ -308,8 +307,8 @@ if __name__ == "__main__":
     for state in dict.fromkeys(name.split(" -> ")[1] for name in names):
         if table.lacks(f"pancreas:{state}, genes of another cell", a.part, "mean", "flow"):
             another(a, table, data, models, state)
-    for seed, model in enumerate(models):
+    for seed, model in enumerate(models if a.part != "band" else []):
         table.add("pancreas", "held-out band", seed, "run", {
-            **model.card["validation_scores"], "guidance chosen": model.config.guidance,
+            **model.card["validation_scores"], "guidance chosen": model.edits[""].guidance,
         })  # fmt: skip
     table.add_run("pancreas", a.part)

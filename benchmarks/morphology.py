@@ -29,7 +29,7 @@ import spatiaflow as sf
 from spatiaflow import _io
 from spatiaflow.models.morphology import MorphologyConfig
 from spatiaflow.train import morphology as fitting
-from transitions import embedded, fit_states
+from transitions import embedded, fit_states, with_band
 
 FIT_AUTOENCODER = fitting.fit_autoencoder
 
@@ -282,9 +282,11 @@ def block_draws(block: np.ndarray, n: int = 300, seed: int = 0) -> list[np.ndarr
 class Pancreas:
     """Real images of the parts, and how any images are measured."""
 
-    def __init__(self, store: str, cache: Path | None, crop_um: float, pixels: int):
+    def __init__(self, store: str, cache: Path | None, crop_um: float, pixels: int, band: bool = False):
         self.parts = embedded(store, cache)
         self.states = fit_states(self.parts)
+        if band:
+            self.parts = with_band(self.parts)
         self.mpp = crop_um / pixels
         self.crops = {
             name: sf.pp.crops(part, mpp=1, crop_um=crop_um, crop_pixels=pixels) for name, part in self.parts.items()

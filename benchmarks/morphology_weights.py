@@ -9,7 +9,8 @@ one on simulated tissue, for the demonstration.
         --like src/spatiaflow/datasets/weights/morphology-pancreas-small.safetensors
 
 ``genes`` is the flow from noise to all cells, under their genes; all others learn from pairs. Seed 0 of it is
-``morphology-pancreas-genes``.
+``morphology-pancreas-genes``. With ``--without-band --folder runs-band`` it does not see the band where edits of exocrine cells
+are scored.
 
 States, niches and transitions are those of ``benchmarks/transitions.py``; the last transition is the negative control, cells of
 a state to others of it. The slide is that of ``benchmarks/weights.py``. With ``--folder`` every variant is trained with every
@@ -28,7 +29,7 @@ import pandas as pd
 import spatiaflow as sf
 from spatiaflow import _io
 from spatiaflow.train import morphology as train
-from transitions import MIN_COUNTS, candidates, embedded, fit_states
+from transitions import EXOCRINE, MIN_COUNTS, candidates, embedded, fit_states, with_band
 from weights import MPP, TRAINING_EDGE, WHERE
 
 WIDTH = 256  # half of the default: files of 7 MB, held-out loss 1.32 against 1.31 on simulated tissue
@@ -58,11 +59,13 @@ def spoil(table, transitions: list[tuple[str, str]], share: float, seed: int) ->
     table.obs["state"], table.obs["spoiled"] = pd.Categorical(state, table.obs["state"].cat.categories), alien
 
 
-def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, strip: bool = False):
+def paired(
+    store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, strip: bool = False, band: bool = False
+):
     """The training part with states, niches and pairs, and the rule for states.
 
-    ``strip``: for the model of genes, also the way back of every transition, and the cells of the validation strip, which are the
-    far band of the part.
+    ``strip``: for the model of genes, also exocrine cells, the way back of every transition, and the cells of the validation
+    strip, which are the far band of the part. ``band``: without the band that scores exocrine cells.
 
     Pairs are balanced and by expression alone: they show .30 of the true shift of morphology on 17000-19000, where unbalanced
     ones that also compare morphology show .20.
@@ -72,7 +75,10 @@ def paired(store: str, cache: Path | None, spoiled: float = 0.0, seed: int = 0, 
     found = candidates(parts, states).query("taken")
     transitions = [*zip(found["source"], found["target"])]
     control = found["target"].iloc[-1]
+    if band:
+        parts = with_band(parts)
     if strip:
+        transitions = [*transitions, EXOCRINE]
         transitions += [one[::-1] for one in transitions]
         table = ad.concat([parts["train"]["table"], parts["validation"]["table"]], uns_merge="first")
         table.uns["spatialdata_attrs"] = parts["train"]["table"].uns["spatialdata_attrs"]
@@ -138,6 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--like", help="file of a generator whose autoencoder and surrogate are taken")
     parser.add_argument("--variants", nargs="+", default=["ours"], choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--without-band", action="store_true", help="leave out the band that scores exocrine cells")
     parser.add_argument("--folder", type=Path, help="of variants; else the weights of the package are written")
     a = parser.parse_args()
     if a.like:
@@ -157,7 +164,7 @@ if __name__ == "__main__":
             spoiled = settings.pop("spoiled", 0.0)
             strip = settings.get("objective") == "genes"
             if (key := (spoiled, seed if spoiled else 0, strip)) not in pairs:
-                pairs = {key: paired(a.store, a.cache, spoiled=spoiled, seed=seed, strip=strip)}
+                pairs = {key: paired(a.store, a.cache, spoiled, seed, strip, a.without_band)}
                 print(pairs[key][0]["table"].uns["transition_plan"]["problems"].round(3).to_string(index=False))
             model = pancreas(*pairs[key], seed, a, **settings)
             report(model, path)

@@ -8,7 +8,7 @@ from scipy import sparse
 
 from spatiaflow import models
 from spatiaflow.models.autoencoder import Autoencoder
-from spatiaflow.models.editor import Components, EditNetwork, MorphologyEditor, Surroundings, edited
+from spatiaflow.models.editor import Components, Edit, EditNetwork, MorphologyEditor, Surroundings, edited
 from spatiaflow.models.morphology import MorphologyConfig, MorphologyFlow
 from spatiaflow.models.slide import Slide
 from spatiaflow.models.transport import per_unit
@@ -43,7 +43,7 @@ def editor():
         return MorphologyEditor(
             network=network, autoencoder=Autoencoder(2, 4, 16), genes=GENES, components=Components.fit(counts(), 4),
             linear=torch.randn(4, 4), shifts=shifts, intensity={"dapi": [0.0, 1.0], "rna": [0.0, 2.0]}, history={},
-            card={"use_rep": ""},
+            card={"use_rep": ""}, edits={"": Edit("flow", 3.0), "A -> B": Edit("linear", 1.0, 2.0)},
         )  # fmt: skip
 
 
@@ -95,6 +95,39 @@ def test_images_of_a_dose_of_0_are_the_source(editor, edit):
     part = editor.edit(control[:1], s.rows(slice(0, 1)), torch.zeros(1, 4))[0]
     torch.testing.assert_close(part, control[:1], atol=1e-5, rtol=1e-4)
     editor.config = replace(editor.config, edit="flow")
+
+
+def test_a_transition_is_edited_in_its_own_way_unless_the_settings_say_how(editor, monkeypatch):
+    monkeypatch.setattr(editor, "config", replace(editor.config, edit=None, guidance=None))
+    monkeypatch.setattr(editor, "edits", {"": Edit("flow", 1.0), "A -> B": Edit("linear", 2.0, 0.5)})
+    assert editor.edit_of("A -> B") == Edit("linear", 2.0, 0.5)
+    assert editor.edit_of("B -> A") == editor.edit_of() == Edit("flow", 1.0)
+    seen, kept = [], editor.edit
+
+    def watched(control, s, change, noise, *, by, **options):
+        seen.append(by)
+        return kept(control, s, change, noise, by=by, **options)
+
+    monkeypatch.setattr(editor, "edit", watched)
+    images = torch.randn(2, 2, 16, 16)
+    monkeypatch.setattr(editor, "read", lambda slides, rows, make, **_: make(images, np.array(["a", "b"]), rows))
+    for edit in ("A -> B", {"G1": 1.0}, np.zeros((2, 4), np.float32)):
+        editor.generate_cells([slide()], np.arange(2), edit, np.array(["", ""]))
+    assert seen == [Edit("linear", 2.0, 0.5), Edit("flow", 1.0), Edit("flow", 1.0)]
+    editor.config = replace(editor.config, edit="flow", guidance=4.0)
+    assert editor.edit_of("A -> B") == Edit("flow", 4.0, 0.5)
+
+
+def test_the_linear_map_moves_latents_by_its_strength(editor):
+    control, s, change = (
+        torch.randn(3, 2, 16, 16),
+        Surroundings(torch.randn(3, 4), torch.randn(3, 8)),
+        torch.randn(3, 4),
+    )
+    (twice,) = editor.edit(control, s, change, by=Edit("linear", strength=2.0))
+    (other,) = editor.edit(control, s, 2 * change, by=Edit("linear"))
+    torch.testing.assert_close(twice, other)
+    assert not torch.equal(twice, editor.edit(control, s, change, by=Edit("linear"))[0])
 
 
 def test_components_are_those_of_log_counts_and_shifts_are_differences_of_them():
@@ -153,6 +186,7 @@ def test_guidance_leaves_out_the_genes_of_the_cell_alone(editor):
 def test_save_and_load(editor, tmp_path):
     again = models.load(editor.save(tmp_path / "m.safetensors"), kind="MorphologyFlow")  # it does for one
     assert isinstance(again, MorphologyEditor) and again.config == editor.config and again.sha256 == editor.sha256
+    assert again.edits == editor.edits
     arguments = torch.randn(2, 2, 16, 16), Surroundings(torch.randn(2, 4), torch.randn(2, 8)), torch.randn(2, 4)
     torch.testing.assert_close(again.edit(*arguments), editor.edit(*arguments))
     np.testing.assert_array_equal(again.change({"G1": 1.0}, np.array([""])), editor.change({"G1": 1.0}, np.array([""])))

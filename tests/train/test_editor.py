@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from spatiaflow.models.editor import EditNetwork, Surroundings
+from spatiaflow.models.editor import Edit, EditNetwork, Surroundings
 from spatiaflow.models.morphology import MorphologyConfig
 from spatiaflow.train import editor as training
 from spatiaflow.train.pairs import Pairs
@@ -45,7 +45,12 @@ def case():
     """Targets are what a shift of genes by (1, -1, .5) makes of other cells."""
     latents, surroundings, weight = planted()
     latents[200:] += torch.tensor([1.0, -1.0, 0.5]) @ weight
-    return latents, surroundings, weight, [("A -> B", np.arange(200), np.full(200, ""), np.arange(200, 400))]
+    return (
+        latents,
+        surroundings,
+        weight,
+        [training.Case("A -> B", np.arange(200), np.full(200, ""), np.arange(200, 400), True)],
+    )
 
 
 def chosen(model, latents, surroundings, cases):
@@ -56,8 +61,10 @@ def test_the_linear_map_is_taken_where_it_wins_at_its_best_strength(case):
     latents, surroundings, weight, cases = case
     model = model_of(weight / 3)  # a third of the truth: the best strength is 3
     scores = chosen(model, latents, surroundings, cases)  # the network has learned nothing and leaves cells as they are
-    assert model.config.edit == "linear"
-    torch.testing.assert_close(model.linear, weight)
+    assert (
+        model.edits["A -> B"] == model.edits[""] and model.edits[""].kind == "linear" and model.edits[""].strength == 3
+    )
+    torch.testing.assert_close(model.linear, weight / 3)
     assert (
         scores["energy, copy"] == 1
         and scores["energy, flow 0"] == pytest.approx(1)
@@ -69,31 +76,57 @@ def test_the_flow_is_taken_where_it_wins_and_settings_are_kept(case):
     latents, surroundings, weight, cases = case
     model = model_of(-weight)
     chosen(model, latents, surroundings, cases)
-    assert model.config.edit == "flow"
-    model = model_of(weight, edit="flow", guidance=1.5)
+    assert model.edits[""].kind == "flow"
+    model = model_of(weight, guidance=1.5)
     scores = chosen(model, latents, surroundings, cases)
-    assert model.config.edit == "flow" and model.config.guidance == 1.5 and "energy, flow 1.5" in scores
+    assert model.edits[""].guidance == 1.5 and "energy, flow 1.5" in scores and "energy, flow 3" not in scores
 
 
-def test_without_held_out_cells_of_the_states_the_flow_is_used_with_a_warning(case):
+def test_each_transition_is_edited_in_its_own_way(case):
+    """The sum is that of held-out cells alone, so the other transition has no part in how shifts of genes are edited."""
+    latents, surroundings, weight, (held_out,) = case
+    backward = training.Case("B -> A", held_out.source, held_out.niche, held_out.target, False)
+    model = model_of(weight / 3)
+    forward = model.change
+    model.change = lambda name, niche: forward(name, niche) * {"A -> B": 1, "B -> A": -1}[name]
+    with pytest.warns(UserWarning, match="held-out cells of each state of B -> A: how to edit is chosen on cells that"):
+        scores = chosen(model, latents, surroundings, [held_out, backward])
+    assert {name: edit.kind for name, edit in model.edits.items()} == {
+        "": "linear",
+        "A -> B": "linear",
+        "B -> A": "flow",
+    }
+    alone = model_of(weight / 3)
+    some = chosen(alone, latents, surroundings, [held_out])
+    assert alone.edits[""] == model.edits[""] and some["energy, linear 3"] == scores["energy, linear 3"]
+    assert scores["energy, A -> B, linear 3"] < 0.1 and scores["energy, B -> A, flow 0"] == pytest.approx(1)
+
+
+def test_without_cells_of_the_states_the_flow_is_used_with_a_warning(case):
     model = model_of(case[2])
-    with pytest.warns(UserWarning, match="Give a larger validation="):
+    with pytest.warns(UserWarning, match="Give more cells"):
         assert chosen(model, *case[:2], []) == {}
-    assert model.config.edit == "flow" and model.config.guidance == 3
+    assert model.edits == {"": Edit("flow", 3.0)}
 
 
-def test_edits_are_compared_on_held_out_sources_and_targets_of_other_states():
+def test_edits_are_compared_on_held_out_cells_or_where_these_are_few_on_others():
     n = 100
     pairs = Pairs(
         np.arange(n), np.arange(n)[:, None] + 100, np.ones((n, 1)), np.ones(n), np.repeat([0, 1], 50), np.zeros((n, 0)),
         np.zeros((n, 0)), np.zeros(n, int),
     )  # fmt: skip
-    band = np.arange(200) >= 110
-    ((name, source, niche, target),) = training.cases_of(
-        pairs, np.full(n, "gland"), band, CONFIG.transitions, np.random.default_rng(0)
+    for edge, sources, targets, held_out in (
+        (110, range(50), range(110, 150), True),
+        (140, range(50), range(100, 140), False),
+    ):
+        band = np.arange(200) >= edge
+        band[:50] = held_out
+        (found,) = training.cases_of(pairs, np.full(n, "gland"), band, CONFIG.transitions, np.random.default_rng(0))
+        assert found.name == "A -> B" and list(found.source) == list(sources) and set(found.niche) == {"gland"}
+        assert list(found.target) == list(targets) and found.held_out is held_out
+    assert not training.cases_of(
+        pairs.rows(np.arange(10)), np.full(10, ""), band, CONFIG.transitions, np.random.default_rng(0)
     )
-    assert name == "A -> B" and list(source) == list(range(50)) and set(niche) == {"gland"}
-    assert list(target) == list(range(110, 150))
 
 
 def test_batches_depend_on_the_seed_and_the_epoch_alone():

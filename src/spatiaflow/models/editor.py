@@ -8,7 +8,7 @@ genes do not tell stays in the noise, so it is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -181,6 +181,15 @@ def edited(
     ]
 
 
+@dataclass(frozen=True)
+class Edit:
+    """How images are edited: by the flow or by the linear map, the guidance of the flow and the strength of the map."""
+
+    kind: str = "flow"
+    guidance: float = 0.0
+    strength: float = 1.0
+
+
 class MorphologyEditor(MorphologyFlow):
     """A fitted generator of cell images by genes.
 
@@ -189,29 +198,33 @@ class MorphologyEditor(MorphologyFlow):
     Attributes
     ----------
     config
-        Channels, transitions, sizes and training settings. ``config.edit`` is ``"flow"`` or ``"linear"``, whichever was nearer to
-        real targets on the held-out cells, and ``config.guidance`` the best there. Set them to edit in another way.
+        Channels, transitions, sizes and training settings. ``config.edit`` and ``config.guidance``, where they are not None, come
+        before ``edits``. Set them to edit in another way.
+    edits
+        How each transition is edited and, as "", any shift of genes: what was nearest to real targets on the held-out cells.
     genes
         Genes that the model reads.
     components
         Principal components of their log counts.
     linear
-        The linear map from a shift of components to a shift of latents, k x d, times its best strength.
+        The linear map from a shift of components to a shift of latents, k x d.
     autoencoder, shifts, intensity, states, history, card
         As in :class:`MorphologyFlow`. ``card["validation_scores"]`` has the distance to real targets of every way to edit.
 
     Examples
     --------
     >>> model = sf.models.load(sf.datasets.weights("morphology-pancreas-genes"))
-    >>> model.config.edit, len(model.genes)
+    >>> model.edits[""].kind, len(model.genes)
     ('linear', 377)
     """
 
     def __init__(
         self, *, network: EditNetwork, autoencoder: Autoencoder, genes: Sequence[str], components: Components, linear: Tensor,
         shifts: dict, intensity: dict[str, list[float]], history: dict, card: dict, states: States | None = None,
+        edits: Mapping[str, Edit] | None = None,
     ) -> None:  # fmt: skip
         self.network: Any = network.eval()
+        self.edits = dict(edits or {})
         self.config, self.surrogate, self.autoencoder = network.config, None, autoencoder.eval()
         self.genes, self.components, self.linear = list(genes), components, linear
         self.shifts, self.intensity, self.history, self.card, self.states = shifts, intensity, history, card, states
@@ -221,6 +234,12 @@ class MorphologyEditor(MorphologyFlow):
         return (
             f"MorphologyEditor: {len(self.genes)} genes, {', '.join(c.transitions)}; channels {', '.join(c.channels)}"
         )
+
+    def edit_of(self, name: str = "") -> Edit:
+        """Return how a transition is edited, or any shift of genes (""). The settings come first."""
+        found, c = self.edits.get(name) or self.edits.get("", Edit()), self.config
+        guidance = found.guidance if c.guidance is None else c.guidance
+        return replace(found, kind=c.edit or found.kind, guidance=guidance)
 
     def change(self, edit: str | Mapping[str, float], niche: np.ndarray) -> np.ndarray:
         """Return by how much components change in each cell, n x k: by a transition in its niche, or by a shift of genes."""
@@ -235,22 +254,22 @@ class MorphologyEditor(MorphologyFlow):
     @torch.inference_mode()
     def edit(
         self, control: Tensor, s: Surroundings, change: Tensor, noise: Tensor | None = None, *, doses: Sequence[float] = (1.0,),
-        n_steps: int = 5,
+        n_steps: int = 5, by: Edit | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Return images (n x C x p x p) of cells after each dose of a change of components (n x k).
 
         The grain of the source image, what its latents do not hold, is kept. A dose of 0 leaves the image as it is.
         """
+        by = by or self.edit_of()
         turns = canonical(control)
         control = turned(control, turns)
         z = self.autoencoder.encode(control)
-        if self.config.edit == "linear":
-            line = change @ self.linear.to(change)
+        if by.kind == "linear":
+            line = by.strength * change @ self.linear.to(change)
             made = [z + dose * line + (0 if noise is None else FRESH * noise) for dose in doses]
         else:
             shifts = [dose * change for dose in doses]
-            guidance = self.config.guidance or 0.0
-            made = edited(self.network, z, s, shifts, noise, guidance=guidance, n_steps=n_steps)
+            made = edited(self.network, z, s, shifts, noise, guidance=by.guidance, n_steps=n_steps)
         grain = self.autoencoder.grain(control, z)
         return [turned(self.autoencoder.decode(one, grain), inverse(turns)) for one in made]
 
@@ -292,13 +311,16 @@ class MorphologyEditor(MorphologyFlow):
             [slide.align(self.genes) for slide in slides], self.config.n_neighbors, self.config.crop_um
         )
         change = torch.from_numpy(edit if isinstance(edit, np.ndarray) else self.change(edit, niche))
+        by = self.edit_of(edit if isinstance(edit, str) else "")
         modules = self.network.to(device), self.autoencoder.to(device)
 
         def make(control: Tensor, names: np.ndarray, here: np.ndarray) -> dict[str, Tensor]:
-            given, by, found = surroundings.rows(rows[here]).to(device), change[here].to(device), []
+            given, shift, found = surroundings.rows(rows[here]).to(device), change[here].to(device), []
             for sample in range(n_samples):
                 noise = named_noise(names, seed, sample, self.config.n_latent).to(device) if sample else None
-                found.append(torch.stack(self.edit(control, given, by, noise, doses=doses, n_steps=n_steps), 1))
+                found.append(
+                    torch.stack(self.edit(control, given, shift, noise, doses=doses, n_steps=n_steps, by=by), 1)
+                )
             images = torch.stack(found, 2).flatten(1, 2)  # n x (doses x samples) x C x p x p
             return {"image": images, "source": control[:, None].expand_as(images)}
 
@@ -311,7 +333,10 @@ class MorphologyEditor(MorphologyFlow):
         """Return description and tensors."""
         description, tensors = super().state()
         more = {f"components.{name}": value.contiguous() for name, value in self.components.state_dict().items()}
-        return description | {"genes": self.genes}, tensors | more | {"linear": self.linear.contiguous()}
+        edits = {name: asdict(one) for name, one in self.edits.items()}
+        return description | {"genes": self.genes, "edits": edits}, tensors | more | {
+            "linear": self.linear.contiguous()
+        }
 
     @classmethod
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyEditor:
@@ -326,4 +351,5 @@ class MorphologyEditor(MorphologyFlow):
             _base.fill(module, {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
         states = d["states"] and States(**d["states"])
         same = {name: d[name] for name in ("genes", "shifts", "intensity", "history", "card")}
-        return cls(**parts, **same, linear=tensors["linear"], states=states)
+        edits = {name: Edit(**one) for name, one in d.get("edits", {}).items()}
+        return cls(**parts, **same, linear=tensors["linear"], states=states, edits=edits)

@@ -76,11 +76,11 @@ class MorphologyConfig(_base.Config):
     devices, precision
         As in Lightning's Trainer.
     edit
-        Genes: ``"flow"``, or ``"linear"``: the ridge regression from a shift of genes to a shift of latents. None: training takes
-        what is nearer to real targets on the held-out cells.
+        Genes: ``"flow"``, or ``"linear"``: the ridge regression from a shift of genes to a shift of latents. None: what is
+        nearer to real targets on the held-out cells, transition by transition.
     guidance
-        Strength of classifier-free guidance when images are generated; 0 is none. None: none for pairs; for genes training
-        takes the best on the held-out cells.
+        Strength of classifier-free guidance when images are generated; 0 is none. None: none for pairs; for genes the best on
+        the held-out cells.
 
     Examples
     --------

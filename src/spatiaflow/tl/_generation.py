@@ -89,7 +89,7 @@ def generate_morphology(
         :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path
         of one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-genes"`` with
         ``shift`` and ``"morphology-pancreas-small"`` (of pairs) with ``target``, both of one pancreas. Set
-        ``model.config.guidance`` for another strength of guidance.
+        ``model.config.guidance`` for another strength of guidance, ``model.config.edit`` for another way to edit.
     cells
         Names of the source cells. None: all cells of the state; without ``source`` all cells of the table.
     n_samples
@@ -187,7 +187,7 @@ def generate_morphology(
         "intensity": {own[channel]: ends for channel, ends in model.intensity.items()},
         "params": _io.provenance(
             started, model=model, random_state=seed, source=source or "", target=target or "", shift=dict(shift or {}),
-            dose=doses, level=level, n_samples=n_samples, n_steps=n_steps, guidance=c.guidance or 0.0, edit=c.edit or "",
+            dose=doses, level=level, n_samples=n_samples, n_steps=n_steps, **_way(model, edit),
         ),
     }  # fmt: skip
     if key_added is not None:
@@ -207,6 +207,16 @@ def _compare(
         ood=table.obs[ood].to_numpy()[rows] if ood in table.obs else None,
         stains=(stain_levels(slides, place), stains) if stains else None,
     )
+
+
+def _way(model: MorphologyFlow, edit: str | Mapping[str, float]) -> dict[str, Any]:
+    """Return how a model edits, for the record."""
+    from spatiaflow.models.editor import MorphologyEditor
+
+    if not isinstance(model, MorphologyEditor):
+        return {"guidance": model.config.guidance or 0.0}
+    by = model.edit_of(edit if isinstance(edit, str) else "")
+    return {"edit": by.kind} | ({"strength": by.strength} if by.kind == "linear" else {"guidance": by.guidance})
 
 
 def _doses(dose: float | Sequence[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """Train the generator of morphology by genes: an autoencoder of images, and a flow from noise to the latents of all cells.
 
-Beside the flow a linear map from genes to latents is fitted. How images are edited is chosen on held-out cells.
+Beside the flow a linear map from genes to latents is fitted. How images are edited is chosen on held-out cells, transition by
+transition.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from spatiaflow._settings import progress, warn
 from spatiaflow.metrics import energy_distance
 from spatiaflow.models import _base
-from spatiaflow.models.editor import Components, EditNetwork, MorphologyEditor, Surroundings, edited
+from spatiaflow.models.editor import Components, Edit, EditNetwork, MorphologyEditor, Surroundings, edited
 from spatiaflow.models.flow import interpolate
 from spatiaflow.models.morphology import EDITS, MorphologyConfig
 from spatiaflow.models.preprocess import intensity_of
@@ -93,8 +94,7 @@ def train_editor(
         network=network, autoencoder=autoencoder, genes=slides[0].genes, components=components, linear=linear, shifts=shifts,
         intensity=intensity_of(slides, config.channels), history=history, card={},
     )  # fmt: skip
-    here = ~kept & band[pairs.source]
-    cases = cases_of(pairs.rows(here), niche[here], band, config.transitions, np.random.default_rng(seed))
+    cases = cases_of(pairs, niche, band, config.transitions, np.random.default_rng(seed))
     scores = choose(model, latents, surroundings, place, cases, device=device)
     scores |= {name: min(values) for name, values in history.items() if name.startswith("val_") and values}
     model.card = _base.model_card(
@@ -196,7 +196,14 @@ def fit_linear(latents: Tensor, surroundings: Surroundings, training: np.ndarray
     return torch.from_numpy(ridge.coefficients[: surroundings.own.shape[1]].copy())
 
 
-Case = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+class Case(NamedTuple):
+    """What edits of a transition are compared by."""
+
+    name: str
+    source: np.ndarray  # rows of cells
+    niche: np.ndarray  # of each
+    target: np.ndarray  # rows of cells
+    held_out: bool
 
 
 def cases_of(
@@ -204,16 +211,19 @@ def cases_of(
 ) -> list[Case]:
     """Return what edits are compared by, of each transition between two states.
 
-    Each is a name, the rows of held-out sources, their niches, and the rows of held-out targets.
+    These are cells of the band. Where it has too few of them, they are cells that were trained on.
     """
     cases = []
     for i, name in enumerate(transitions):
-        here = np.flatnonzero(pairs.transition == i)
-        own = pairs.rows(here)
-        target = np.unique(own.target[band[own.target] & (own.share > 0)])
-        if len(set(name.split(" -> "))) == 2 and min(len(here), len(target)) >= MIN_CELLS:
-            some = np.sort(rng.permutation(len(here))[:MAX_CELLS])
-            cases.append((name, own.source[some], niche[here[some]], np.sort(rng.permutation(target)[:MAX_CELLS])))
+        for part in (band, ~band) if len(set(name.split(" -> "))) == 2 else ():
+            here = np.flatnonzero((pairs.transition == i) & part[pairs.source])
+            own = pairs.rows(here)
+            target = np.unique(own.target[part[own.target] & (own.share > 0)])
+            if min(len(here), len(target)) >= MIN_CELLS:
+                some = np.sort(rng.permutation(len(here))[:MAX_CELLS])
+                target = np.sort(rng.permutation(target)[:MAX_CELLS])
+                cases.append(Case(name, own.source[some], niche[here[some]], target, part is band))
+                break
     return cases
 
 
@@ -221,32 +231,48 @@ def choose(
     model: MorphologyEditor, latents: Tensor, surroundings: Surroundings, place: np.ndarray, cases: Sequence[Case], *,
     device: str | torch.device,
 ) -> dict[str, float]:  # fmt: skip
-    """Set how a model edits: by the flow at some guidance, or by the linear map, whichever comes nearest to real targets.
+    """Set how a model edits: by the flow at some guidance, or by the linear map at some strength.
 
-    What the settings already say is not changed. The score is the energy distance between the latents of edited held-out sources
-    and of real held-out targets, summed over transitions and divided by that of the sources as they are: transitions that change
-    little decide little. Returns the scores by name of the edit. The linear map is scaled to its best strength.
+    Each transition is edited in the way that comes nearest to its real targets. What the settings already say is not changed. The
+    score is the energy distance between the latents of edited sources and of real targets, divided by that of the sources as they
+    are. Shifts of genes are edited in the way that has the best sum over transitions with held-out cells: transitions that change
+    little decide little. Returns the scores by name of the edit: of the sum, and the best two of each transition.
     """
     c = model.config
     if not cases:
         warn(
-            f"fewer than {MIN_CELLS} held-out cells of each state: how to edit cannot be chosen. The flow is used, with "
-            f"guidance {GUIDANCE[3]:g}. Give a larger validation=."
+            f"fewer than {MIN_CELLS} cells of each state: how to edit cannot be chosen. The flow is used, with guidance "
+            f"{GUIDANCE[3]:g}. Give more cells."
         )
-        model.config = replace(c, edit=c.edit or "flow", guidance=GUIDANCE[3] if c.guidance is None else c.guidance)
+        model.edits = {"": Edit("flow", GUIDANCE[3])}
         return {}
-    network, scores = model.network.to(device), dict[str, float]()
-    for name, source, niche, target in progress(cases, "choosing the edit", unit="transition"):
+    if seen := [case.name for case in cases if not case.held_out]:
+        warn(
+            f"fewer than {MIN_CELLS} held-out cells of each state of {', '.join(seen)}: how to edit is chosen on cells that were "
+            "trained on. Give a larger validation=."
+        )
+    network, scores = model.network.to(device), dict[str, dict[str, float]]()
+    for name, source, niche, target, _ in progress(cases, "choosing the edit", unit="transition"):
         z, real = (latents[place[rows]] for rows in (source, target))
         change, given = torch.from_numpy(model.change(name, niche)), surroundings.rows(source).to(device)
         made = {"copy": z} | {f"linear {s:g}": z + s * change @ model.linear for s in STRENGTHS}
         for w in GUIDANCE if c.guidance is None else (c.guidance,):
             made[f"flow {w:g}"] = edited(network, z.to(device), given, [change.to(device)], guidance=w)[0].cpu()
-        for edit, values in made.items():
-            scores[edit] = scores.get(edit, 0.0) + energy_distance(values.numpy(), real.numpy())
+        scores[name] = {edit: energy_distance(values.numpy(), real.numpy()) for edit, values in made.items()}
     network.cpu()
+    held_out = [case.name for case in cases if case.held_out] or list(scores)
+    total = {edit: sum(scores[name][edit] for name in held_out) for edit in next(iter(scores.values()))}
+    model.edits = {name: best_of(some) for name, some in {"": total, **scores}.items()}
+    out = {f"energy, {edit}": value / max(total["copy"], 1e-9) for edit, value in total.items()}
+    for name, some in scores.items():
+        chosen = model.edits[name]
+        for edit in (f"flow {chosen.guidance:g}", f"linear {chosen.strength:g}"):
+            out[f"energy, {name}, {edit}"] = some[edit] / max(some["copy"], 1e-9)
+    return out
+
+
+def best_of(scores: Mapping[str, float]) -> Edit:
+    """Return the edit with the least score, with the best guidance of the flow and the best strength of the linear map."""
     best = {kind: min((e for e in scores if e.startswith(kind)), key=lambda e: scores[e]) for kind in EDITS}
-    model.linear = model.linear * float(best["linear"].split()[1])
-    edit = c.edit or min(best, key=lambda kind: scores[best[kind]])
-    model.config = replace(c, edit=edit, guidance=float(best["flow"].split()[1]))
-    return {f"energy, {name}": value / max(scores["copy"], 1e-9) for name, value in scores.items()}
+    kind = min(best, key=lambda kind: scores[best[kind]])
+    return Edit(kind, *(float(best[one].split()[1]) for one in ("flow", "linear")))
