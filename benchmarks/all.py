@@ -106,6 +106,7 @@ IMAGES = [
     "linear map",
 ]
 TUMOUR, FIBROBLASTS = "MKI67/UBE2C -> COL17A1/SERPINB3", "SFRP4/LTBP2 -> COL5A2/THBS2"
+DUCTS = "ACE2/ANPEP -> CXCL6/CFTR"
 
 
 @dataclass
@@ -158,9 +159,9 @@ def imputed(data: str, where: dict, more: list[str], **options) -> Row:
     )
 
 
-def generated(task: str, transition: str) -> Row:
-    where = {"data": f"pancreas:{transition}", "split": "test"}
-    return Row(task, "pancreas", "KID", "editing", where, "KID", "flow", IMAGES, "training targets", less=True)
+def generated(task: str, transition: str, split: str = "test") -> Row:
+    where = {"data": f"pancreas:{transition}", "split": split}
+    return Row(task, "pancreas", "KID", "editing", where, "KID", "default", IMAGES, "training targets", less=True)
 
 
 def as_embedded(metric: str, methods: list[str]) -> dict[str, tuple[str, ...]]:
@@ -216,6 +217,7 @@ ROWS = [
         over="folds"),
     generated("generated tumour cells", TUMOUR),
     generated("generated fibroblasts", FIBROBLASTS),
+    generated("generated duct cells", DUCTS, "band"),
     Row("generated tiles", "simulated tissue", "share of the change", "morphology",
         {"data": "simulated:tiles", "split": "mean_area_um2"}, "share shown", "generated", ["copy of the source"],
         known={"copy of the source": 0.0}),

@@ -332,11 +332,9 @@ class MorphologyEditor(MorphologyFlow):
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Return description and tensors."""
         description, tensors = super().state()
+        description |= {"genes": self.genes, "edits": {name: asdict(one) for name, one in self.edits.items()}}
         more = {f"components.{name}": value.contiguous() for name, value in self.components.state_dict().items()}
-        edits = {name: asdict(one) for name, one in self.edits.items()}
-        return description | {"genes": self.genes, "edits": edits}, tensors | more | {
-            "linear": self.linear.contiguous()
-        }
+        return description, tensors | more | {"linear": self.linear.contiguous()}
 
     @classmethod
     def from_state(cls, description: dict, tensors: dict[str, Tensor]) -> MorphologyEditor:

@@ -236,7 +236,8 @@ def choose(
     Each transition is edited in the way that comes nearest to its real targets. What the settings already say is not changed. The
     score is the energy distance between the latents of edited sources and of real targets, divided by that of the sources as they
     are. Shifts of genes are edited in the way that has the best sum over transitions with held-out cells: transitions that change
-    little decide little. Returns the scores by name of the edit: of the sum, and the best two of each transition.
+    little decide little. A transition without cells to compare is edited by the flow. Returns the scores by name of the edit: of
+    the sum, and the best two of each transition.
     """
     c = model.config
     if not cases:
@@ -263,6 +264,8 @@ def choose(
     held_out = [case.name for case in cases if case.held_out] or list(scores)
     total = {edit: sum(scores[name][edit] for name in held_out) for edit in next(iter(scores.values()))}
     model.edits = {name: best_of(some) for name, some in {"": total, **scores}.items()}
+    unknown = replace(model.edits[""], kind="flow")  # a strength of the linear map does not hold for other transitions
+    model.edits = dict.fromkeys(c.transitions, unknown) | model.edits
     out = {f"energy, {edit}": value / max(total["copy"], 1e-9) for edit, value in total.items()}
     for name, some in scores.items():
         chosen = model.edits[name]
