@@ -1,5 +1,6 @@
 """Files that are whole or not there: links, permissions, full disks, locks and what killed processes leave."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -11,10 +12,12 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from spatiaflow import _files
 from spatiaflow.models import _base
@@ -131,6 +134,23 @@ def test_readers_never_see_half_a_file(tmp_path):
     assert names(tmp_path) == ["a.safetensors"]
 
 
+def test_a_file_that_is_replaced_between_header_and_tensors_is_read_again(tmp_path, monkeypatch):
+    path, opened = _base.save(tmp_path / "a", "STFlow", {}, {"x": torch.zeros(3)}), []
+
+    @contextlib.contextmanager
+    def late(name, framework):
+        """The header of one file and the tensors of the next, the first time."""
+        with safe_open(name, framework=framework) as first:
+            opened.append(first.metadata())
+            if len(opened) == 1:
+                _base.save(path, "STFlow", {}, {"x": torch.ones(3)})
+            with safe_open(name, framework=framework) as second:
+                yield SimpleNamespace(metadata=lambda: opened[-1], keys=second.keys, get_tensor=second.get_tensor)
+
+    monkeypatch.setattr(_base, "safe_open", late)
+    assert torch.equal(_base.read(path)[1]["x"], torch.ones(3)) and len(opened) == 2
+
+
 def test_a_map_that_does_not_fit_is_told_before_it_is_written(tmp_path):
     """A write to a map on a full disk is a signal that kills the process."""
     path = tmp_path / "map"
@@ -148,6 +168,7 @@ def test_a_map_that_does_not_fit_is_told_before_it_is_written(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from spatiaflow import _files
 with _files.scratch(Path(sys.argv[1]), "work-") as folder:
     (folder / "half").write_text("half")

@@ -265,16 +265,27 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         path = path.with_name(path.name + ".safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {str(path)!r} (in {str(path.parent.resolve())!r}).")
+    before = path.stat()
+
+    def replaced() -> bool:
+        """Safetensors opens a file twice, so what was replaced in between is half one file and half another."""
+        after = path.stat()
+        return (after.st_ino, after.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
+
     try:
         with safe_open(str(path), framework="pt") as file:
             description = _description((file.metadata() or {}).get("spatiaflow"), path)  # before anything large is read
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
+        if replaced():
+            return read(path)
         raise ValueError(
             f"{str(path)!r} is not a readable safetensors file ({error}): it is truncated, corrupted, or of another format "
             "(pickled checkpoints are never opened). Save it again with model.save(path) or download it again."
         ) from error
     if description.get("sha256") != tensors_sha256(tensors):
+        if replaced():
+            return read(path)
         raise ValueError(
             f"the tensors of {str(path)!r} are not those that were saved (their sha256 differs): the file is corrupted. "
             "Save it again with model.save(path) or download it again."
