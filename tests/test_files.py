@@ -168,7 +168,6 @@ def test_a_map_that_does_not_fit_is_told_before_it_is_written(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from spatiaflow import _files
 with _files.scratch(Path(sys.argv[1]), "work-") as folder:
     (folder / "half").write_text("half")

@@ -89,7 +89,7 @@ def test_each_transition_is_edited_in_its_own_way(case):
     model = model_of(weight / 3)
     forward = model.change
     model.change = lambda name, niche: forward(name, niche) * {"A -> B": 1, "B -> A": -1}[name]
-    with pytest.warns(UserWarning, match="held-out cells of each state of B -> A: how to edit is chosen on cells that"):
+    with pytest.warns(UserWarning, match="held-out cells of a state of B -> A: how to edit is chosen on cells that"):
         scores = chosen(model, latents, surroundings, [held_out, backward])
     found = {name: edit.kind for name, edit in model.edits.items()}
     assert found == {

@@ -242,14 +242,14 @@ def choose(
     c = model.config
     if not cases:
         warn(
-            f"fewer than {MIN_CELLS} cells of each state: how to edit cannot be chosen. The flow is used, with guidance "
-            f"{GUIDANCE[3]:g}. Give more cells."
+            f"fewer than {MIN_CELLS} cells of a state in every transition: how to edit cannot be chosen. The flow is used, with "
+            f"guidance {GUIDANCE[3]:g}. Give more cells."
         )
         model.edits = {"": Edit("flow", GUIDANCE[3])}
         return {}
     if seen := [case.name for case in cases if not case.held_out]:
         warn(
-            f"fewer than {MIN_CELLS} held-out cells of each state of {', '.join(seen)}: how to edit is chosen on cells that were "
+            f"fewer than {MIN_CELLS} held-out cells of a state of {', '.join(seen)}: how to edit is chosen on cells that were "
             "trained on. Give a larger validation=."
         )
     network, scores = model.network.to(device), dict[str, dict[str, float]]()
