@@ -126,7 +126,7 @@ def others(a, table: results.Table) -> None:
         if a.only not in (None, peer.name) or not peers.installed(peer.package, peer.name):
             continue
         for seed in range(a.seeds):
-            if not table.lacks("starmap", names[-1], seed, f"{peer.name}, tuned"):
+            if not table.lacks("starmap", names[-1], seed, f"{peer.name}, number chosen"):
                 continue
             start = time.perf_counter()
             found = peers.quiet(lambda peer=peer, seed=seed: dict(peer.run(mice.copy(), seed, peer.values)))
@@ -143,7 +143,8 @@ def add_peer(table: results.Table, peer: peers.NichePeer, seed: int, obs: pd.Dat
     for name in score:
         best = score.loc[[*peer.values]].drop(columns=name).mean(axis=1).idxmax()
         tried = {f"layer ARI, {value} {peer.setting}": score.loc[value, name] for value in peer.values}
-        which = {"": peer.values[0], ", number chosen": peers.OWN_NUMBER, ", tuned": best}
+        tuned = {", tuned": best} if len(peer.values) > 1 else {}
+        which = {"": peer.values[0], **tuned, ", number chosen": peers.OWN_NUMBER}
         for note, value in which.items():
             row = {"layer ARI": score.loc[value, name], "niches": niches[value], **({} if note else tried)}
             row |= {peer.setting: best} if note == ", tuned" else {"seconds": obs["seconds"].iloc[0]}

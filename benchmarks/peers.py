@@ -1,7 +1,8 @@
 """Published methods beside ours: niches of several samples without labels, and genes hidden in a query.
 
 Each is imported where it is run, so what is not installed is skipped. They run on the CPU at the settings of their
-documentation. A method for niches has one more setting with four values, the default first: how far it looks around a cell.
+documentation. A method for niches has one more setting, the default first: how far it looks around a cell. It has four
+values, except for Novae, whose trainings are long.
 """
 
 import contextlib
@@ -110,9 +111,26 @@ def banksy(cells: ad.AnnData, seed: int, neighbours: tuple) -> Iterator:
         yield k, labels(resolutions=[], max_labels=N_NICHES)
 
 
+def novae(cells: ad.AnnData, seed: int, hops: tuple) -> Iterator:
+    """Graph attention on neighbourhoods, trained from nothing: its published weights would have to be downloaded."""
+    import lightning
+    import novae
+
+    lightning.seed_everything(seed)
+    novae.spatial_neighbors(cells, slide_key="mouse", radius=80)
+    for n in hops:
+        model = novae.Novae(cells, n_hops_local=n)
+        model.fit(cells, enable_progress_bar=False)
+        model.compute_representations(cells)
+        if n == hops[0]:
+            yield OWN_NUMBER, cells.obs[model.assign_domains(cells)].astype(str).to_numpy()
+        yield n, cells.obs[model.assign_domains(cells, n_domains=N_NICHES)].astype(str).to_numpy()
+
+
 NICHES = [
     NichePeer("CellCharter", "cellcharter", "layers", (3, 2, 5, 8), cellcharter),
     NichePeer("BANKSY", "banksy", "neighbours", (15, 30, 60, 120), banksy),
+    NichePeer("Novae", "novae", "hops", (2,), novae),  # a training takes an hour, so nothing is tuned
 ]
 
 

@@ -30,6 +30,16 @@ def test_a_setting_is_chosen_by_the_other_mice(tmp_path, monkeypatch):
     assert results.select(rows, method="peer, number chosen", metric="niches")["value"].eq(60).all()
 
 
+def test_a_method_with_one_value_has_no_tuned_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIAFLOW_RESULTS", str(tmp_path))
+    obs = pd.DataFrame({"mouse": pd.Categorical(list("ab") * 20), "layer": ["x", "x", "y", "y"] * 10, "seconds": 1.0})
+    found = {peers.OWN_NUMBER: np.arange(40), 2: (obs["layer"] == "x").to_numpy(int)}
+    niches.add_peer(results.Table("niches"), peers.NichePeer("peer", "numpy", "hops", (2,), None), 0, obs, found)
+    rows = results.read("niches")
+    assert set(rows["method"]) == {"peer", "peer, number chosen"}
+    assert results.select(rows, method="peer", metric="layer ARI")["value"].eq(1).all()
+
+
 @pytest.fixture
 def cells():
     rng = np.random.default_rng(0)
