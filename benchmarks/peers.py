@@ -130,7 +130,7 @@ def novae(cells: ad.AnnData, seed: int, hops: tuple) -> Iterator:
 NICHES = [
     NichePeer("CellCharter", "cellcharter", "layers", (3, 2, 5, 8), cellcharter),
     NichePeer("BANKSY", "banksy", "neighbours", (15, 30, 60, 120), banksy),
-    NichePeer("Novae", "novae", "hops", (2,), novae),  # a training takes an hour, so nothing is tuned
+    NichePeer("Novae", "novae", "hops", (2,), novae),  # trainings are long, so nothing is tuned
 ]
 
 
