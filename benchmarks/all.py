@@ -68,6 +68,18 @@ COMMANDS = {
     ),
     "morphology-simulated": "python benchmarks/morphology.py simulated --train 15000 --seeds 3",
     "morphology-tiles": "python benchmarks/morphology.py tiles --train 30000 --seeds 2",
+    "niches": "python benchmarks/niches.py simulated starmap && python benchmarks/niches.py pancreas --store pancreas.zarr",
+    "niches-others": "python benchmarks/niches.py others",
+    "editing": (
+        "python benchmarks/morphology_weights.py pancreas.zarr --cache features --variants genes --seeds 0 1 2 --folder runs "
+        "--epochs 10 --like src/spatiaflow/datasets/weights/morphology-pancreas-small.safetensors && "
+        "python benchmarks/editing.py --store pancreas.zarr --cache features --folder runs --draws 200 && "
+        "python benchmarks/morphology_weights.py pancreas.zarr --cache features --variants genes --seeds 0 1 2 "
+        "--folder runs-band --without-band --epochs 10 "
+        "--like src/spatiaflow/datasets/weights/morphology-pancreas-small.safetensors && "
+        "python benchmarks/editing.py --store pancreas.zarr --cache features --folder runs-band --part band --draws 200 "
+        "--strengths 0.5"
+    ),
     "joint": "python benchmarks/joint.py",
     "threads": "python benchmarks/threads.py",
 }

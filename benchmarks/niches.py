@@ -1,7 +1,7 @@
 """Niches, clusters of cells and annotation, as the verbs find them, against labels that they do not see.
 
     python benchmarks/niches.py starmap simulated
-    python benchmarks/niches.py pancreas --store cells.h5ad
+    python benchmarks/niches.py pancreas --store pancreas.zarr
     python benchmarks/niches.py others [--only CellCharter]     published methods on STARmap, where they are installed
 
 STARmap: three mice jointly, gold layers and types; pixels of .08 µm (docs/levels.md). "carried": niches of two mice in the
@@ -104,7 +104,9 @@ def simulated(a, table: results.Table) -> None:
 
 
 def pancreas(a, table: results.Table) -> None:
-    cells = ad.read_h5ad(a.store)
+    import spatialdata as sd
+
+    cells = sd.read_zarr(a.store)["table"]
     cells = cells[cells.obs["x_px"] > 19500, ~cells.var["control"].to_numpy(bool)]
     cells = cells[np.asarray(cells.X.sum(1)).ravel() >= FEWEST].copy()
     for seed in range(a.seeds):
@@ -157,7 +159,7 @@ COMMANDS = {"starmap": starmap, "simulated": simulated, "pancreas": pancreas, "o
 def parser():
     out = results.parser(__doc__)
     out.add_argument("data", nargs="+", choices=list(COMMANDS))
-    out.add_argument("--store", help="cells of the pancreas, an h5ad with counts, x_px and the publishers' clusters")
+    out.add_argument("--store", help="the pancreas slide (benchmarks/pancreas.py)")
     out.add_argument("--only", choices=[peer.name for peer in peers.NICHES], help="one published method")
     out.add_argument("--seeds", type=int, default=3)
     return out

@@ -62,7 +62,8 @@ def generate_simulated():
 
 def generate_pancreas():
     state = "COL5A2/THBS2"
-    made = sf.tl.generate_morphology(pancreas(), source=state, target=state, random_state=0)
+    model = "morphology-pancreas-small"
+    made = sf.tl.generate_morphology(pancreas(), source=state, target=state, model=model, random_state=0)
     return {"X": made.X, "image": made.obsm["image"].reshape(made.n_obs, -1)[:, ::37]}
 
 

@@ -230,7 +230,7 @@ def test_bundled_weights_enlarge_and_stretch_nuclei_as_planted():
 
 
 def test_bundled_weights_generate_cells_of_the_public_region(mirror):
-    """With the default weights, by the model's own rule for states: who is to stay as it is, stays."""
+    """With the weights of pairs, by the model's own rule for states: who is to stay as it is, stays."""
     with sf.settings.override(mirror=str(mirror)):
         sdata = sf.datasets.xenium_pancreas()
     table, state = sdata["table"], "COL5A2/THBS2"
@@ -239,7 +239,7 @@ def test_bundled_weights_generate_cells_of_the_public_region(mirror):
     states = model.states(table.X[:, table.var_names.get_indexer(model.states.genes)])
     sdata["table"] = table[(np.array(states) == state) | (np.arange(table.n_obs) % 25 == 0)].copy()
     sf.tl.embed_spatia(sdata)
-    made = sf.tl.generate_morphology(sdata, source=state, target=state, random_state=0)
+    made = sf.tl.generate_morphology(sdata, source=state, target=state, model=model, random_state=0)
     assert made.n_obs > 50 and made.obsm["image"].dtype == np.uint8
     about = made.uns["morphology"]
     before = sf.pp.image_profile(np.asarray(made.obsm["source"]), channels=about["channels"], mpp=about["mpp"])
@@ -248,4 +248,4 @@ def test_bundled_weights_generate_cells_of_the_public_region(mirror):
     assert shift[["area_um2", "dapi_mean", "bound_mean", "rna_mean", "prot_mean"]].abs().max() < 0.9, shift
     assert shift.abs().median() < 0.4, shift
     with pytest.raises(ValueError, match="the model does not know"):
-        sf.tl.generate_morphology(sdata, source=state, target="MKI67/UBE2C")
+        sf.tl.generate_morphology(sdata, source=state, target="MKI67/UBE2C", model=model)

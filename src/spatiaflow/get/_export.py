@@ -36,7 +36,7 @@ def geojson(
     Parameters
     ----------
     data
-        AnnData with the result of a verb such as :func:`spatiaflow.tl.predict_expression`.
+        AnnData with the result of a function such as :func:`spatiaflow.tl.predict_expression`.
     path
         File to write, ``.geojson``.
     genes
@@ -99,7 +99,7 @@ def spatialdata(data: AnnData, *, key: str = "stflow", library_key: str | None =
     Parameters
     ----------
     data
-        AnnData with the result of a verb such as :func:`spatiaflow.tl.predict_expression`.
+        AnnData with the result of a function such as :func:`spatiaflow.tl.predict_expression`.
     key
         Slot of the result.
     library_key

@@ -24,7 +24,7 @@ def expression(
     Parameters
     ----------
     data
-        One object, or a list or dict of objects, with the result of a verb such as
+        One object, or a list or dict of objects, with the result of a function such as
         :func:`spatiaflow.tl.predict_expression`.
     key
         The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``, such as ``"stflow"`` or ``"imputed"``.

@@ -69,8 +69,9 @@ def train_stflow(
     target_sum
         Expression is log1p of counts per ``target_sum``. None: log1p of raw counts (the convention of HEST).
     config
-        ``"default"`` (chosen by inner validation, stacked with ridge regression), ``"paper"`` (the published configuration;
-        1,147,724 parameters at 1024 features and 50 genes), or a :class:`spatiaflow.models.STFlowConfig`.
+        ``"default"`` (chosen by inner validation, stacked with simple models such as ridge regression), ``"paper"`` (the
+        published configuration; 1,147,724 parameters at 1024 features and 50 genes), or a
+        :class:`spatiaflow.models.STFlowConfig`.
     donor_key
         Column of ``.obs`` that names the donor of each slide. With two donors or more, whole donors are held out in turn. None:
         all slides are of one donor.
@@ -310,7 +311,8 @@ def predict_expression(
         a measurement is expected to give. It varies with the depth of spots too, as far as the image shows it
     ``.obsm[f"{key_added}_rate"]`` : same shape, share of the gene in the counts of a spot, whatever its depth. Draws rest on
         it
-    ``.obsm[f"{key_added}_std"]`` : same shape and unit; standard deviation of a measured value, learned on held-out slides
+    ``.obsm[f"{key_added}_std"]`` : same shape, in the unit of ``.obsm[key_added]``; standard deviation of a measured
+        value, learned on held-out slides
     ``.obs[f"{key_added}_ood"]`` : float in [0, 1], distance of the features to the training data as a quantile of it
     ``.obs[f"{key_added}_depth"]`` : float, predicted library size, the sum of counts over all genes
     ``.uns[key_added]`` : dict with ``genes``, ``skill`` (CRPS skill over the marginal on held-out training slides),

@@ -35,7 +35,7 @@ from spatiaflow.tl._trust import warn_of_difference
 if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
 
-DEFAULT_WEIGHTS = {False: "morphology-pancreas-small", True: "morphology-pancreas-genes"}  # with a shift of genes?
+DEFAULT_WEIGHTS = "morphology-pancreas-genes"
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
@@ -87,8 +87,8 @@ def generate_morphology(
         from the source (0, with noise) to the target (1), at the end of one of its steps.
     model
         :class:`spatiaflow.models.MorphologyEditor` (of genes) or :class:`spatiaflow.models.MorphologyFlow` (of pairs), the path
-        of one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None: ``"morphology-pancreas-genes"`` with
-        ``shift`` and ``"morphology-pancreas-small"`` (of pairs) with ``target``, both of one pancreas. Set
+        of one, or the name of weights that :func:`spatiaflow.datasets.weights` lists. None:
+        ``"morphology-pancreas-genes"``, of one pancreas. Set
         ``model.config.guidance`` for another strength of guidance, ``model.config.edit`` for another way to edit.
     cells
         Names of the source cells. None: all cells of the state; without ``source`` all cells of the table.
@@ -161,7 +161,7 @@ def generate_morphology(
     _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     cells, doses = _io.names(cells, "cells"), _doses(dose)
-    model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS[shift is not None]))
+    model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS))
     edit, name = _edit(model, source, target, shift, doses, n_steps)
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
     _check_table(table, table_key, model)
