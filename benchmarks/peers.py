@@ -111,26 +111,29 @@ def banksy(cells: ad.AnnData, seed: int, neighbours: tuple) -> Iterator:
         yield k, labels(resolutions=[], max_labels=N_NICHES)
 
 
-def novae(cells: ad.AnnData, seed: int, hops: tuple) -> Iterator:
-    """Graph attention on neighbourhoods, trained from nothing: its published weights would have to be downloaded."""
+def novae(cells: ad.AnnData, seed: int, rates: tuple) -> Iterator:
+    """Graph attention on neighbourhoods, trained from nothing: its published weights would have to be downloaded.
+
+    All genes are given: with half of them, its default, it has too few for its start from principal components.
+    """
     import lightning
     import novae
 
-    lightning.seed_everything(seed)
     novae.spatial_neighbors(cells, slide_key="mouse", radius=80)
-    for n in hops:
-        model = novae.Novae(cells, n_hops_local=n)
-        model.fit(cells, enable_progress_bar=False)
+    for rate in rates:
+        lightning.seed_everything(seed)
+        model = novae.Novae(cells, var_names=list(cells.var_names))
+        model.fit(cells, lr=rate, enable_progress_bar=False)
         model.compute_representations(cells)
-        if n == hops[0]:
+        if rate == rates[0]:
             yield OWN_NUMBER, cells.obs[model.assign_domains(cells)].astype(str).to_numpy()
-        yield n, cells.obs[model.assign_domains(cells, n_domains=N_NICHES)].astype(str).to_numpy()
+        yield rate, cells.obs[model.assign_domains(cells, n_domains=N_NICHES)].astype(str).to_numpy()
 
 
 NICHES = [
     NichePeer("CellCharter", "cellcharter", "layers", (3, 2, 5, 8), cellcharter),
     NichePeer("BANKSY", "banksy", "neighbours", (15, 30, 60, 120), banksy),
-    NichePeer("Novae", "novae", "hops", (2,), novae),  # trainings are long, so nothing is tuned
+    NichePeer("Novae", "novae", "learning rate", (5e-4, 1e-4, 2e-5, 5e-6), novae),
 ]
 
 

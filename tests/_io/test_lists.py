@@ -18,6 +18,11 @@ def test_objects_by_name():
             objects_of(empty)
 
 
+def test_keys_that_are_the_same_as_text_are_refused():
+    with pytest.raises(ValueError, match="two keys of the dict are the same as text"):
+        objects_of({1: 3, "1": 4})
+
+
 def test_a_verb_returns_the_form_it_was_given():
     assert double(2) == 4
     assert double([1, 2]) == [2, 4]

@@ -41,3 +41,19 @@ def test_clear_errors(cells):
         sf.get.niche_composition(cells, by="donor")
     with pytest.raises(KeyError, match="obs has no 'domain'"):
         sf.get.niche_composition(cells, key="domain")
+
+
+def test_niches_found_in_each_object_alone_are_refused():
+    one, other = (sf.datasets.simulated_tissue(300, seed=seed)["table"] for seed in (1, 2))
+    for table in (one, other):
+        sf.tl.cluster_niches(table, n_clusters=3, mpp=1, key_added="found")
+    with pytest.raises(ValueError, match="niches 'found' of objects '0' and '1' were found in each alone"):
+        sf.get.niche_composition([one, other], key="found")
+    sf.tl.cluster_niches(other, model=one, mpp=1, key_added="found")
+    assert sf.get.niche_composition([one, other], key="found").shape == (2, 3)
+
+
+def test_integers_are_the_same_niches_as_the_floats_that_missing_values_make_of_them(cells):
+    one, other = cells[:6].copy(), cells.copy()
+    one.obs["niche"], other.obs["niche"] = [0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 0, 1, np.nan]
+    assert sf.get.niche_composition([one, other]).columns.tolist() == ["0", "1", "2"]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -79,3 +81,14 @@ def test_genes_that_a_slide_does_not_measure_are_their_mean(slides):
     fewer = slides[0].align([*slides[0].genes[:80], *(f"new{i}" for i in range(10))])
     z = levels.standardised(fewer, 50.0)
     np.testing.assert_array_equal((z @ np.eye(90))[:, 80:], 0)
+
+
+def test_cells_without_counts_stand_at_the_mean_and_move_no_axis(slides):
+    counts = slides[0].counts.tolil()
+    counts[:60] = 0
+    z = levels.standardised(replace(slides[0], counts=counts.tocsr()), 50.0)
+    rest = levels.standardised(slides[0].take(np.arange(60, 300)), 50.0)
+    np.testing.assert_array_equal((z @ np.eye(90))[:60], 0)
+    np.testing.assert_allclose((z @ np.eye(90))[60:], rest @ np.eye(90), atol=1e-9)
+    np.testing.assert_allclose(z.transposed(np.ones((300, 1))), rest.transposed(np.ones((240, 1))), atol=1e-9)
+    np.testing.assert_allclose(levels.joint_axes([z], 3), levels.joint_axes([rest], 3), atol=1e-6)

@@ -95,6 +95,11 @@ def test_a_figure_of_doses(tissue, cells):
     assert abs(state[2] - state[0]).max() > 0.2
     with pytest.raises(KeyError, match="no image was generated of the cell 'nobody'"):
         sf.pl.morphology_dose(both, cell="nobody")
+    other = generated(cells, [0, 0.5, 1])
+    twice = ad.concat([other, other], uns_merge="first", index_unique="-")
+    for bad in (twice, other[~((other.obs["source_cell"] == "cell_2") & (other.obs["dose"] == 0.5))].copy()):
+        with pytest.raises(ValueError, match="images for 3 doses"):
+            sf.pl.morphology_dose(bad, cell="cell_2")
     with pytest.raises(ValueError, match="the same doses, two or more"):
         sf.pl.morphology_dose(generated(cells, [1]))
     with pytest.raises(KeyError, match="generate_morphology"):

@@ -69,3 +69,20 @@ def test_clear_errors(slides):
         sf.tl.cluster_cells(slides[0][:5].copy())
     with pytest.raises(ValueError, match="share 0 genes"):
         sf.tl.cluster_cells([slides[0], slides[1][:, :0].copy()])
+
+
+def test_cells_without_counts_have_no_cluster_and_move_no_other():
+    table = sf.datasets.simulated_tissue(400, seed=1)["table"]
+    counts = table.X.tolil()
+    counts[:40] = 0
+    table.X = counts.tocsr()
+    rest = table[40:].copy()
+    with pytest.warns(UserWarning, match="40 cells have no counts"):
+        sf.tl.cluster_cells(table, resolution=0.5, random_state=0)
+    sf.tl.cluster_cells(rest, resolution=0.5, random_state=0)
+    assert table.obs["cell_cluster"][:40].isna().all()
+    assert adjusted_rand_score(rest.obs["cell_cluster"], table.obs["cell_cluster"][40:]) > 0.95
+    counts[:] = 0
+    table.X = counts.tocsr()
+    with pytest.raises(ValueError, match="X holds no counts"):
+        sf.tl.cluster_cells(table)

@@ -139,12 +139,13 @@ def test_samples_begin_without_noise(slide, model):
     assert list(three.obs["sample"][:4]) == [0, 1, 2, 0] and three.obs_names.is_unique
 
 
-def test_cells_are_edited_alike_in_any_order_and_batch(slide, model):
+def test_cells_are_edited_alike_in_any_order_and_batch(slide, model, monkeypatch):
     whole = generate(slide, model, n_samples=2)
     table = slide["table"]
     turned = sf.datasets.simulated_tissue(1200, seed=1)
     turned["table"] = table[np.random.default_rng(0).permutation(table.n_obs)].copy()
-    other = generate(turned, model, n_samples=2, batch_size=7)
+    monkeypatch.setattr("spatiaflow.tl._generation.BATCH", 7)
+    other = generate(turned, model, n_samples=2)
     difference = whole.obsm["image"].astype(int) - other[whole.obs_names].obsm["image"]
     assert np.abs(difference).max() <= 1  # rounding
 
@@ -223,3 +224,15 @@ def test_bundled_weights_edit_cells_of_the_public_region(mirror):
     np.testing.assert_array_equal(made.obsm["image"][none], made.obsm["source"][none])
     bound = means(made, "bound_mean")
     assert bound[0] < bound[0.5] < bound[1]
+
+
+def test_counts_of_a_layer_are_read(slide, model):
+    other = sf.datasets.simulated_tissue(1200, seed=1)
+    table = other["table"]
+    expected = generate(slide, model, cells=list(table.obs_names[:40][table.obs["state"][:40] == "A"]))
+    cells = list(expected.obs["source_cell"])
+    table.layers["raw"], table.X = table.X.copy(), table.X.log1p()
+    with pytest.raises(ValueError, match="give layer='counts'"):
+        generate(other, model, cells=cells)
+    found = generate(other, model, cells=cells, layer="raw")
+    np.testing.assert_array_equal(found.obsm["image"], expected.obsm["image"])

@@ -91,9 +91,10 @@ def test_generated_cells_stay_in_place_in_a_spatialdata(slide, model, tmp_path):
     np.testing.assert_array_equal(sd.read_zarr(tmp_path / "a.zarr")["as_b"].obsm["image"], made.obsm["image"])
 
 
-def test_noise_belongs_to_the_cell(slide, model):
+def test_noise_belongs_to_the_cell(slide, model, monkeypatch):
     whole = generate(slide, model, n_steps=2)
-    again = generate(slide, model, n_steps=2, batch_size=7)
+    monkeypatch.setattr("spatiaflow.tl._generation.BATCH", 7)
+    again = generate(slide, model, n_steps=2)
     difference = np.abs(whole.obsm["image"].astype(int) - again.obsm["image"].astype(int))
     assert difference.max() <= 1  # rounding
     some = whole.obs["source_cell"].iloc[[5, 2]].tolist()
@@ -249,3 +250,20 @@ def test_bundled_weights_generate_cells_of_the_public_region(mirror):
     assert shift.abs().median() < 0.4, shift
     with pytest.raises(ValueError, match="the model does not know"):
         sf.tl.generate_morphology(sdata, source=state, target="MKI67/UBE2C", model=model)
+
+
+def test_embeddings_made_in_another_way_are_refused():
+    made, slides = {"model_sha256": "a", "levels": ["cell", "niche", "tissue"], "scaling": "training"}, []
+    for seed, modalities in ((1, ["image"]), (2, ["genes", "image"])):
+        slides.append(tissue(seed))
+        sf.pp.morphology_profile(slides[-1], **IMAGE)
+        sf.tl.pair_transitions(slides[-1], transitions=[("A", "B")], groupby="state", niche_key="niche")
+        slides[-1]["table"].uns["E"] = {"params": made | {"modalities": modalities}}
+    one, other = slides
+    with pytest.raises(ValueError, match="was made by different models, or of other levels, modalities or scaling"):
+        train([one, other])
+    model = train(one, max_epochs=1)
+    assert model.card["embedding_modalities"] == ["image"]
+    with pytest.raises(ValueError, match="in another way"):
+        generate(other, model)
+    assert generate(one, model, n_steps=1).n_obs

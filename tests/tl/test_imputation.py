@@ -356,3 +356,37 @@ def test_denoised_genes_have_what_they_reached_themselves(query, reference):
     now, promised = reliabilities(data)
     assert now[0] < 0.15 < promised[0]
     assert (now[1:] > 0.6 * promised[1:]).all()
+
+
+def test_reference_cells_without_counts_teach_nothing(query, reference):
+    data = hidden(query)
+    counts = reference.X.tolil()
+    counts[::10] = 0
+    empty = reference.copy()
+    empty.X = counts.tocsr()
+    rest = reference[np.arange(800) % 10 > 0].copy()
+    found, expected = (sf.tl.impute_genes(data, reference=one, copy=True) for one in (empty, rest))
+    np.testing.assert_allclose(found.obsm["imputed"], expected.obsm["imputed"], atol=1e-5)
+    np.testing.assert_allclose(found.uns["imputed"]["reliability"], expected.uns["imputed"]["reliability"], atol=1e-5)
+    models = [sf.tl.train_imputation(one) for one in (empty, rest)]
+    np.testing.assert_allclose(models[0].promised, models[1].promised, atol=1e-5)
+
+
+def test_a_table_of_counts_is_never_replaced(reference, monkeypatch):
+    sdata = sf.datasets.simulated_tissue(300, seed=0)
+    known = sf.datasets.simulated_tissue(300, seed=1)["table"]
+    table = sdata["table"][:, :50].copy()
+    sdata["table"] = table
+    monkeypatch.setattr("spatiaflow.tl._imputation.MAX_SLOT", 3)
+    with pytest.raises(ValueError, match="the SpatialData has an element called 'table'"):
+        sf.tl.impute_genes(sdata, reference=known, key_added="table")
+    for _ in range(2):  # its own table is written again
+        sf.tl.impute_genes(sdata, reference=known, key_added="more")
+    assert "std" in sdata["more"].layers and sdata["table"] is table
+
+
+def test_genes_that_differ_by_case_alone_are_named(query, reference):
+    data = query.copy()
+    data.var_names = [name.lower() if i >= 15 else name for i, name in enumerate(data.var_names)]
+    with pytest.warns(UserWarning, match="5 of the 5 genes to impute .* otherwise there: .G15. as .g15."):
+        sf.tl.impute_genes(data, reference=reference)

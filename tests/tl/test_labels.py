@@ -1,7 +1,10 @@
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 from sklearn.metrics import f1_score
 
 import spatiaflow as sf
@@ -172,3 +175,65 @@ def test_types_of_the_public_mice_by_their_genes(mirror):
         sf.tl.annotate(test, labels="cell_type", reference=others, library_key="mouse", use_rep="X", threshold=0.0)
         score.append(f1_score(test.obs["cell_type"].astype(str), test.obs["annotation"].astype(str), average="macro"))
     assert np.mean(score) >= 0.755, score
+
+
+@pytest.fixture(scope="module")
+def types():
+    """Labelled cells of a slide, and another slide."""
+    return [sf.datasets.simulated_tissue(n, seed=seed)["table"] for n, seed in ((600, 0), (900, 1))]
+
+
+def share_right(table):
+    return (table.obs["annotation"].astype(str) == table.obs["cell_type"].astype(str)).mean()
+
+
+def test_cells_of_one_type_alone_are_told_by_the_reference(types):
+    known, other = types
+    sorted_cells = other[other.obs["cell_type"] == "epithelial"].copy()
+    with pytest.warns(UserWarning, match="get another label when genes are standardised by the labelled slides"):
+        sf.tl.annotate(sorted_cells, labels="cell_type", reference=known, use_rep="X")
+    assert share_right(sorted_cells) < 0.6  # what the warning is about
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.tl.annotate(sorted_cells, labels="cell_type", reference=known, use_rep="X", scaling="reference")
+        assert share_right(sorted_cells) > 0.95
+        whole = other.copy()
+        sf.tl.annotate(whole, labels="cell_type", reference=known, use_rep="X")
+    assert share_right(whole) > 0.95
+
+
+def test_by_the_reference_a_cell_does_not_depend_on_the_others(types):
+    known, other = types
+    options = {"labels": "cell_type", "reference": known, "use_rep": "X", "scaling": "reference"}
+    whole = sf.tl.annotate(other, **options, copy=True)
+    one = sf.tl.annotate(other[:1].copy(), **options, copy=True)
+    assert one.obs["annotation"].iloc[0] == whole.obs["annotation"].iloc[0]
+    assert one.obs["annotation_confidence"].iloc[0] == pytest.approx(
+        whole.obs["annotation_confidence"].iloc[0], abs=1e-3
+    )
+
+
+def test_cells_without_counts_are_unknown_and_shallow_ones_a_warning(types):
+    known, other = (table.copy() for table in types)
+    counts = other.X.tolil()
+    counts[:50] = 0
+    other.X = counts.tocsr()
+    with pytest.warns(UserWarning, match="50 cells have no counts"):
+        sf.tl.annotate(other, labels="cell_type", reference=known, use_rep="X", threshold=0)
+    assert (other.obs["annotation"][:50] == "unknown").all() and (other.obs["annotation_confidence"][:50] == 0).all()
+    assert share_right(other[50:]) > 0.95
+    rng = np.random.default_rng(0)
+    shallow = types[1].copy()
+    shallow.X = sparse.csr_matrix(rng.binomial(shallow.X.toarray().astype(int), 0.15).astype(np.float32))
+    with pytest.warns(UserWarning, match="fewer counts than 99% of the labelled cells"):
+        sf.tl.annotate(shallow, labels="cell_type", reference=known, use_rep="X")
+
+
+def test_labels_that_missing_values_made_floats_are_those_of_integers(types):
+    one, other = (table.copy() for table in types)
+    for table in (one, other):
+        table.obs["k"] = table.obs["cell_type"].cat.codes.astype(int)
+    other.obs["k"] = other.obs["k"].astype(float).where(np.arange(other.n_obs) < 300)
+    sf.tl.annotate([one, other], labels="k", use_rep="X")
+    assert other.uns["annotation"]["classes"].tolist() == ["0", "1", "2", "3"]
+    assert other.uns["annotation"]["held_out_accuracy"] > 0.9

@@ -201,10 +201,41 @@ def test_an_embedding_is_clustered_by_itself(embedded):
     assert sf.tl.cluster_niches(parts, use_rep="E", n_clusters=3) is None
     found = np.concatenate([part.obs["niche"].astype(str) for part in parts.values()])
     assert (found == embedded.obs["niche"].astype(str).to_numpy()).all()
-    carried = sf.tl.cluster_niches(parts["one"], use_rep="E", model=embedded, copy=True)
+    with pytest.warns(UserWarning, match=r"nothing tells whether obsm\['E'\] of data was computed as that of model"):
+        carried = sf.tl.cluster_niches(parts["one"], use_rep="E", model=embedded, copy=True)
     assert (carried.obs["niche"] == parts["one"].obs["niche"]).all()
     copies = sf.tl.cluster_niches(list(parts.values()), use_rep="E", n_clusters=2, key_added="two", copy=True)
     assert [one.n_obs for one in copies] == [150, 250] and "two" not in parts["one"].obs
+
+
+def test_niches_of_an_embedding_are_carried_by_that_embedding_alone(embedded):
+    sf.tl.cluster_niches(embedded, use_rep="E", n_clusters=3)
+    other = embedded.copy()
+    other.obsm["F"], other.obsm["E"] = other.obsm["E"], other.obsm["E"][:, :5]
+    with pytest.raises(ValueError, match=r"model holds niches of obsm\['E'\], not of 'F'"):
+        sf.tl.cluster_niches(other, use_rep="F", model=embedded)
+    with pytest.raises(ValueError, match="has 8 and 5 columns"):
+        sf.tl.cluster_niches(other, use_rep="E", model=embedded)
+
+
+def test_cells_without_counts_do_not_move_the_niches_of_others():
+    tables = [sf.datasets.simulated_tissue(300, seed=seed)["table"] for seed in (0, 1, 2)]
+    counts = tables[0].X.tolil()
+    counts[::10] = 0
+    tables[0].X = counts.tocsr()
+    sf.tl.cluster_niches(tables, n_clusters=3, mpp=1, **SETTINGS)
+    assert min(adjusted_rand_score(table.obs["niche"], table.obs["found"]) for table in tables) > 0.8
+
+
+def test_slides_on_one_array_are_found_in_any_order():
+    one, other = (noise(300) for _ in range(2))
+    other.X = sparse.csr_matrix(np.random.default_rng(5).poisson(1.0, other.shape).astype(np.float32))
+    pairs = [[one.copy(), other.copy()], [other.copy(), one.copy()]]
+    for pair in pairs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sf.tl.cluster_niches(pair, n_clusters=3, mpp=1, **SETTINGS)
+    np.testing.assert_array_equal(pairs[0][0].obs["found"], pairs[1][1].obs["found"])
 
 
 def test_clear_errors(slides, embedded):

@@ -212,3 +212,10 @@ def test_bad_input():
     adata.X = adata.X * 0.5
     with pytest.raises(ValueError, match="raw counts"):
         paired(adata)
+
+
+def test_a_state_cannot_hold_an_arrow():
+    table = sf.datasets.simulated_tissue(100, seed=1)["table"]
+    table.obs["state"] = table.obs["state"].astype(str).replace("A", "x -> y")
+    with pytest.raises(ValueError, match="a state cannot be called 'x -> y'"):
+        sf.tl.pair_transitions(table, transitions=[("x -> y", "B")], groupby="state")

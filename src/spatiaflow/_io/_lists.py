@@ -21,6 +21,8 @@ def objects_of(data: Any) -> dict[str, Any]:
         return {"": data}
     if not out:
         raise ValueError("data is empty; give at least one AnnData or SpatialData.")
+    if isinstance(data, Mapping) and len(out) < len(data):
+        raise ValueError("two keys of the dict are the same as text, such as 1 and '1': rename one.")
     return out
 
 

@@ -163,7 +163,12 @@ def groups(table: AnnData, groupby: str) -> pd.Series:
 
 def as_text(column: pd.Series) -> np.ndarray:
     """Values of a column of obs as text, "" where they are missing: pandas 2 makes "nan" of these, pandas 3 leaves them."""
-    return column.astype(object).where(column.notna(), "").astype(str).to_numpy(object)
+    return column.astype(object).where(column.notna(), "").map(label).to_numpy(object)
+
+
+def label(value: Any) -> str:
+    """Return a label as text, without spaces around it; 1.0 is 1, as missing values make floats of a column of integers."""
+    return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value).strip()
 
 
 def slot_as_anndata(table: AnnData, key: str) -> AnnData:
@@ -267,6 +272,8 @@ def counts(
             f"{where} is not integer; raw counts are needed. If they are in a layer, give {argument}='counts'"
             f"{'; if data.raw holds them, pass data.raw.to_adata()' if table.raw is not None else ''}."
         )
+    if genes is None and table.n_obs and table.n_vars and not flat.any():
+        raise ValueError(f"{where} holds no counts, all values are 0; raw counts are needed.")
     return values, list(chosen.var_names)
 
 

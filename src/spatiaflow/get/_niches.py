@@ -48,7 +48,7 @@ def niche_composition(
     KeyError
         A column is missing.
     ValueError
-        The list or dict is empty.
+        The list or dict is empty, or niches were found in each object alone.
 
     See Also
     --------
@@ -60,6 +60,7 @@ def niche_composition(
     [1.0]
     """
     _io.text(by=by, key=key)
+    _check_found_together(data, key, table_key)
     niche, sample = columns_of_cells(data, [key, by], table_key)
     found = pd.crosstab(sample, niche, dropna=False).loc[lambda table: table.sum(axis=1) > 0]
     found.index, found.columns = (
@@ -69,6 +70,22 @@ def niche_composition(
     out = found if counts else found.div(found.sum(axis=1), axis=0)
     out.attrs["n_cells"] = found.sum(axis=1).to_dict()
     return out
+
+
+def _check_found_together(data, key: str, table_key: str) -> None:
+    """Refuse objects in which ``cluster_niches`` found niches one by one: those of one name have nothing in common."""
+    first: tuple[str, np.ndarray] | None = None
+    for name, one in _io.objects_of(data).items():
+        model = _io.entry(_io.unpack(one, table_key)[1], key).get("model")
+        if not isinstance(model, Mapping):
+            continue
+        intercept = np.asarray(model["intercept"])
+        if first is not None and not np.array_equal(first[1], intercept):
+            raise ValueError(
+                f"niches {key!r} of objects {first[0]!r} and {name!r} were found in each alone, so equal names mean nothing. Run "
+                "sf.tl.cluster_niches on the whole list, or carry them: sf.tl.cluster_niches(other, model=first)."
+            )
+        first = first or (name, intercept)
 
 
 def columns_of_cells(data, columns: Sequence[str | None], table_key: str) -> list[pd.Series]:
@@ -85,8 +102,8 @@ def columns_of_cells(data, columns: Sequence[str | None], table_key: str) -> lis
                     f"obs has no {column!r}; it has {_io.listing(table.obs.columns)}. Run sf.tl.cluster_niches(data)."
                 )
             values = pd.Series(name, table.obs_names) if column is None else table.obs[column]
-            values = values.astype("category")
-            part.append(values.cat.rename_categories([str(value) for value in values.cat.categories]))
+            names = [_io.label(value) for value in values.astype("category").cat.categories]
+            part.append(pd.Series(pd.Categorical(_io.as_text(values), list(dict.fromkeys(names)))))
     out = []
     for part in parts:
         fullest_first = sorted(part, key=lambda values: -len(values.cat.categories))

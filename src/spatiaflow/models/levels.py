@@ -99,26 +99,29 @@ class Standardised:
         log1p of normalised counts, n x genes, CSR.
     centre, inverse
         Mean of each gene, and 1 over its standard deviation; 0 for genes that the slide does not measure.
+    depth
+        Counts of each cell, n. Cells without any tell nothing, so they stand at the mean.
     """
 
     values: sparse.csr_matrix
     centre: np.ndarray
     inverse: np.ndarray
+    depth: np.ndarray
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __matmul__(self, axes: np.ndarray) -> np.ndarray:
         scaled = self.inverse[:, None] * axes
-        return self.values @ scaled - self.centre @ scaled
+        return self.values @ scaled - np.outer(self.depth > 0, self.centre @ scaled)
 
     def transposed(self, weights: np.ndarray) -> np.ndarray:
         """Transpose (genes x n) times weights (n x d)."""
-        return self.inverse[:, None] * (self.values.T @ weights - np.outer(self.centre, weights.sum(0)))
+        return self.inverse[:, None] * (self.values.T @ weights - np.outer(self.centre, (self.depth > 0) @ weights))
 
     def take(self, genes: np.ndarray) -> Standardised:
         """Some of the genes."""
-        return Standardised(self.values[:, genes], self.centre[genes], self.inverse[genes])
+        return Standardised(self.values[:, genes], self.centre[genes], self.inverse[genes], self.depth)
 
 
 def standardised(
@@ -137,10 +140,11 @@ def standardised(
     standard = cast("np.ndarray", standard_of(slide, target_sum)) if standard is None else standard
     centre, deviation = standard[:2].astype(np.float64)
     counts = slide.counts[np.arange(len(slide))]
-    values = log_normalize(counts, np.asarray(counts.sum(1, dtype=np.float64)).ravel(), target_sum)
+    depth = np.asarray(counts.sum(1, dtype=np.float64)).ravel()
+    values = log_normalize(counts, depth, target_sum)
     if highest is not None:
         values.data = np.minimum(values.data, (centre + highest * deviation).astype(np.float32)[values.indices])
-    return Standardised(values, centre, slide.measured / deviation)
+    return Standardised(values, centre, slide.measured / deviation, depth)
 
 
 def joint_axes(parts: Sequence[Standardised], n_components: int = N_COMPONENTS) -> np.ndarray:

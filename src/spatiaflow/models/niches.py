@@ -187,7 +187,7 @@ def _aligned(labels: Sequence[np.ndarray], n: int) -> np.ndarray:
 def _ordered(slides: Sequence[Slide]) -> list[Slide]:
     """Slides and their rows in an order that does not depend on the one they came in."""
     slides = [slide.take(np.lexsort(slide.xy.T)) for slide in slides]
-    return sorted(slides, key=lambda slide: (len(slide), *slide.xy[0], *slide.xy[-1]))
+    return sorted(slides, key=lambda slide: (len(slide), *slide.xy[0], *slide.xy[-1], *slide.counts.sum(0).flat))
 
 
 def _sample(sizes: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:

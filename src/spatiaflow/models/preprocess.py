@@ -152,6 +152,16 @@ def standard_of(slide: Slide, target_sum: float, usual: np.ndarray | None = None
     return gene_standard(counts[np.asarray(counts.sum(1)).ravel() > 0], slide.measured, target_sum, usual)
 
 
+def pooled_standard(standards: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """Mean and deviation of several slides together, from those of each (:func:`gene_standard`), weighted by their cells."""
+    found, weight = np.stack(standards).astype(np.float64), np.asarray(sizes, float)
+    centre, square, share = (
+        np.average(values, axis=0, weights=weight)
+        for values in (found[:, 0], found[:, 1] ** 2 + found[:, 0] ** 2, np.exp(found[:, 2]))
+    )
+    return np.stack([centre, np.sqrt(np.maximum(square - centre**2, 1e-6)), np.log(share)]).astype(np.float32)
+
+
 def usual_depth(slides: Sequence[Slide]) -> float:
     """Median counts of a cell, at least 1; 1 without counts."""
     depth = [np.asarray(s.counts[spread(len(s), 4000)].sum(1)).ravel() for s in slides if s.counts is not None]

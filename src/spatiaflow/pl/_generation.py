@@ -194,7 +194,8 @@ def morphology_dose(
     TypeError
         ``data`` is not one AnnData.
     ValueError
-        There is one dose only, edits differ in doses, or more channels than can be told apart.
+        There is one dose only, edits differ in doses, the cell has not one image of each, or there are more channels than can
+        be told apart.
 
     Examples
     --------
@@ -218,6 +219,11 @@ def morphology_dose(
         if not here.any():
             there = ", ".join(one.obs["source_cell"].unique()[:3])
             raise KeyError(f"no image was generated of the cell {cell!r}; there are {there}, ...")
+        if sorted(one.obs["dose"][here]) != doses:
+            raise ValueError(
+                f"the cell {cell!r} has {here.sum()} images for {len(doses)} doses: rows were dropped, or results of cells with "
+                "equal names were joined. Give the whole result of one sample."
+            )
         lines.append(one.obsm["image"][np.flatnonzero(here)[np.argsort(one.obs["dose"][here])]][:, used])
     low, high = _contrast(np.concatenate(lines), percentiles)
     reach = data.obsm["image"].shape[-1] * float(data.uns["morphology"]["mpp"]) / 2

@@ -12,14 +12,15 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, resolve_seed
-from spatiaflow.tl._labels import gene_values, pooled, rows_of, unpacked
+from spatiaflow._settings import logger, resolve_seed, warn
+from spatiaflow.tl._labels import gene_slides, pooled, rows_of, unpacked
 
 RESOLUTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0)
 N_PARTS, PART = 5, 0.8  # random parts of the cells that are clustered again
 TOLERANCE = 0.1  # below the best stability
 MAX_TRIED = 20_000  # cells on which resolutions are compared
 N_NEIGHBORS = 15
+FEWEST = 20  # cells
 
 
 @verb
@@ -66,7 +67,7 @@ def cluster_cells(
     -------
     None, or with ``copy=True`` what was given. Sets:
 
-    ``.obs[key_added]`` : categories "0", "1", ..., the largest first
+    ``.obs[key_added]`` : categories "0", "1", ..., the largest first; missing for cells without counts
     ``.uns[key_added]`` : dict with ``params`` and ``stability``, a dict of arrays: ``resolution`` tried, ``n_clusters`` found,
         ``agreement`` (adjusted Rand index of parts and all cells, mean over five parts) and its standard ``error``; empty
         where the resolution was given
@@ -93,12 +94,13 @@ def cluster_cells(
     _io.positive(None, resolution=resolution)
     _io.slot_name(key_added)
     objects, tables = unpacked(data, table_key, copy=copy)
-    if (n := sum(table.n_obs for table in tables)) < 20:
-        raise ValueError(f"data have too few cells ({n}): at least 20 are needed.")
+    if (n := sum(table.n_obs for table in tables)) < FEWEST:
+        raise ValueError(f"data have too few cells ({n}): at least {FEWEST} are needed.")
     if use_rep is None:
-        x = _components(objects, tables, _io.Where(table_key, library_key=library_key), layer)
+        x, filled = _components(objects, tables, _io.Where(table_key, library_key=library_key), layer)
     else:
-        x = _reduced(pooled(tables, use_rep))
+        x, filled = _reduced(pooled(tables, use_rep)), np.ones(n, bool)
+    x = x[filled]
     order = np.lexsort(x.T[::-1])  # the result does not depend on the order of rows
     stability: dict[str, np.ndarray] = {}
     if resolution is None:
@@ -106,30 +108,39 @@ def cluster_cells(
         stable = stability["agreement"] >= stability["agreement"].max() - TOLERANCE
         resolution = float(stability["resolution"][stable].max())
         logger.info("resolution %g is the finest that is stable", resolution)
-    label = np.empty(n, int)
+    label = np.empty(len(x), int)
     label[order] = _leiden(x[order], (resolution,), seed)[0]
     n_clusters = label.max() + 1
     rank = np.argsort(np.argsort(-np.bincount(label), kind="stable"))  # the largest is "0"
+    codes = np.full(n, -1)
+    codes[filled] = rank[label]
     params = _io.provenance(
         started, random_state=seed, resolution=float(resolution), n_clusters=int(n_clusters), use_rep=use_rep or "",
         n_objects=len(tables),
     )  # fmt: skip
     for table, rows in zip(tables, rows_of(tables)):
-        cluster = pd.Categorical.from_codes(rank[label[rows]], [str(i) for i in range(n_clusters)])
+        cluster = pd.Categorical.from_codes(codes[rows], [str(i) for i in range(n_clusters)])
         _io.write(table, key_added, obs={"": cluster}, uns={"stability": stability, "params": params})
     return objects if copy else None
 
 
-def _components(objects, tables: Sequence[AnnData], where: _io.Where, layer: str | None) -> np.ndarray:
-    """Components of the genes that all objects share, rows of all tables x components."""
-    from spatiaflow.models.levels import joint_axes
+def _components(
+    objects, tables: Sequence[AnnData], where: _io.Where, layer: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Components of the genes that all objects share, rows of all tables x components, and which rows have counts."""
+    from spatiaflow.models.levels import joint_axes, standardised
 
-    (z,) = gene_values([(objects, tables, [where] * len(tables))], layer)
-    axes = joint_axes([part for _, part in z])
-    out = np.empty((sum(table.n_obs for table in tables), axes.shape[1]))
-    for rows, part in z:
-        out[rows] = part @ axes
-    return out
+    (slides,), target_sum = gene_slides([(objects, tables, [where] * len(tables))], layer)
+    parts = [standardised(slide, target_sum, highest=10.0) for _, slide in slides]
+    axes, n = joint_axes(parts), sum(table.n_obs for table in tables)
+    out, filled = np.empty((n, axes.shape[1])), np.empty(n, bool)
+    for (rows, _), part in zip(slides, parts):
+        out[rows], filled[rows] = part @ axes, part.depth > 0
+    if not filled.all():
+        warn(f"{(~filled).sum()} cells have no counts of the genes that all objects share: they have no cluster.")
+    if filled.sum() < FEWEST:
+        raise ValueError(f"data have {filled.sum()} cells with counts; at least {FEWEST} are needed.")
+    return out, filled
 
 
 def _reduced(x: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from spatiaflow.tl._images import (
     cells_with_images,
     channels_of,
     is_tiles,
-    model_of,
+    made_by,
     placed,
     with_channels,
 )
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from spatiaflow.models.morphology import MorphologyFlow
 
 DEFAULT_WEIGHTS = "morphology-pancreas-genes"
+BATCH = 256  # images that are generated at a time
 BRIGHTNESS = 5  # largest plausible ratio of the bright ends of two slides; 8 and 16 bits differ by more
 
 
@@ -52,6 +53,7 @@ def generate_morphology(
     cells: Sequence[str] | None = None,
     n_samples: int = 1,
     n_steps: int = 5,
+    layer: str | None = None,
     table_key: str = "table",
     image_key: str | None = None,
     shapes_key: str | None = None,
@@ -59,7 +61,6 @@ def generate_morphology(
     library_key: str | None = None,
     spatial_key: str = "spatial",
     mpp: float | None = None,
-    batch_size: int | None = None,
     device: str | None = None,
     random_state: int | None = None,
     key_added: str | None = None,
@@ -97,12 +98,12 @@ def generate_morphology(
         and mixes 30 % of fresh noise into the others.
     n_steps
         Steps of Heun's method. Each evaluates the network twice.
+    layer
+        Layer with raw counts, which a model of genes reads; None reads ``X``.
     table_key, image_key, shapes_key, labels_key
         Elements of a SpatialData.
     library_key, spatial_key, mpp
         Column of ``.obs`` with the slides, slot of the positions, and µm per unit of them.
-    batch_size
-        Images that are generated at a time, 256 when None.
     device
         Where to compute; ``settings.device`` when None.
     random_state
@@ -158,22 +159,21 @@ def generate_morphology(
     where = Where(table_key, image_key, shapes_key, labels_key, library_key, spatial_key, mpp)
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.at_least_one(n_samples=n_samples, n_steps=n_steps)
-    _io.at_least_one(None, batch_size=batch_size)
     _io.slot_name(key_added)
     cells, doses = _io.names(cells, "cells"), _doses(dose)
     model = cast("MorphologyFlow", resolve(model, "MorphologyFlow", default=DEFAULT_WEIGHTS))
     edit, name = _edit(model, source, target, shift, doses, n_steps)
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
     _check_table(table, table_key, model)
-    slides = _as_in_training(_slides_for(data, where, table, model), model)
+    slides = _as_in_training(_slides_for(data, where, table, model, layer), model)
     place, inside = placed(table, slides)
-    rows = _sources(table, model, source, target, cells, inside)
+    rows = _sources(table, model, source, target, cells, inside, layer)
     _compare(model, table, slides, rows, place[rows], name)
     niche = _niches(table, rows, model, name) if shift is None else np.full(len(rows), "")
     with progress(None, "generating", total=len(rows), unit="cell") as bar:
         made = model.generate_cells(
             slides, place[rows], edit, niche, doses=doses, n_samples=n_samples, n_steps=n_steps,
-            batch_size=batch_size or 256, seed=seed, device=settings.torch_device(device), update=bar.update,
+            batch_size=BATCH, seed=seed, device=settings.torch_device(device), update=bar.update,
         )  # fmt: skip
     own = {str(channel).lower(): str(channel) for slide in slides for channel in slide.crops.channels}
     channels, scale = [own[channel] for channel in c.channels], c.crop_um / c.crop_pixels  # as the image calls them
@@ -291,7 +291,9 @@ def _described(
     return obs
 
 
-def _slides_for(data: AnnData | SpatialData, where: Where, table: AnnData, model: MorphologyFlow) -> list[Slide]:
+def _slides_for(
+    data: AnnData | SpatialData, where: Where, table: AnnData, model: MorphologyFlow, layer: str | None
+) -> list[Slide]:
     """Return slides with crops and what else the model reads: embeddings of its own model, or counts of its genes."""
     c = model.config
     size: dict[str, Any] = {"crop_um": c.crop_um, "crop_pixels": c.crop_pixels}
@@ -299,7 +301,7 @@ def _slides_for(data: AnnData | SpatialData, where: Where, table: AnnData, model
         slides = cells_with_images(data, where, model.card["use_rep"], **size)
         _check_embeddings(table, slides, model)
         return slides
-    slides, genes = cells_with_images(data, where, None, counts=True, **size), set(model.genes)
+    slides, genes = cells_with_images(data, where, None, counts=True, layer=layer, **size), set(model.genes)
     for slide in slides:
         if missing := sorted(genes - set(slide.genes)):
             if 2 * len(missing) > len(genes):
@@ -321,13 +323,17 @@ def _check_table(table: AnnData, table_key: str, model: MorphologyFlow) -> None:
 
 
 def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: MorphologyFlow) -> None:
-    """Refuse embeddings of another model than the one whose embeddings the generator was trained with."""
+    """Refuse embeddings that were made in another way than those that the generator was trained with."""
     use_rep, width = model.card["use_rep"], slides[0].features.shape[1] // 3
-    made_by, known_by = model_of(table, use_rep), model.card["embedding_sha256"]
-    if width != model.config.n_embedding or (made_by and known_by and made_by != known_by):
+    made, known = made_by(table, use_rep), {k: v for k, v in model.card.items() if k.startswith("embedding_") and v}
+    if width != model.config.n_embedding or any(
+        made[name] != known.get(name, made[name]) for name in made if made[name]
+    ):
+        how = ", ".join(known.get("embedding_modalities", []))
         raise ValueError(
-            f"obsm['{use_rep}_cell'] ({width} columns) was made by another model than the one that the generator was trained "
-            f"with ({model.config.n_embedding} columns). Run sf.tl.embed_spatia(data, model=...) with that one."
+            f"obsm['{use_rep}_cell'] ({width} columns) was made by another model, or in another way, than what the generator was "
+            f"trained with ({model.config.n_embedding} columns{f' from {how}' if how else ''}). Run sf.tl.embed_spatia(data, "
+            "model=..., modalities=..., scaling=...) as it was run then."
         )
 
 
@@ -353,6 +359,8 @@ def _niches(table: AnnData, rows: np.ndarray, model: MorphologyFlow, name: str) 
         warn(
             f"{missing} source cells have no niche in obs[{niche_key!r}]: the mean shift over all niches is used there."
         )
+    if niche_key not in table.obs and len(model.shifts[name]) > 1:
+        logger.info("obs has no %r: the mean shift over all niches is used", niche_key)
     if unknown := sorted(set(niche) - set(model.shifts[name])):
         warn(
             f"the model was not trained on {name} in obs[{niche_key!r}] {', '.join(map(repr, unknown))}: the mean shift over all "
@@ -375,7 +383,7 @@ def _check_brightness(own: dict[str, list[float]], known: dict[str, list[float]]
 
 def _sources(
     table: AnnData, model: MorphologyFlow, source: str | None, target: str | None, cells: Sequence[str] | None,
-    inside: np.ndarray,
+    inside: np.ndarray, layer: str | None,
 ) -> np.ndarray:  # fmt: skip
     """Return the rows of the source cells; by the model's own rule for states where no column names them."""
     column = model.card["groupby"]
@@ -387,7 +395,7 @@ def _sources(
             state_shares(table, column, model.card["min_share"]).is_source(source, target or ""),
         )
     elif column not in table.obs and model.states is not None:
-        counts, _ = _io.counts(table, model.states.genes)
+        counts, _ = _io.counts(table, model.states.genes, layer)
         logger.info("obs has no %r: states by the rule that comes with the model", column)
         where, chosen = "the model's rule", np.array(model.states(sparse.csr_matrix(counts)), dtype=str) == source
     else:

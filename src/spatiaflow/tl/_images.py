@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -84,6 +85,11 @@ def is_tiles(table: AnnData) -> bool:
     return "params" in _io.entry(table, "tiles")
 
 
-def model_of(table: AnnData, use_rep: str) -> str:
-    """Return the sha256 of the model that made the embeddings, "" where it is unknown."""
-    return str(_io.entry(table, use_rep).get("params", {}).get("model_sha256", ""))
+def made_by(table: AnnData, use_rep: str) -> dict[str, Any]:
+    """Return how embeddings were made, for the card of a model that reads them; empty values where it is unknown."""
+    params = _io.entry(table, use_rep).get("params", {})
+    return {
+        "embedding_sha256": str(params.get("model_sha256", "")),
+        "embedding_modalities": sorted(map(str, params.get("modalities", []))),
+        "embedding_scaling": str(params.get("scaling", "")),
+    }

@@ -93,7 +93,7 @@ def train_imputation(
         if unknown := [g for g in genes if g not in known]:
             raise KeyError(f"genes= names {len(unknown)} that not all slides measure, such as {unknown[0]!r}.")
         shared = genes
-    slides = _slides(data, where, shared, layer, use_rep)
+    slides = _filled(_slides(data, where, shared, layer, use_rep))
     n_cells = sum(map(len, slides))
     if n_cells < MIN_CELLS or len(shared) < MIN_SHARED:
         raise ValueError(
@@ -101,7 +101,7 @@ def train_imputation(
         )
     if len(shared) > MAX_INPUTS:  # the library is the sum over the genes of the model
         shared = _most_variable(slides, shared)
-        slides = _slides(data, where, shared, layer, use_rep)
+        slides = _filled(_slides(data, where, shared, layer, use_rep))
     branches, seed = ("genes", "neighbors", "image", "network"), resolve_seed(random_state)
     return train_imputer(
         slides, shared, shared, target_sum=target_sum, branches=branches, seed=seed, use_rep=use_rep, panel=True
@@ -231,6 +231,8 @@ def impute_genes(
     _io.slot_name(key_added)
     _io.positive(None, target_sum=target_sum)
     data, table = _io.unpack(data, table_key, copy=copy)
+    if isinstance(data, SpatialData) and key_added in data and "std" not in getattr(data[key_added], "layers", ()):
+        raise ValueError(f"the SpatialData has an element called {key_added!r}: choose another key_added=.")
     if model is None:
         source, shared, wanted = _source(data, table, reference, genes, where)
         argument = "layer" if reference is None else "reference_layer"
@@ -257,7 +259,7 @@ def impute_genes(
         genes=None if trained is None else (int(imputer.seen.sum()), len(imputer.seen)), depth=_depths(query, imputer)
     )
     if check:
-        imputer.adapt(query, seed=seed)
+        imputer.adapt(_filled(query), seed=seed)
     reliability = _in_query(imputer)
     mean, std = _predict(imputer, query, table.n_obs)
     scores = {"+".join(names): r for names, r in imputer.validation_scores.items()}
@@ -292,6 +294,11 @@ def _slides(
     return out
 
 
+def _filled(slides: list[Slide]) -> list[Slide]:
+    """The slides without cells that have no counts of the shared genes: these teach nothing, and are no test."""
+    return [slide.take(slide.library > 0) if (slide.library <= 0).any() else slide for slide in slides]
+
+
 def _source(
     data: AnnData | SpatialData, table: AnnData, reference: AnnData | SpatialData | None, genes: str | Sequence[str] | None,
     where: _io.Where,
@@ -323,6 +330,12 @@ def _genes(
         wanted = shared if known is table.var_names else [str(g) for g in known if g not in both]
         if not wanted:
             raise ValueError(f"{where} has no gene that data lack. Name the genes to denoise in genes=.")
+        own = {str(g).lower(): str(g) for g in table.var_names}
+        if twins := [g for g in wanted if g not in both and g.lower() in own]:
+            warn(
+                f"{len(twins)} of the {len(wanted)} genes to impute are measured in data, but are spelled otherwise there: "
+                f"{twins[0]!r} as {own[twins[0].lower()]!r}. Are they of one species? Rename var_names to use their counts."
+            )
         return shared, wanted
     wanted = list(_io.names(genes, "genes") or ())
     if unknown := [g for g in wanted if g not in names]:
@@ -361,6 +374,7 @@ def _fitted(known: list[Slide], shared: list[str], wanted: list[str], target_sum
     """An imputer for one query, kernel included."""
     from spatiaflow.train.imputer import train_imputer
 
+    known = _filled(known)
     n = sum(map(len, known))
     logger.info("imputing %d genes from %d shared ones of %d cells", len(wanted), len(shared), n)
     if n < FEW:

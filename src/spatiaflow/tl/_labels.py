@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -14,14 +15,17 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
-from spatiaflow._settings import logger, resolve_seed
+from spatiaflow._settings import logger, resolve_seed, warn
 
 if TYPE_CHECKING:
     from spatiaflow.models.levels import Standardised
+    from spatiaflow.models.slide import Slide
 
 Side = tuple[Any, Sequence[AnnData], Sequence[_io.Where]]  # objects, their tables, and where things are in each
 UNKNOWN = "unknown"
 MISSING = ("", "nan", "None", "<NA>")  # what text makes of a missing value
+MANY_DIFFER = 0.2  # share of cells whose label depends on how genes are standardised
+MANY_SHALLOW = 0.25  # share of cells with fewer counts than nearly all labelled cells
 UNNAMED = (UNKNOWN, "na", "n/a", "unassigned", "unlabeled", "unlabelled", "-1")  # what cells without a label are called
 MANY_GENES = 1000  # more are reduced to components
 EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
@@ -36,6 +40,7 @@ def annotate(
     use_rep: Sequence[str] | str = ("X", "X_spatia"),
     method: str = "linear",
     threshold: float = 0.5,
+    scaling: str = "slide",
     layer: str | None = None,
     table_key: str = "table",
     library_key: str | None = None,
@@ -60,11 +65,14 @@ def annotate(
         Labelled cells, embedded by the same model; one object or several.
     use_rep
         What cells are told apart by, side by side: ``"X"``, the genes, and embeddings in ``.obsm``. Genes are those that all
-        objects measure, standardised slide by slide. More than 1,000, and those for ``"knn"``, are reduced to 50 components.
+        objects measure, standardised (``scaling``). More than 1,000, and those for ``"knn"``, are reduced to 50 components.
     method
         ``"linear"`` or ``"knn"``.
     threshold
         Cells with a lower confidence are called "unknown".
+    scaling
+        How genes are standardised. ``"slide"``: by the cells of each slide, which takes out how slides differ, but needs slides
+        of like composition. ``"reference"``: by the labelled slides together, for sorted cells and small regions.
     layer
         Layer with raw counts; None reads ``X``.
     table_key
@@ -83,7 +91,7 @@ def annotate(
     None, or with ``copy=True`` what was given. Sets:
 
     ``.obs[key_added]`` : categories, the labels and "unknown"; cells that had a label keep it. A label such as "Unknown",
-        "NA", "unassigned" or "-1" is none
+        "NA", "unassigned" or "-1" is none. Without counts, genes tell nothing of a cell, so it is "unknown"
     ``.obs[f"{key_added}_confidence"]`` : float in [0, 1], calibrated; 1 where the label was given
     ``.uns[key_added]`` : dict with ``classes``, ``held_out_accuracy`` and ``held_out_macro_f1`` (on labelled cells that
         the probe did not see) and ``params``
@@ -110,6 +118,7 @@ def annotate(
 
     started, seed = time.perf_counter(), resolve_seed(random_state)
     _io.one_of(("linear", "knn"), method=method)
+    _io.one_of(("slide", "reference"), scaling=scaling)
     _io.slot_name(key_added)
     _io.share(threshold=threshold)
     _io.text(library_key=library_key)
@@ -123,20 +132,30 @@ def annotate(
         known, sources = unpacked(reference, table_key)
         sides.append((known, sources, [_io.where_in_reference(one, where) for one in _io.objects_of(known).values()]))
     use_rep, sources = _io.names(use_rep, "use_rep") or [], sides[-1][1]
-    values = _features(sides, use_rep, method, layer)
-    x, known = values[0], values[-1]
     rows, y = _labelled(sources, labels)
+    genes = _genes(sides, method, layer, scaling) if "X" in use_rep else None
+    values = _features(sides, use_rep, [] if genes is None else genes.values)
+    x, known = values[0], values[-1]
+    if genes is not None:
+        rows, y = rows[genes.depth[-1][rows] > 0], y[genes.depth[-1][rows] > 0]
     classes = np.unique(y)
     make, temperature, held_out = _probe(known[rows], y, _groups(sources, library_key, rows), method, seed)
-    probability = _sharpened(make().fit(known[rows], y).predict_proba(x), temperature)
+    probe = make().fit(known[rows], y)
+    probability = _sharpened(probe.predict_proba(x), temperature)
     confidence, chosen = probability.max(1), classes[probability.argmax(1)].astype(object)
-    chosen[confidence < threshold] = UNKNOWN
+    if genes is not None:
+        confidence[genes.depth[0] == 0] = 0.0
+        other = chosen
+        if reference is not None:
+            other = probe.predict(_features(sides[:1], use_rep, [genes.by_reference])[0])
+        _warn_of_genes(genes, rows, float((other != chosen)[genes.depth[0] > 0].mean()))
+    chosen[(confidence < threshold) | (confidence == 0)] = UNKNOWN
     if reference is None:
         chosen[rows], confidence[rows] = y, 1.0
     guess = classes[held_out.argmax(1)]
     params = _io.provenance(
         started, random_state=seed, labels=labels, use_rep=use_rep, method=method, threshold=threshold,
-        temperature=temperature, n_labelled=len(rows), n_objects=len(tables),
+        scaling=scaling, temperature=temperature, n_labelled=len(rows), n_objects=len(tables),
     )  # fmt: skip
     for table, part in zip(tables, rows_of(tables)):
         _io.write(
@@ -159,10 +178,9 @@ def unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[
     return objects if isinstance(data, list | tuple) else objects[0], tables
 
 
-def gene_values(sides: Sequence[Side], layer: str | None) -> list[list[tuple[np.ndarray, Standardised]]]:
-    """For each side its slides: rows among those of all its tables, and the genes that all tables share, standardised."""
+def gene_slides(sides: Sequence[Side], layer: str | None) -> tuple[list[list[tuple[np.ndarray, Slide]]], float]:
+    """For each side its slides in the genes that all tables share, with their rows among those of its tables; usual depth."""
     from spatiaflow._slides import gather
-    from spatiaflow.models.levels import standardised
     from spatiaflow.models.preprocess import usual_depth
 
     genes = sorted(set.intersection(*(set(map(str, table.var_names)) for _, tables, _ in sides for table in tables)))
@@ -179,38 +197,83 @@ def gene_values(sides: Sequence[Side], layer: str | None) -> list[list[tuple[np.
         ]
         for objects, tables, wheres in sides
     ]
-    target_sum = usual_depth([slide for side in found for _, slide in side])
-    return [[(rows, standardised(slide, target_sum, highest=10.0)) for rows, slide in side] for side in found]
+    return found, usual_depth([slide for side in found for _, slide in side])
 
 
-def _features(sides: Sequence[Side], use_rep: Sequence[str], method: str, layer: str | None) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Genes:
+    """Genes of cells as features."""
+
+    values: list[np.ndarray]  # of each side, rows of its tables x features
+    depth: list[np.ndarray]  # of each side, counts of the shared genes
+    by_reference: np.ndarray  # of the data, standardised by the labelled slides
+
+
+def _genes(sides: Sequence[Side], method: str, layer: str | None, scaling: str) -> Genes:
+    """Standardised genes of each side, or their components where they are many or distances are to be measured."""
+    from spatiaflow.models.levels import joint_axes, standardised
+    from spatiaflow.models.preprocess import pooled_standard, standard_of
+
+    slides, target_sum = gene_slides(sides, layer)
+    labelled = [slide for _, slide in slides[-1]]
+    standards = [cast("np.ndarray", standard_of(slide, target_sum)) for slide in labelled]
+    usual = pooled_standard(standards, [*map(len, labelled)])
+
+    def scaled(side: list, standard: np.ndarray | None) -> list[tuple[np.ndarray, Standardised]]:
+        return [(rows, standardised(slide, target_sum, standard, highest=10.0)) for rows, slide in side]
+
+    found = [scaled(side, usual if scaling == "reference" else None) for side in slides]
+    n_genes = len(labelled[0].genes)
+    axes = np.eye(n_genes)
+    if method == "knn" or n_genes > MANY_GENES:
+        axes = joint_axes([z for side in found for _, z in side], 50)
+    sizes = [sum(table.n_obs for table in tables) for _, tables, _ in sides]
+
+    def rows_of_side(side: list, n: int) -> tuple[np.ndarray, np.ndarray]:
+        values, depth = np.empty((n, axes.shape[1]), np.float32), np.empty(n)
+        for rows, z in side:
+            values[rows], depth[rows] = z @ axes, z.depth
+        return values, depth
+
+    made = [rows_of_side(side, n) for side, n in zip(found, sizes)]
+    by_reference = rows_of_side(scaled(slides[0], usual), sizes[0])[0]
+    return Genes([values for values, _ in made], [depth for _, depth in made], by_reference)
+
+
+def _features(sides: Sequence[Side], use_rep: Sequence[str], genes: Sequence[np.ndarray]) -> list[np.ndarray]:
     """What cells are told apart by, rows of all tables x features, for the data and for the reference if there is one."""
     out: list[list[np.ndarray]] = [[] for _ in sides]
     for slot in use_rep:
-        if slot == "X":
-            blocks = _genes(sides, method, layer)
-        else:
+        blocks = genes
+        if slot != "X":
             blocks = [pooled(tables, slot) for _, tables, _ in sides]
-            _check_alike([tables[0] for _, tables, _ in sides], slot, blocks, "data and the reference")
+            firsts = [tables[0] for _, tables, _ in sides]
+            check_alike(firsts, slot, [block.shape[1] for block in blocks], "data and the reference")
         for side, block in zip(out, blocks):
             side.append(block)
     return [np.hstack(side) for side in out]
 
 
-def _genes(sides: Sequence[Side], method: str, layer: str | None) -> list[np.ndarray]:
-    """Standardised genes of each side, or their components where they are many or distances are to be measured."""
-    from spatiaflow.models.levels import joint_axes
+def _warn_of_genes(genes: Genes, labelled: np.ndarray, differ: float) -> None:
+    """Warn of cells whose genes tell less than those of the labelled cells, and of slides of another composition.
 
-    found = gene_values(sides, layer)
-    n_genes = found[0][0][1].values.shape[1]
-    axes = np.eye(n_genes)
-    if method == "knn" or n_genes > MANY_GENES:
-        axes = joint_axes([z for side in found for _, z in side], 50)
-    out = [np.empty((sum(table.n_obs for table in tables), axes.shape[1]), np.float32) for _, tables, _ in sides]
-    for block, side in zip(out, found):
-        for rows, z in side:
-            block[rows] = z @ axes
-    return out
+    ``differ``: share of the cells that get another label when they are standardised by the labelled slides.
+    """
+    depth, known = genes.depth[0], genes.depth[-1][labelled]
+    if empty := int((depth == 0).sum()):
+        warn(f"{empty} cells have no counts of the genes that all objects share: they are {UNKNOWN!r}.")
+    shallow = float((depth[depth > 0] < np.quantile(known, 0.01)).mean()) if (depth > 0).any() else 0.0
+    if shallow > MANY_SHALLOW:
+        warn(
+            f"{shallow:.0%} of the cells have fewer counts than 99% of the labelled cells (median {np.median(depth):.4g}, of "
+            f"labelled cells {np.median(known):.4g}): their confidence is too high."
+        )
+    if differ > MANY_DIFFER:
+        warn(
+            f"{differ:.0%} of the cells get another label when genes are standardised by the labelled slides instead of by their "
+            "own: data and reference differ in which cells they hold, or in depth, panel or platform. For sorted cells or a "
+            "small region give scaling='reference', or annotate the whole slide."
+        )
 
 
 def rows_of(tables: Sequence[AnnData]) -> list[slice]:
@@ -219,10 +282,15 @@ def rows_of(tables: Sequence[AnnData]) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
+def embedding(table: AnnData, use_rep: str) -> np.ndarray:
+    """An embedding of a table, n x columns."""
+    return _io.features(table, use_rep, EMBEDDING_HELP)
+
+
 def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
     """Embeddings of all tables, one after the other."""
-    found = [_io.features(table, use_rep, EMBEDDING_HELP) for table in tables]
-    _check_alike(tables, use_rep, found, "the objects of data")
+    found = [embedding(table, use_rep) for table in tables]
+    check_alike(tables, use_rep, [x.shape[1] for x in found], "the objects of data")
     return np.concatenate(found)
 
 
@@ -233,7 +301,7 @@ def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.nd
         raise KeyError(f"obs has no {labels!r}; it has {', '.join(map(repr, tables[0].obs.columns[:12]))}.")
     columns = [table.obs[labels].astype(object) if labels in table.obs else [None] * table.n_obs for table in tables]
     given = pd.Series(np.concatenate([np.asarray(column, dtype=object) for column in columns]))
-    called = given.astype(str).str.strip()
+    called = given.map(_io.label)
     unnamed = called.str.lower().isin(UNNAMED)
     if found := sorted(set(called[unnamed]) - {UNKNOWN}):
         logger.warning(
@@ -241,7 +309,7 @@ def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.nd
             _io.listing(found),
         )  # fmt: skip
     rows = np.flatnonzero(given.notna() & ~unnamed & ~called.isin(MISSING))
-    y = given.iloc[rows].astype(str).to_numpy()
+    y = called.iloc[rows].to_numpy(object)
     if (n := len(np.unique(y))) < 2:
         raise ValueError(f"obs[{labels!r}] names {n} class(es); at least two are needed.")
     if 2 * n > len(y):
@@ -331,9 +399,8 @@ def _sharpened(probability: np.ndarray, temperature: float) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
-def _check_alike(tables: Sequence[AnnData], use_rep: str, values: Sequence[np.ndarray], whose: str) -> None:
+def check_alike(tables: Sequence[AnnData], use_rep: str, widths: Sequence[int], whose: str) -> None:
     """Refuse embeddings of different width, or of different models where it is known which model made them."""
-    widths = [x.shape[1] for x in values]
     found = []
     for table in tables:
         key = next((k for k in table.uns if use_rep.startswith(k) and "params" in _io.entry(table, k)), None)

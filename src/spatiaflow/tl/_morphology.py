@@ -20,7 +20,8 @@ from spatiaflow._settings import resolve_seed, settings
 from spatiaflow._slides import check_together
 from spatiaflow._slides.crops import share_memory
 from spatiaflow.models.slide import Slide
-from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, model_of, placed, with_channels
+from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, made_by, placed, with_channels
+from spatiaflow.tl._labels import check_alike
 from spatiaflow.tl._transitions import standardised, targets_of
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ def train_morphology(
     if not by_pairs:
         return editor.train_editor(*arguments, config, about=about | {"use_rep": ""}, **options)
     profile, features = _profile(tables, [own for own, _ in rows], profile_key)
-    about |= {"use_rep": use_rep, "embedding_sha256": model_of(tables[0], use_rep)}
+    check_alike(tables, use_rep, [slide.features.shape[1] for slide in slides], "the objects of data")
+    about |= {"use_rep": use_rep} | made_by(tables[0], use_rep)
     return morphology.train_morphology(
         *arguments, replace(config, profile=features), profile=profile, about=about, **options
     )

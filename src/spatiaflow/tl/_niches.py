@@ -16,7 +16,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, resolve_seed, warn
-from spatiaflow.tl._labels import pooled, rows_of, unpacked
+from spatiaflow.tl._labels import check_alike, embedding, pooled, rows_of, unpacked
 
 if TYPE_CHECKING:
     from spatiaflow.models.niches import Niches
@@ -134,7 +134,7 @@ def cluster_niches(
     _io.positive(None, niche_um=niche_um)
     _io.slot_name(key_added)
     objects, tables = unpacked(data, table_key, copy=copy)
-    known = None if model is None else _stored(model, table_key, key_added)
+    known = None if model is None else _stored(model, table_key, key_added, use_rep, tables)
     numbers = _numbers(n_clusters, max_clusters, use_rep, known, sum(table.n_obs for table in tables))
     if use_rep is None:
         slides = _slides(objects, tables, where, layer)
@@ -329,7 +329,24 @@ def _arrays(found: Niches) -> dict:
     } | ({} if found.cells is None else {"cells": found.cells.astype(np.float32)})  # fmt: skip
 
 
-def _stored(model: AnnData | SpatialData, table_key: str, key: str) -> Niches:
+def _check_embedding(made: str, use_rep: str, width: int, known: AnnData, tables: Sequence[AnnData]) -> None:
+    """Refuse another embedding than that of the niches of model; warn where nothing tells whether it is the same."""
+    if made != use_rep:
+        raise ValueError(f"model holds niches of obsm[{made!r}], not of {use_rep!r}. Give use_rep={made!r}.")
+    widths = [width, *(embedding(table, use_rep).shape[1] for table in tables)]
+    check_alike([known, *tables], use_rep, widths, "model and data")
+    if not any(
+        use_rep.startswith(slot) and "model_sha256" in _io.entry(known, slot).get("params", {}) for slot in known.uns
+    ):
+        warn(
+            f"nothing tells whether obsm[{use_rep!r}] of data was computed as that of model. Niches are carried only by the same "
+            "axes: principal components of the new samples alone are others. Embed all samples together."
+        )
+
+
+def _stored(
+    model: AnnData | SpatialData, table_key: str, key: str, use_rep: str | None, tables: Sequence[AnnData]
+) -> Niches:
     """Niches that an earlier call has written into an object."""
     from spatiaflow.models.niches import Niches
 
@@ -347,6 +364,9 @@ def _stored(model: AnnData | SpatialData, table_key: str, key: str) -> Niches:
         raise KeyError(
             f"uns of model has no niches under {key!r}.{there} Or run sf.tl.cluster_niches(model, key_added={key!r}) first."
         )
+    made = str(_io.entry(table, key).get("params", {}).get("use_rep", ""))
+    if use_rep and made:
+        _check_embedding(made, use_rep, np.shape(stored["weights"])[2], table, tables)
     genes = tuple(map(str, stored["genes"]))
     weights, intercept = (np.asarray(stored[name], np.float64) for name in ("weights", "intercept"))
     cells = np.asarray(stored["cells"], np.float64) if "cells" in stored else None

@@ -205,6 +205,8 @@ def _transitions(given) -> list[tuple[str, str]]:
         raise ValueError(f'transitions must be pairs of states, such as [("A", "B")], not {given!r}.')
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"transitions names a pair twice: {wanted}.")
+    if arrows := [state for pair in wanted for state in pair if " -> " in state]:
+        raise ValueError(f"a state cannot be called {arrows[0]!r}, since ' -> ' stands between two: rename it.")
     return wanted
 
 
