@@ -38,9 +38,10 @@ def cluster_cells(
 ) -> AnnData | SpatialData | list | dict | None:
     """Cluster cells by their own genes, all samples together.
 
-    Genes are standardised slide by slide and reduced to 30 principal components, which keep their scale. Leiden's method
-    clusters the graph of 15 neighbours. Without ``resolution`` the finest one is taken that is nearly as stable as the most
-    stable: clusters of random parts of the cells agree with those of all cells to within .1 of the best adjusted Rand index.
+    Genes are standardised slide by slide, so each slide should hold most types of cells. They are reduced to 30 principal
+    components, which keep their scale. Leiden's method clusters the graph of 15 neighbours. Without ``resolution`` the finest
+    one is taken that is nearly as stable as the most stable: clusters of random parts of the cells agree with those of all
+    cells to within .1 of the best adjusted Rand index.
 
     Parameters
     ----------
