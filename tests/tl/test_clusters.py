@@ -86,3 +86,10 @@ def test_cells_without_counts_have_no_cluster_and_move_no_other():
     table.X = counts.tocsr()
     with pytest.raises(ValueError, match="X holds no counts"):
         sf.tl.cluster_cells(table)
+
+
+def test_genes_that_differ_by_case_alone_are_named():
+    one, other = (sf.datasets.simulated_tissue(100, seed=seed)["table"] for seed in (1, 2))
+    other.var_names = [name.lower() if i < 12 else name for i, name in enumerate(other.var_names)]
+    with pytest.warns(UserWarning, match="12 genes are spelled differently in different objects"):
+        sf.tl.cluster_cells([one, other], resolution=0.5)

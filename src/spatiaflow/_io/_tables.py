@@ -115,13 +115,32 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             )
 
 
-def shared_genes(tables: list[AnnData]) -> list[str]:
-    """Genes that every table measures, in the order of the first."""
-    others = [set(table.var_names) for table in tables[1:]]
-    names = [name for name in tables[0].var_names if all(name in other for other in others)]
-    if not names:
-        raise ValueError("the slides share no gene (var_names); are the identifiers of one kind?")
-    return names
+def shared_genes(
+    tables: Sequence[AnnData], fewest: int = 1, advice: str = "Are the identifiers of one kind?"
+) -> list[str]:
+    """Genes that every table measures, in the order of the first. Fewer than ``fewest`` are an error that ends in ``advice``."""
+    own = [list(map(str, table.var_names)) for table in tables]
+    check_spelling(own)
+    others = [set(names) for names in own[1:]]
+    shared = [name for name in own[0] if all(name in other for other in others)]
+    if len(shared) < fewest:
+        raise ValueError(
+            f"var_names of all objects share {len(shared)} genes; at least {fewest} {'is' if fewest == 1 else 'are'} needed. "
+            f"{advice}"
+        )
+    return shared
+
+
+def check_spelling(own: Sequence[Sequence[str]]) -> None:
+    """Warn of genes that objects spell differently, in upper and lower case: they count as different genes."""
+    for names in own[1:]:
+        known = {name.lower(): name for name in own[0]}
+        if other := [name for name in names if known.get(name.lower(), name) != name]:
+            warn(
+                f"{len(other)} genes are spelled differently in different objects, such as {known[other[0].lower()]!r} and "
+                f"{other[0]!r}: they count as different genes. Are the objects of one species? Rename var_names."
+            )
+            return
 
 
 def library_sizes(table: AnnData, layer: str | None = None) -> np.ndarray:

@@ -330,12 +330,7 @@ def _genes(
         wanted = shared if known is table.var_names else [str(g) for g in known if g not in both]
         if not wanted:
             raise ValueError(f"{where} has no gene that data lack. Name the genes to denoise in genes=.")
-        own = {str(g).lower(): str(g) for g in table.var_names}
-        if twins := [g for g in wanted if g not in both and g.lower() in own]:
-            warn(
-                f"{len(twins)} of the {len(wanted)} genes to impute are measured in data, but are spelled otherwise there: "
-                f"{twins[0]!r} as {own[twins[0].lower()]!r}. Are they of one species? Rename var_names to use their counts."
-            )
+        _io.check_spelling([list(map(str, table.var_names)), wanted])
         return shared, wanted
     wanted = list(_io.names(genes, "genes") or ())
     if unknown := [g for g in wanted if g not in names]:

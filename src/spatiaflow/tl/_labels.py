@@ -183,12 +183,8 @@ def gene_slides(sides: Sequence[Side], layer: str | None) -> tuple[list[list[tup
     from spatiaflow._slides import gather
     from spatiaflow.models.preprocess import usual_depth
 
-    genes = sorted(set.intersection(*(set(map(str, table.var_names)) for _, tables, _ in sides for table in tables)))
-    if len(genes) < 2:
-        raise ValueError(
-            f"var_names of all objects share {len(genes)} genes; at least two are needed. To use an embedding alone give "
-            "use_rep=."
-        )
+    everything = [table for _, tables, _ in sides for table in tables]
+    genes = sorted(_io.shared_genes(everything, 2, "To use an embedding alone give use_rep=."))
     found = [
         [
             (part.start + slide.rows, slide.align(genes))

@@ -198,12 +198,8 @@ def _slides(objects, tables: Sequence[AnnData], where: _io.Where, layer: str | N
     from spatiaflow._slides import gather
     from spatiaflow._slides.gather import check_together
 
-    genes = sorted(set.intersection(*(set(map(str, table.var_names)) for table in tables)))
-    if len(genes) < FEWEST_GENES:
-        raise ValueError(
-            f"var_names of all objects share {len(genes)} genes; at least {FEWEST_GENES} are needed, since their halves are "
-            "compared. To cluster an embedding give use_rep= and n_clusters=."
-        )
+    advice = "Their halves are compared. To cluster an embedding give use_rep= and n_clusters=."
+    genes = sorted(_io.shared_genes(tables, FEWEST_GENES, advice))
     out = []
     for i, one in enumerate(_io.objects_of(objects).values()):
         for slide in gather(one, where, need=["counts"], layer=layer, together=False):

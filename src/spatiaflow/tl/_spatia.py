@@ -152,6 +152,7 @@ def train_spatia(
         raise ValueError("validation must be a fraction, or names of slides, not None.")
     slides = cells(data, where, modalities, config, layer)
     share_memory(slides)
+    _io.check_spelling([slide.genes for slide in slides])
     if single := [slide.name for slide in slides if len(slide) < 2]:
         raise ValueError(f"slide {single[0]!r} has a single cell; leave it out of the training.")
     if init is not None and "genes" in modalities:
