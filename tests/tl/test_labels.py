@@ -222,6 +222,10 @@ def test_cells_without_counts_are_unknown_and_shallow_ones_a_warning(types):
         sf.tl.annotate(other, labels="cell_type", reference=known, use_rep="X", threshold=0)
     assert (other.obs["annotation"][:50] == "unknown").all() and (other.obs["annotation_confidence"][:50] == 0).all()
     assert share_right(other[50:]) > 0.95
+    other.obs["some"] = other.obs["cell_type"].where(np.arange(other.n_obs) < 300)
+    with pytest.warns(UserWarning, match="50 cells have no counts"):
+        sf.tl.annotate(other, labels="some", use_rep="X")
+    assert share_right(other[:300]) == 1 and share_right(other[300:]) > 0.95  # a label that was given stays
     rng = np.random.default_rng(0)
     shallow = types[1].copy()
     shallow.X = sparse.csr_matrix(rng.binomial(shallow.X.toarray().astype(int), 0.15).astype(np.float32))

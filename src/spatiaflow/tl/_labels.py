@@ -132,13 +132,14 @@ def annotate(
         known, sources = unpacked(reference, table_key)
         sides.append((known, sources, [_io.where_in_reference(one, where) for one in _io.objects_of(known).values()]))
     use_rep, sources = _io.names(use_rep, "use_rep") or [], sides[-1][1]
-    rows, y = _labelled(sources, labels)
+    given, names = rows, y = _labelled(sources, labels)
     genes = _genes(sides, method, layer, scaling) if "X" in use_rep else None
     values = _features(sides, use_rep, [] if genes is None else genes.values)
     x, known = values[0], values[-1]
     if genes is not None:
         rows, y = rows[genes.depth[-1][rows] > 0], y[genes.depth[-1][rows] > 0]
-    classes = np.unique(y)
+    if len(classes := np.unique(y)) < 2:
+        raise ValueError(f"labelled cells with counts are of {len(classes)} class(es) of obs[{labels!r}]; two are needed.")
     make, temperature, held_out = _probe(known[rows], y, _groups(sources, library_key, rows), method, seed)
     probe = make().fit(known[rows], y)
     probability = _sharpened(probe.predict_proba(x), temperature)
@@ -151,7 +152,7 @@ def annotate(
         _warn_of_genes(genes, rows, float((other != chosen)[genes.depth[0] > 0].mean()))
     chosen[(confidence < threshold) | (confidence == 0)] = UNKNOWN
     if reference is None:
-        chosen[rows], confidence[rows] = y, 1.0
+        chosen[given], confidence[given] = names, 1.0
     guess = classes[held_out.argmax(1)]
     params = _io.provenance(
         started, random_state=seed, labels=labels, use_rep=use_rep, method=method, threshold=threshold,
@@ -160,7 +161,7 @@ def annotate(
     for table, part in zip(tables, rows_of(tables)):
         _io.write(
             table, key_added,
-            obs={"": pd.Categorical(chosen[part], [*classes, UNKNOWN]), Key.obs.confidence(""): confidence[part]},
+            obs={"": pd.Categorical(chosen[part], [*np.unique(names), UNKNOWN]), Key.obs.confidence(""): confidence[part]},
             uns={
                 "classes": list(classes), "held_out_accuracy": float(accuracy_score(y, guess)),
                 "held_out_macro_f1": float(f1_score(y, guess, average="macro")), "params": params,
