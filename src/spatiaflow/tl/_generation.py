@@ -117,9 +117,9 @@ def generate_morphology(
     AnnData with one row a generated cell, by source cell, dose and sample: ``X``, its profile by
     :func:`spatiaflow.pp.image_profile`; ``.obsm["image"]``, n x channels x pixels x pixels, in the scale of the image (8 bits as
     such, more as float32), and ``.obsm["source"]``, the same of the source cells; ``.obsm["spatial"]``, µm; ``.obs`` with
-    ``source_cell``, ``transition`` ("A -> B", or the shift in words), ``niche``, ``dose``, ``sample``, ``seed`` and, for models of genes, ``confidence``: of the
-    training pairs from which the shift in this niche was learned (NaN with ``shift``); ``.uns["morphology"]`` with ``channels``,
-    ``mpp``, ``intensity`` (background and bright end of each channel) and ``params``.
+    ``source_cell``, ``transition`` ("A -> B", or the shift in words), ``niche``, ``dose``, ``sample``, ``seed`` and, for
+    models of genes, ``confidence``: of the training pairs from which the shift in this niche was learned (NaN with ``shift``);
+    ``.uns["morphology"]`` with ``channels``, ``mpp``, ``intensity`` (background and bright end of each channel) and ``params``.
 
     With ``key_added`` a SpatialData is also written into. Sets:
 

@@ -139,7 +139,9 @@ def annotate(
     if genes is not None:
         rows, y = rows[genes.depth[-1][rows] > 0], y[genes.depth[-1][rows] > 0]
     if len(classes := np.unique(y)) < 2:
-        raise ValueError(f"labelled cells with counts are of {len(classes)} class(es) of obs[{labels!r}]; two are needed.")
+        raise ValueError(
+            f"labelled cells with counts are of {len(classes)} class(es) of obs[{labels!r}]; two are needed."
+        )
     make, temperature, held_out = _probe(known[rows], y, _groups(sources, library_key, rows), method, seed)
     probe = make().fit(known[rows], y)
     probability = _sharpened(probe.predict_proba(x), temperature)
