@@ -5,7 +5,9 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
+from scipy import sparse
 
 import spatiaflow as sf
 from spatiaflow import _io
@@ -118,10 +120,10 @@ def test_in_a_terminal_progress_is_a_bar(monkeypatch):
 def test_a_warning_points_at_the_line_of_the_user():
     """Through any number of functions of the package; and it is shown for each line, once."""
     table = sf.datasets.simulated_tissue(20)["table"]
+    table.X = sparse.csr_matrix(table.X.toarray() * (np.arange(20) == 0)[:, None])
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("default")
         each = _io.each_object(verb(lambda data: _io.library_sizes(data)))
-        table.X = 0 * table.X
         for _ in range(2):
             each([table])
-    assert [(one.filename, str(one.message)) for one in shown] == [(__file__, "20 rows have no counts at all.")]
+    assert [(one.filename, str(one.message)) for one in shown] == [(__file__, "19 rows have no counts at all.")]

@@ -392,3 +392,13 @@ def test_genes_that_differ_by_case_alone_are_named(query, reference):
         UserWarning, match="5 genes are spelled differently in different objects, such as .g15. and .G15."
     ):
         sf.tl.impute_genes(data, reference=reference)
+
+
+def test_few_shallow_reference_cells(query):
+    reference = cells("r", 200, seed=1)
+    counts = np.random.default_rng(0).binomial(reference.X.toarray().astype(int), 0.03).astype(np.float32)
+    reference.X = sparse.csr_matrix(counts)
+    data = hidden(query)
+    assert np.quantile(counts[:, : GENES - 5].sum(1), 0.25) <= 1  # the lowest quantile is the lowest value
+    sf.tl.impute_genes(data, reference=reference)
+    assert np.isfinite(data.obsm["imputed"]).all() and np.isfinite(data.obsm["imputed_std"]).all()

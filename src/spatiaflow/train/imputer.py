@@ -303,6 +303,7 @@ def score(model: Imputer, evidence: Evidence) -> None:
     """Set reliability and predictive law of every gene from held-out blocks."""
     edges = np.quantile(evidence.library, np.linspace(0, 1, N_LIBRARIES + 1))
     model.edges = np.unique(edges[1:-1])
+    model.edges = model.edges[np.unique(model.bins(evidence.library))[1:] - 1]  # no bin is empty
     bins = model.bins(evidence.library)
     model.libraries = [library_quantiles(evidence.library[bins == i], 64) for i in range(len(model.edges) + 1)]
     model.reliability = np.empty(len(model.genes), np.float32)
