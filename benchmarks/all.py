@@ -108,7 +108,9 @@ IMPUTATION = [
 ]  # fmt: skip
 WITH_IMAGE = [f"ridge, genes + neighbors' genes + image, {w} of a column" for w in (0.05, 0.15)]
 LAWS = ["constant marginal", "ridge with residuals of left-out blocks", "flow matching head"]
-NICHE_PEERS = [f"{name}{note}" for name in ("CellCharter", "BANKSY", "Novae") for note in ("", ", tuned", ", number chosen")]
+NICHE_PEERS = [
+    f"{name}{note}" for name in ("CellCharter", "BANKSY", "Novae") for note in ("", ", tuned", ", number chosen")
+]
 IMPUTATION_PEERS = ["gimVI", "Tangram", "SpaGE", "SpaGE, tuned"]
 IMAGES = [
     "copy of the source",

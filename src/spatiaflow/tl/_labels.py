@@ -260,7 +260,7 @@ def _warn_of_genes(genes: Genes, labelled: np.ndarray, differ: float) -> None:
     """
     depth, known = genes.depth[0], genes.depth[-1][labelled]
     if empty := int((depth == 0).sum()):
-        warn(f"{empty} cells have no counts of the genes that all objects share: they are {UNKNOWN!r}.")
+        warn(f"{empty} cells have no counts of the genes that all objects share: without a label, {UNKNOWN!r}.")
     shallow = float((depth[depth > 0] < np.quantile(known, 0.01)).mean()) if (depth > 0).any() else 0.0
     if shallow > MANY_SHALLOW:
         warn(

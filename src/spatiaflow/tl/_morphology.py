@@ -56,9 +56,9 @@ def train_morphology(
 
     The default model is one flow from noise to the images of all cells, under their genes, depth and neighbours. To edit a cell,
     its image goes back to noise under its own genes, and forward under shifted ones. Pairs say by how much the genes of one state
-    differ from those of another, in each niche. A linear map from genes to images is fitted
-    beside it. Each transition is edited by the one that is nearer to real cells of the target state in the held-out band, at its
-    best strength: ``model.edits``. What was compared is in ``model.card["validation_scores"]``, relative to unchanged cells (1).
+    differ from those of another, in each niche. A linear map from genes to images is fitted beside it. Each transition is edited
+    by the one that is nearer to real cells of the target state in the held-out band, at its best strength: ``model.edits``.
+    What was compared is in ``model.card["validation_scores"]``, relative to unchanged cells (1).
 
     ``config="pairs"`` trains SPATIA's published objective: a flow from the image of a source cell, with noise, to the image of
     its target, conditioned on embeddings, the transition, and the mean shift of genes and morphology in it.
