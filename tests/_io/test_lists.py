@@ -31,6 +31,21 @@ def test_a_verb_returns_the_form_it_was_given():
     assert double([1, 2], copy=False) is None
 
 
+def test_an_error_says_which_object_it_is_of():
+    @each_object
+    def half(data):
+        if data % 2:
+            raise ValueError("odd")
+        return data // 2
+
+    with pytest.raises(ValueError, match="odd") as caught:
+        half({"a": 2, "b": 4, "c": 5, "d": 6})
+    assert caught.value.__notes__ == ["This is object 'c' of data. 2 of 4 were done before it."]
+    with pytest.raises(ValueError, match="odd") as caught:
+        half(5)
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_a_verb_without_data_says_so():
     with pytest.raises(TypeError, match="data"):
         sf.tl.cluster_niches()

@@ -71,13 +71,8 @@ def test_rows_are_placed_among_the_cells_of_all_slides():
     assert inside.tolist() == [False, False, False, True, True, False, True]
 
 
-def test_tiles_and_models_are_known_by_what_their_verbs_wrote():
+def test_tiles_are_known_by_what_their_verb_wrote():
     sdata = sf.datasets.simulated_tissue(60, seed=1)
     table = sdata["table"]
-    assert not _images.is_tiles(table) and not any(_images.made_by(table, "X_spatia").values())
+    assert not _images.is_tiles(table)
     assert _images.is_tiles(sf.pp.tiles(sdata, tile_um=40, groupby="state"))
-    table.uns["X_spatia"] = {"params": {"model_sha256": "abc", "modalities": ["image", "genes"], "scaling": "slide"}}
-    assert _images.made_by(table, "X_spatia") == {
-        "embedding_sha256": "abc", "embedding_modalities": ["genes", "image"], "embedding_scaling": "slide",
-    }  # fmt: skip
-    assert not any(_images.made_by(table, "E").values())

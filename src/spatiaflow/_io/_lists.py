@@ -29,7 +29,8 @@ def objects_of(data: Any) -> dict[str, Any]:
 def each_object(verb: Callable[P, R]) -> Callable[P, R]:
     """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form.
 
-    Each object has a folder of its own in ``checkpoint_dir``, where the verb has one.
+    Each object has a folder of its own in ``checkpoint_dir``, where the verb has one. An error says which object it is of; the
+    objects before it keep what was written.
     """
 
     @wraps(verb)
@@ -42,7 +43,11 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
         found, folder = {}, arguments.get("checkpoint_dir")
         for i, (name, one) in enumerate(objects_of(data).items()):
             own = {} if folder is None else {"checkpoint_dir": Path(folder) / f"object_{i}"}
-            found[name] = verb(one, *rest, **arguments | own)
+            try:
+                found[name] = verb(one, *rest, **arguments | own)
+            except Exception as error:
+                error.add_note(f"This is object {name!r} of data. {i} of {len(data)} were done before it.")
+                raise
         return None if all(one is None for one in found.values()) else in_form_of(data, found)
 
     return run

@@ -13,7 +13,8 @@ from spatialdata import SpatialData
 from spatiaflow import _io
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, resolve_seed, warn
-from spatiaflow.tl._labels import gene_slides, pooled, rows_of, unpacked
+from spatiaflow.tl._embedding import pooled
+from spatiaflow.tl._labels import gene_slides, rows_of, unpacked
 
 RESOLUTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0)
 N_PARTS, PART = 5, 0.8  # random parts of the cells that are clustered again

@@ -21,14 +21,8 @@ from spatiaflow._process import verb
 from spatiaflow._settings import logger, progress, resolve_seed, settings, warn
 from spatiaflow.datasets._weights import resolve
 from spatiaflow.models.slide import Slide
-from spatiaflow.tl._images import (
-    cells_with_images,
-    channels_of,
-    is_tiles,
-    made_by,
-    placed,
-    with_channels,
-)
+from spatiaflow.tl._embedding import made_by
+from spatiaflow.tl._images import cells_with_images, channels_of, is_tiles, placed, with_channels
 from spatiaflow.tl._transitions import state_shares
 from spatiaflow.tl._trust import warn_of_difference
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -83,13 +82,3 @@ def placed(table: AnnData, slides: Sequence[Slide], first: int = 0) -> tuple[np.
 def is_tiles(table: AnnData) -> bool:
     """Whether the rows of a table are tiles of :func:`spatiaflow.pp.tiles`."""
     return "params" in _io.entry(table, "tiles")
-
-
-def made_by(table: AnnData, use_rep: str) -> dict[str, Any]:
-    """Return how embeddings were made, for the card of a model that reads them; empty values where it is unknown."""
-    params = _io.entry(table, use_rep).get("params", {})
-    return {
-        "embedding_sha256": str(params.get("model_sha256", "")),
-        "embedding_modalities": sorted(map(str, params.get("modalities", []))),
-        "embedding_scaling": str(params.get("scaling", "")),
-    }

@@ -16,6 +16,7 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, resolve_seed, warn
+from spatiaflow.tl._embedding import check_alike, pooled
 
 if TYPE_CHECKING:
     from spatiaflow.models.levels import Standardised
@@ -28,7 +29,6 @@ MANY_DIFFER = 0.2  # share of cells whose label depends on how genes are standar
 MANY_SHALLOW = 0.25  # share of cells with fewer counts than nearly all labelled cells
 UNNAMED = (UNKNOWN, "na", "n/a", "unassigned", "unlabeled", "unlabelled", "-1")  # what cells without a label are called
 MANY_GENES = 1000  # more are reduced to components
-EMBEDDING_HELP = "Run sf.tl.embed_spatia(data) first, or give use_rep=..."
 
 
 @verb
@@ -281,18 +281,6 @@ def rows_of(tables: Sequence[AnnData]) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def embedding(table: AnnData, use_rep: str) -> np.ndarray:
-    """An embedding of a table, n x columns."""
-    return _io.features(table, use_rep, EMBEDDING_HELP)
-
-
-def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
-    """Embeddings of all tables, one after the other."""
-    found = [embedding(table, use_rep) for table in tables]
-    check_alike(tables, use_rep, [x.shape[1] for x in found], "the objects of data")
-    return np.concatenate(found)
-
-
 def _labelled(tables: Sequence[AnnData], labels: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows with a label among the rows of all tables, and their labels."""
     _io.text(labels=labels)
@@ -396,22 +384,3 @@ def _sharpened(probability: np.ndarray, temperature: float) -> np.ndarray:
     logits = np.log(probability + 1e-9) / temperature
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
-
-
-def check_alike(tables: Sequence[AnnData], use_rep: str, widths: Sequence[int], whose: str) -> None:
-    """Refuse embeddings of different width, or of different models where it is known which model made them."""
-    found = []
-    for table in tables:
-        key = next((k for k in table.uns if use_rep.startswith(k) and "params" in _io.entry(table, k)), None)
-        params = table.uns[key]["params"] if key else {}
-        if "model_sha256" in params:
-            levels = [*map(str, params.get("levels", []))] if use_rep == key else []
-            modalities = sorted(map(str, params.get("modalities", [])))
-            found.append((params["model_sha256"], levels, modalities, str(params.get("scaling", ""))))
-    if any(one != found[0] for one in found[1:]):
-        raise ValueError(
-            f"obsm[{use_rep!r}] of {whose} was made by different models, or of other levels, modalities or scaling. Run "
-            "sf.tl.embed_spatia on all of them with the same model=, levels=, modalities= and scaling=."
-        )
-    if len(set(widths)) > 1:
-        raise ValueError(f"obsm[{use_rep!r}] of {whose} has {' and '.join(map(str, widths))} columns; embed all alike.")

@@ -20,8 +20,8 @@ from spatiaflow._settings import resolve_seed, settings
 from spatiaflow._slides import check_together
 from spatiaflow._slides.crops import share_memory
 from spatiaflow.models.slide import Slide
-from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, made_by, placed, with_channels
-from spatiaflow.tl._labels import check_alike
+from spatiaflow.tl._embedding import check_alike, made_by
+from spatiaflow.tl._images import LEVELS, cells_with_images, channels_of, is_tiles, placed, with_channels
 from spatiaflow.tl._transitions import standardised, targets_of
 
 if TYPE_CHECKING:

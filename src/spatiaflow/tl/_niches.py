@@ -16,7 +16,8 @@ from spatiaflow import _io
 from spatiaflow._io import Key
 from spatiaflow._process import verb
 from spatiaflow._settings import logger, resolve_seed, warn
-from spatiaflow.tl._labels import check_alike, embedding, pooled, rows_of, unpacked
+from spatiaflow.tl._embedding import check_alike, embedding, made_by, pooled
+from spatiaflow.tl._labels import rows_of, unpacked
 
 if TYPE_CHECKING:
     from spatiaflow.models.niches import Niches
@@ -331,9 +332,7 @@ def _check_embedding(made: str, use_rep: str, width: int, known: AnnData, tables
         raise ValueError(f"model holds niches of obsm[{made!r}], not of {use_rep!r}. Give use_rep={made!r}.")
     widths = [width, *(embedding(table, use_rep).shape[1] for table in tables)]
     check_alike([known, *tables], use_rep, widths, "model and data")
-    if not any(
-        use_rep.startswith(slot) and "model_sha256" in _io.entry(known, slot).get("params", {}) for slot in known.uns
-    ):
+    if not made_by(known, use_rep)["embedding_sha256"]:
         warn(
             f"nothing tells whether obsm[{use_rep!r}] of data was computed as that of model. Niches are carried only by the same "
             "axes: principal components of the new samples alone are others. Embed all samples together."
