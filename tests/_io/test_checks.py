@@ -90,6 +90,29 @@ def test_slides_that_lie_over_one_another_are_told_of(kind, name):
     assert f"give library_key={name!r}" in messages(xy, obs=obs)[0]
 
 
+def apart(n, seed):
+    """Points that keep a distance, as cells of one slide do."""
+    found = np.empty((0, 2))
+    for point in np.random.default_rng(seed).uniform(0, 500, (4 * n, 2)):
+        if len(found) < n and (np.hypot(*(found - point).T) > 10).all():
+            found = np.vstack([found, point])
+    return found
+
+
+@pytest.mark.parametrize("name", ["animal", "Mouse ID", "slice"])
+def test_slides_over_one_another_are_told_of_by_how_close_cells_are(name):
+    xy = np.vstack([apart(500, seed) for seed in range(3)])
+    obs = pd.DataFrame(
+        {"type": np.arange(1500) % 4, name: np.repeat(["a", "b", "c"], 500)}, index=map(str, range(1500))
+    )
+    order = np.random.default_rng(9).permutation(1500)
+    assert f"give library_key={name!r}" in messages(xy[order], obs=obs.iloc[order])[0]
+    one = obs.iloc[:500].assign(type=np.random.default_rng(0).integers(0, 3, 500).astype(str))
+    assert not any("library_key" in message for message in messages(xy[:500], obs=one))
+    anywhere = np.random.default_rng(0).uniform(0, 500, (1500, 2))  # cells of thick tissue lie over one another, too
+    assert not any("library_key" in message for message in messages(anywhere, obs=obs.iloc[order]))
+
+
 def batches(genes=200, missing=0, mean=1.0, column="batch", split=150, mixed=False):
     rng = np.random.default_rng(0)
     counts = rng.poisson(rng.gamma(1, mean, genes), (300, genes)).astype(np.float32)

@@ -47,7 +47,7 @@ def test_niches_found_in_each_object_alone_are_refused():
     one, other = (sf.datasets.simulated_tissue(300, seed=seed)["table"] for seed in (1, 2))
     for table in (one, other):
         sf.tl.cluster_niches(table, n_clusters=3, mpp=1, key_added="found")
-    with pytest.raises(ValueError, match="niches 'found' of objects '0' and '1' were found in each alone"):
+    with pytest.raises(ValueError, match="clusters 'found' of objects '0' and '1' were found in each alone"):
         sf.get.niche_composition([one, other], key="found")
     sf.tl.cluster_niches(other, model=one, mpp=1, key_added="found")
     assert sf.get.niche_composition([one, other], key="found").shape == (2, 3)
@@ -57,3 +57,25 @@ def test_integers_are_the_same_niches_as_the_floats_that_missing_values_make_of_
     one, other = cells[:6].copy(), cells.copy()
     one.obs["niche"], other.obs["niche"] = [0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 0, 1, np.nan]
     assert sf.get.niche_composition([one, other]).columns.tolist() == ["0", "1", "2"]
+
+
+def test_clusters_found_in_each_object_alone_are_refused_unless_the_user_names_them():
+    tables = [sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (1, 2)]
+    for table in tables:
+        sf.tl.cluster_cells(table, resolution=0.5)
+    with pytest.raises(ValueError, match="clusters 'cell_cluster' of objects '0' and '1' were found in each alone"):
+        sf.get.niche_composition(tables, key="cell_cluster")
+    for table in tables:
+        names = {one: f"type {one}" for one in table.obs["cell_cluster"].cat.categories}
+        table.obs["cell_cluster"] = table.obs["cell_cluster"].cat.rename_categories(names)
+    assert len(sf.get.niche_composition(tables, key="cell_cluster")) == 2
+    sf.tl.cluster_cells(tables, resolution=0.5)
+    assert len(sf.get.niche_composition(tables, key="cell_cluster")) == 2
+
+
+def test_a_sample_of_several_objects_is_told_of(cells, caplog, monkeypatch):
+    monkeypatch.setattr(sf._settings.logger, "propagate", True)
+    caplog.set_level("INFO", logger=sf._settings.logger.name)
+    found = sf.get.niche_composition({"x": cells, "y": cells.copy()}, by="sample", counts=True)
+    assert found.loc["a"].tolist() == [4, 2, 0]
+    assert "2 samples of obs['sample'] get the cells of several objects, such as 'a' of 'x', 'y'" in caplog.text

@@ -133,3 +133,20 @@ def test_channels_are_known_and_not_too_many_for_one_picture(cells):
     made.uns["morphology"] = made.uns["morphology"] | {"channels": [f"c{i}" for i in range(8)]}
     with pytest.raises(ValueError, match="8 channels are too many"):
         sf.pl.transition(made)
+
+
+def test_each_dose_is_a_violin_of_the_first_samples(cells):
+    crops, rows = cells
+    profiles = {
+        name: sf.pp.image_profile(crops.take(rows[state])) for name, state in (("source", "A"), ("target", "B"))
+    }
+    one, several = generated(cells, [0, 1]), generated(cells, [0, 1], n_samples=3)
+    drawn = [sf.pl.profile_shift(made, **profiles, features="area_um2", return_fig=True) for made in (one, several)]
+    for figure in drawn:
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert labels[1:3] == ["dose 0 (8)", "dose 1 (8)"] and labels[0].startswith("source") and len(labels) == 4
+    medians = [[line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"] for figure in drawn]
+    assert medians[0] == medians[1] and medians[0][1] != medians[0][2]
+    doses = [sf.pl.morphology_dose(made, return_fig=True) for made in (one, several)]
+    texts = [[text.get_text() for ax in figure.axes for text in ax.texts] for figure in doses]
+    assert texts[0] == texts[1] and any(text.startswith("area ") for text in texts[0])

@@ -2,6 +2,7 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -69,3 +70,48 @@ def test_unknown_genes_and_cells_say_so(slides):
         sf.pl.imputation(data, "8", truth=whole[:299].copy(), mpp=1)
     with pytest.raises(ValueError, match="empty"):
         sf.pl.imputation(data, [], mpp=1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_result_in_a_table_of_its_own_is_drawn_as_that_in_a_slot(slides, own):
+    """Of a SpatialData beside its counts; of an AnnData with the truth."""
+    data, whole = slides
+    expected = sf.pl.imputation(data, "8", truth=whole, mpp=1, return_fig=True)
+    result = sf.get.expression(data, key="imputed")
+    result.uns["imputed"] = {
+        name: data.uns["imputed"][name] for name in ("shared", "library_share", "normalization", "params")
+    }
+    if own:
+        given = result
+    else:
+        given = sf.datasets.simulated_tissue(60, seed=0)
+        del given["table"]
+        where = {"region": "cells", "region_key": "region", "instance_key": "instance"}
+        for name, table in (("table", data), ("imputed", result)):
+            table = table.copy()
+            table.obs["region"], table.obs["instance"] = pd.Categorical(["cells"] * 300), np.arange(300)
+            table.uns["spatialdata_attrs"] = where
+            table.obsm.pop("imputed", None)
+            table.uns = {key: value for key, value in table.uns.items() if name == "imputed" or key != "imputed"}
+            given[name] = table
+        given["cells"] = circles(data.obsm["spatial"])
+    found = sf.pl.imputation(given, "8", truth=whole, mpp=1, return_fig=True)
+    texts = [[text.get_text() for ax in figure.axes for text in ax.texts] for figure in (expected, found)]
+    assert texts[0] == texts[1] and any(text.startswith("r = ") for text in texts[0])
+
+
+def circles(xy):
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import Identity
+
+    return ShapesModel.parse(
+        xy, geometry=0, radius=1.0, index=np.arange(len(xy)), transformations={"tissue": Identity()}
+    )
+
+
+def test_cells_without_values_are_left_out(slides):
+    data, whole = slides
+    data.obsm["imputed"][:7] = np.nan
+    figure = sf.pl.imputation(data, "8", truth=whole, mpp=1, return_fig=True)
+    texts = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert any(text.endswith("n = 293") for text in texts)

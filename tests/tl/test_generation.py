@@ -161,6 +161,11 @@ def test_states_by_the_rule_of_the_model(slide, model, tmp_path):
     assert list(made.obs["source_cell"]) == [n for n, e in zip(table.obs_names, expected) if e == "A"]
     with pytest.raises(KeyError, match="state"):
         generate(nameless, model, n_steps=1)
+    nameless["table"] = nameless["table"][:, nameless["table"].var_names != genes[0]].copy()
+    with pytest.raises(
+        KeyError, match=rf"needs 1 genes that var_names lack, such as {genes[0]}. Write .* obs\['state'\]"
+    ):
+        generate(nameless, loaded, n_steps=1)
 
 
 def test_a_niche_that_training_did_not_see_is_named(slide, model):

@@ -200,6 +200,10 @@ def test_many_genes_of_a_spatialdata_are_a_table_on_the_same_region(tmp_path, mo
     np.testing.assert_array_equal(again.X, data["imputed"].X)
     assert again.uns["spatialdata_attrs"]["region"] == data["table"].uns["spatialdata_attrs"]["region"]
     assert list(again.var_names) == list(known["table"].var_names[:3])
+    for table_key in ("table", "imputed"):
+        found = sf.get.expression(data, key="imputed", table_key=table_key)
+        np.testing.assert_array_equal(found.X, again.X)
+        assert found is not data["imputed"]
 
 
 def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):
@@ -213,6 +217,7 @@ def test_many_genes_come_as_a_table_of_their_own(query, reference, monkeypatch):
     assert out.obs_names.equals(data.obs_names)
     assert out.layers["std"].shape == out.shape == (400, 5)
     assert {"reliability", "denoised"} <= set(out.var)
+    assert sf.get.expression(out, key="imputed").var_names.equals(out.var_names)
 
 
 def test_result_survives_h5ad(query, reference, tmp_path):
@@ -402,3 +407,16 @@ def test_few_shallow_reference_cells(query):
     assert np.quantile(counts[:, : GENES - 5].sum(1), 0.25) <= 1  # the lowest quantile is the lowest value
     sf.tl.impute_genes(data, reference=reference)
     assert np.isfinite(data.obsm["imputed"]).all() and np.isfinite(data.obsm["imputed_std"]).all()
+
+
+def test_nothing_is_imputed_in_cells_without_counts(query, reference):
+    data = hidden(query)
+    expected = sf.tl.impute_genes(data[3:].copy(), reference=reference, check=False, copy=True)
+    counts = data.X.toarray()
+    counts[:3] = 0
+    data.X = sparse.csr_matrix(counts)
+    with pytest.warns(UserWarning, match="3 cells have no counts of the shared genes"):
+        sf.tl.impute_genes(data, reference=reference, check=False)
+    for slot in ("imputed", "imputed_std"):
+        assert np.isnan(data.obsm[slot][:3]).all() and np.isfinite(data.obsm[slot][3:]).all()
+    assert np.corrcoef(data.obsm["imputed"][3:].ravel(), expected.obsm["imputed"].ravel())[0, 1] > 0.99

@@ -241,3 +241,27 @@ def test_labels_that_missing_values_made_floats_are_those_of_integers(types):
     sf.tl.annotate([one, other], labels="k", use_rep="X")
     assert other.uns["annotation"]["classes"].tolist() == ["0", "1", "2", "3"]
     assert other.uns["annotation"]["held_out_accuracy"] > 0.9
+
+
+def test_the_order_of_labelled_cells_does_not_matter(types):
+    known, other = types
+    known = known[:150].copy()  # few, so that folds matter
+    expected = sf.tl.annotate(other, labels="cell_type", reference=known, use_rep="X", copy=True)
+    for seed in range(3):
+        mixed = known[np.random.default_rng(seed).permutation(known.n_obs)].copy()
+        found = sf.tl.annotate(other, labels="cell_type", reference=mixed, use_rep="X", copy=True)
+        assert (found.obs["annotation"] == expected.obs["annotation"]).all()
+        change = found.obs["annotation_confidence"] - expected.obs["annotation_confidence"]
+        assert abs(change).max() < 1e-3
+        assert found.uns["annotation"]["params"]["temperature"] == expected.uns["annotation"]["params"]["temperature"]
+
+
+def test_counts_of_the_reference_may_be_in_another_layer(types):
+    known, other = types
+    expected = sf.tl.annotate(other, labels="cell_type", reference=known, use_rep="X", copy=True)
+    layered = known.copy()
+    layered.layers["counts"], layered.X = layered.X, layered.X * np.float32(0.3)
+    found = sf.tl.annotate(
+        other, labels="cell_type", reference=layered, reference_layer="counts", use_rep="X", copy=True
+    )
+    pd.testing.assert_frame_equal(found.obs, expected.obs)

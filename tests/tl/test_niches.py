@@ -238,6 +238,21 @@ def test_slides_on_one_array_are_found_in_any_order():
     np.testing.assert_array_equal(pairs[0][0].obs["found"], pairs[1][1].obs["found"])
 
 
+def test_a_small_panel_in_the_list_changes_no_other_sample(slides):
+    carry = {"model": slides[0], "mpp": 1, "key_added": "found"}
+    alone, beside, small = slides[1].copy(), slides[1].copy(), slides[1][:, ::2].copy()
+    sf.tl.cluster_niches(alone, **carry)
+    with pytest.warns(
+        UserWarning, match="var_names of objects 'small' hold 50% of the 60 genes of the niches of model"
+    ):
+        sf.tl.cluster_niches({"whole": beside, "small": small}, **carry)
+    pd.testing.assert_series_equal(beside.obs["found_confidence"], alone.obs["found_confidence"])
+    assert (beside.obs["found"] == alone.obs["found"]).all()
+    with pytest.raises(ValueError, match="15 of the 60 genes") as caught:
+        sf.tl.cluster_niches([alone, slides[1][:, :15].copy()], **carry)
+    assert caught.value.__notes__ == ["This is object '1' of data."]
+
+
 def test_clear_errors(slides, embedded):
     with pytest.raises(ValueError, match="an embedding has none: give n_clusters="):
         sf.tl.cluster_niches(embedded, use_rep="E")
@@ -259,6 +274,8 @@ def test_clear_errors(slides, embedded):
         sf.tl.cluster_niches(embedded, use_rep="E", model=slides[0], key_added="found")
     with pytest.raises(ValueError, match="15 of the 60 genes of the niches of model"):
         sf.tl.cluster_niches(slides[1][:, :15].copy(), mpp=1, model=slides[0], key_added="found")
+    with pytest.raises(ValueError, match="which niche_um= cannot change"):
+        sf.tl.cluster_niches(slides[1], mpp=1, model=slides[0], key_added="found", niche_um=200)
 
 
 def test_niches_of_the_public_mice_are_their_layers(mirror):

@@ -16,9 +16,10 @@ from spatiaflow._io._arguments import (
 )
 from spatiaflow._io._bare import bare_image, plain_stem
 from spatiaflow._io._checks import check_library, check_measured
+from spatiaflow._io._found import fingerprint, found_apart, found_by
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
-from spatiaflow._io._lists import each_object, in_form_of, objects_of
+from spatiaflow._io._lists import each_object, in_form_of, named, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
@@ -42,7 +43,9 @@ from spatiaflow._io._tables import (
     log_expression,
     matrix,
     morphology,
+    own_result,
     owned,
+    same_cells,
     same_encoder,
     shared_genes,
     slot_as_anndata,
@@ -57,6 +60,9 @@ from spatiaflow._io._tables import (
 from spatiaflow._io._where import Where
 
 __all__ = [
+    "fingerprint",
+    "found_apart",
+    "found_by",
     "Chunks",
     "Decoded",
     "Key",
@@ -95,11 +101,13 @@ __all__ = [
     "matrix",
     "microns_per_unit",
     "morphology",
+    "named",
     "names",
     "objects_of",
     "one_of",
     "one_slide",
     "open_image",
+    "own_result",
     "owned",
     "places",
     "plain_stem",
@@ -108,6 +116,7 @@ __all__ = [
     "provenance",
     "remember",
     "renames",
+    "same_cells",
     "same_encoder",
     "stain",
     "stain_entry",

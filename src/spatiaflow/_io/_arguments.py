@@ -85,7 +85,10 @@ def names(value: Any, argument: str) -> list[str] | None:
         return None
     if not isinstance(value, Iterable) or isinstance(value, set | frozenset):  # a set has no order
         raise ValueError(f"{argument} must be a name or a list of names, not {value!r}.")
-    found = [value] if isinstance(value, str) else [str(name) for name in value]
+    found = [value] if isinstance(value, str) else list(value)
+    if found and isinstance(found[0], bool | np.bool_):
+        raise ValueError(f"{argument} must be names, not a mask of bool. Give {argument}=table.obs_names[mask].")
+    found = [str(name) for name in found]
     if not found:
         raise ValueError(f"{argument} is empty; name at least one, or leave it out.")
     if len(set(found)) < len(found):

@@ -47,6 +47,7 @@ JOIN = (
 HEXAGONAL = (100.0,)  # Visium
 # legacy ST and its denser array, DBiT-seq, Stereo-seq bins, Visium HD bins
 SQUARE = (200.0, 141.0, 100.0, 50.0, 25.0, 20.0, 16.0, 10.0, 8.0, 2.0)
+CLOSE = 0.4  # of the median distance to the nearest cell: closer cells of one slide touch
 SPACING = (3.0, 60.0)  # µm between neighbouring cells
 AREA = (10.0, 3000.0)  # µm² of a cell
 
@@ -85,11 +86,15 @@ def check_separate(slide: Slide, table: AnnData, library_key: str | None) -> np.
 
 
 def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | None:
-    """A column of obs that seems to tell slides apart: by its name, or because its groups alone are regular arrays."""
+    """A column of obs that seems to tell slides apart.
+
+    By its name, because its groups alone are regular arrays, or because cells of one group keep a distance that others do not.
+    """
     xy, rows = slide.xy[known], slide.rows[known]
     if len(rows) < 32:
         return None
     regular = Lattice(np.unique(xy, axis=0)).regular
+    close = _close_pairs(xy)
     for name in table.obs.columns:
         column = table.obs[name].iloc[rows]
         if pd.api.types.is_float_dtype(column.dtype):
@@ -100,6 +105,9 @@ def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | 
             continue
         if str(name).lower() in SLIDE_COLUMNS and any(_overlap(one, parts[0]) for one in parts[1:]):
             return name
+        within = (np.bincount(codes[codes >= 0]) / len(codes)) ** 2  # of the pairs, if cells lay anywhere
+        if within.sum() * len(close) >= 20 and (codes[close[:, 0]] == codes[close[:, 1]]).sum() < 2:
+            return name
         named = not pd.api.types.is_numeric_dtype(column.dtype)
         if (
             named
@@ -108,6 +116,16 @@ def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | 
         ):
             return name
     return None
+
+
+def _close_pairs(xy: np.ndarray) -> np.ndarray:
+    """Pairs of cells (n x 2) much closer than neighbours are, as cells of one slide hardly ever and of two slides often are."""
+    from spatiaflow.models.preprocess import spread  # with torch, which a table is read without
+
+    rows = spread(len(xy), 20_000)
+    distance, near = (both[:, 1] for both in cKDTree(xy).query(xy[rows], k=2))
+    close = distance < CLOSE * np.median(distance)
+    return np.stack([rows[close], near[close]], 1)
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> bool:

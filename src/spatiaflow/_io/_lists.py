@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -26,11 +27,22 @@ def objects_of(data: Any) -> dict[str, Any]:
     return out
 
 
+@contextmanager
+def named(name: str, argument: str = "data") -> Iterator[None]:
+    """Let an error inside say which object of a list or dict it is of: the one that :func:`objects_of` calls ``name``."""
+    try:
+        yield
+    except Exception as error:
+        if name:
+            error.add_note(f"This is object {name!r} of {argument}.")
+        raise
+
+
 def each_object(verb: Callable[P, R]) -> Callable[P, R]:
     """Let a verb take a list or dict of objects: it runs on each, and returns what it returns in the same form.
 
-    Each object has a folder of its own in ``checkpoint_dir``, where the verb has one. An error says which object it is of; the
-    objects before it keep what was written.
+    Each object has a folder of its own in ``checkpoint_dir``, where the verb has one. After an error the objects before it keep
+    what was written.
     """
 
     @wraps(verb)
@@ -43,11 +55,8 @@ def each_object(verb: Callable[P, R]) -> Callable[P, R]:
         found, folder = {}, arguments.get("checkpoint_dir")
         for i, (name, one) in enumerate(objects_of(data).items()):
             own = {} if folder is None else {"checkpoint_dir": Path(folder) / f"object_{i}"}
-            try:
+            with named(name):
                 found[name] = verb(one, *rest, **arguments | own)
-            except Exception as error:
-                error.add_note(f"This is object {name!r} of data. {i} of {len(data)} were done before it.")
-                raise
         return None if all(one is None for one in found.values()) else in_form_of(data, found)
 
     return run

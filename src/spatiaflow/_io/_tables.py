@@ -115,18 +115,21 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             )
 
 
-def shared_genes(
-    tables: Sequence[AnnData], fewest: int = 1, advice: str = "Are the identifiers of one kind?"
-) -> list[str]:
+def shared_genes(tables: Sequence[AnnData], fewest: int = 1, advice: str = "") -> list[str]:
     """Genes that every table measures, in the order of the first. Fewer than ``fewest`` are an error that ends in ``advice``."""
     own = [list(map(str, table.var_names)) for table in tables]
     check_spelling(own)
     others = [set(names) for names in own[1:]]
     shared = [name for name in own[0] if all(name in other for other in others)]
     if len(shared) < fewest:
+        sets = [set(names) for names in own]
+        near = [len(one & set().union(*sets[:i], *sets[i + 1 :])) / max(len(one), 1) for i, one in enumerate(sets)]
+        odd = int(np.argmin(near))
+        names = ", ".join(map(repr, own[odd][:3]))
+        needed = "1 is" if fewest == 1 else f"{fewest} are"
         raise ValueError(
-            f"var_names of all objects share {len(shared)} genes; at least {fewest} {'is' if fewest == 1 else 'are'} needed. "
-            f"{advice}"
+            f"var_names of all objects share {len(shared)} genes; at least {needed} needed. Those of object {odd}, such as "
+            f"{names}, are found least in the others. Are the identifiers of one kind? {advice}".rstrip()
         )
     return shared
 
@@ -222,6 +225,12 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
     if where in table.obsm:
         out.obsm[where] = owned(table.obsm[where])
     return out
+
+
+def own_result(data: Any, table: AnnData, key: str) -> AnnData | None:
+    """Return the table of its own in which a result of many genes stands, if ``obsm[key]`` does not hold the result."""
+    held = table if isinstance(data, AnnData) else data.tables.get(key)
+    return held if held is not None and key not in table.obsm and "normalization" in entry(held, key) else None
 
 
 def beside(table: AnnData, values: np.ndarray, var: pd.DataFrame) -> AnnData:
@@ -392,21 +401,33 @@ def storable(value: Any) -> Any:
     return str(value)
 
 
+def same_cells(truth: AnnData, table: AnnData) -> np.ndarray:
+    """Rows of ``truth`` that hold the cells of a table."""
+    at = truth.obs_names.get_indexer(table.obs_names)
+    if (at < 0).any():
+        name = table.obs_names[int(np.argmax(at < 0))]
+        raise KeyError(f"truth has no cell {name!r}; obs_names must be those of data.")
+    return at
+
+
 def log_expression(
-    table: AnnData, genes: list[str], layer: str | None, key: str, source: AnnData | None = None
+    table: AnnData,
+    genes: list[str],
+    layer: str | None,
+    key: str,
+    source: AnnData | None = None,
+    held: AnnData | None = None,
 ) -> np.ndarray:
     """Return measured log1p expression (n_obs x genes), normalised as the prediction in the slot ``key`` is.
 
-    ``source`` holds the counts, of the same cells, where the table does not; the library is always the table's.
+    ``source`` holds the counts, of the same cells, where the table does not; the library is always the table's. ``held`` is the
+    table with ``uns[key]``, if it is another.
     """
-    per, stored = target_sum(table, key), table.uns[key]
+    held = table if held is None else held
+    per, stored = target_sum(held, key), held.uns[key]
     values = dense(counts(table if source is None else source, genes, layer)[0])
     if source is not None:
-        at = source.obs_names.get_indexer(table.obs_names)
-        if (at < 0).any():
-            name = table.obs_names[int(np.argmax(at < 0))]
-            raise KeyError(f"truth has no cell {name!r}; obs_names must be those of data.")
-        values = values[at]
+        values = values[same_cells(source, table)]
     if per is None:
         return np.log1p(values)
     if "shared" in stored:  # imputed: counts of the genes that the reference measures too

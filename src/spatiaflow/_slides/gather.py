@@ -92,42 +92,43 @@ def gather(
     where = where or Where()
     out: list[Slide] = []
     for label, one in _io.objects_of(data).items():
-        table = _io.unpack(one, where.table_key)[1]
-        found = _io.places(one, where, missing=missing, scaled=scaled)
-        counts = None
-        if "counts" in need:
-            counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
-            _io.check_measured(table, counts, where.library_key)
-        features = None
-        if "features" in need:
-            slots = _io.names(use_rep, "use_rep") or []
-            found_slots = [_io.features(table, slot) for slot in slots]
-            features = found_slots[0] if len(slots) == 1 else np.hstack(found_slots)
-        share = _io.tissue_share(table)
-        for slide in found:
-            rows = slide.rows
-            parts: dict[str, Any] = {} if share is None else {"tissue_share": share[rows]}
-            if counts is not None:
-                own = counts[rows]
-                library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
-                genes = tuple(map(str, table.var_names))
-                parts |= {"counts": own, "library": library, "genes": genes, "measured": None}
-            if features is not None:
-                whole = np.array_equal(rows, np.arange(len(features)))
-                parts["features"] = features if whole else features[rows]  # features can be gigabytes: no copy
-            if donor_key is not None:
-                parts["donor"] = _donor(table, donor_key, slide)
-            if fold_key is not None:
-                parts["labels"] = _folds(table, fold_key, slide)
-            if "crops" in need:
-                from spatiaflow._slides.crops import slide_crops
+        with _io.named(label, "data" if argument == "layer" else "reference"):
+            table = _io.unpack(one, where.table_key)[1]
+            found = _io.places(one, where, missing=missing, scaled=scaled)
+            counts = None
+            if "counts" in need:
+                counts = sparse.csr_matrix(_io.counts(table, None, layer, argument=argument)[0], dtype=np.float32)
+                _io.check_measured(table, counts, where.library_key)
+            features = None
+            if "features" in need:
+                slots = _io.names(use_rep, "use_rep") or []
+                found_slots = [_io.features(table, slot) for slot in slots]
+                features = found_slots[0] if len(slots) == 1 else np.hstack(found_slots)
+            share = _io.tissue_share(table)
+            for slide in found:
+                rows = slide.rows
+                parts: dict[str, Any] = {} if share is None else {"tissue_share": share[rows]}
+                if counts is not None:
+                    own = counts[rows]
+                    library = np.asarray(own.sum(1, dtype=np.float64)).ravel()
+                    genes = tuple(map(str, table.var_names))
+                    parts |= {"counts": own, "library": library, "genes": genes, "measured": None}
+                if features is not None:
+                    whole = np.array_equal(rows, np.arange(len(features)))
+                    parts["features"] = features if whole else features[rows]  # features can be gigabytes: no copy
+                if donor_key is not None:
+                    parts["donor"] = _donor(table, donor_key, slide)
+                if fold_key is not None:
+                    parts["labels"] = _folds(table, fold_key, slide)
+                if "crops" in need:
+                    from spatiaflow._slides.crops import slide_crops
 
-                parts["crops"] = slide_crops(
-                    one, slide, table, crop_um=crop_um, pixels=crop_pixels, wide=crop_wide, image_key=where.image_key,
-                    as_uint8=True,
-                )  # fmt: skip
-            name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
-            out.append(replace(slide, name=name, **parts))
+                    parts["crops"] = slide_crops(
+                        one, slide, table, crop_um=crop_um, pixels=crop_pixels, wide=crop_wide, image_key=where.image_key,
+                        as_uint8=True,
+                    )  # fmt: skip
+                name = unique_name(slide.name, label, len(found), {s.name for s in out}, isinstance(data, Mapping))
+                out.append(replace(slide, name=name, **parts))
     if scaled and together:
         check_together(out)
     return out

@@ -27,7 +27,8 @@ def expression(
         One object, or a list or dict of objects, with the result of a function such as
         :func:`spatiaflow.tl.predict_expression`.
     key
-        The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``, such as ``"stflow"`` or ``"imputed"``.
+        The slot: ``.obsm[key]`` with names in ``.uns[key]["genes"]``, such as ``"stflow"`` or ``"imputed"``. A result of many
+        genes, which has a table of its own, is returned as it is.
     table_key
         Table of a SpatialData.
 
@@ -56,5 +57,7 @@ def expression(
     >>> import squidpy as sq
     >>> sq.pl.spatial_scatter(predicted, color="STATE1", shape=None)
     """
-    _, table = _io.unpack(data, table_key)
-    return _io.slot_as_anndata(table, key)
+    _io.text(key=key)
+    data, table = _io.unpack(data, table_key)
+    own = _io.own_result(data, table, key)
+    return _io.slot_as_anndata(table, key) if own is None else own.copy()

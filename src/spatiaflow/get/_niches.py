@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 
 from spatiaflow import _io
 from spatiaflow._process import verb
+from spatiaflow._settings import logger
 
 
 @verb
@@ -29,7 +30,8 @@ def niche_composition(
     data
         One object, or a list or dict of objects, whose niches :func:`spatiaflow.tl.cluster_niches` found together.
     by
-        Column of ``.obs`` that names the sample of each cell; None: each object is a sample, called by its key or place.
+        Column of ``.obs`` that names the sample of each cell; None: each object is a sample, called by its key or place. Cells of
+        one name are added up, also from several objects.
     key
         Column of the niches.
     counts
@@ -48,7 +50,7 @@ def niche_composition(
     KeyError
         A column is missing.
     ValueError
-        The list or dict is empty, or niches were found in each object alone.
+        The list or dict is empty, or niches or clusters were found in each object alone.
 
     See Also
     --------
@@ -61,10 +63,12 @@ def niche_composition(
     """
     _io.text(by=by, key=key)
     _check_found_together(data, key, table_key)
+    if by is not None:
+        _tell_of_joined(data, by, table_key)
     niche, sample = columns_of_cells(data, [key, by], table_key)
     found = pd.crosstab(sample, niche, dropna=False).loc[lambda table: table.sum(axis=1) > 0]
     found.index, found.columns = (
-        pd.Index(found.index, name=by, dtype=object),
+        pd.Index(found.index, name=by or "sample", dtype=object),
         pd.Index(found.columns, name=key, dtype=object),
     )
     out = found if counts else found.div(found.sum(axis=1), axis=0)
@@ -72,20 +76,30 @@ def niche_composition(
     return out
 
 
-def _check_found_together(data, key: str, table_key: str) -> None:
-    """Refuse objects in which ``cluster_niches`` found niches one by one: those of one name have nothing in common."""
-    first: tuple[str, np.ndarray] | None = None
+def _tell_of_joined(data, by: str, table_key: str) -> None:
+    """Log which samples get the cells of several objects: right for a donor, wrong for sections that are numbered anew."""
+    of: dict[str, list[str]] = {}
     for name, one in _io.objects_of(data).items():
-        model = _io.entry(_io.unpack(one, table_key)[1], key).get("model")
-        if not isinstance(model, Mapping):
-            continue
-        intercept = np.asarray(model["intercept"])
-        if first is not None and not np.array_equal(first[1], intercept):
-            raise ValueError(
-                f"niches {key!r} of objects {first[0]!r} and {name!r} were found in each alone, so equal names mean nothing. Run "
-                "sf.tl.cluster_niches on the whole list, or carry them: sf.tl.cluster_niches(other, model=first)."
-            )
-        first = first or (name, intercept)
+        table = _io.unpack(one, table_key)[1]
+        for sample in sorted({*_io.as_text(table.obs[by])} - {""}) if by in table.obs else ():
+            of.setdefault(sample, []).append(name)
+    if joined := {sample: names for sample, names in of.items() if len(names) > 1}:
+        sample, names = next(iter(joined.items()))
+        logger.info(
+            "%d samples of obs[%r] get the cells of several objects, such as %r of %s", len(joined), by, sample,
+            ", ".join(map(repr, names)),
+        )  # fmt: skip
+
+
+def _check_found_together(data, key: str, table_key: str) -> None:
+    """Refuse objects whose clusters were found one by one: those of one name have nothing in common."""
+    tables = {name: _io.unpack(one, table_key)[1] for name, one in _io.objects_of(data).items()}
+    if (apart := _io.found_apart(tables, key)) is not None:
+        raise ValueError(
+            f"clusters {key!r} of objects {apart[0]!r} and {apart[1]!r} were found in each alone, so equal names mean nothing. "
+            "Run sf.tl.cluster_niches or sf.tl.cluster_cells on the whole list, or carry niches: sf.tl.cluster_niches(other, "
+            "model=first). If you have made them alike, rename them: names that are no numbers are not checked."
+        )
 
 
 def columns_of_cells(data, columns: Sequence[str | None], table_key: str) -> list[pd.Series]:

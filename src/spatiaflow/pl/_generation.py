@@ -165,7 +165,8 @@ def morphology_dose(
     """Draw a cell under edits, towards states or by genes, at increasing doses.
 
     Each row is an edit, each column a dose; a dose of 0 is the cell as it is. Beside each row stands the change of the nuclear
-    area from the lowest to the highest dose, as a mean over all cells. All pictures have one contrast.
+    area from the lowest to the highest dose, as a mean over all cells. Of several samples the first is drawn and measured. All
+    pictures have one contrast.
 
     Parameters
     ----------
@@ -239,7 +240,8 @@ def morphology_dose(
             -0.08, 0.5, one.obs["transition"].iloc[0], transform=line[0].transAxes, ha="right", va="center", fontsize=7
         )
         if "area_um2" in one.var_names:
-            area = one.to_df()["area_um2"].groupby(one.obs["dose"].to_numpy()).mean()
+            first = one[(one.obs["sample"] == 0).to_numpy()]
+            area = first.to_df()["area_um2"].groupby(first.obs["dose"].to_numpy()).mean()
             change = f"area {100 * (area.iloc[-1] / area.iloc[0] - 1):+.0f} %"
             line[-1].text(1.08, 0.5, change, transform=line[-1].transAxes, ha="left", va="center", fontsize=6)
     for ax, dose in zip(axes[0], doses):
@@ -261,7 +263,8 @@ def profile_shift(
 ) -> Figure | None:
     """Draw the morphology of generated cells between that of real sources and of real targets.
 
-    Each is a violin with median and quartiles. All three are measured on images in the same way.
+    Each is a violin with median and quartiles. All are measured on images in the same way. Of several doses each has a violin,
+    and of several samples the first is drawn.
 
     Parameters
     ----------
@@ -298,6 +301,7 @@ def profile_shift(
     import matplotlib.pyplot as plt
 
     data = _io.unpack(data)[1]
+    data = data[(data.obs["sample"] == 0).to_numpy()]
     shared = [name for name in data.var_names if name in source and name in target]
     features = _io.names(features, "features")
     if features is None:
@@ -306,11 +310,18 @@ def profile_shift(
         features = list(change.sort_values(ascending=False, kind="stable").index[:6])
     if missing := [name for name in features if name not in shared]:
         raise KeyError(f"there is no feature {missing[0]!r}; there are {', '.join(shared)}.")
-    samples = {"source": source, "generated": data.to_df(), "target": target}
+    made = {f"dose {dose:.2g}": rows.index for dose, rows in data.obs.groupby("dose")}
+    made = made if len(made) > 1 else {"generated": data.obs_names}
+    values = data.to_df()
+    samples = {"source": source} | {name: values.loc[rows] for name, rows in made.items()} | {"target": target}
     columns = min(3, len(features))
     lines = -(-len(features) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(2.3 * columns + 0.4, 1.25 * lines), squeeze=False, layout="constrained"
+        lines,
+        columns,
+        figsize=(2.3 * columns + 0.4, (0.5 + 0.25 * len(samples)) * lines),
+        squeeze=False,
+        layout="constrained",
     )
     for ax in axes.flat[len(features) :]:
         ax.set_axis_off()
@@ -319,10 +330,10 @@ def profile_shift(
         low, high = whole.quantile([0.005, 0.995])
         for y, (name, values) in enumerate(samples.items()):
             own = values[feature].dropna().clip(low, high).to_numpy(float)
-            violin(ax, y, own, "#56B4E9" if name == "generated" else "0.8")
+            violin(ax, y, own, "#56B4E9" if name in made else "0.8")
         labels = [f"{name} ({len(values):,})" for name, values in samples.items()]
-        ax.set_yticks(range(3), labels if i % columns == 0 else [""] * 3, fontsize=6)
-        ax.set_ylim(2.5, -0.5)
+        ax.set_yticks(range(len(labels)), labels if i % columns == 0 else [""] * len(labels), fontsize=6)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
         ax.set_xlabel(_label(feature, unit=True), fontsize=7)
         ax.tick_params(axis="x", labelsize=6, length=2)
         ax.tick_params(axis="y", length=0)

@@ -47,7 +47,7 @@ def imputation(
     Parameters
     ----------
     data
-        Object that :func:`spatiaflow.tl.impute_genes` wrote into.
+        Object that :func:`spatiaflow.tl.impute_genes` wrote into, or the AnnData that it returned.
     genes
         One gene or several.
     truth
@@ -86,15 +86,21 @@ def imputation(
     import matplotlib.pyplot as plt
 
     where = _io.Where(table_key, None, shapes_key, labels_key, library_key, spatial_key, mpp)
-    _, table = _io.unpack(data, table_key)
+    _io.text(key=key)
+    data, table = _io.unpack(data, table_key)
     genes = list(_io.names(genes, "genes") or ())
-    imputed = _io.slot_as_anndata(table, key)
+    own = _io.own_result(data, table, key)
+    held, imputed = (table, _io.slot_as_anndata(table, key)) if own is None else (own, own)
     if missing := [gene for gene in genes if gene not in imputed.var_names]:
         raise KeyError(f"uns[{key!r}]['genes'] has no {missing[0]!r}; it has {', '.join(imputed.var_names[:8])}, ...")
     slide = _io.one_slide(_io.places(data, where), library_id)
+    slide = slide.take(np.isfinite(np.asarray(imputed.X[slide.rows])).all(1))  # cells without counts have no values
     truth = None if truth is None else _io.unpack(truth, table_key, name="truth")[1]
-    there = [gene for gene in imputed.var_names if gene in (table if truth is None else truth).var_names]
-    measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth).T)) if there else {}
+    counts = table if truth is None else truth
+    there = [gene for gene in imputed.var_names if gene in counts.var_names]
+    if table is own:  # it holds no counts
+        there, table, truth = ([], table, None) if truth is None else (there, truth[_io.same_cells(truth, table)], None)
+    measured = dict(zip(there, _io.log_expression(table, there, layer, key, truth, held).T)) if there else {}
     compared = [gene for gene in genes if gene in measured and not imputed.var.loc[gene, "denoised"]]
     aspect = np.ptp(slide.xy[:, 1]) / max(np.ptp(slide.xy[:, 0]), 1e-9)
     height = 2.1 * np.clip(aspect, 0.6, 1.5)  # of a map, inches
@@ -103,7 +109,7 @@ def imputation(
     heights = [height + 0.3] * len(genes) + [1.8]
     figure = plt.figure(figsize=(sum(widths) + 0.3, sum(heights) + 0.1), layout="constrained")
     grid = figure.add_gridspec(len(heights), len(widths), height_ratios=heights, width_ratios=widths)
-    per: Any = _io.target_sum(table, key)
+    per: Any = _io.target_sum(held, key)
     unit = f"log1p of counts per {per:.0f}" if per >= 100 else f"log1p of counts per {per:.2g}"
     for i, gene in enumerate(genes):
         known = measured[gene][slide.rows] if gene in measured else None

@@ -118,7 +118,7 @@ def cluster_cells(
     codes[filled] = rank[label]
     params = _io.provenance(
         started, random_state=seed, resolution=float(resolution), n_clusters=int(n_clusters), use_rep=use_rep or "",
-        n_objects=len(tables),
+        n_objects=len(tables), found_sha256=_io.fingerprint(codes),
     )  # fmt: skip
     for table, rows in zip(tables, rows_of(tables)):
         cluster = pd.Categorical.from_codes(codes[rows], [str(i) for i in range(n_clusters)])
@@ -132,7 +132,7 @@ def _components(
     """Components of the genes that all objects share, rows of all tables x components, and which rows have counts."""
     from spatiaflow.models.levels import joint_axes, standardised
 
-    (slides,), target_sum = gene_slides([(objects, tables, [where] * len(tables))], layer)
+    (slides,), target_sum = gene_slides([(objects, tables, [where] * len(tables), layer)])
     parts = [standardised(slide, target_sum, highest=10.0) for _, slide in slides]
     axes, n = joint_axes(parts), sum(table.n_obs for table in tables)
     out, filled = np.empty((n, axes.shape[1])), np.empty(n, bool)

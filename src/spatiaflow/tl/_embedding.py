@@ -20,7 +20,10 @@ def embedding(table: AnnData, use_rep: str) -> np.ndarray:
 
 def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
     """Embeddings of all tables, one after the other."""
-    found = [embedding(table, use_rep) for table in tables]
+    found = []
+    for i, table in enumerate(tables):
+        with _io.named(str(i) if len(tables) > 1 else ""):
+            found.append(embedding(table, use_rep))
     check_alike(tables, use_rep, [x.shape[1] for x in found], "the objects of data")
     return np.concatenate(found)
 

@@ -159,6 +159,7 @@ def generate_morphology(
     edit, name = _edit(model, source, target, shift, doses, n_steps)
     table, c, level = _io.unpack(data, table_key)[1], model.config, model.card["level"]
     _check_table(table, table_key, model)
+    _check_clusters(table, model)
     slides = _as_in_training(_slides_for(data, where, table, model, layer), model)
     place, inside = placed(table, slides)
     rows = _sources(table, model, source, target, cells, inside, layer)
@@ -260,7 +261,8 @@ def _edit(
             f"shift must be a dict of genes and changes of log counts, such as {{'COL17A1': 1.0}}, not {shift!r}."
         )
     if missing := [gene for gene in shift if gene not in genes]:
-        near = difflib.get_close_matches(str(missing[0]), genes, 3, 0.6)
+        spelled = {gene.lower(): gene for gene in genes}
+        near = [spelled[one] for one in difflib.get_close_matches(str(missing[0]).lower(), spelled, 3, 0.6)]
         raise KeyError(f"the model knows no gene {missing[0]!r}{'; it knows ' + ', '.join(near) if near else ''}.")
     return {gene: float(value) for gene, value in shift.items()}, ", ".join(f"{g} {v:+g}" for g, v in shift.items())
 
@@ -314,6 +316,17 @@ def _check_table(table: AnnData, table_key: str, model: MorphologyFlow) -> None:
         raise ValueError(
             f"the table {table_key!r} holds {have}; the model was trained on {need}. Give table_key= of them."
         )
+
+
+def _check_clusters(table: AnnData, model: MorphologyFlow) -> None:
+    """Refuse states or niches that are clusters of another run than those that the generator was trained with."""
+    for key, run in model.card.get("found_sha256", {}).items():
+        if (own := _io.found_by(table, key)) and own != run:
+            raise ValueError(
+                f"obs[{key!r}] holds clusters of another run than those of the training data, so equal names mean nothing. Carry "
+                f"niches, sf.tl.cluster_niches(data, model=training_data, key_added={key!r}), or cluster all samples together "
+                "before training. If you have made them alike, rename them in both."
+            )
 
 
 def _check_embeddings(table: AnnData, slides: Sequence[Slide], model: MorphologyFlow) -> None:
@@ -389,6 +402,11 @@ def _sources(
             state_shares(table, column, model.card["min_share"]).is_source(source, target or ""),
         )
     elif column not in table.obs and model.states is not None:
+        if missing := sorted(set(model.states.genes) - set(map(str, table.var_names))):
+            raise KeyError(
+                f"obs has no {column!r}, and the model's rule for states needs {len(missing)} genes that var_names lack, such as "
+                f"{', '.join(missing[:3])}. Write the state of each cell into obs[{column!r}]."
+            )
         counts, _ = _io.counts(table, model.states.genes, layer)
         logger.info("obs has no %r: states by the rule that comes with the model", column)
         where, chosen = "the model's rule", np.array(model.states(sparse.csr_matrix(counts)), dtype=str) == source

@@ -146,6 +146,7 @@ def impute_genes(
         Raw counts, with positions if there are any. One object, or a list or dict of objects; each is imputed by itself.
     genes
         Genes to impute. None: all genes of the reference or model that ``data`` lack, or, without either, all genes of ``data``.
+        The genes of one call share one penalty and one set of branches, so values depend somewhat on which are named together.
     reference
         Cells with raw counts of the genes: another slide, a part of one, or dissociated cells.
     model
@@ -170,7 +171,8 @@ def impute_genes(
         Elements of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart. Neighbours never cross slides. With three or more slides in the reference,
-        whole slides are held out for validation; with fewer, contiguous blocks.
+        whole slides are held out for validation; with fewer, contiguous blocks, or random cells where there are no positions. So
+        name the donors of dissociated cells here: cells of one donor on both sides promise too much.
     spatial_key
         Positions in ``.obsm`` of an AnnData, in any unit. Without them cells have no neighbours.
     random_state
@@ -184,7 +186,7 @@ def impute_genes(
     -------
     None, or with ``copy=True`` an object of the type given. Sets:
 
-    ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p of counts per ``target_sum``
+    ``.obsm[key_added]`` : float32 array (n_obs, n_genes), log1p of counts per ``target_sum``; NaN for cells without counts
     ``.obsm[f"{key_added}_std"]`` : same shape and unit, standard deviation under a negative binomial law at the cell's own
         library size, with the dispersion found in held-out blocks of the reference
     ``.uns[key_added]`` : dict with ``genes``, ``shared`` (genes whose counts make the library), ``library_share`` (their share in
@@ -390,7 +392,7 @@ def _check_query(query: list[Slide], imputer: Imputer, use_rep: str | None, spat
 
 
 def _predict(imputer: Imputer, query: list[Slide], n_obs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation in the order of the table, n_obs x genes."""
+    """Mean and standard deviation in the order of the table, n_obs x genes; NaN for cells without counts."""
     mean, std = (np.zeros((n_obs, len(imputer.genes)), np.float32) for _ in range(2))
     with progress(None, "imputing", total=n_obs, unit="cell") as bar:
         for slide in query:
@@ -399,6 +401,12 @@ def _predict(imputer: Imputer, query: list[Slide], n_obs: int) -> tuple[np.ndarr
                 at = slide.rows[start : start + len(m)]
                 mean[at], std[at], start = m, s, start + len(m)
                 bar.update(len(m))
+    empty = np.concatenate([slide.rows[slide.library == 0] for slide in query])
+    if len(empty):
+        warn(
+            f"{len(empty)} cells have no counts of the shared genes: nothing can be imputed there, and their values are NaN."
+        )
+        mean[empty] = std[empty] = np.nan
     return mean, std
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from spatiaflow.models.levels import Standardised
     from spatiaflow.models.slide import Slide
 
-Side = tuple[Any, Sequence[AnnData], Sequence[_io.Where]]  # objects, their tables, and where things are in each
+# objects, their tables, where things are in each, and the layer with counts
+Side = tuple[Any, Sequence[AnnData], Sequence[_io.Where], str | None]
 UNKNOWN = "unknown"
 MISSING = ("", "nan", "None", "<NA>")  # what text makes of a missing value
 MANY_DIFFER = 0.2  # share of cells whose label depends on how genes are standardised
@@ -42,6 +43,7 @@ def annotate(
     threshold: float = 0.5,
     scaling: str = "slide",
     layer: str | None = None,
+    reference_layer: str | None = None,
     table_key: str = "table",
     library_key: str | None = None,
     random_state: int | None = None,
@@ -73,8 +75,8 @@ def annotate(
     scaling
         How genes are standardised. ``"slide"``: by the cells of each slide, which takes out how slides differ, but needs slides
         of like composition. ``"reference"``: by the labelled slides together, for sorted cells and small regions.
-    layer
-        Layer with raw counts; None reads ``X``.
+    layer, reference_layer
+        Layers with raw counts; None reads ``X``.
     table_key
         Table of a SpatialData.
     library_key
@@ -122,22 +124,26 @@ def annotate(
     _io.slot_name(key_added)
     _io.share(threshold=threshold)
     _io.text(library_key=library_key)
+    sources: Sequence[AnnData]
     objects, tables = unpacked(data, table_key, copy=copy)
     for table in tables if library_key is not None else ():
         if library_key not in table.obs:
             raise KeyError(f"obs has no {library_key!r}; it has {_io.listing(table.obs.columns)}.")
     where = _io.Where(table_key, library_key=library_key)
-    sides = [(objects, tables, [where] * len(tables))]
+    sides: list[Side] = [(objects, tables, [where] * len(tables), layer)]
     if reference is not None:
-        known, sources = unpacked(reference, table_key)
-        sides.append((known, sources, [_io.where_in_reference(one, where) for one in _io.objects_of(known).values()]))
+        known, sources = unpacked(reference, table_key, argument="reference")
+        there = [_io.where_in_reference(one, where) for one in _io.objects_of(known).values()]
+        sides.append((known, sources, there, reference_layer))
     use_rep, sources = _io.names(use_rep, "use_rep") or [], sides[-1][1]
     given, names = rows, y = _labelled(sources, labels)
-    genes = _genes(sides, method, layer, scaling) if "X" in use_rep else None
+    genes = _genes(sides, method, scaling) if "X" in use_rep else None
     values = _features(sides, use_rep, [] if genes is None else genes.values)
     x, known = values[0], values[-1]
     if genes is not None:
         rows, y = rows[genes.depth[-1][rows] > 0], y[genes.depth[-1][rows] > 0]
+    order = np.argsort(known[rows] @ np.random.default_rng(0).normal(size=known.shape[1]), kind="stable")
+    rows, y = rows[order], y[order]  # folds do not depend on the order of rows
     if len(classes := np.unique(y)) < 2:
         raise ValueError(
             f"labelled cells with counts are of {len(classes)} class(es) of obs[{labels!r}]; two are needed."
@@ -172,30 +178,31 @@ def annotate(
     return objects if copy else None
 
 
-def unpacked(data, table_key: str, *, copy: bool = False) -> tuple[object, list[AnnData]]:
+def unpacked(data, table_key: str, *, copy: bool = False, argument: str = "data") -> tuple[object, list[AnnData]]:
     """The objects (copies with ``copy``) in the form given, and their tables."""
-    found = {name: _io.unpack(one, table_key, copy=copy) for name, one in _io.objects_of(data).items()}
+    found = {}
+    for name, one in _io.objects_of(data).items():
+        with _io.named(name, argument):
+            found[name] = _io.unpack(one, table_key, copy=copy)
     objects, tables = [one for one, _ in found.values()], [table for _, table in found.values()]
     if isinstance(data, Mapping):
         return dict(zip(data, objects)), tables
     return objects if isinstance(data, list | tuple) else objects[0], tables
 
 
-def gene_slides(sides: Sequence[Side], layer: str | None) -> tuple[list[list[tuple[np.ndarray, Slide]]], float]:
+def gene_slides(sides: Sequence[Side]) -> tuple[list[list[tuple[np.ndarray, Slide]]], float]:
     """For each side its slides in the genes that all tables share, with their rows among those of its tables; usual depth."""
     from spatiaflow._slides import gather
     from spatiaflow.models.preprocess import usual_depth
 
-    everything = [table for _, tables, _ in sides for table in tables]
+    everything = [table for _, tables, *_ in sides for table in tables]
     genes = sorted(_io.shared_genes(everything, 2, "To use an embedding alone give use_rep=."))
-    found = [
-        [
-            (part.start + slide.rows, slide.align(genes))
-            for one, part, where in zip(_io.objects_of(objects).values(), rows_of(tables), wheres)
-            for slide in gather(one, where, need=["counts"], layer=layer, scaled=False)
-        ]
-        for objects, tables, wheres in sides
-    ]
+    found: list[list[tuple[np.ndarray, Slide]]] = [[] for _ in sides]
+    for argument, side, (objects, tables, wheres, layer) in zip(("layer", "reference_layer"), found, sides):
+        for (name, one), part, where in zip(_io.objects_of(objects).items(), rows_of(tables), wheres):
+            with _io.named(name, "data" if argument == "layer" else "reference"):
+                slides = gather(one, where, need=["counts"], layer=layer, scaled=False, argument=argument)
+            side += [(part.start + slide.rows, slide.align(genes)) for slide in slides]
     return found, usual_depth([slide for side in found for _, slide in side])
 
 
@@ -208,12 +215,12 @@ class Genes:
     by_reference: np.ndarray  # of the data, standardised by the labelled slides
 
 
-def _genes(sides: Sequence[Side], method: str, layer: str | None, scaling: str) -> Genes:
+def _genes(sides: Sequence[Side], method: str, scaling: str) -> Genes:
     """Standardised genes of each side, or their components where they are many or distances are to be measured."""
     from spatiaflow.models.levels import joint_axes, standardised
     from spatiaflow.models.preprocess import pooled_standard, standard_of
 
-    slides, target_sum = gene_slides(sides, layer)
+    slides, target_sum = gene_slides(sides)
     labelled = [slide for _, slide in slides[-1]]
     standards = [cast("np.ndarray", standard_of(slide, target_sum)) for slide in labelled]
     usual = pooled_standard(standards, [*map(len, labelled)])
@@ -226,7 +233,7 @@ def _genes(sides: Sequence[Side], method: str, layer: str | None, scaling: str) 
     axes = np.eye(n_genes)
     if method == "knn" or n_genes > MANY_GENES:
         axes = joint_axes([z for side in found for _, z in side], 50)
-    sizes = [sum(table.n_obs for table in tables) for _, tables, _ in sides]
+    sizes = [sum(table.n_obs for table in tables) for _, tables, *_ in sides]
 
     def rows_of_side(side: list, n: int) -> tuple[np.ndarray, np.ndarray]:
         values, depth = np.empty((n, axes.shape[1]), np.float32), np.empty(n)
@@ -245,8 +252,8 @@ def _features(sides: Sequence[Side], use_rep: Sequence[str], genes: Sequence[np.
     for slot in use_rep:
         blocks = genes
         if slot != "X":
-            blocks = [pooled(tables, slot) for _, tables, _ in sides]
-            firsts = [tables[0] for _, tables, _ in sides]
+            blocks = [pooled(tables, slot) for _, tables, *_ in sides]
+            firsts = [tables[0] for _, tables, *_ in sides]
             check_alike(firsts, slot, [block.shape[1] for block in blocks], "data and the reference")
         for side, block in zip(out, blocks):
             side.append(block)

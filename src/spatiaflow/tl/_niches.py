@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FEWEST_GENES = 10  # halves of fewer are no two views of a tissue
 CLOSE, FAR, UNSTABLE = 0.05, 0.15, 0.3  # differences of agreement, and agreement, that are worth a warning
 APART = 0.3  # mixing of a sample that is worth a warning: halves of a slide have .4 and more (benchmarks/LOG.md)
+COVERED = 0.8  # share of the genes of a model, below which carried niches get worse (benchmarks/LOG.md)
 N_KEPT = 1000  # cells whose log odds go with a model
 
 
@@ -136,10 +137,12 @@ def cluster_niches(
     _io.slot_name(key_added)
     objects, tables = unpacked(data, table_key, copy=copy)
     known = None if model is None else _stored(model, table_key, key_added, use_rep, tables)
+    if known and niche_um not in (None, known.niche_um):
+        raise ValueError(f"model holds niches of niche_um={known.niche_um:g}, which niche_um= cannot change.")
     numbers = _numbers(n_clusters, max_clusters, use_rep, known, sum(table.n_obs for table in tables))
     if use_rep is None:
-        slides = _slides(objects, tables, where, layer)
-        found, agreement = _found(slides, numbers, niche_um, seed) if known is None else (_covered(known, slides), {})
+        slides = _slides(objects, tables, where, layer, known)
+        found, agreement = (known, {}) if known else _found(slides, numbers, niche_um, seed)
         probability, support, scores = _of_slides(found, slides, tables)
         for i, one in enumerate(_io.objects_of(objects).values()):
             _io.remember(one, [slide for j, slide in slides if j == i], mpp, spatial_key)
@@ -160,7 +163,7 @@ def cluster_niches(
     _warn_of_shift(shift)
     params = _io.provenance(
         started, random_state=seed, n_clusters=len(found), use_rep=use_rep or "", niche_um=found.niche_um, n_objects=len(tables),
-        carried=known is not None,
+        carried=known is not None, found_sha256=_io.fingerprint(found.intercept),
     )  # fmt: skip
     for table, rows in zip(tables, rows_of(tables)):
         code = probability[rows].argmax(1)
@@ -194,17 +197,29 @@ def _numbers(
     return tried
 
 
-def _slides(objects, tables: Sequence[AnnData], where: _io.Where, layer: str | None) -> list[tuple[int, Slide]]:
-    """All slides, each with the number of its object, in the genes that all share."""
+def _slides(
+    objects, tables: Sequence[AnnData], where: _io.Where, layer: str | None, known: Niches | None
+) -> list[tuple[int, Slide]]:
+    """All slides, each with the number of its object: in the genes that all share, or in those of ``known`` niches."""
     from spatiaflow._slides import gather
     from spatiaflow._slides.gather import check_together
 
-    advice = "Their halves are compared. To cluster an embedding give use_rep= and n_clusters=."
-    genes = sorted(_io.shared_genes(tables, FEWEST_GENES, advice))
-    out = []
-    for i, one in enumerate(_io.objects_of(objects).values()):
-        for slide in gather(one, where, need=["counts"], layer=layer, together=False):
-            out.append((i, slide.align(genes)))
+    advice = "Halves of them are compared. To cluster an embedding give use_rep= and n_clusters=."
+    genes = known.genes if known else sorted(_io.shared_genes(tables, FEWEST_GENES, advice))
+    out, covered = [], {}
+    for i, (name, one) in enumerate(_io.objects_of(objects).items()):
+        with _io.named(name):
+            if known:
+                covered[name] = _coverage(known, tables[i])
+            out += [
+                (i, slide.align(genes)) for slide in gather(one, where, need=["counts"], layer=layer, together=False)
+            ]
+    if few := {name: share for name, share in covered.items() if share < COVERED}:
+        whose = "" if list(few) == [""] else f" of objects {', '.join(map(repr, few))}"
+        warn(
+            f"var_names{whose} hold {min(few.values()):.0%} of the {len(genes)} genes of the niches of model; the others count "
+            "as average, and niches get worse. Cluster all samples together instead, on the genes that they share."
+        )
     check_together([replace(slide, name=f"{slide.name} of object {i}") for i, slide in out])
     return out
 
@@ -276,14 +291,14 @@ def _warn_of_shift(shift: Mapping) -> None:
         )
 
 
-def _covered(known: Niches, slides: Sequence[tuple[int, Slide]]) -> Niches:
-    """The known niches, where the slides measure most of their genes."""
-    have = len(set(known.genes) & set(slides[0][1].genes))
+def _coverage(known: Niches, table: AnnData) -> float:
+    """Share of the genes of known niches that a table measures; at least half."""
+    have = len(set(known.genes) & set(map(str, table.var_names)))
     if have < max(FEWEST_GENES, len(known.genes) / 2):
         raise ValueError(
             f"var_names hold {have} of the {len(known.genes)} genes of the niches of model; half are needed."
         )
-    return known
+    return have / len(known.genes)
 
 
 def _curve(agreement: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
