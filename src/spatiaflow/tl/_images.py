@@ -33,7 +33,8 @@ def cells_with_images(
     slots = [] if use_rep is None else [Key.obsm.level(use_rep, level) for level in LEVELS]
     for one in _io.objects_of(data).values():
         table = _io.unpack(one, where.table_key)[1]
-        found = [_io.features(table, slot, "Run sf.tl.embed_spatia(data) first, or give use_rep=...") for slot in slots]
+        hint = f"Run sf.tl.embed_spatia(data, key_added={use_rep!r}) first."
+        found = [_io.features(table, slot, hint) for slot in slots]
         if len({level.shape[1] for level in found}) > 1:
             widths = ", ".join(str(level.shape[1]) for level in found)
             raise ValueError(
