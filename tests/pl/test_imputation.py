@@ -78,6 +78,7 @@ def test_a_result_in_a_table_of_its_own_is_drawn_as_that_in_a_slot(slides, own):
     data, whole = slides
     expected = sf.pl.imputation(data, "8", truth=whole, mpp=1, return_fig=True)
     result = sf.get.expression(data, key="imputed")
+    result.layers["std"] = np.ones_like(result.X)
     result.uns["imputed"] = {
         name: data.uns["imputed"][name] for name in ("shared", "library_share", "normalization", "params")
     }

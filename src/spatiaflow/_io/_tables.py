@@ -230,7 +230,9 @@ def slot_as_anndata(table: AnnData, key: str) -> AnnData:
 def own_result(data: Any, table: AnnData, key: str) -> AnnData | None:
     """Return the table of its own in which a result of many genes stands, if ``obsm[key]`` does not hold the result."""
     held = table if isinstance(data, AnnData) else data.tables.get(key)
-    return held if held is not None and key not in table.obsm and "normalization" in entry(held, key) else None
+    if held is None or key in table.obsm:
+        return None
+    return held if "normalization" in entry(held, key) and "std" in held.layers else None
 
 
 def beside(table: AnnData, values: np.ndarray, var: pd.DataFrame) -> AnnData:

@@ -310,10 +310,9 @@ def profile_shift(
         features = list(change.sort_values(ascending=False, kind="stable").index[:6])
     if missing := [name for name in features if name not in shared]:
         raise KeyError(f"there is no feature {missing[0]!r}; there are {', '.join(shared)}.")
-    made = {f"dose {dose:.2g}": rows.index for dose, rows in data.obs.groupby("dose")}
-    made = made if len(made) > 1 else {"generated": data.obs_names}
-    values = data.to_df()
-    samples = {"source": source} | {name: values.loc[rows] for name, rows in made.items()} | {"target": target}
+    made = {f"dose {dose:.2g}": values for dose, values in data.to_df().groupby(data.obs["dose"].to_numpy())}
+    made = made if len(made) > 1 else {"generated": data.to_df()}
+    samples = {"source": source} | made | {"target": target}
     columns = min(3, len(features))
     lines = -(-len(features) // columns)
     figure, axes = plt.subplots(
