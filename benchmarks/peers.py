@@ -1,8 +1,8 @@
 """Published methods beside ours: niches of several samples without labels, and genes hidden in a query.
 
 Each is imported where it is run, so what is not installed is skipped. They run on the CPU at the settings of their
-documentation. A method for niches has one more setting, the default first: how far it looks around a cell. It has four
-values, except for Novae, whose trainings are long.
+documentation. A method for niches has one more setting with four values, the default first: how far it looks around a cell,
+or for Novae the learning rate.
 """
 
 import contextlib
