@@ -120,9 +120,7 @@ def _column_of_slides(slide: Slide, table: AnnData, known: np.ndarray) -> str | 
 
 def _close_pairs(xy: np.ndarray) -> np.ndarray:
     """Pairs of cells (n x 2) much closer than neighbours are, as cells of one slide hardly ever and of two slides often are."""
-    from spatiaflow.models.preprocess import spread  # with torch, which a table is read without
-
-    rows = spread(len(xy), 20_000)
+    rows = np.linspace(0, len(xy) - 1, min(len(xy), 20_000)).astype(int)  # evenly spread
     distance, near = (both[:, 1] for both in cKDTree(xy).query(xy[rows], k=2))
     close = distance < CLOSE * np.median(distance)
     return np.stack([rows[close], near[close]], 1)
