@@ -82,6 +82,14 @@ def test_the_object_with_other_genes_is_named():
         sf.tl.cluster_niches(tables, n_clusters=3, mpp=1)
 
 
+def test_a_reference_with_other_genes_is_named_as_such():
+    good = sf.datasets.simulated_tissue(60, seed=0)["table"]
+    other = good.copy()
+    other.var_names = [f"ENSG{i}" for i in range(other.n_vars)]
+    with pytest.raises(ValueError, match="Those of object '2' of reference, such as 'ENSG0'"):
+        sf.tl.annotate(good.copy(), labels="cell_type", use_rep="X", reference=[good, good, other])
+
+
 def test_a_verb_without_data_says_so():
     with pytest.raises(TypeError, match="data"):
         sf.tl.cluster_niches()

@@ -47,7 +47,7 @@ def test_niches_found_in_each_object_alone_are_refused():
     one, other = (sf.datasets.simulated_tissue(300, seed=seed)["table"] for seed in (1, 2))
     for table in (one, other):
         sf.tl.cluster_niches(table, n_clusters=3, mpp=1, key_added="found")
-    with pytest.raises(ValueError, match="clusters 'found' of objects '0' and '1' were found in each alone"):
+    with pytest.raises(ValueError, match="clusters 'found' of objects '0' and '1' come from separate runs"):
         sf.get.niche_composition([one, other], key="found")
     sf.tl.cluster_niches(other, model=one, mpp=1, key_added="found")
     assert sf.get.niche_composition([one, other], key="found").shape == (2, 3)
@@ -63,7 +63,7 @@ def test_clusters_found_in_each_object_alone_are_refused_unless_the_user_names_t
     tables = [sf.datasets.simulated_tissue(150, seed=seed)["table"] for seed in (1, 2)]
     for table in tables:
         sf.tl.cluster_cells(table, resolution=0.5)
-    with pytest.raises(ValueError, match="clusters 'cell_cluster' of objects '0' and '1' were found in each alone"):
+    with pytest.raises(ValueError, match="clusters 'cell_cluster' of objects '0' and '1' come from separate runs"):
         sf.get.niche_composition(tables, key="cell_cluster")
     for table in tables:
         names = {one: f"type {one}" for one in table.obs["cell_cluster"].cat.categories}

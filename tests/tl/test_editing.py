@@ -243,28 +243,26 @@ def test_niches_of_another_run_are_refused(slide, model):
     for sdata in (one, other):
         sf.tl.cluster_niches(sdata, n_clusters=3)
         sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    with pytest.raises(ValueError, match=r"obs\['niche'\] of objects '0' and '1' was found in each alone"):
+    with pytest.raises(ValueError, match=r"obs\['niche'\] of objects '0' and '1' comes from separate runs"):
         train([one, other])
     card = model.card
-    model.card = card | {"found_sha256": {"niche": one["table"].uns["niche"]["params"]["found_sha256"]}}
+    model.card = card | {"clustering_sha256": {"niche": one["table"].uns["niche"]["params"]["clustering_sha256"]}}
     try:
-        with pytest.raises(ValueError, match=r"obs\['niche'\] holds clusters of another run"):
+        with pytest.raises(ValueError, match=r"obs\['niche'\] comes from another run"):
             generate(other, model, n_steps=1)
         sf.tl.cluster_niches(other, model=one)
-        assert (
-            len(generate(other, model, n_steps=1, cells=generate(other, model, n_steps=1).obs["source_cell"][:2])) == 2
-        )
+        assert len(generate(other, model, n_steps=1)) > 0
     finally:
         model.card = card
 
 
 def test_the_card_says_which_run_found_the_niches(slide):
     sdata = tissue(1)
-    assert train(sdata, steps=(4, 2), max_epochs=1).card["found_sha256"] == {}
+    assert train(sdata, steps=(4, 2), max_epochs=1).card["clustering_sha256"] == {}
     sf.tl.cluster_niches(sdata, n_clusters=3)
     sf.tl.pair_transitions(sdata, transitions=[("A", "B")], groupby="state", niche_key="niche")
-    found = train(sdata, steps=(4, 2), max_epochs=1).card["found_sha256"]
-    assert found == {"niche": sdata["table"].uns["niche"]["params"]["found_sha256"]}
+    found = train(sdata, steps=(4, 2), max_epochs=1).card["clustering_sha256"]
+    assert found == {"niche": sdata["table"].uns["niche"]["params"]["clustering_sha256"]}
 
 
 def test_genes_that_differ_by_case_and_masks_have_a_hint(slide, model):

@@ -16,19 +16,26 @@ from spatiaflow._io._arguments import (
 )
 from spatiaflow._io._bare import bare_image, plain_stem
 from spatiaflow._io._checks import check_library, check_measured
-from spatiaflow._io._found import fingerprint, found_apart, found_by
+from spatiaflow._io._clustering import clustering_of, different_clusterings, fingerprint
 from spatiaflow._io._images import SlideImage, background, slide_image
 from spatiaflow._io._keys import Key, provenance
 from spatiaflow._io._lists import each_object, in_form_of, named, objects_of
 from spatiaflow._io._masks import masks
 from spatiaflow._io._pixels import as_uint8, check_finite, inside
 from spatiaflow._io._reader import Chunks, Decoded, open_image
+from spatiaflow._io._results import (
+    beside,
+    log_expression,
+    own_result,
+    same_cells,
+    slot_as_anndata,
+    target_sum,
+)
 from spatiaflow._io._scales import libraries, microns_per_unit, remember
 from spatiaflow._io._slides import one_slide, places, positions, unpack, where_in_reference
 from spatiaflow._io._stored import StoredCounts
 from spatiaflow._io._tables import (
     as_text,
-    beside,
     check_counts,
     check_encoder,
     check_spelling,
@@ -40,19 +47,14 @@ from spatiaflow._io._tables import (
     keep,
     label,
     library_sizes,
-    log_expression,
     matrix,
     morphology,
-    own_result,
     owned,
-    same_cells,
     same_encoder,
     shared_genes,
-    slot_as_anndata,
     stain,
     stain_entry,
     storable,
-    target_sum,
     tissue_share,
     write,
     write_tissue,
@@ -61,8 +63,8 @@ from spatiaflow._io._where import Where
 
 __all__ = [
     "fingerprint",
-    "found_apart",
-    "found_by",
+    "different_clusterings",
+    "clustering_of",
     "Chunks",
     "Decoded",
     "Key",

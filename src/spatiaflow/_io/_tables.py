@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from spatiaflow.models.slide import MIN_TISSUE, Slide
 # provenance of features, in uns[use_rep]
 ENCODER = ("id", "sha256", "mpp", "patch_um", "resolution_um", "standardize", "n_features")
 STAINS = ("hematoxylin", "eosin")
-SHALLOW = 5.0  # times fewer counts per row than in training: rather a part of the genes than less depth
 FEATURES_HELP = "Make histology features with sf.pp.encode_patches(data), or pass use_rep=..."
 
 
@@ -115,21 +113,26 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             )
 
 
-def shared_genes(tables: Sequence[AnnData], fewest: int = 1, advice: str = "") -> list[str]:
-    """Genes that every table measures, in the order of the first. Fewer than ``fewest`` are an error that ends in ``advice``."""
+def shared_genes(
+    tables: Sequence[AnnData], fewest: int = 1, advice: str = "", names: Sequence[str] = ()
+) -> list[str]:
+    """Genes that every table measures, in the order of the first. Fewer than ``fewest`` are an error that ends in ``advice``.
+
+    ``names``: what errors call the tables.
+    """
     own = [list(map(str, table.var_names)) for table in tables]
     check_spelling(own)
-    others = [set(names) for names in own[1:]]
+    others = [set(one) for one in own[1:]]
     shared = [name for name in own[0] if all(name in other for other in others)]
     if len(shared) < fewest:
-        sets = [set(names) for names in own]
+        sets = [set(one) for one in own]
         near = [len(one & set().union(*sets[:i], *sets[i + 1 :])) / max(len(one), 1) for i, one in enumerate(sets)]
         odd = int(np.argmin(near))
-        names = ", ".join(map(repr, own[odd][:3]))
+        whose, such = names[odd] if names else f"object {odd}", ", ".join(map(repr, own[odd][:3]))
         needed = "1 is" if fewest == 1 else f"{fewest} are"
         raise ValueError(
-            f"var_names of all objects share {len(shared)} genes; at least {needed} needed. Those of object {odd}, such as "
-            f"{names}, are found least in the others. Are the identifiers of one kind? {advice}".rstrip()
+            f"var_names of all objects share {len(shared)} genes; at least {needed} needed. Those of {whose}, such as "
+            f"{such}, are found least in the others. Are the identifiers of one kind? {advice}".rstrip()
         )
     return shared
 
@@ -191,57 +194,6 @@ def as_text(column: pd.Series) -> np.ndarray:
 def label(value: Any) -> str:
     """Return a label as text, without spaces around it; 1.0 is 1, as missing values make floats of a column of integers."""
     return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value).strip()
-
-
-def slot_as_anndata(table: AnnData, key: str) -> AnnData:
-    """Return ``obsm[key]`` with the names in ``uns[key]["genes"]`` as an AnnData of its own."""
-    text(key=key)
-    names = entry(table, key).get("genes")
-    if key not in table.obsm or names is None:
-        others = [k for k in table.obsm if k != key and {"normalization", "genes"} <= set(entry(table, k))]
-        found = f"it needs obsm[{key!r}] and uns[{key!r}]['genes']; obsm has {listing(table.obsm)}"
-        if others:
-            found = f"there is {listing(others)}; give key={others[0]!r}"
-        raise KeyError(
-            f"no result {key!r}: {found}. "
-            "Results come from sf.tl.predict_expression(data, model=...) and sf.tl.impute_genes(data, reference=...)."
-            + (" Objects joined by anndata.concat lose uns: predict once more after it." if key in table.obsm else "")
-        )
-    width, written = np.shape(table.obsm[key])[1], dict(entry(table, key).get("params", {})).get("n_obs", table.n_obs)
-    if width != len(names) or table.n_obs > written:
-        raise ValueError(
-            f"uns[{key!r}] was not written with obsm[{key!r}]: it describes {len(names)} genes of {written} rows, and the slot "
-            f"has {width} of {table.n_obs}. Were objects joined that have results of their own? Predict once more after it."
-        )
-    var = pd.DataFrame(index=pd.Index([str(name) for name in names]))
-    for name in ("skill", "trusted", "reliability", "reliability_reference", "denoised"):
-        if name in table.uns[key]:
-            var[name] = np.asarray(table.uns[key][name])
-    out = beside(table, np.array(table.obsm[key]), var)
-    for name in ("std", "rate"):
-        if f"{key}_{name}" in table.obsm:
-            out.layers[name] = np.array(table.obsm[f"{key}_{name}"])
-    where = dict(entry(table, key).get("params", {})).get("spatial_key", "spatial")
-    if where in table.obsm:
-        out.obsm[where] = owned(table.obsm[where])
-    return out
-
-
-def own_result(data: Any, table: AnnData, key: str) -> AnnData | None:
-    """Return the table of its own in which a result of many genes stands, if ``obsm[key]`` does not hold the result."""
-    held = table if isinstance(data, AnnData) else data.tables.get(key)
-    if held is None or key in table.obsm:
-        return None
-    return held if "normalization" in entry(held, key) and "std" in held.layers else None
-
-
-def beside(table: AnnData, values: np.ndarray, var: pd.DataFrame) -> AnnData:
-    """Return values of the rows of a table as an AnnData of its own, with the table's ``obs`` and what says where rows are."""
-    out = AnnData(values, obs=table.obs.copy(), var=var)
-    for name in ("spatial", "spatialdata_attrs"):
-        if name in table.uns:
-            out.uns[name] = deepcopy(table.uns[name])
-    return out
 
 
 def owned(values: Any) -> Any:
@@ -401,62 +353,6 @@ def storable(value: Any) -> Any:
             return np.asarray(value, dtype=object) if len(value) else np.asarray([], dtype=str)
         return np.asarray(value)
     return str(value)
-
-
-def same_cells(truth: AnnData, table: AnnData) -> np.ndarray:
-    """Rows of ``truth`` that hold the cells of a table."""
-    at = truth.obs_names.get_indexer(table.obs_names)
-    if (at < 0).any():
-        name = table.obs_names[int(np.argmax(at < 0))]
-        raise KeyError(f"truth has no cell {name!r}; obs_names must be those of data.")
-    return at
-
-
-def log_expression(
-    table: AnnData,
-    genes: list[str],
-    layer: str | None,
-    key: str,
-    source: AnnData | None = None,
-    held: AnnData | None = None,
-) -> np.ndarray:
-    """Return measured log1p expression (n_obs x genes), normalised as the prediction in the slot ``key`` is.
-
-    ``source`` holds the counts, of the same cells, where the table does not; the library is always the table's. ``held`` is the
-    table with ``uns[key]``, if it is another.
-    """
-    held = table if held is None else held
-    per, stored = target_sum(held, key), held.uns[key]
-    values = dense(counts(table if source is None else source, genes, layer)[0])
-    if source is not None:
-        values = values[same_cells(source, table)]
-    if per is None:
-        return np.log1p(values)
-    if "shared" in stored:  # imputed: counts of the genes that the reference measures too
-        shared = [str(gene) for gene in stored["shared"]]
-        library = np.asarray(counts(table, shared, layer)[0].sum(1), float).ravel() / stored["library_share"]
-    else:
-        known = stored.get("params", {}).get("n_vars", table.n_vars)
-        if table.n_vars < known:
-            warn(
-                f"the table has {table.n_vars} genes and had {known} when uns[{key!r}] was written: the library size, a sum "
-                "over all genes, is no longer known, and measured values are too high. Draw from the whole table."
-            )
-        library = library_sizes(table, layer)
-        usual = stored.get("params", {}).get("training_library") or 0.0
-        if table.n_vars >= known and np.median(library) < usual / SHALLOW:
-            warn(
-                f"the table has a median of {np.median(library):.4g} counts per row, and the training slides {usual:.4g}. The "
-                "library size is the sum over all genes: if the table was cut to some of them, measured values are too high. "
-                "Draw from the whole table."
-            )
-    return np.log1p(values * (per / np.maximum(library, 1))[:, None])
-
-
-def target_sum(table: AnnData, key: str) -> float | None:
-    """Return what the values in ``obsm[key]`` are counts per; None for raw counts."""
-    value = table.uns[key].get("normalization", {}).get("target_sum", 1e4)
-    return None if value == "raw" else float(value)
 
 
 def _plain(value: Any) -> Any:

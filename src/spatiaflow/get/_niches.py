@@ -50,7 +50,7 @@ def niche_composition(
     KeyError
         A column is missing.
     ValueError
-        The list or dict is empty, or niches or clusters were found in each object alone.
+        The list or dict is empty, or the objects were clustered separately.
 
     See Also
     --------
@@ -62,7 +62,7 @@ def niche_composition(
     [1.0]
     """
     _io.text(by=by, key=key)
-    _check_found_together(data, key, table_key)
+    _check_clusterings(data, key, table_key)
     if by is not None:
         _tell_of_joined(data, by, table_key)
     niche, sample = columns_of_cells(data, [key, by], table_key)
@@ -91,14 +91,14 @@ def _tell_of_joined(data, by: str, table_key: str) -> None:
         )  # fmt: skip
 
 
-def _check_found_together(data, key: str, table_key: str) -> None:
+def _check_clusterings(data, key: str, table_key: str) -> None:
     """Refuse objects whose clusters were found one by one: those of one name have nothing in common."""
     tables = {name: _io.unpack(one, table_key)[1] for name, one in _io.objects_of(data).items()}
-    if (apart := _io.found_apart(tables, key)) is not None:
+    if (apart := _io.different_clusterings(tables, key)) is not None:
         raise ValueError(
-            f"clusters {key!r} of objects {apart[0]!r} and {apart[1]!r} were found in each alone, so equal names mean nothing. "
-            "Run sf.tl.cluster_niches or sf.tl.cluster_cells on the whole list, or carry niches: sf.tl.cluster_niches(other, "
-            "model=first). If you have made them alike, rename them: names that are no numbers are not checked."
+            f"clusters {key!r} of objects {apart[0]!r} and {apart[1]!r} come from separate runs, so equal numbers do not mean "
+            "the same cluster. Run sf.tl.cluster_niches or sf.tl.cluster_cells on the whole list, or carry niches: "
+            "sf.tl.cluster_niches(other, model=first). If you matched them yourself, rename them: only numbers are checked."
         )
 
 

@@ -118,7 +118,7 @@ def cluster_cells(
     codes[filled] = rank[label]
     params = _io.provenance(
         started, random_state=seed, resolution=float(resolution), n_clusters=int(n_clusters), use_rep=use_rep or "",
-        n_objects=len(tables), found_sha256=_io.fingerprint(codes),
+        n_objects=len(tables), clustering_sha256=_io.fingerprint(codes),
     )  # fmt: skip
     for table, rows in zip(tables, rows_of(tables)):
         cluster = pd.Categorical.from_codes(codes[rows], [str(i) for i in range(n_clusters)])

@@ -18,13 +18,13 @@ def embedding(table: AnnData, use_rep: str) -> np.ndarray:
     return _io.features(table, use_rep, EMBEDDING_HELP)
 
 
-def pooled(tables: Sequence[AnnData], use_rep: str) -> np.ndarray:
-    """Embeddings of all tables, one after the other."""
+def pooled(tables: Sequence[AnnData], use_rep: str, argument: str = "data") -> np.ndarray:
+    """Embeddings of all tables, one after the other. ``argument``: what errors call them."""
     found = []
     for i, table in enumerate(tables):
-        with _io.named(str(i) if len(tables) > 1 else ""):
+        with _io.named(str(i) if len(tables) > 1 else "", argument):
             found.append(embedding(table, use_rep))
-    check_alike(tables, use_rep, [x.shape[1] for x in found], "the objects of data")
+    check_alike(tables, use_rep, [x.shape[1] for x in found], f"the objects of {argument}")
     return np.concatenate(found)
 
 

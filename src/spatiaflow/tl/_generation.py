@@ -320,12 +320,12 @@ def _check_table(table: AnnData, table_key: str, model: MorphologyFlow) -> None:
 
 def _check_clusters(table: AnnData, model: MorphologyFlow) -> None:
     """Refuse states or niches that are clusters of another run than those that the generator was trained with."""
-    for key, run in model.card.get("found_sha256", {}).items():
-        if (own := _io.found_by(table, key)) and own != run:
+    for key, run in model.card.get("clustering_sha256", {}).items():
+        if (own := _io.clustering_of(table, key)) and own != run:
             raise ValueError(
-                f"obs[{key!r}] holds clusters of another run than those of the training data, so equal names mean nothing. Carry "
-                f"niches, sf.tl.cluster_niches(data, model=training_data, key_added={key!r}), or cluster all samples together "
-                "before training. If you have made them alike, rename them in both."
+                f"obs[{key!r}] comes from another run of clustering than that of the training data, so equal numbers do not mean "
+                f"the same cluster. Carry niches: sf.tl.cluster_niches(data, model=training_data, key_added={key!r}). Or cluster "
+                "all samples together before training. If you matched them yourself, rename them in both."
             )
 
 

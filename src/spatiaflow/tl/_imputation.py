@@ -171,8 +171,8 @@ def impute_genes(
         Elements of a SpatialData.
     library_key
         Column of ``.obs`` that tells slides apart. Neighbours never cross slides. With three or more slides in the reference,
-        whole slides are held out for validation; with fewer, contiguous blocks, or random cells where there are no positions. So
-        name the donors of dissociated cells here: cells of one donor on both sides promise too much.
+        whole slides are held out for validation; with fewer, contiguous blocks, or random cells where there are no positions.
+        Name the donors of dissociated cells here. If cells of one donor are on both sides, the reliability may be too high.
     spatial_key
         Positions in ``.obsm`` of an AnnData, in any unit. Without them cells have no neighbours.
     random_state

@@ -196,7 +196,11 @@ def gene_slides(sides: Sequence[Side]) -> tuple[list[list[tuple[np.ndarray, Slid
     from spatiaflow.models.preprocess import usual_depth
 
     everything = [table for _, tables, *_ in sides for table in tables]
-    genes = sorted(_io.shared_genes(everything, 2, "To use an embedding alone give use_rep=."))
+    names = [
+        f"object {name!r} of {argument}" if name else argument
+        for argument, (objects, *_) in zip(("data", "reference"), sides) for name in _io.objects_of(objects)
+    ]  # fmt: skip
+    genes = sorted(_io.shared_genes(everything, 2, "To use an embedding alone give use_rep=.", names))
     found: list[list[tuple[np.ndarray, Slide]]] = [[] for _ in sides]
     for argument, side, (objects, tables, wheres, layer) in zip(("layer", "reference_layer"), found, sides):
         for (name, one), part, where in zip(_io.objects_of(objects).items(), rows_of(tables), wheres):
@@ -252,7 +256,7 @@ def _features(sides: Sequence[Side], use_rep: Sequence[str], genes: Sequence[np.
     for slot in use_rep:
         blocks = genes
         if slot != "X":
-            blocks = [pooled(tables, slot) for _, tables, *_ in sides]
+            blocks = [pooled(tables, slot, argument) for argument, (_, tables, *_) in zip(("data", "reference"), sides)]
             firsts = [tables[0] for _, tables, *_ in sides]
             check_alike(firsts, slot, [block.shape[1] for block in blocks], "data and the reference")
         for side, block in zip(out, blocks):

@@ -170,7 +170,7 @@ def train_morphology(
     ]
     config = replace(config, channels=channels_of(slides), transitions=params["transitions"])
     about = {name: params[name] for name in ("pairs", "groupby", "niche_key", "min_share")} | {"level": level}
-    about |= {"found_sha256": _found_together(dict(zip(objects, tables)), (params["groupby"], params["niche_key"]))}
+    about |= {"clustering_sha256": _one_clustering(dict(zip(objects, tables)), (params["groupby"], params["niche_key"]))}
     options: dict[str, Any] = {
         "validation": validation, "max_epochs": max_epochs, "resume": resume, "seed": seed,
         "checkpoint_dir": None if checkpoint_dir is None else Path(checkpoint_dir), "device": settings.torch_device(device),
@@ -219,15 +219,15 @@ def _same_params(tables: Sequence[AnnData], key: str) -> dict:
     return out | {"transitions": list(out["pairs"])}
 
 
-def _found_together(tables: Mapping[str, AnnData], columns: Sequence[str]) -> dict[str, str]:
+def _one_clustering(tables: Mapping[str, AnnData], columns: Sequence[str]) -> dict[str, str]:
     """Return which run found the clusters in each column, where one did; refuse those of several runs."""
     for key in columns:
-        if (apart := _io.found_apart(tables, key)) is not None:
+        if (apart := _io.different_clusterings(tables, key)) is not None:
             raise ValueError(
-                f"obs[{key!r}] of objects {apart[0]!r} and {apart[1]!r} was found in each alone, so equal names mean nothing. "
-                "Cluster the whole list, then pair again: sf.tl.cluster_niches(data) or sf.tl.cluster_cells(data)."
+                f"obs[{key!r}] of objects {apart[0]!r} and {apart[1]!r} comes from separate runs, so equal numbers do not mean "
+                "the same cluster. Cluster the whole list, sf.tl.cluster_niches(data) or sf.tl.cluster_cells(data), then pair again."
             )
-    found = {key: max(_io.found_by(table, key) for table in tables.values()) for key in columns}
+    found = {key: max(_io.clustering_of(table, key) for table in tables.values()) for key in columns}
     return {key: run for key, run in found.items() if run}
 
 

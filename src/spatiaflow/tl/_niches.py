@@ -163,7 +163,7 @@ def cluster_niches(
     _warn_of_shift(shift)
     params = _io.provenance(
         started, random_state=seed, n_clusters=len(found), use_rep=use_rep or "", niche_um=found.niche_um, n_objects=len(tables),
-        carried=known is not None, found_sha256=_io.fingerprint(found.intercept),
+        carried=known is not None, clustering_sha256=_io.fingerprint(found.intercept),
     )  # fmt: skip
     for table, rows in zip(tables, rows_of(tables)):
         code = probability[rows].argmax(1)
