@@ -113,9 +113,7 @@ def check_encoder(table: AnnData, key: str, expected: dict) -> None:
             )
 
 
-def shared_genes(
-    tables: Sequence[AnnData], fewest: int = 1, advice: str = "", names: Sequence[str] = ()
-) -> list[str]:
+def shared_genes(tables: Sequence[AnnData], fewest: int = 1, advice: str = "", names: Sequence[str] = ()) -> list[str]:
     """Genes that every table measures, in the order of the first. Fewer than ``fewest`` are an error that ends in ``advice``.
 
     ``names``: what errors call the tables.

@@ -170,7 +170,9 @@ def train_morphology(
     ]
     config = replace(config, channels=channels_of(slides), transitions=params["transitions"])
     about = {name: params[name] for name in ("pairs", "groupby", "niche_key", "min_share")} | {"level": level}
-    about |= {"clustering_sha256": _one_clustering(dict(zip(objects, tables)), (params["groupby"], params["niche_key"]))}
+    about |= {
+        "clustering_sha256": _one_clustering(dict(zip(objects, tables)), (params["groupby"], params["niche_key"]))
+    }
     options: dict[str, Any] = {
         "validation": validation, "max_epochs": max_epochs, "resume": resume, "seed": seed,
         "checkpoint_dir": None if checkpoint_dir is None else Path(checkpoint_dir), "device": settings.torch_device(device),
@@ -225,7 +227,7 @@ def _one_clustering(tables: Mapping[str, AnnData], columns: Sequence[str]) -> di
         if (apart := _io.different_clusterings(tables, key)) is not None:
             raise ValueError(
                 f"obs[{key!r}] of objects {apart[0]!r} and {apart[1]!r} comes from separate runs, so equal numbers do not mean "
-                "the same cluster. Cluster the whole list, sf.tl.cluster_niches(data) or sf.tl.cluster_cells(data), then pair again."
+                "the same cluster. Run sf.tl.cluster_niches or sf.tl.cluster_cells on the whole list, then pair again."
             )
     found = {key: max(_io.clustering_of(table, key) for table in tables.values()) for key in columns}
     return {key: run for key, run in found.items() if run}
